@@ -1,0 +1,1 @@
+"""Thin scripts over the library, run as `python -m train.NAME`."""
