@@ -382,7 +382,7 @@ def _is_bit(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _short(value: Any) -> str:
@@ -422,7 +422,9 @@ def _checked_keys(values: Any, name: str, required: Sequence[str], optional: Seq
 def _loads(text: str, name: str) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse_constant)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except FluxSaeError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise FluxSaeError(f"{name} is not valid JSON ({error}); it was {_short(text)}.") from error
 
 
