@@ -1,0 +1,156 @@
+"""The geometry of decoder directions: neighbours, a map, alignment; and layers compared by what their features do."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fluxsae.errors import FluxSaeError
+
+CHUNK = 2048
+"""Features whose cosines with all the others are held at a time."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """For each asked feature its nearest others, nearest first."""
+
+    indices: Int[Tensor, "asked n"]
+    cosines: Float[Tensor, "asked n"]
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """Two dictionaries over the same images, matched one to one by how alike their columns of S are."""
+
+    pairs: Int[np.ndarray, "pairs 2"]
+    """(feature of the first, feature of the second), the best match first."""
+    correlations: Float[np.ndarray, " pairs"]
+    """Pearson correlation of the two columns of S."""
+    only_first: Int[np.ndarray, " only_first"]
+    """Alive features of the first without a counterpart, i.e. no column of the second correlates above the bound."""
+    only_second: Int[np.ndarray, " only_second"]
+    best_first: Float[np.ndarray, " first"]
+    """For each feature of the first the highest correlation with any of the second; NaN where it is not alive."""
+    best_second: Float[np.ndarray, " second"]
+    null_correlation: float
+    """Mean matched correlation when the images of one side are shuffled: what a match is worth by chance."""
+
+
+def nearest_features(
+    W_dec: Float[Tensor, "features d_model"], features: Int[Tensor, " asked"] | None = None, *, n: int = 10
+) -> Neighbours:
+    """The `n` nearest other features by cosine of decoder directions, for some features or for all.
+
+    Raises:
+        FluxSaeError: a feature outside the dictionary, or fewer than `n` others.
+    """
+    total = W_dec.shape[0]
+    asked = torch.arange(total) if features is None else features
+    if not 1 <= n < total:
+        raise FluxSaeError(f"{n} neighbours of {total} features were asked; give 1 to {total - 1}")
+    if asked.numel() and not (0 <= int(asked.min()) and int(asked.max()) < total):
+        raise FluxSaeError(f"features {int(asked.min())} to {int(asked.max())} were asked; give 0 to {total - 1}")
+    directions = normalize(W_dec.detach().float(), dim=-1)
+    found = [_nearest(directions, chunk, n) for chunk in asked.split(CHUNK)]
+    return Neighbours(torch.cat([indices for indices, _ in found]), torch.cat([cosines for _, cosines in found]))
+
+
+def _nearest(directions: Tensor, asked: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    cosines = directions[asked] @ directions.T
+    cosines[torch.arange(len(asked)), asked] = -torch.inf
+    best = cosines.topk(n, dim=-1)
+    return best.indices, best.values
+
+
+def encoder_decoder_alignment(
+    W_enc: Float[Tensor, "features d_model"], W_dec: Float[Tensor, "features d_model"]
+) -> Float[Tensor, " features"]:
+    """Cosine between what a feature reads and what it writes, in [-1, 1]."""
+    return (normalize(W_enc.detach().float(), dim=-1) * normalize(W_dec.detach().float(), dim=-1)).sum(dim=-1)
+
+
+def feature_map(
+    W_dec: Float[Tensor, "features d_model"], *, perplexity: float = 30.0, seed: int = 0
+) -> Float[np.ndarray, "features 2"]:
+    """All decoder directions on a plane, near ones near: t-SNE by cosine from a PCA start, within [-1, 1].
+
+    The same directions give the same map. t-SNE: van der Maaten & Hinton 2008.
+    """
+    from sklearn.manifold import TSNE
+
+    directions = normalize(W_dec.detach().float(), dim=-1).cpu().numpy()
+    if len(directions) < 4:
+        raise FluxSaeError(f"a map of {len(directions)} features was asked; it needs at least 4")
+    method = TSNE(
+        perplexity=min(perplexity, (len(directions) - 1) / 3), init="pca", metric="cosine", random_state=seed
+    )
+    places = method.fit_transform(directions)
+    centred = places - places.mean(axis=0)
+    return (centred / np.abs(centred).max()).astype(np.float32)
+
+
+def compare_layers(
+    first: Float[Tensor, "images first"],
+    second: Float[Tensor, "images second"],
+    *,
+    counterpart: float = 0.5,
+    min_images: int = 5,
+    seed: int = 0,
+) -> LayerComparison:
+    """Features of two SAEs matched by their columns of S over the same images, never by equal index.
+
+    The pairs maximise the summed correlation (assignment problem). A feature takes part when it fires on at least
+    `min_images` images; one without any correlation above `counterpart` on the other side is what its layer alone has.
+
+    Raises:
+        FluxSaeError: the two matrices are of different images, or nothing fires often enough.
+    """
+    if first.shape[0] != second.shape[0]:
+        raise FluxSaeError(
+            f"scores of {first.shape[0]} and of {second.shape[0]} images were given; layers are compared on the same images"
+        )
+    alive_first, alive_second = _alive(first, min_images), _alive(second, min_images)
+    if not len(alive_first) or not len(alive_second):
+        raise FluxSaeError(f"no feature fires on {min_images} images on both sides; score more images or lower min_images")
+    columns_first, columns_second = _standardised(first[:, alive_first]), _standardised(second[:, alive_second])
+    correlations = (columns_first.T @ columns_second).numpy()
+    order = torch.randperm(first.shape[0], generator=torch.Generator().manual_seed(seed))
+    _, chance = _assign((columns_first[order].T @ columns_second).numpy())
+    pairs, values = _assign(correlations)
+    best_first, best_second = correlations.max(axis=1), correlations.max(axis=0)
+    first_ids, second_ids = alive_first.numpy(), alive_second.numpy()
+    return LayerComparison(
+        pairs=np.stack([first_ids[pairs[:, 0]], second_ids[pairs[:, 1]]], axis=1),
+        correlations=values,
+        only_first=first_ids[best_first < counterpart],
+        only_second=second_ids[best_second < counterpart],
+        best_first=_spread(best_first, first_ids, first.shape[1]),
+        best_second=_spread(best_second, second_ids, second.shape[1]),
+        null_correlation=float(chance.mean()),
+    )
+
+
+def _alive(scores: Tensor, min_images: int) -> Tensor:
+    return ((scores > 0).sum(dim=0) >= min_images).nonzero().flatten()
+
+
+def _standardised(columns: Tensor) -> Tensor:
+    return normalize(columns.double() - columns.double().mean(dim=0), dim=0).float()
+
+
+def _assign(correlations: Float[np.ndarray, "first second"]) -> tuple[np.ndarray, np.ndarray]:
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = linear_sum_assignment(correlations, maximize=True)
+    order = np.argsort(-correlations[rows, columns], kind="stable")
+    return np.stack([rows[order], columns[order]], axis=1), correlations[rows[order], columns[order]]
+
+
+def _spread(values: np.ndarray, places: np.ndarray, size: int) -> Float[np.ndarray, " size"]:
+    spread = np.full(size, np.nan, dtype=np.float32)
+    spread[places] = values
+    return spread
