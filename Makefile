@@ -1,0 +1,84 @@
+# The whole interface: make app | test | bench | soak | screenshots. Each does all its own set-up in .venv.
+#   PYTHON=...  the interpreter to build .venv with (3.11 or newer; found by itself when unset)
+#   JOBS=2      test processes
+#   TESTS=...   what `make test` hands to pytest, e.g. TESTS=tests/test_sae.py
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.NOTPARALLEL:
+
+PYTHON ?=
+JOBS ?= 2
+TESTS ?= tests
+VENV := .venv
+PY := $(VENV)/bin/python
+
+# A changed requirement changes the stamp's name, so the next target installs again and only then.
+APP_STAMP := $(VENV)/.app-$(shell cat requirements.txt | cksum | tr ' ' '-')
+DEV_STAMP := $(VENV)/.dev-$(shell cat requirements.txt requirements-dev.txt | cksum | tr ' ' '-')
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --progress-bar off --quiet
+
+# One thread a process: the processes are what fills the cores. CUDA stays out of tests that do not ask for it.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False
+
+.PHONY: help app test lint types tests browser bench soak screenshots wheel venv
+
+help: ## what each target does
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## ?/\1\t/' | expand -t 14
+
+app: $(APP_STAMP) ## serve the page on this machine (Gradio's own environment variables apply)
+	$(PY) app.py
+
+test: lint types browser tests ## format, lint, types, import layers, every test
+
+lint: $(DEV_STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+
+types: $(DEV_STAMP)
+	$(PY) -m mypy
+
+browser: $(DEV_STAMP)
+	@$(PY) -m tests.browser
+
+tests: $(DEV_STAMP)
+	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope --durations 15 -q $(TESTS)
+
+bench: $(DEV_STAMP) ## measured speed: training against other tools, collection, sweeps, load on the page
+	$(PY) -m pytest -m bench -n 0 -s $(TESTS)
+
+soak: $(DEV_STAMP) ## long runs: kill and resume, memory over a thousand requests
+	$(PY) -m pytest -m soak -n 0 -s $(TESTS)
+
+screenshots: $(DEV_STAMP) browser ## pictures of every tab, for the README
+	$(PY) -m tests.screenshots
+
+wheel: $(DEV_STAMP) ## the wheel, in dist/
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+venv: $(DEV_STAMP) ## only the set-up
+
+$(APP_STAMP): | $(PY)
+	@echo "Installing what the app runs (5.7 GB, a few minutes on the first time)"
+	$(PIP_INSTALL) -r requirements.txt
+	@rm -f $(VENV)/.app-* && touch $@
+
+$(DEV_STAMP): $(APP_STAMP)
+	@echo "Installing what the tests need"
+	$(PIP_INSTALL) -r requirements-dev.txt
+	@rm -f $(VENV)/.dev-* && touch $@
+
+$(PY):
+	@python=; for candidate in $(if $(PYTHON),"$(PYTHON)",python3.12 python3.11 python3.13 python3 python); do \
+	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then python="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    found=$$("$(or $(PYTHON),python3)" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo "none that runs"); \
+	    echo "fluxsae needs Python 3.11 or newer; found $(or $(PYTHON),python3): $$found."; \
+	    echo "Install Python 3.12, or name one: make PYTHON=/path/to/python3.12 ..."; exit 1; \
+	fi >&2; \
+	echo "Building $(VENV) with $$python"; \
+	"$$python" -m venv $(VENV) || { echo "The venv module is missing: on Debian and Ubuntu, apt-get install python3-venv." >&2; rm -rf $(VENV); exit 1; }
