@@ -85,9 +85,7 @@ def feature_map(
     directions = normalize(W_dec.detach().float(), dim=-1).cpu().numpy()
     if len(directions) < 4:
         raise FluxSaeError(f"a map of {len(directions)} features was asked; it needs at least 4")
-    method = TSNE(
-        perplexity=min(perplexity, (len(directions) - 1) / 3), init="pca", metric="cosine", random_state=seed
-    )
+    method = TSNE(perplexity=min(perplexity, (len(directions) - 1) / 3), init="pca", metric="cosine", random_state=seed)
     places = method.fit_transform(directions)
     centred = places - places.mean(axis=0)
     return (centred / np.abs(centred).max()).astype(np.float32)
@@ -115,7 +113,9 @@ def compare_layers(
         )
     alive_first, alive_second = _alive(first, min_images), _alive(second, min_images)
     if not len(alive_first) or not len(alive_second):
-        raise FluxSaeError(f"no feature fires on {min_images} images on both sides; score more images or lower min_images")
+        raise FluxSaeError(
+            f"no feature fires on {min_images} images on both sides; score more images or lower min_images"
+        )
     columns_first, columns_second = _standardised(first[:, alive_first]), _standardised(second[:, alive_second])
     correlations = (columns_first.T @ columns_second).numpy()
     order = torch.randperm(first.shape[0], generator=torch.Generator().manual_seed(seed))

@@ -121,7 +121,9 @@ def legend(width: int, *, maximum: float | None, threshold: float = 0.0, dark: b
     return strip
 
 
-def with_legend(picture: Image.Image, *, maximum: float | None, threshold: float = 0.0, dark: bool = False) -> Image.Image:
+def with_legend(
+    picture: Image.Image, *, maximum: float | None, threshold: float = 0.0, dark: bool = False
+) -> Image.Image:
     """A picture with the legend strip under it."""
     strip = legend(picture.width, maximum=maximum, threshold=threshold, dark=dark)
     joined = Image.new("RGB", (picture.width, picture.height + strip.height))

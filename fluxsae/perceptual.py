@@ -133,7 +133,9 @@ class LpipsDistance:
         array = np.asarray(image.convert("RGB"), dtype=np.float32) / 127.5 - 1.0
         pixels = einops.rearrange(torch.from_numpy(array), "h w c -> 1 c h w").to(self.device)
         # AlexNet's strides leave nothing of pictures under 64 pixels
-        return pixels if min(image.size) >= 64 else interpolate(pixels, scale_factor=64 / min(image.size), mode="nearest")
+        return (
+            pixels if min(image.size) >= 64 else interpolate(pixels, scale_factor=64 / min(image.size), mode="nearest")
+        )
 
 
 def load_embedder(name: str = "miniature", *, device: str = "cpu", batch_size: int = 32) -> ImageEmbedder:

@@ -1,0 +1,401 @@
+"""Which features mean something: coherence against a null, monosemanticity, labels from captions and CLIP, ranking."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import einops
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array
+from scipy.stats import hypergeom, norm
+from torch import Tensor
+
+from fluxsae.errors import FluxSaeError
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """How features are judged."""
+
+    top_images: int = 16
+    """Images a feature is judged by: its highest scores above 0, each with another prompt."""
+    min_images: int = 4
+    """With fewer such images a feature gets no coherence."""
+    null_draws: int = 20_000
+    """Random sets of images that the coherence is compared with."""
+    max_p: float = 0.05
+    """Share of false discoveries allowed among the features called coherent (Benjamini & Hochberg 1995)."""
+    label_images: int = 48
+    """Images a label is drawn from: the highest scores, as long as they exceed `label_floor` of the feature's maximum."""
+    label_floor: float = 0.3
+    """Fraction of the feature's maximum below which an image says nothing about its label."""
+    seed: int = 0
+    """Seed of the random sets."""
+
+    def __post_init__(self) -> None:
+        if self.min_images < 2 or self.top_images < self.min_images or self.null_draws < 100:
+            raise FluxSaeError(
+                f"top_images={self.top_images}, min_images={self.min_images}, null_draws={self.null_draws}; "
+                "allowed: 2 <= min_images <= top_images and at least 100 null_draws"
+            )
+
+
+@dataclass(frozen=True)
+class FeatureCoherence:
+    """How alike each feature's top images are, and how sure that is; NaN where too few images fire."""
+
+    coherence: Float[np.ndarray, " features"]
+    """Mean pairwise cosine of the top images' CLIP embeddings."""
+    p_value: Float[np.ndarray, " features"]
+    """Share of random sets of as many active images that are at least as alike."""
+    q_value: Float[np.ndarray, " features"]
+    """The p-value corrected for testing all features: the false discovery rate at which it would be called coherent."""
+    monosemanticity: Float[np.ndarray, " features"]
+    """Mean cosine over all pairs of active images, weighted by the product of their scores."""
+    n_images: Int[np.ndarray, " features"]
+    """Top images the coherence rests on."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """A name for a feature and how far to trust it."""
+
+    text: str
+    confidence: float
+    """From 0 (chance) to 1."""
+    p_value: float
+    """Chance of an enrichment this strong among all words tried, by the source's own test."""
+    source: str
+    """Which labeller said so: "captions", "clip", ..."""
+
+
+class Labeller(Protocol):
+    """Anything that names features from the images they like."""
+
+    name: str
+
+    def label(self, scores: Float[Tensor, " images"]) -> list[Label]:
+        """Names for the feature with these scores, best first; empty where nothing stands out."""
+        ...
+
+
+def coherence(embeddings: Float[Tensor, "images width"]) -> float:
+    """Mean cosine over all pairs of different images, in [-1, 1]; `embeddings` are unit vectors.
+
+    Raises:
+        FluxSaeError: fewer than two images.
+    """
+    n = embeddings.shape[0]
+    if n < 2:
+        raise FluxSaeError(f"coherence of {n} images was asked; it needs at least 2")
+    total = embeddings.double().sum(dim=0).square().sum()
+    return float((total - embeddings.double().square().sum()) / (n * (n - 1)))
+
+
+def monosemanticity(embeddings: Float[Tensor, "images width"], scores: Float[Tensor, "images"]) -> float:
+    """Mean cosine over all pairs of different images weighted by the product of their scores; NaN below two active images.
+
+    After the monosemanticity score of Pach et al. 2025 (arXiv 2504.02821).
+    """
+    weights = scores.double() / scores.double().max().clamp(min=1e-300)
+    weighted = einops.einsum(weights, embeddings.double(), "images, images width -> width").square().sum()
+    own = weights.square()
+    pairs = weights.sum().square() - own.sum()
+    if float(pairs) <= 0 or int((scores > 0).sum()) < 2:
+        return float("nan")
+    return float((weighted - (own * embeddings.double().square().sum(dim=1)).sum()) / pairs)
+
+
+def top_unique(scores: Float[Tensor, " images"], groups: Int[Tensor, " images"], *, n: int) -> Int[Tensor, " top"]:
+    """Up to `n` images with the highest scores above 0, at most one of each group (prompt), best first.
+
+    Equal scores go to the lower image.
+    """
+    order = torch.argsort(scores, descending=True, stable=True)
+    order = order[: int((scores > 0).sum())]
+    kept: list[int] = []
+    seen: set[int] = set()
+    for image, group in zip(order.tolist(), groups[order].tolist(), strict=True):
+        if group not in seen:
+            seen.add(group)
+            kept.append(image)
+            if len(kept) == n:
+                break
+    return torch.tensor(kept, dtype=torch.long)
+
+
+def prompt_groups(prompts: Sequence[str]) -> Int[Tensor, " images"]:
+    """One number a prompt, the same for images of the same prompt."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(prompt, len(numbers)) for prompt in prompts], dtype=torch.long)
+
+
+def feature_coherence(
+    scores: Float[Tensor, "images features"],
+    embeddings: Float[Tensor, "images width"],
+    prompts: Sequence[str],
+    *,
+    config: SelectionConfig | None = None,
+) -> FeatureCoherence:
+    """Coherence, p-values and monosemanticity of every feature; `embeddings` are unit vectors of the same images.
+
+    The null: as many images, drawn by chance with unique prompts from the images on which any feature fires.
+
+    Raises:
+        FluxSaeError: scores, embeddings and prompts are of different numbers of images.
+    """
+    config = config or SelectionConfig()
+    if not scores.shape[0] == embeddings.shape[0] == len(prompts):
+        raise FluxSaeError(
+            f"{scores.shape[0]} rows of scores, {embeddings.shape[0]} embeddings and {len(prompts)} prompts were given; "
+            "they must be of the same images in the same order: embed the run again"
+        )
+    groups = prompt_groups(prompts)
+    tops = [top_unique(column, groups, n=config.top_images) for column in scores.T]
+    null = coherence_null(embeddings, groups, (scores > 0).any(dim=1), config=config)
+    values, p_values = np.full(len(tops), np.nan), np.full(len(tops), np.nan)
+    for feature, top in enumerate(tops):
+        if len(top) >= config.min_images:
+            values[feature] = coherence(embeddings[top])
+            p_values[feature] = null.p_value(values[feature], len(top))
+    return FeatureCoherence(
+        coherence=values,
+        p_value=p_values,
+        q_value=benjamini_hochberg(p_values),
+        monosemanticity=np.array([monosemanticity(embeddings, column.float()) for column in scores.T]),
+        n_images=np.array([len(top) for top in tops]),
+    )
+
+
+@dataclass(frozen=True)
+class CoherenceNull:
+    """Coherences of random sets of images, sorted, for every size of a set."""
+
+    draws: Float[np.ndarray, "sizes draws"]
+    """Row m holds the sets of m images; rows 0 and 1 are NaN."""
+
+    def p_value(self, value: float, n_images: int) -> float:
+        """Chance that a random set of as many images is at least as coherent; never 0 (Phipson & Smyth 2010)."""
+        row = self.draws[n_images]
+        at_least = len(row) - int(np.searchsorted(row, value - 1e-9, side="left"))
+        return (1 + at_least) / (1 + len(row))
+
+
+def coherence_null(
+    embeddings: Float[Tensor, "images width"],
+    groups: Int[Tensor, " images"],
+    active: Bool[Tensor, " images"],
+    *,
+    config: SelectionConfig,
+) -> CoherenceNull:
+    """Coherences of random sets of active images with unique prompts, of every size up to `config.top_images`."""
+    pool = active.nonzero().flatten().numpy()
+    most = min(config.top_images, len(np.unique(groups.numpy()[pool])))
+    generator = np.random.default_rng(config.seed)
+    rows = [
+        _prefix_coherences(embeddings, _random_sets(pool, groups.numpy(), most, size, generator))
+        for size in _chunks(config.null_draws, 500)
+    ]
+    sizes = np.concatenate(rows) if most >= 2 else np.full((config.null_draws, most + 1), np.nan)
+    return CoherenceNull(np.sort(sizes.T, axis=1))
+
+
+def _chunks(total: int, size: int) -> Iterator[int]:
+    for start in range(0, total, size):
+        yield min(size, total - start)
+
+
+def _random_sets(
+    pool: np.ndarray, groups: np.ndarray, most: int, draws: int, generator: np.random.Generator
+) -> Int[np.ndarray, "draws most"]:
+    """Images in random order without a second one of a group, cut after `most`."""
+    picked = pool[generator.integers(len(pool), size=(draws, 4 * most + 16))]
+    is_first = _first_of_group(groups[picked])
+    short = np.flatnonzero(is_first.sum(axis=1) < most)
+    order = np.argsort(~is_first, axis=1, kind="stable")[:, :most]
+    sets = np.take_along_axis(picked, order, axis=1)
+    for row in short:
+        shuffled = generator.permutation(pool)
+        sets[row] = shuffled[_first_of_group(groups[shuffled][None])[0]][:most]
+    return sets
+
+
+def _first_of_group(groups: Int[np.ndarray, "draws picks"]) -> Bool[np.ndarray, "draws picks"]:
+    order = np.argsort(groups, axis=1, kind="stable")
+    ordered = np.take_along_axis(groups, order, axis=1)
+    first = np.ones(groups.shape, dtype=bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    unsorted = np.empty_like(first)
+    np.put_along_axis(unsorted, order, first, axis=1)
+    return unsorted
+
+
+def _prefix_coherences(
+    embeddings: Float[Tensor, "images width"], sets: Int[np.ndarray, "draws most"]
+) -> Float[np.ndarray, "draws sizes"]:
+    """Coherence of the first 0, 1, 2, ... images of each set."""
+    chosen = embeddings[torch.from_numpy(sets)].double()
+    totals = chosen.cumsum(dim=1).square().sum(dim=-1)
+    own = chosen.square().sum(dim=-1).cumsum(dim=1)
+    size = torch.arange(1, sets.shape[1] + 1)
+    prefix = (totals - own) / (size * (size - 1))
+    prefix[:, 0] = torch.nan
+    return np.concatenate([np.full((len(sets), 1), np.nan), prefix.numpy()], axis=1)
+
+
+def benjamini_hochberg(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
+    """The false discovery rate at which each test would be called a discovery; NaN stays NaN and counts as no test."""
+    q_values = np.full(len(p_values), np.nan)
+    tested = np.flatnonzero(~np.isnan(p_values))
+    order = tested[np.argsort(p_values[tested], kind="stable")]
+    raw = p_values[order] * len(order) / np.arange(1, len(order) + 1)
+    q_values[order] = np.minimum.accumulate(raw[::-1])[::-1].clip(max=1.0)
+    return q_values
+
+
+STOP_WORDS = frozenset(
+    "a an the of on in at and or with to by for from is are it its this that as over under into onto very".split()
+)
+
+
+def caption_terms(prompt: str, *, longest: int = 3) -> set[str]:
+    """The words and phrases of a caption, in lower case, that neither begin nor end with a function word."""
+    terms: set[str] = set()
+    for clause in re.split(r"[.,;:!?()]", prompt.lower()):
+        words = re.findall(r"[\w'-]+", clause)
+        for start in range(len(words)):
+            for stop in range(start + 1, min(start + longest, len(words)) + 1):
+                if words[start] not in STOP_WORDS and words[stop - 1] not in STOP_WORDS:
+                    terms.add(" ".join(words[start:stop]))
+    return terms
+
+
+def label_images(
+    scores: Float[Tensor, " images"], groups: Int[Tensor, " images"], *, config: SelectionConfig
+) -> Int[Tensor, " top"]:
+    """The images that speak for a feature: unique prompts, highest first, none under the floor."""
+    top = top_unique(scores, groups, n=config.label_images)
+    return top[scores[top] >= config.label_floor * scores.max()]
+
+
+class CaptionLabeller:
+    """Words and phrases enriched in the captions of the top images against the captions of all other images.
+
+    delta = log-odds(top) - log-odds(rest), both with the pseudo-counts of an informative Dirichlet prior;
+    ranked by delta / sd(delta) (Monroe, Colaresi & Quinn 2008), significance by the hypergeometric test.
+    """
+
+    name = "captions"
+
+    def __init__(
+        self, prompts: Sequence[str], *, config: SelectionConfig | None = None, prior: float = 10.0, min_count: int = 3
+    ) -> None:
+        """`prior` is in captions: how many average captions the prior weighs; rarer terms than `min_count` are left out."""
+        self.config = config or SelectionConfig()
+        self.prior = prior
+        self.groups = prompt_groups(prompts)
+        captions = list(dict.fromkeys(prompts))
+        found = [caption_terms(caption) for caption in captions]
+        counts: dict[str, int] = {}
+        for terms in found:
+            for term in terms:
+                counts[term] = counts.get(term, 0) + 1
+        self.terms = sorted(term for term, count in counts.items() if min_count <= count < len(captions))
+        self.presence = _presence(found, self.terms)
+
+    def label(self, scores: Float[Tensor, " images"]) -> list[Label]:
+        """The enriched terms of one feature's top images, the strongest first; empty where none is significant."""
+        top = label_images(scores, self.groups, config=self.config)
+        if len(top) < self.config.min_images or not self.terms:
+            return []
+        n_top, n_rest = len(top), self.presence.shape[0] - len(top)
+        in_top = np.asarray(self.presence[self.groups[top].numpy()].sum(axis=0)).ravel()
+        in_all = np.asarray(self.presence.sum(axis=0)).ravel()
+        z = _log_odds_z(in_top, n_top, in_all - in_top, n_rest, prior=self.prior)
+        p_values = np.minimum(hypergeom.sf(in_top - 1, n_top + n_rest, in_all, n_top) * len(self.terms), 1.0)
+        lift = in_top / n_top - (in_all - in_top) / max(n_rest, 1)
+        order = sorted(np.flatnonzero(p_values < 0.05), key=lambda i: (-round(z[i], 2), -len(self.terms[i])))
+        return [Label(self.terms[i], float(lift[i].clip(0, 1)), float(p_values[i]), self.name) for i in order[:8]]
+
+
+def _presence(found: Sequence[set[str]], terms: Sequence[str]) -> csr_array:
+    number = {term: index for index, term in enumerate(terms)}
+    pairs = [(row, number[term]) for row, present in enumerate(found) for term in present if term in number]
+    rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    return csr_array((np.ones(len(pairs), np.int32), (rows, columns)), shape=(len(found), len(terms)))
+
+
+def _log_odds_z(
+    in_top: np.ndarray, n_top: int, in_rest: np.ndarray, n_rest: int, *, prior: float
+) -> Float[np.ndarray, " terms"]:
+    share = (in_top + in_rest) / (n_top + n_rest)
+    with_term, without = prior * share, prior * (1 - share)
+    delta = np.log((in_top + with_term) / (n_top - in_top + without)) - np.log(
+        (in_rest + with_term) / (n_rest - in_rest + without)
+    )
+    return delta / np.sqrt(1 / (in_top + with_term) + 1 / (in_rest + with_term))
+
+
+class PhraseLabeller:
+    """Phrases of a vocabulary whose CLIP-text vectors lie nearest to the top images, against all images of the run."""
+
+    name = "clip"
+
+    def __init__(
+        self,
+        vocabulary: Sequence[str],
+        texts: Float[Tensor, "phrases width"],
+        images: Float[Tensor, "images width"],
+        prompts: Sequence[str],
+        *,
+        config: SelectionConfig | None = None,
+    ) -> None:
+        self.config = config or SelectionConfig()
+        self.vocabulary = list(vocabulary)
+        self.groups = prompt_groups(prompts)
+        # centring takes away what all images and all texts share, the gap between CLIP's two cones among it
+        similarity = (images - images.mean(dim=0)) @ (texts - texts.mean(dim=0)).T
+        self.similarity = ((similarity - similarity.mean(dim=0)) / similarity.std(dim=0).clamp(min=1e-9)).numpy()
+
+    def label(self, scores: Float[Tensor, " images"]) -> list[Label]:
+        """The nearest phrases of one feature's top images, the nearest first; empty where none is significant."""
+        top = label_images(scores, self.groups, config=self.config).numpy()
+        if len(top) < self.config.min_images:
+            return []
+        mean = self.similarity[top].mean(axis=0)
+        p_values = np.minimum(norm.sf(mean * np.sqrt(len(top))) * len(self.vocabulary), 1.0)
+        order = [i for i in np.argsort(-mean, kind="stable")[:8] if p_values[i] < 0.05]
+        # a shift of d standard deviations separates top from rest with probability Phi(d / sqrt 2)
+        sure = 2 * norm.cdf(mean / np.sqrt(2)) - 1
+        return [Label(self.vocabulary[i], float(sure[i].clip(0, 1)), float(p_values[i]), self.name) for i in order]
+
+
+def combined_label(labels: Sequence[Sequence[Label]]) -> Label | None:
+    """One name from several labellers: the first one that has any, surer where another names the same thing."""
+    named = [candidates for candidates in labels if candidates]
+    if not named:
+        return None
+    best = named[0][0]
+    doubt = 1.0 - best.confidence
+    words = set(best.text.split())
+    for others in named[1:]:
+        if words & set(others[0].text.split()):
+            doubt *= 1.0 - others[0].confidence
+    return replace(best, confidence=1.0 - doubt)
+
+
+def select_features(
+    judged: FeatureCoherence, label_confidence: Float[np.ndarray, " features"], *, max_q: float = 0.05
+) -> list[int]:
+    """Features worth showing, best first: coherent at a false discovery rate of `max_q`, by coherence and label.
+
+    The order is by coherence times (1 + label confidence); a feature without coherence is never selected, so that
+    an empty run selects nothing rather than feature 0.
+    """
+    sure = np.nan_to_num(label_confidence, nan=0.0)
+    merit = judged.coherence * (1.0 + sure)
+    chosen = np.flatnonzero(np.nan_to_num(judged.q_value, nan=1.0) <= max_q)
+    return [int(feature) for feature in chosen[np.argsort(-merit[chosen], kind="stable")]]
