@@ -1,0 +1,342 @@
+"""The tables of a run as typed values, each with the one reader and writer of its file format."""
+
+import functools
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.files import atomic_path, load_tensors, map_array, read_header, save_tensors
+
+_IMAGE_ROW_GROUP = 128
+_THUMBNAIL_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_IMAGE_SCHEMA = pa.schema(
+    [("image_id", pa.int64()), ("prompt", pa.string()), ("seed", pa.int64()), ("thumbnail", _THUMBNAIL_TYPE)]
+)
+# What the `datasets` library and the Hub's viewer read to show the thumbnails as pictures.
+_HUGGINGFACE = {
+    "info": {
+        "features": {
+            "image_id": {"dtype": "int64", "_type": "Value"},
+            "prompt": {"dtype": "string", "_type": "Value"},
+            "seed": {"dtype": "int64", "_type": "Value"},
+            "thumbnail": {"_type": "Image"},
+        }
+    }
+}
+_FEATURE_COLUMNS = ("feature", "feature_class", "density", "mean_act", "max_act")
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One scored image: its prompt and seed identify it, its id is its row in S."""
+
+    image_id: int
+    prompt: str
+    seed: int
+    thumbnail: bytes
+    """The picture as webp."""
+
+    def picture(self) -> Image.Image:
+        """The thumbnail decoded."""
+        return Image.open(io.BytesIO(self.thumbnail)).convert("RGB")
+
+
+def encode_webp(image: Image.Image, *, longest_side: int, quality: int = 90) -> bytes:
+    """The image as webp, no side longer than `longest_side` pixels."""
+    small = image.convert("RGB")
+    if max(small.size) > longest_side:
+        small.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, format="WEBP", quality=quality, method=4)
+    return buffer.getvalue()
+
+
+class ImageTable:
+    """`images.parquet`: prompts and seeds in memory, thumbnails read as they are asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file = _open_parquet(self.path, _IMAGE_SCHEMA.names)
+        light = self._file.read(columns=["image_id", "prompt", "seed"])
+        self.image_ids: list[int] = light["image_id"].to_pylist()
+        self.prompts: list[str] = light["prompt"].to_pylist()
+        self.seeds: list[int] = light["seed"].to_pylist()
+        if self.image_ids != list(range(len(self.image_ids))):
+            raise FluxSaeError(f"{self.path} must list image ids 0, 1, 2, ... in order. Score the images again.")
+        sizes = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        self._group_starts = np.concatenate([[0], np.cumsum(sizes)])
+        self._group = functools.lru_cache(maxsize=8)(self._read_group)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, image_id: int) -> ImageRow:
+        return ImageRow(image_id, self.prompts[image_id], self.seeds[image_id], self.thumbnail(image_id))
+
+    def __iter__(self) -> Iterator[ImageRow]:
+        return (self[image_id] for image_id in self.image_ids)
+
+    def thumbnail(self, image_id: int) -> bytes:
+        """The webp bytes of one image.
+
+        Raises:
+            FluxSaeError: there is no such image.
+        """
+        if not 0 <= image_id < len(self):
+            raise FluxSaeError(f"Image id {image_id} is not in this run; ids go from 0 to {len(self) - 1}.")
+        group = int(np.searchsorted(self._group_starts, image_id, side="right")) - 1
+        return self._group(group)[image_id - int(self._group_starts[group])]
+
+    def picture(self, image_id: int) -> Image.Image:
+        """One thumbnail decoded."""
+        return Image.open(io.BytesIO(self.thumbnail(image_id))).convert("RGB")
+
+    def _read_group(self, group: int) -> list[bytes]:
+        return [
+            entry["bytes"] for entry in self._file.read_row_group(group, columns=["thumbnail"])["thumbnail"].to_pylist()
+        ]
+
+
+def write_images(path: str | Path, rows: Iterator[ImageRow] | Sequence[ImageRow]) -> None:
+    """Writes `images.parquet` from rows in the order of their ids, streaming."""
+    schema = _IMAGE_SCHEMA.with_metadata({"huggingface": json.dumps(_HUGGINGFACE)})
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        group: list[ImageRow] = []
+        for row in rows:
+            group.append(row)
+            if len(group) == _IMAGE_ROW_GROUP:
+                writer.write_table(_image_group(group, schema))
+                group = []
+        if group:
+            writer.write_table(_image_group(group, schema))
+
+
+def _image_group(rows: Sequence[ImageRow], schema: pa.Schema) -> pa.Table:
+    thumbnails = [{"bytes": row.thumbnail, "path": f"{row.image_id:06d}.webp"} for row in rows]
+    columns = [[row.image_id for row in rows], [row.prompt for row in rows], [row.seed for row in rows], thumbnails]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+
+
+def _open_parquet(path: Path, columns: Sequence[str]) -> pq.ParquetFile:
+    if not path.is_file():
+        raise FluxSaeError(f"{path} does not exist. Check the run folder, or run the stage that writes it.")
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise FluxSaeError(
+            f"{path} is not a whole parquet file ({error}). Run the stage that writes it again."
+        ) from error
+    missing = [name for name in columns if name not in file.schema_arrow.names]
+    if missing:
+        raise FluxSaeError(f"{path} lacks the columns {', '.join(missing)}. Run the stage that writes it again.")
+    return file
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """One feature's line in `features.parquet`; what `select` adds is None until it has run."""
+
+    feature: int
+    feature_class: str
+    """dead, rare, common or very common, by density."""
+    density: float
+    """Share of scored tokens with acts > 0."""
+    image_density: float
+    """Share of images with S > 0."""
+    mean_act: float
+    """Mean of the acts > 0."""
+    max_act: float
+    quantiles: list[float]
+    """Of the acts > 0, at `FeatureTable.quantile_levels`; from a histogram, exact to its bins of 19 %."""
+    spatial_spread: float
+    """Entropy of where it fires on a coarse grid, as a fraction of the uniform: 0 one place, 1 everywhere alike."""
+    step_profile: list[float]
+    """Mean activation per token, step by step of the captured steps."""
+    histogram: list[int]
+    """Counts of acts > 0 in log-spaced bins."""
+    top_images: list[int]
+    """Ids of the images with the highest S > 0, highest first, ties to the lower id."""
+    top_scores: list[float]
+    top_tokens: list[int]
+    """The token with the highest activation in each top image."""
+    neighbours: list[int]
+    """Features that fire on the same images, nearest first."""
+    neighbour_similarities: list[float]
+    family: int
+    """Number of the group of features that fire together; -1 for a feature on its own."""
+    coherence: float | None = None
+    p_value: float | None = None
+    q_value: float | None = None
+    is_coherent: bool | None = None
+    monosemanticity: float | None = None
+    label: str | None = None
+    label_confidence: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Columns that this class does not name."""
+
+
+class FeatureTable:
+    """`features.parquet`: one row a feature, in order, as columns that stages may add to."""
+
+    def __init__(self, table: pa.Table) -> None:
+        missing = [name for name in _FEATURE_COLUMNS if name not in table.column_names]
+        if missing:
+            raise FluxSaeError(
+                f"A feature table needs the columns {', '.join(missing)}. Run `python -m train.analyze`."
+            )
+        if table["feature"].to_pylist() != list(range(table.num_rows)):
+            raise FluxSaeError(
+                "A feature table needs one row a feature, in order. Run `python -m train.analyze` again."
+            )
+        self.table = table
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[FeatureRow], *, metadata: Mapping[str, str] | None = None) -> "FeatureTable":
+        """A table with every field of the rows as a column; fields that are None everywhere are left out."""
+        names = [name for name in FeatureRow.__dataclass_fields__ if name != "extra"]
+        columns = {name: [getattr(row, name) for row in rows] for name in names}
+        filled = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+        return cls(pa.table(filled).replace_schema_metadata(dict(metadata or {}) or None))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FeatureTable":
+        """The table in a parquet file."""
+        return cls(_open_parquet(Path(path), _FEATURE_COLUMNS).read())
+
+    def save(self, path: str | Path) -> None:
+        """Writes the parquet file, whole or absent."""
+        with atomic_path(path) as temporary:
+            pq.write_table(self.table, temporary, compression="zstd")
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.table.column_names
+
+    def __getitem__(self, feature: int) -> FeatureRow:
+        if not 0 <= feature < len(self):
+            raise FluxSaeError(f"Feature {feature} does not exist; features go from 0 to {len(self) - 1}.")
+        values = {name: self.table[name][feature].as_py() for name in self.table.column_names}
+        known = {name: values.pop(name) for name in list(values) if name in FeatureRow.__dataclass_fields__}
+        return FeatureRow(**known, extra=values)
+
+    def __iter__(self) -> Iterator[FeatureRow]:
+        return (self[feature] for feature in range(len(self)))
+
+    def column(self, name: str) -> np.ndarray:
+        """One column as an array (of objects, where its values are lists or text)."""
+        if name not in self.table.column_names:
+            raise FluxSaeError(f"There is no column {name!r}; there are {', '.join(self.table.column_names)}.")
+        values = self.table[name].to_pylist()
+        if values and isinstance(next((v for v in values if v is not None), None), list | str):
+            array = np.empty(len(values), dtype=object)
+            array[:] = values
+            return array
+        return np.asarray(values)
+
+    def with_columns(self, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> "FeatureTable":
+        """The table with columns added, or replaced where the name exists."""
+        table = self.table
+        for name, values in columns.items():
+            array = pa.array(values.tolist() if isinstance(values, np.ndarray) else list(values))
+            position = table.column_names.index(name) if name in table.column_names else -1
+            table = table.append_column(name, array) if position < 0 else table.set_column(position, name, array)
+        return FeatureTable(table)
+
+    @property
+    def quantile_levels(self) -> list[float]:
+        """The levels of the column `quantiles`."""
+        return [float(level) for level in json.loads(self._metadata("quantile_levels"))]
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the column `step_profile`."""
+        return [int(step) for step in json.loads(self._metadata("steps"))]
+
+    @property
+    def histogram_edges(self) -> list[float]:
+        """The edges of the bins of the column `histogram`, in activation units."""
+        return [float(edge) for edge in json.loads(self._metadata("histogram_edges"))]
+
+    def _metadata(self, key: str) -> str:
+        found = (self.table.schema.metadata or {}).get(key.encode())
+        if found is None:
+            raise FluxSaeError(f"The feature table does not tell its {key}. Run `python -m train.analyze` again.")
+        return bytes(found).decode()
+
+
+@dataclass(frozen=True)
+class Heatmaps:
+    """`heatmaps.safetensors`: acts of the alive features on the tokens of their top images, 8 bits a token."""
+
+    features: Int[np.ndarray, " alive"]
+    image_ids: Int[np.ndarray, "alive top"]
+    """-1 where a feature fires on fewer images."""
+    values: UInt8[np.ndarray, "alive top tokens"]
+    scale: Float[np.ndarray, " alive"]
+    """Activation that 255 stands for: the feature's run-wide maximum."""
+    rows: int
+    cols: int
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Heatmaps":
+        """The heatmaps of a file; values are paged in as they are used."""
+        header = read_header(path)
+        arrays = {name: map_array(path, name, header=header) for name in ("features", "image_ids", "values", "scale")}
+        return cls(**arrays, rows=int(header.metadata["rows"]), cols=int(header.metadata["cols"]))
+
+    def acts(self, feature: int) -> dict[int, Float[np.ndarray, " tokens"]]:
+        """Image id -> acts of the feature on that image's tokens, best image first; empty for a dead feature."""
+        position = int(np.searchsorted(self.features, feature))
+        if position == len(self.features) or self.features[position] != feature:
+            return {}
+        unit = np.float32(self.scale[position]) / np.float32(255)
+        maps = self.values[position].astype(np.float32) * unit
+        return {int(i): maps[rank] for rank, i in enumerate(self.image_ids[position]) if i >= 0}
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """`embeddings.safetensors`: one unit vector an image, and the model that made it."""
+
+    vectors: Float[np.ndarray, "images d"]
+    model: str
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Embeddings":
+        """The embeddings of a file."""
+        return cls(np.asarray(map_array(path, "embeddings")), read_header(path).metadata["model"])
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file as fp16, whole or absent."""
+        vectors = torch.from_numpy(np.ascontiguousarray(self.vectors, dtype=np.float16))
+        save_tensors(path, {"embeddings": vectors}, metadata={"model": self.model})
+
+
+def load_directions(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a directions file: `neighbours`, `similarities` (n_features, n), `positions` (n_features, 2)."""
+    tensors = load_tensors(path)
+    missing = [name for name in ("neighbours", "similarities", "positions") if name not in tensors]
+    if missing:
+        raise FluxSaeError(f"{path} lacks {', '.join(missing)}. Run `python -m train.directions` again.")
+    return tensors
+
+
+def load_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FluxSaeError(f"{path} does not exist. Run the stage that writes it.")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
