@@ -55,16 +55,19 @@ hookpoints = st.sampled_from(
 )
 
 
-@given(
-    hookpoint=hookpoints,
-    feature=st.integers(0, 10**6),
-    mode=st.sampled_from(MODES),
-    strength=st.floats(0, 1),
+edits = st.builds(
+    SteeringEdit,
+    hookpoints,
+    st.integers(0, 10**6),
+    st.sampled_from(MODES),
+    st.floats(0, 1),
     steps=windows,
     region=regions,
 )
-def test_an_edit_survives_json(hookpoint, feature, mode, strength, steps, region) -> None:
-    edit = SteeringEdit(hookpoint, feature, mode, strength, steps=steps, region=region)
+
+
+@given(edits)
+def test_an_edit_survives_json(edit: SteeringEdit) -> None:
     assert SteeringEdit.from_json(edit.to_json()) == edit
     assert SteeringEdit.from_dict(json.loads(json.dumps(edit.to_dict()))) == edit
     assert hash(edit) == hash(SteeringEdit.from_json(edit.to_json()))
