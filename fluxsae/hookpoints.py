@@ -32,7 +32,9 @@ _LAYOUTS: dict[tuple[BlockKind, Submodule], tuple[Literal["tensor", "tuple"], tu
 }
 
 _SHORT = re.compile(r"layer(?P<index>\d{1,4})")
-_LONG = re.compile(r"(?P<blocks>transformer_blocks|single_transformer_blocks)\.(?P<index>\d{1,4})(?:\.(?P<submodule>\w+))?")
+_LONG = re.compile(
+    r"(?P<blocks>transformer_blocks|single_transformer_blocks)\.(?P<index>\d{1,4})(?:\.(?P<submodule>\w+))?"
+)
 _SYNTAX = (
     "Write layer15 (short for transformer_blocks.15.ff), transformer_blocks.15, .attn, .ff or .ff_context, "
     "single_transformer_blocks.7, .attn, .proj_mlp or .proj_out; add :text for the text tokens"
@@ -112,9 +114,7 @@ class HookPoint:
             return output
         return output[:, :n_text] if self.stream == "text" else output[:, n_text:]
 
-    def join(
-        self, output: BlockOutput, tokens: Float[Tensor, "batch tokens d_model"], n_text: int
-    ) -> BlockOutput:
+    def join(self, output: BlockOutput, tokens: Float[Tensor, "batch tokens d_model"], n_text: int) -> BlockOutput:
         """What the module returned with this stream's tokens replaced: same type, layout and dtype; a new tensor."""
         shape, streams = _LAYOUTS[self.block_kind, self.submodule]
         if shape == "tuple":
