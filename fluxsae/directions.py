@@ -52,7 +52,7 @@ def nearest_features(
     asked = torch.arange(total) if features is None else features
     if not 1 <= n < total:
         raise FluxSaeError(f"{n} neighbours of {total} features were asked; give 1 to {total - 1}")
-    if asked.numel() and not (0 <= int(asked.min()) and int(asked.max()) < total):
+    if asked.numel() and (int(asked.min()) < 0 or int(asked.max()) >= total):
         raise FluxSaeError(f"features {int(asked.min())} to {int(asked.max())} were asked; give 0 to {total - 1}")
     directions = normalize(W_dec.detach().float(), dim=-1)
     found = [_nearest(directions, chunk, n) for chunk in asked.split(CHUNK)]
@@ -88,7 +88,8 @@ def feature_map(
     method = TSNE(perplexity=min(perplexity, (len(directions) - 1) / 3), init="pca", metric="cosine", random_state=seed)
     places = method.fit_transform(directions)
     centred = places - places.mean(axis=0)
-    return (centred / np.abs(centred).max()).astype(np.float32)
+    scaled: Float[np.ndarray, "features 2"] = (centred / np.abs(centred).max()).astype(np.float32)
+    return scaled
 
 
 def compare_layers(
@@ -109,7 +110,8 @@ def compare_layers(
     """
     if first.shape[0] != second.shape[0]:
         raise FluxSaeError(
-            f"scores of {first.shape[0]} and of {second.shape[0]} images were given; layers are compared on the same images"
+            f"scores of {first.shape[0]} and of {second.shape[0]} images were given; "
+            "layers are compared on the same images"
         )
     alive_first, alive_second = _alive(first, min_images), _alive(second, min_images)
     if not len(alive_first) or not len(alive_second):

@@ -1,4 +1,4 @@
-"""CLIP embeddings and perceptual distances behind two small protocols, so that no caller knows which model is inside."""
+"""CLIP embeddings and perceptual distances behind two small protocols: no caller knows which model is inside."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,10 +75,12 @@ class OpenClipEmbedder:
 
     def _encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images]).to(self.device)
-        return self.model.encode_image(pixels)
+        encoded: Tensor = self.model.encode_image(pixels)
+        return encoded
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
-        return self.model.encode_text(self.tokenizer(list(texts)).to(self.device))
+        encoded: Tensor = self.model.encode_text(self.tokenizer(list(texts)).to(self.device))
+        return encoded
 
     def _in_batches(self, items: Sequence[Any], encode: Any) -> Float[Tensor, "items width"]:
         if not items:
@@ -88,7 +90,9 @@ class OpenClipEmbedder:
 
 
 class LpipsDistance:
-    """LPIPS, sum over layers of the weighted squared difference of unit-normalised features (Zhang et al. 2018, 1801.03924).
+    """LPIPS: weighted squared differences of unit-normalised features, summed over layers.
+
+    Zhang et al. 2018, arXiv 1801.03924.
 
     With `random_features` the same formula on an untrained network: a random-feature distance, which is not LPIPS.
     """
@@ -119,15 +123,17 @@ class LpipsDistance:
             FluxSaeError: the lists differ in length or hold pictures of several sizes.
         """
         if len(first) != len(second) or len({image.size for image in (*first, *second)}) != 1:
+            sizes = {image.size for image in (*first, *second)}
             raise FluxSaeError(
-                f"{len(first)} and {len(second)} pictures of {len({i.size for i in (*first, *second)})} sizes were given; "
+                f"{len(first)} and {len(second)} pictures of {len(sizes)} sizes were given; "
                 "a distance needs two equally long lists of pictures of one size"
             )
         maps = [self._one_map(one, other) for one, other in zip(first, second, strict=True)]
         return torch.cat(maps).float().cpu()
 
     def _one_map(self, one: Image.Image, other: Image.Image) -> Float[Tensor, "1 height width"]:
-        return self.model(self._pixels(one), self._pixels(other))[:, 0]
+        spatial: Tensor = self.model(self._pixels(one), self._pixels(other))
+        return spatial[:, 0]
 
     def _pixels(self, image: Image.Image) -> Float[Tensor, "1 3 height width"]:
         array = np.asarray(image.convert("RGB"), dtype=np.float32) / 127.5 - 1.0
@@ -139,7 +145,7 @@ class LpipsDistance:
 
 
 def load_embedder(name: str = "miniature", *, device: str = "cpu", batch_size: int = 32) -> ImageEmbedder:
-    """CLIP by name: "miniature", an open_clip model as "ViT-B-32/laion2b_s34b_b79k", "hf-hub:org/model", or "local-dir:path".
+    """CLIP by name: "miniature", "ViT-B-32/laion2b_s34b_b79k" (open_clip model/weights), "hf-hub:...", "local-dir:...".
 
     Raises:
         FluxSaeError: the name is none of these, or the model cannot be loaded.

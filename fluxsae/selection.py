@@ -29,7 +29,7 @@ class SelectionConfig:
     max_p: float = 0.05
     """Share of false discoveries allowed among the features called coherent (Benjamini & Hochberg 1995)."""
     label_images: int = 48
-    """Images a label is drawn from: the highest scores, as long as they exceed `label_floor` of the feature's maximum."""
+    """Images a label is drawn from: the highest scores that reach `label_floor`."""
     label_floor: float = 0.3
     """Fraction of the feature's maximum below which an image says nothing about its label."""
     seed: int = 0
@@ -96,9 +96,9 @@ def coherence(embeddings: Float[Tensor, "images width"]) -> float:
 
 
 def monosemanticity(embeddings: Float[Tensor, "images width"], scores: Float[Tensor, "images"]) -> float:
-    """Mean cosine over all pairs of different images weighted by the product of their scores; NaN below two active images.
+    """Mean cosine over all pairs of different images, weighted by the product of their scores.
 
-    After the monosemanticity score of Pach et al. 2025 (arXiv 2504.02821).
+    NaN below two active images. After the monosemanticity score of Pach et al. 2025 (arXiv 2504.02821).
     """
     weights = scores.double() / scores.double().max().clamp(min=1e-300)
     weighted = einops.einsum(weights, embeddings.double(), "images, images width -> width").square().sum()
@@ -150,7 +150,7 @@ def feature_coherence(
     config = config or SelectionConfig()
     if not scores.shape[0] == embeddings.shape[0] == len(prompts):
         raise FluxSaeError(
-            f"{scores.shape[0]} rows of scores, {embeddings.shape[0]} embeddings and {len(prompts)} prompts were given; "
+            f"{scores.shape[0]} rows of scores, {embeddings.shape[0]} embeddings, {len(prompts)} prompts were given; "
             "they must be of the same images in the same order: embed the run again"
         )
     groups = prompt_groups(prompts)
@@ -257,7 +257,7 @@ def benjamini_hochberg(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarra
 
 
 STOP_WORDS = frozenset(
-    "a an the of on in at and or with to by for from is are it its this that as over under into onto very".split()
+    {"a", "an", "the", "of", "on", "in", "at", "and", "or", "with", "to", "by", "for", "from", "is", "are", "it", "its"}
 )
 
 
@@ -293,7 +293,7 @@ class CaptionLabeller:
     def __init__(
         self, prompts: Sequence[str], *, config: SelectionConfig | None = None, prior: float = 10.0, min_count: int = 3
     ) -> None:
-        """`prior` is in captions: how many average captions the prior weighs; rarer terms than `min_count` are left out."""
+        """`prior` is in captions: how many average captions it weighs; rarer terms than `min_count` are left out."""
         self.config = config or SelectionConfig()
         self.prior = prior
         self.groups = prompt_groups(prompts)
@@ -317,7 +317,7 @@ class CaptionLabeller:
         z = _log_odds_z(in_top, n_top, in_all - in_top, n_rest, prior=self.prior)
         p_values = np.minimum(hypergeom.sf(in_top - 1, n_top + n_rest, in_all, n_top) * len(self.terms), 1.0)
         lift = in_top / n_top - (in_all - in_top) / max(n_rest, 1)
-        order = sorted(np.flatnonzero(p_values < 0.05), key=lambda i: (-round(z[i], 2), -len(self.terms[i])))
+        order = sorted(np.flatnonzero(p_values < 0.05), key=lambda i: (-round(float(z[i]), 2), -len(self.terms[i])))
         return [Label(self.terms[i], float(lift[i].clip(0, 1)), float(p_values[i]), self.name) for i in order[:8]]
 
 
@@ -336,7 +336,8 @@ def _log_odds_z(
     delta = np.log((in_top + with_term) / (n_top - in_top + without)) - np.log(
         (in_rest + with_term) / (n_rest - in_rest + without)
     )
-    return delta / np.sqrt(1 / (in_top + with_term) + 1 / (in_rest + with_term))
+    z: Float[np.ndarray, " terms"] = delta / np.sqrt(1 / (in_top + with_term) + 1 / (in_rest + with_term))
+    return z
 
 
 class PhraseLabeller:
