@@ -400,3 +400,37 @@ def select_features(
     merit = judged.coherence * (1.0 + sure)
     chosen = np.flatnonzero(np.nan_to_num(judged.q_value, nan=1.0) <= max_q)
     return [int(feature) for feature in chosen[np.argsort(-merit[chosen], kind="stable")]]
+
+
+def rank_features(
+    coherences: Float[np.ndarray, " features"],
+    q_values: Float[np.ndarray, " features"],
+    label_confidence: Float[np.ndarray, " features"],
+    image_density: Float[np.ndarray, " features"],
+    *,
+    max_q: float = 0.05,
+) -> list[int]:
+    """All features for browsing: the selected ones first, then those with a label, then what fires, the dead last.
+
+    NaN stands for what was not measured. Within a rank by merit, then by how often they fire.
+    """
+    is_selected = np.nan_to_num(q_values, nan=1.0) <= max_q
+    sure = np.nan_to_num(label_confidence, nan=0.0)
+    merit = np.nan_to_num(coherences, nan=0.0) * (1.0 + sure) + sure
+    order = np.lexsort((-image_density, -merit, ~is_selected, image_density <= 0))
+    return [int(feature) for feature in order]
+
+
+def nearest_silent_images(
+    scores: Float[Tensor, " images"],
+    embeddings: Float[Tensor, "images width"],
+    top: Int[Tensor, " top"],
+    *,
+    n: int = 6,
+) -> Int[Tensor, " silent"]:
+    """The images that look most like the feature's top images although it is silent there, the nearest first."""
+    silent = (scores <= 0).nonzero().flatten()
+    if not len(top):
+        return silent[:0]
+    likeness = embeddings[silent] @ embeddings[top].mean(dim=0)
+    return silent[torch.argsort(likeness, descending=True, stable=True)[:n]]
