@@ -51,10 +51,12 @@ def _phrase(thing: SceneObject, kept: set[str]) -> str:
     return _article(" ".join(words)) + place
 
 
-def caption_scene(scene: Scene, rng: np.random.Generator, *, keep: float = 0.75, always: tuple[str, ...] = ()) -> str:
+def caption_scene(
+    scene: Scene, rng: np.random.Generator, *, keep: float = 0.75, always: tuple[str, ...] = (), terse: bool = False
+) -> str:
     """One caption; every attribute is named with probability `keep`, those in `always` certainly.
 
-    Two objects are named in random order.
+    Two objects are named in random order. A terse caption has no articles.
     """
     phrases = []
     for thing in scene.objects:
@@ -64,7 +66,7 @@ def caption_scene(scene: Scene, rng: np.random.Generator, *, keep: float = 0.75,
     text = " and ".join(phrases[index] for index in order)
     if "background" in always or rng.random() < keep:
         text += f" on {_article(scene.background)} background"
-    return text
+    return " ".join(word for word in text.split() if word not in ("a", "an")) if terse else text
 
 
 def prompted_attributes(prompt: str) -> tuple[list[dict[str, str]], str | None]:
@@ -73,8 +75,8 @@ def prompted_attributes(prompt: str) -> tuple[list[dict[str, str]], str | None]:
     background = None
     if "background" in words:
         end = words.index("background")
-        background = next((word for word in words[max(0, end - 2) : end] if word in ATTRIBUTES["background"]), None)
-        words = words[: max(0, end - 2)]
+        background = words[end - 1] if end and words[end - 1] in ATTRIBUTES["background"] else None
+        words = words[:end]
     found: list[dict[str, str]] = [{}]
     for word in words:
         if word == "and":

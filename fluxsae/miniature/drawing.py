@@ -80,7 +80,12 @@ _HEART_TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)
 _HEART = np.stack(
     [
         16 * np.sin(_HEART_TURN) ** 3 / 17,
-        -(13 * np.cos(_HEART_TURN) - 5 * np.cos(2 * _HEART_TURN) - 2 * np.cos(3 * _HEART_TURN) - np.cos(4 * _HEART_TURN))
+        -(
+            13 * np.cos(_HEART_TURN)
+            - 5 * np.cos(2 * _HEART_TURN)
+            - 2 * np.cos(3 * _HEART_TURN)
+            - np.cos(4 * _HEART_TURN)
+        )
         / 17
         - 0.14,
     ],
@@ -194,7 +199,10 @@ def is_held_out(thing: SceneObject) -> bool:
 
 def place_object(rng: np.random.Generator, *, position: str, **attributes: str) -> SceneObject:
     """An object at `position`, its exact place and radius drawn from `rng`; attributes left out are drawn too."""
-    values = {name: attributes.get(name) or str(rng.choice(ATTRIBUTES[name])) for name in ("shape", "colour", "texture", "size")}
+    values = {
+        name: attributes.get(name) or str(rng.choice(ATTRIBUTES[name]))
+        for name in ("shape", "colour", "texture", "size")
+    }
     x, y = np.array(POSITIONS[position]) + rng.uniform(-POSITION_JITTER, POSITION_JITTER, 2)
     radius = rng.uniform(*RADII[values["size"]])
     return SceneObject(**values, position=position, x=float(x), y=float(y), radius=float(radius))

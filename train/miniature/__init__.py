@@ -1,0 +1,1 @@
+"""Training of the embedded miniature FLUX, run as `python -m train.miniature`."""

@@ -1,0 +1,144 @@
+"""Train the embedded miniature FLUX and its CLIP, or examine them.
+
+python -m train.miniature                      train (resumes), then write fluxsae/miniature/flux and clip
+python -m train.miniature --evaluate           examine what is written: 500 prompts never trained on
+python -m train.miniature --minutes 10         the same training, fitted into ten minutes of a GPU
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import nn
+
+from fluxsae.flux import load_flux
+from fluxsae.miniature import miniature_path
+from train.miniature.autoencoder import encode_bank, train_autoencoder
+from train.miniature.bank import SceneBank, draw_bank
+from train.miniature.contrast import save_clip, train_clip
+from train.miniature.exam import format_tally, held_out_psnr, sample_sheet, take_exam
+from train.miniature.flow import GuidanceDistillation, flow_loss, train_stage
+from train.miniature.models import (
+    assemble_pipeline,
+    build_autoencoder,
+    build_clip,
+    build_generator,
+    save_flux,
+)
+from train.miniature.progress import Checkpoint, StageClock
+
+SHARES = {"autoencoder": 0.17, "clip": 0.10, "flow": 0.55, "guidance": 0.18}
+"""How `minutes` is divided among the stages."""
+
+
+@dataclass(frozen=True)
+class MiniatureConfig:
+    """How the miniature is trained."""
+
+    evaluate: bool = False
+    """Examine the written miniature instead of training."""
+    sheet: Path | None = None
+    """With `evaluate`: also write a sheet of 64 samples here (png)."""
+    checkpoints: Path = Path("runs/miniature")
+    """Folder of the checkpoints; training resumes from what lies there."""
+    output: Path = miniature_path("flux").parent
+    """Folder that receives `flux/` and `clip/`."""
+    minutes: float | None = None
+    """Fit the whole training into about this many minutes; None runs all steps."""
+    scenes: int = 60_000
+    """Size of the bank of drawn scenes."""
+    autoencoder_steps: int = 12_000
+    """Steps of 64 windows each."""
+    clip_steps: int = 6_000
+    """Steps of `batch_size` scenes each."""
+    flow_steps: int = 40_000
+    """Steps of `batch_size` scenes each."""
+    guidance_steps: int = 6_000
+    """Distillation steps of `batch_size` scenes each."""
+    batch_size: int = 256
+    """Scenes a step; 64 is enough on a CPU."""
+    learning_rate: float = 1.5e-3
+    """Peak of the flow stage; the guidance stage peaks at a quarter."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to train."""
+    seed: int = 0
+    """Of the bank, the initial weights and the batches."""
+
+
+def _clock(config: MiniatureConfig, name: str, steps: int) -> StageClock:
+    budget = config.minutes * 60 * SHARES[name] if config.minutes else None
+    return StageClock(name=name, steps=steps, budget_seconds=budget)
+
+
+def _train_generator(config: MiniatureConfig, bank: SceneBank, latents: torch.Tensor, generator: nn.ModuleDict) -> None:
+    flow, guidance = config.checkpoints / "flow", config.checkpoints / "guidance"
+    if not Checkpoint(flow).is_finished:
+        train_stage(
+            bank,
+            latents,
+            generator,
+            flow_loss,
+            flow,
+            _clock(config, "flow", config.flow_steps),
+            batch_size=config.batch_size,
+            peak_learning_rate=config.learning_rate,
+            seed=config.seed + 1,
+        )
+    Checkpoint(flow).load_average(generator)
+    if not Checkpoint(guidance).is_finished:
+        train_stage(
+            bank,
+            latents,
+            generator,
+            GuidanceDistillation(generator),
+            guidance,
+            _clock(config, "guidance", config.guidance_steps),
+            batch_size=config.batch_size,
+            peak_learning_rate=config.learning_rate / 4,
+            seed=config.seed + 2,
+        )
+    Checkpoint(guidance).load_average(generator)
+
+
+def train_miniature(config: MiniatureConfig) -> None:
+    """All stages in order; each resumes where it stopped and is skipped when it is finished."""
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)
+    autoencoder, clip, generator = (part.to(device) for part in (build_autoencoder(), build_clip(), build_generator()))
+    bank = draw_bank(config.scenes, seed=config.seed, device=device, workers=os.cpu_count() or 1)
+    print(f"drew {config.scenes:,} scenes", flush=True)
+    stage = config.checkpoints / "autoencoder"
+    if not Checkpoint(stage).is_finished:
+        clock = _clock(config, "autoencoder", config.autoencoder_steps)
+        train_autoencoder(bank, autoencoder, stage, clock, batch_size=64, seed=config.seed)
+    Checkpoint(stage).load_average(autoencoder)
+    stage = config.checkpoints / "clip"
+    if not Checkpoint(stage).is_finished:
+        clock = _clock(config, "clip", config.clip_steps)
+        train_clip(bank, clip, stage, clock, batch_size=2 * config.batch_size, seed=config.seed + 3)
+    Checkpoint(stage).load_average(clip)
+    latents = encode_bank(bank, autoencoder)
+    _train_generator(config, bank, latents, generator)
+    save_flux(assemble_pipeline(generator.cpu(), autoencoder.cpu()), config.output / "flux")
+    save_clip(clip, config.output / "clip")
+    print(f"wrote {config.output / 'flux'} and {config.output / 'clip'}")
+
+
+def examine_miniature(config: MiniatureConfig) -> None:
+    """Print how the written miniature does on what it never saw."""
+    pipe = load_flux(str(config.output / "flux"), device=config.device)
+    if config.sheet is not None:
+        sample_sheet(pipe, config.sheet)
+    print(f"autoencoder alone, whole held-out scenes: {held_out_psnr(pipe):.1f} dB")
+    print(format_tally(take_exam(pipe)))
+
+
+def main(config: MiniatureConfig) -> None:
+    """Train, or examine."""
+    (examine_miniature if config.evaluate else train_miniature)(config)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(MiniatureConfig))

@@ -1,0 +1,162 @@
+"""How far a training stage is, by steps or by the clock, and its files on disk."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+REPORT_EVERY_SECONDS = 10.0
+SAVE_EVERY_SECONDS = 60.0
+
+
+@dataclass
+class StageClock:
+    """Counts a stage's steps; the stage ends at `steps`, or after `budget_seconds` where given.
+
+    The learning rate follows `progress`, so that a stage cut short by its budget still decays to zero.
+    """
+
+    name: str
+    steps: int
+    budget_seconds: float | None
+    step: int = 0
+    elapsed_before: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._started = self._reported = self._saved = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds spent in this stage, over all sessions."""
+        return self.elapsed_before + time.monotonic() - self._started
+
+    @property
+    def progress(self) -> float:
+        """Share of the stage that is done, 0 to 1."""
+        by_clock = self.elapsed / self.budget_seconds if self.budget_seconds else 0.0
+        return min(1.0, max(self.step / self.steps, by_clock))
+
+    def learning_rate(self, peak: float, *, warmup: int = 300, decay: float = 0.5) -> float:
+        """Linear warm-up, a plateau, and a cosine fall to zero over the last `decay` of the stage."""
+        fall = max(0.0, (self.progress - (1 - decay)) / decay)
+        return peak * min(1.0, self.step / warmup) * 0.5 * (1 + math.cos(math.pi * fall))
+
+    def ticks(self) -> Iterator[int]:
+        """The steps that are left."""
+        while self.step < self.steps and self.progress < 1.0:
+            self.step += 1
+            yield self.step - 1
+
+    def is_save_due(self) -> bool:
+        """Whether the last checkpoint is old enough for another; asking counts as saving."""
+        is_due = time.monotonic() - self._saved > SAVE_EVERY_SECONDS
+        if is_due:
+            self._saved = time.monotonic()
+        return is_due
+
+    def report(self, loss: torch.Tensor) -> None:
+        """Print a line every few seconds; only then is the loss read back from the device."""
+        now = time.monotonic()
+        if now - self._reported < REPORT_EVERY_SECONDS and self.step < self.steps:
+            return
+        self._reported = now
+        left = self.elapsed / max(self.progress, 1e-6) * (1 - self.progress)
+        print(
+            f"{self.name}: step {self.step:,}  loss {loss.item():.4f}  {self.elapsed:.0f} s, {left:.0f} s left",
+            flush=True,
+        )
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write tensors under a temporary name, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial)
+    os.replace(partial, path)
+
+
+class Checkpoint:
+    """One stage's folder: weights, their moving average, the optimiser's moments, and where the clock stood."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def exists(self) -> bool:
+        """Whether a complete checkpoint lies there; the clock is written last."""
+        return (self.folder / "clock.json").is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the stage ran to its end."""
+        return self.exists and bool(json.loads((self.folder / "clock.json").read_text())["finished"])
+
+    def save(
+        self,
+        model: nn.Module,
+        average: dict[str, torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        clock: StageClock,
+        *,
+        finished: bool,
+    ) -> None:
+        """Write everything that is needed to go on."""
+        names = [name for name, _ in model.named_parameters()]
+        state = optimizer.state_dict()["state"]
+        save_tensors(dict(model.named_parameters()), self.folder / "weights.safetensors")
+        save_tensors(average, self.folder / "average.safetensors")
+        for moment in ("exp_avg", "exp_avg_sq"):
+            save_tensors(
+                {name: state[i][moment] for i, name in enumerate(names) if i in state},
+                self.folder / f"{moment}.safetensors",
+            )
+        record = {"step": clock.step, "elapsed": clock.elapsed, "finished": finished}
+        partial = self.folder / "clock.partial"
+        partial.write_text(json.dumps(record))
+        os.replace(partial, self.folder / "clock.json")
+
+    def load(
+        self, model: nn.Module, average: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, clock: StageClock
+    ) -> None:
+        """Put everything back in place."""
+        record = json.loads((self.folder / "clock.json").read_text())
+        clock.step, clock.elapsed_before = record["step"], record["elapsed"]
+        _fill(model, load_file(self.folder / "weights.safetensors"))
+        for name, tensor in load_file(self.folder / "average.safetensors").items():
+            average[name].copy_(tensor)
+        moments = {moment: load_file(self.folder / f"{moment}.safetensors") for moment in ("exp_avg", "exp_avg_sq")}
+        for name, parameter in model.named_parameters():
+            if name in moments["exp_avg"]:
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(clock.step), device=parameter.device),
+                    **{moment: moments[moment][name].to(parameter.device) for moment in moments},
+                }
+
+    def load_average(self, model: nn.Module) -> None:
+        """Fill `model` with the moving average alone."""
+        _fill(model, load_file(self.folder / "average.safetensors"))
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[name])
+
+
+def start_average(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all weights, to become their moving average."""
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+@torch.no_grad()
+def update_average(average: dict[str, torch.Tensor], model: nn.Module, step: int, *, decay: float = 0.9993) -> None:
+    """Move the average towards the weights; faster in the beginning."""
+    rate = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.values()), list(model.parameters()), rate)
