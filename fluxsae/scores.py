@@ -266,7 +266,8 @@ def write_scores(path: str | Path, parts: Sequence[Path], *, steps: Sequence[int
 def _stored(scores: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Scores in the stored type; a positive one never becomes 0, so that "fires" means the same in every file."""
     smallest = np.finfo(dtype).smallest_subnormal
-    return np.where(scores > 0, np.maximum(scores.astype(dtype), smallest), dtype.type(0))
+    stored: np.ndarray = np.where(scores > 0, np.maximum(scores.astype(dtype), smallest), dtype.type(0))
+    return stored
 
 
 def _token_type(n_tokens: int) -> str:
