@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, TypeGuard, get_args
 
 from PIL import Image, PngImagePlugin
 
@@ -34,7 +34,7 @@ PNG_KEY: Final = "fluxsae.recipes"
 RECIPE_SCHEMA: Final = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class HeatmapRegion:
     """The tokens where the edited feature itself fires above `threshold`.
 
@@ -43,20 +43,20 @@ class HeatmapRegion:
 
     threshold: float = 0.0
 
-    def __post_init__(self) -> None:
-        if not _is_number(self.threshold) or not 0 <= self.threshold <= MAX_STRENGTH:
+    def __init__(self, threshold: object = 0.0) -> None:
+        if not _is_number(threshold) or not 0 <= threshold <= MAX_STRENGTH:
             raise FluxSaeError(
-                f"region.heatmap is {self.threshold!r}; it is a fraction of the feature's reference activation, "
-                "a finite number of at least 0. Use 0 for every token where the feature fires."
+                f"region.heatmap is {_short(threshold)}; it is a fraction of the feature's reference activation, "
+                f"a number from 0 to {MAX_STRENGTH:g}. Use 0 for every token where the feature fires."
             )
-        object.__setattr__(self, "threshold", float(self.threshold))
+        object.__setattr__(self, "threshold", float(threshold))
 
 
 GridMask = tuple[tuple[bool, ...], ...]
 Region = GridMask | HeatmapRegion
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class SteeringEdit:
     """One change of one feature at one hook point.
 
@@ -80,12 +80,26 @@ class SteeringEdit:
     steps: tuple[int, int] | None = None
     region: Region | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hookpoint", _hookpoint(self.hookpoint))
-        object.__setattr__(self, "feature", _feature(self.feature))
-        object.__setattr__(self, "strength", _strength(self.mode, self.strength))
-        object.__setattr__(self, "steps", _steps(self.steps))
-        object.__setattr__(self, "region", _region(self.region))
+    # The parameters are `object` because they are checked here, one by one, with a message for the user.
+    def __init__(  # noqa: PLR0917
+        self,
+        hookpoint: object,
+        feature: object,
+        mode: object,
+        strength: object,
+        steps: object = None,
+        region: object = None,
+    ) -> None:
+        checked = {
+            "hookpoint": _hookpoint(hookpoint),
+            "feature": _feature(feature),
+            "mode": _mode(mode),
+            "strength": _strength(_mode(mode), strength),
+            "steps": _steps(steps),
+            "region": _region(region),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def is_identity(self) -> bool:
@@ -180,9 +194,6 @@ class SaeSource:
     subfolder: str = ""
     revision: str | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hookpoint", _hookpoint(self.hookpoint))
-
     def to_dict(self) -> dict[str, Any]:
         """The source as JSON values."""
         return {
@@ -195,7 +206,9 @@ class SaeSource:
     @classmethod
     def from_dict(cls, values: Any) -> "SaeSource":
         """Inverse of `to_dict`."""
-        return cls(**_checked_keys(values, "saes", ("hookpoint", "path"), ("subfolder", "revision")))
+        fields = _checked_keys(values, "saes", ("hookpoint", "path"), ("subfolder", "revision"))
+        _checked_texts(fields, ("path", "subfolder"), ("revision",))
+        return cls(**{**fields, "hookpoint": _hookpoint(fields["hookpoint"])})
 
 
 @dataclass(frozen=True)
@@ -220,10 +233,7 @@ class Recipe:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        _checked_text("prompt", self.prompt)
         _checked_int("seed", self.seed, 0, 2**63 - 1)
-        object.__setattr__(self, "batch", tuple(tuple(edits) for edits in self.batch))
-        object.__setattr__(self, "saes", tuple(self.saes))
         _checked_int("index", self.index, 0, len(self.batch) - 1)
         _checked_int("shared_steps", self.shared_steps, 0, self.settings.num_inference_steps)
 
@@ -261,6 +271,11 @@ class Recipe:
         version = fields.pop("schema_version")
         if version != RECIPE_SCHEMA:
             raise FluxSaeError(f"recipe.schema_version is {version!r}; this version of fluxsae reads {RECIPE_SCHEMA}.")
+        _checked_texts(fields, ("prompt", "flux_id", "dtype", "device"), ("flux_revision",))
+        for name in ("seed", "index", "shared_steps"):
+            _checked_int(name, fields.get(name, 0), 0, 2**63 - 1)
+        if not isinstance(fields["settings"], Mapping):
+            raise FluxSaeError(f"settings is {_short(fields['settings'])}; it is a JSON object.")
         fields["settings"] = GenerationSettings.from_dict(fields["settings"])
         fields["saes"] = tuple(SaeSource.from_dict(source) for source in _checked_list("saes", fields["saes"]))
         fields["batch"] = tuple(parse_edits(edits) for edits in _checked_list("batch", fields["batch"]))
@@ -327,14 +342,16 @@ def _feature(value: Any) -> int:
     return int(value)
 
 
-def _strength(mode: Any, value: Any) -> float:
-    if not isinstance(mode, str) or mode not in MODES:
-        raise FluxSaeError(f"mode is {_short(mode)}; allowed are {', '.join(MODES)}.")
+def _mode(value: object) -> str:
+    if not isinstance(value, str) or value not in MODES:
+        raise FluxSaeError(f"mode is {_short(value)}; allowed are {', '.join(MODES)}.")
+    return value
+
+
+def _strength(mode: str, value: object) -> float:
     low, high = (0.0, 1.0) if mode in ("ablate", "project_out") else (-MAX_STRENGTH, MAX_STRENGTH)
     if not _is_number(value) or not low <= value <= high:
-        raise FluxSaeError(
-            f"strength is {_short(value)}; in mode {mode} it is a finite number from {low:g} to {high:g}."
-        )
+        raise FluxSaeError(f"strength is {_short(value)}; in mode {mode} it is a number from {low:g} to {high:g}.")
     return float(value)
 
 
@@ -373,7 +390,7 @@ def _region_to_json(region: Region | None) -> Any:
     return [[int(cell) for cell in row] for row in region]
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -381,7 +398,7 @@ def _is_bit(value: Any) -> bool:
     return isinstance(value, (bool, int)) and value in (0, 1)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
@@ -395,9 +412,11 @@ def _checked_int(name: str, value: Any, low: int, high: int) -> None:
         raise FluxSaeError(f"{name} is {_short(value)}; it is a whole number from {low} to {high}.")
 
 
-def _checked_text(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise FluxSaeError(f"{name} is {_short(value)}; it is text.")
+def _checked_texts(fields: Mapping[str, Any], names: Sequence[str], nullable: Sequence[str]) -> None:
+    for name in (*names, *nullable):
+        value = fields.get(name, "")
+        if not isinstance(value, str) and not (value is None and name in nullable):
+            raise FluxSaeError(f"{name} is {_short(value)}; it is text.")
 
 
 def _checked_list(name: str, value: Any) -> list[Any]:

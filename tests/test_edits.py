@@ -175,7 +175,7 @@ def test_a_recipe_survives_json() -> None:
 )
 def test_a_recipe_out_of_range_is_refused(changes: dict[str, object], names: str) -> None:
     with pytest.raises(FluxSaeError, match=names):
-        recipe(**changes)
+        Recipe.from_dict({**recipe().to_dict(), **changes})
 
 
 @pytest.mark.parametrize(
