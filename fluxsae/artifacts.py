@@ -167,6 +167,16 @@ class RunFolder:
         """README.md, the model card."""
         return self.path / "README.md"
 
+    @property
+    def checksums_path(self) -> Path:
+        """SHA256SUMS, the hashes of the published files, as `sha256sum -c` reads them."""
+        return self.path / "SHA256SUMS"
+
+    @property
+    def origin_path(self) -> Path:
+        """Which commit of which Hub repository this folder is; hidden, so never part of the repository itself."""
+        return self.path / ".hub.json"
+
     def exists(self) -> bool:
         """Whether run.json is there."""
         return self.info_path.is_file()
