@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import read_header, save_tensors, write_json
-from fluxsae.kernels import sparse_decode, sparse_decode_pays, topk
+from fluxsae.kernels import sparse_decode, sparse_pays, topk
 
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "matryoshka"]
 
@@ -66,7 +66,7 @@ class TrainedOn:
     def __post_init__(self) -> None:
         if not self.steps or len(self.steps) != len(self.sigmas):
             raise FluxSaeError(
-                f"trained_on has steps {self.steps} and sigmas {self.sigmas}. Give one sigma for each of at least one step."
+                f"trained_on has steps {self.steps} and sigmas {self.sigmas}. Give a sigma for each step."
             )
 
     def differences(self, **actual: Any) -> list[str]:
@@ -350,7 +350,7 @@ class SparseAutoencoder(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> SaeOutput:
         """Encode and decode."""
         pre_acts = self.pre_acts(x)
-        if self.config.architecture == "topk" and sparse_decode_pays(self._k, self.config.n_features, x.device):
+        if self.config.architecture == "topk" and sparse_pays(self._k, self.config.n_features, x.device):
             values, indices = topk(pre_acts, self._k)
             sparse = SparseActs(values.relu(), indices)
             acts = torch.zeros_like(pre_acts).scatter_(-1, indices, sparse.values)
