@@ -103,7 +103,9 @@ class FeatureCard:
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise FluxSaeError(f"a feature card has no fields {', '.join(unknown)}; it was written by another version")
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
         fields["top_images"] = tuple(TopImage(**image) for image in values.get("top_images", ()))
         for name in ("neighbours", "coactive"):
             fields[name] = tuple(CardNeighbour(**other) for other in values.get(name, ()))
@@ -139,6 +141,7 @@ class CardIndex:
         self.features = run.load_features(self.hookpoint)
         self.images = run.load_images()
         self.labels: list[str | None] = self._column("label")
+        self._text_centres: dict[str, Float[np.ndarray, " width"]] = {}
         self.directions = run.load_directions(self.hookpoint) if run.directions_path(self.hookpoint).is_file() else {}
 
     def __len__(self) -> int:
@@ -260,21 +263,22 @@ class CardIndex:
 
     @functools.cached_property
     def _clip_vectors(self) -> Float[np.ndarray, "features width"]:
-        """Unit vectors from the middle of all images to the middle of each feature's top images; 0 for dead features."""
+        """Unit vectors from the middle of all images to that of each feature's top images; 0 for dead features."""
         vectors = self.run.load_embeddings().vectors.astype(np.float32)
         centred = vectors - vectors.mean(axis=0)
         means = np.zeros((len(self), vectors.shape[1]), dtype=np.float32)
         for feature, images in enumerate(self.features.column("top_images")):
             if images:
                 means[feature] = centred[np.asarray(images)].mean(axis=0)
-        return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-9)
+        means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-9)
+        return means
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - an index lives as long as the app
     def _text_centre(self, embedder: ImageEmbedder) -> Float[np.ndarray, " width"]:
         """Mean text vector of some of the run's prompts: what all texts share, the gap of CLIP's two cones among it."""
-        prompts = list(dict.fromkeys(self.images.prompts))[:64]
-        centre: Float[np.ndarray, " width"] = embedder.embed_texts(prompts).mean(dim=0).numpy()
-        return centre
+        if embedder.name not in self._text_centres:
+            prompts = list(dict.fromkeys(self.images.prompts))[:64]
+            self._text_centres[embedder.name] = embedder.embed_texts(prompts).mean(dim=0).numpy()
+        return self._text_centres[embedder.name]
 
     @functools.cached_property
     def _heatmaps(self) -> Any:

@@ -39,12 +39,12 @@ def token_heatmap(
         )
     if not np.isfinite(reference) or reference < 0:
         raise FluxSaeError(f"reference is {reference}; it must be a finite number of at least 0: the feature's maximum")
-    values = acts.detach().float().cpu().numpy().reshape(grid.rows, grid.cols)
+    values = acts.detach().double().cpu().numpy().reshape(grid.rows, grid.cols)
     if not np.isfinite(values).all():
         raise FluxSaeError("acts holds NaN or infinite values; only finite activations have a heatmap")
     if reference == 0:
-        return np.zeros_like(values)
-    return np.clip(values / np.float32(reference), 0.0, 1.0).astype(np.float32)
+        return np.zeros(values.shape, dtype=np.float32)
+    return (values.clip(0.0, reference) / reference).astype(np.float32)
 
 
 def heat_colours(heatmap: Float[np.ndarray, "rows cols"]) -> UInt8[np.ndarray, "rows cols 3"]:
@@ -85,12 +85,23 @@ def overlay(
         raise FluxSaeError("the heatmap holds values outside [0, 1]; make it with token_heatmap")
     picture = enlarge(image, min_side=min_side)
     heat = resize_heat(heatmap, picture.size, smooth=smooth)
-    pixels = np.asarray(picture, dtype=np.float32)
-    grey = 0.55 * (pixels @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
-    base = pixels + opacity * (grey - pixels)
-    weight = opacity * np.where(heat >= max(threshold, 1e-6), np.sqrt(heat), 0.0)[..., None].astype(np.float32)
+    return Image.fromarray(_glow(np.asarray(picture), heat, opacity=opacity, threshold=threshold))
+
+
+def _glow(
+    pixels: UInt8[np.ndarray, "height width 3"],
+    heat: Float[np.ndarray, "height width"],
+    *,
+    opacity: float,
+    threshold: float,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Dimmed grey pixels with heat mixed in, more of it where it is stronger, so that weak heat leaves no dark rim."""
+    grey = 0.55 * (pixels.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
+    base = pixels + np.float32(opacity) * (grey - pixels)
+    weight = np.where(heat >= max(threshold, 1e-6), heat**0.8, 0.0)[..., None].astype(np.float32) * np.float32(opacity)
     mixed = base + weight * (heat_colours(heat).astype(np.float32) - base)
-    return Image.fromarray(np.rint(mixed).clip(0, 255).astype(np.uint8))
+    glowing: UInt8[np.ndarray, "height width 3"] = np.rint(mixed).clip(0, 255).astype(np.uint8)
+    return glowing
 
 
 def resize_heat(
@@ -101,31 +112,35 @@ def resize_heat(
     return np.asarray(Image.fromarray(heatmap.astype(np.float32)).resize(size, kind), dtype=np.float32).clip(0.0, 1.0)
 
 
-def legend(width: int, *, maximum: float | None, threshold: float = 0.0, dark: bool = False) -> Image.Image:
-    """A strip that explains the colours: from silent to `maximum` (activation units; None: the image's own maximum)."""
+def legend(
+    width: int, *, maximum: float | str, opacity: float = 0.8, threshold: float = 0.05, dark: bool = False
+) -> Image.Image:
+    """A strip with the colours of an overlay on mid grey, from silent to `maximum`.
+
+    `maximum` is in activation units, or words such as "this image's maximum"; a mark stands at the threshold.
+    """
     height, bar, pad = 44, 14, 12
     ink, paper = ((235, 235, 235), (24, 24, 27)) if dark else ((40, 40, 45), (255, 255, 255))
     strip = Image.new("RGB", (width, height), paper)
     draw = ImageDraw.Draw(strip)
     ramp = np.linspace(0, 1, width - 2 * pad, dtype=np.float32)[None].repeat(bar, axis=0)
-    strip.paste(Image.fromarray(heat_colours(ramp)), (pad, 4))
-    if threshold > 0:
-        x = pad + round(threshold * (width - 2 * pad))
-        draw.line([(x, 1), (x, bar + 6)], fill=ink, width=2)
-    text = font(12)
-    draw.text((pad, bar + 8), "silent", fill=ink, font=text)
-    end = "this image's maximum" if maximum is None else f"{maximum:.3g}"
-    middle = "" if maximum is None else f"{maximum / 2:.3g}"
-    draw.text((width - pad, bar + 8), end, fill=ink, font=text, anchor="ra")
-    draw.text((width // 2, bar + 8), middle, fill=ink, font=text, anchor="ma")
+    ground = np.full((*ramp.shape, 3), 150, dtype=np.uint8)
+    strip.paste(Image.fromarray(_glow(ground, ramp, opacity=opacity, threshold=threshold)), (pad, 4))
+    x = pad + round(threshold * (width - 2 * pad))
+    draw.line([(x, 2), (x, bar + 5)], fill=ink, width=1)
+    ends = ("silent", maximum) if isinstance(maximum, str) else ("silent", f"{maximum:.3g}")
+    draw.text((pad, bar + 8), ends[0], fill=ink, font=font(12))
+    draw.text((width - pad, bar + 8), ends[1], fill=ink, font=font(12), anchor="ra")
+    if not isinstance(maximum, str):
+        draw.text((width // 2, bar + 8), f"{maximum / 2:.3g}", fill=ink, font=font(12), anchor="ma")
     return strip
 
 
 def with_legend(
-    picture: Image.Image, *, maximum: float | None, threshold: float = 0.0, dark: bool = False
+    picture: Image.Image, *, maximum: float | str, opacity: float = 0.8, threshold: float = 0.05, dark: bool = False
 ) -> Image.Image:
     """A picture with the legend strip under it."""
-    strip = legend(picture.width, maximum=maximum, threshold=threshold, dark=dark)
+    strip = legend(picture.width, maximum=maximum, opacity=opacity, threshold=threshold, dark=dark)
     joined = Image.new("RGB", (picture.width, picture.height + strip.height))
     joined.paste(picture, (0, 0))
     joined.paste(strip, (0, picture.height))
@@ -222,7 +237,12 @@ class _Sheet:
         pen.text((self.margin, 58), subtitle, fill=(95, 95, 105), font=font(14))
         for index, row in enumerate(rows):
             self._draw_row(sheet, pen, row, self.head + index * self.row_height)
-        strip = legend(self.columns * (self.cell + self.gap) - self.gap, maximum=1.0)
+        strip = legend(
+            self.columns * (self.cell + self.gap) - self.gap,
+            maximum="the feature's maximum over the run",
+            opacity=self.opacity,
+            threshold=self.threshold,
+        )
         sheet.paste(strip, (self.margin + self.label_width, height - self.foot + 12))
         return sheet
 
@@ -251,8 +271,11 @@ class _Sheet:
             picture.thumbnail((self.cell, self.cell), Image.Resampling.LANCZOS)
             sheet.paste(picture, (left + (self.cell - picture.width) // 2, y + (self.cell - picture.height) // 2))
         y = top + 2 * self.cell + self.gap
-        for line in wrap(item.caption, font(10), self.cell)[:2]:
-            pen.text((left, y), line, fill=(120, 120, 130), font=font(10))
+        lines = wrap(item.caption, font(10), self.cell)
+        if len(lines) > 2:
+            lines[1] = _cut(f"{lines[1]} {lines[2]}", font(10), self.cell)
+        for line in lines[:2]:
+            pen.text((left, y), line, fill=(110, 110, 120), font=font(10))
             y += 13
 
 

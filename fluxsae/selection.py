@@ -68,6 +68,8 @@ class Label:
     """From 0 (chance) to 1."""
     p_value: float
     """Chance of an enrichment this strong among all words tried, by the source's own test."""
+    effect: float
+    """How strong it is: log-odds of the word, or the shift in CLIP's space in standard deviations."""
     source: str
     """Which labeller said so: "captions", "clip", ..."""
 
@@ -95,18 +97,26 @@ def coherence(embeddings: Float[Tensor, "images width"]) -> float:
     return float((total - embeddings.double().square().sum()) / (n * (n - 1)))
 
 
-def monosemanticity(embeddings: Float[Tensor, "images width"], scores: Float[Tensor, "images"]) -> float:
-    """Mean cosine over all pairs of different images, weighted by the product of their scores.
+def monosemanticity(
+    embeddings: Float[Tensor, "images width"], scores: Float[Tensor, "images features"], *, block: int = 512
+) -> Float[Tensor, " features"]:
+    """For each feature the mean cosine over all pairs of different images, weighted by the product of their scores.
 
     NaN below two active images. After the monosemanticity score of Pach et al. 2025 (arXiv 2504.02821).
     """
-    weights = scores.double() / scores.double().max().clamp(min=1e-300)
-    weighted = einops.einsum(weights, embeddings.double(), "images, images width -> width").square().sum()
+    vectors = embeddings.double()
+    parts = [_weighted_coherence(vectors, part.double()) for part in scores.split(block, dim=1)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def _weighted_coherence(vectors: Tensor, scores: Tensor) -> Float[Tensor, " features"]:
+    weights = scores.clamp(min=0) / scores.amax(dim=0).clamp(min=1e-300)
     own = weights.square()
-    pairs = weights.sum().square() - own.sum()
-    if float(pairs) <= 0 or int((scores > 0).sum()) < 2:
-        return float("nan")
-    return float((weighted - (own * embeddings.double().square().sum(dim=1)).sum()) / pairs)
+    together = einops.einsum(weights, vectors, "images features, images width -> features width").square().sum(dim=1)
+    alone = einops.einsum(own, vectors.square().sum(dim=1), "images features, images -> features")
+    pairs = weights.sum(dim=0).square() - own.sum(dim=0)
+    is_pair = (scores > 0).sum(dim=0) >= 2
+    return torch.where(is_pair, (together - alone) / pairs, torch.nan)
 
 
 def top_unique(scores: Float[Tensor, " images"], groups: Int[Tensor, " images"], *, n: int) -> Int[Tensor, " top"]:
@@ -114,8 +124,8 @@ def top_unique(scores: Float[Tensor, " images"], groups: Int[Tensor, " images"],
 
     Equal scores go to the lower image.
     """
-    order = torch.argsort(scores, descending=True, stable=True)
-    order = order[: int((scores > 0).sum())]
+    active = (scores > 0).nonzero().flatten()
+    order = active[torch.argsort(scores[active], descending=True, stable=True)]
     kept: list[int] = []
     seen: set[int] = set()
     for image, group in zip(order.tolist(), groups[order].tolist(), strict=True):
@@ -135,7 +145,7 @@ def prompt_groups(prompts: Sequence[str]) -> Int[Tensor, " images"]:
 
 def feature_coherence(
     scores: Float[Tensor, "images features"],
-    embeddings: Float[Tensor, "images width"],
+    embeddings: Float[Tensor, "embedded width"],
     prompts: Sequence[str],
     *,
     config: SelectionConfig | None = None,
@@ -165,7 +175,7 @@ def feature_coherence(
         coherence=values,
         p_value=p_values,
         q_value=benjamini_hochberg(p_values),
-        monosemanticity=np.array([monosemanticity(embeddings, column.float()) for column in scores.T]),
+        monosemanticity=monosemanticity(embeddings, scores).numpy(),
         n_images=np.array([len(top) for top in tops]),
     )
 
@@ -194,13 +204,14 @@ def coherence_null(
     """Coherences of random sets of active images with unique prompts, of every size up to `config.top_images`."""
     pool = active.nonzero().flatten().numpy()
     most = min(config.top_images, len(np.unique(groups.numpy()[pool])))
+    if most < 2:
+        return CoherenceNull(np.full((most + 1, config.null_draws), np.nan))
     generator = np.random.default_rng(config.seed)
     rows = [
         _prefix_coherences(embeddings, _random_sets(pool, groups.numpy(), most, size, generator))
         for size in _chunks(config.null_draws, 500)
     ]
-    sizes = np.concatenate(rows) if most >= 2 else np.full((config.null_draws, most + 1), np.nan)
-    return CoherenceNull(np.sort(sizes.T, axis=1))
+    return CoherenceNull(np.sort(np.concatenate(rows).T, axis=1))
 
 
 def _chunks(total: int, size: int) -> Iterator[int]:
@@ -285,7 +296,9 @@ class CaptionLabeller:
     """Words and phrases enriched in the captions of the top images against the captions of all other images.
 
     delta = log-odds(top) - log-odds(rest), both with the pseudo-counts of an informative Dirichlet prior;
-    ranked by delta / sd(delta) (Monroe, Colaresi & Quinn 2008), significance by the hypergeometric test.
+    the pseudo-counts are those of `prior` average captions (Monroe, Colaresi & Quinn 2008). Ranked by significance
+    in the exact hypergeometric test: delta / sd(delta), its normal approximation, puts words that occur in the top
+    images only behind weaker ones.
     """
 
     name = "captions"
@@ -314,11 +327,13 @@ class CaptionLabeller:
         n_top, n_rest = len(top), self.presence.shape[0] - len(top)
         in_top = np.asarray(self.presence[self.groups[top].numpy()].sum(axis=0)).ravel()
         in_all = np.asarray(self.presence.sum(axis=0)).ravel()
-        z = _log_odds_z(in_top, n_top, in_all - in_top, n_rest, prior=self.prior)
-        p_values = np.minimum(hypergeom.sf(in_top - 1, n_top + n_rest, in_all, n_top) * len(self.terms), 1.0)
-        lift = in_top / n_top - (in_all - in_top) / max(n_rest, 1)
-        order = sorted(np.flatnonzero(p_values < 0.05), key=lambda i: (-round(float(z[i]), 2), -len(self.terms[i])))
-        return [Label(self.terms[i], float(lift[i].clip(0, 1)), float(p_values[i]), self.name) for i in order[:8]]
+        delta = _log_odds(in_top, n_top, prior=self.prior * in_all / (n_top + n_rest), total=self.prior)
+        delta -= _log_odds(in_all - in_top, n_rest, prior=self.prior * in_all / (n_top + n_rest), total=self.prior)
+        log_p = hypergeom.logsf(in_top - 1, n_top + n_rest, in_all, n_top)
+        p_values = np.minimum(np.exp(log_p) * len(self.terms), 1.0)
+        lift = (in_top / n_top - (in_all - in_top) / max(n_rest, 1)).clip(0, 1)
+        order = sorted(np.flatnonzero(p_values < 0.05), key=lambda i: (round(float(log_p[i]), 6), -len(self.terms[i])))
+        return [Label(self.terms[i], float(lift[i]), float(p_values[i]), float(delta[i]), self.name) for i in order[:8]]
 
 
 def _presence(found: Sequence[set[str]], terms: Sequence[str]) -> csr_array:
@@ -328,16 +343,11 @@ def _presence(found: Sequence[set[str]], terms: Sequence[str]) -> csr_array:
     return csr_array((np.ones(len(pairs), np.int32), (rows, columns)), shape=(len(found), len(terms)))
 
 
-def _log_odds_z(
-    in_top: np.ndarray, n_top: int, in_rest: np.ndarray, n_rest: int, *, prior: float
+def _log_odds(
+    count: Int[np.ndarray, " terms"], captions: int, *, prior: Float[np.ndarray, " terms"], total: float
 ) -> Float[np.ndarray, " terms"]:
-    share = (in_top + in_rest) / (n_top + n_rest)
-    with_term, without = prior * share, prior * (1 - share)
-    delta = np.log((in_top + with_term) / (n_top - in_top + without)) - np.log(
-        (in_rest + with_term) / (n_rest - in_rest + without)
-    )
-    z: Float[np.ndarray, " terms"] = delta / np.sqrt(1 / (in_top + with_term) + 1 / (in_rest + with_term))
-    return z
+    odds: Float[np.ndarray, " terms"] = np.log((count + prior) / (captions - count + total - prior))
+    return odds
 
 
 class PhraseLabeller:
@@ -371,7 +381,10 @@ class PhraseLabeller:
         order = [i for i in np.argsort(-mean, kind="stable")[:8] if p_values[i] < 0.05]
         # a shift of d standard deviations separates top from rest with probability Phi(d / sqrt 2)
         sure = 2 * norm.cdf(mean / np.sqrt(2)) - 1
-        return [Label(self.vocabulary[i], float(sure[i].clip(0, 1)), float(p_values[i]), self.name) for i in order]
+        return [
+            Label(self.vocabulary[i], float(sure[i].clip(0, 1)), float(p_values[i]), float(mean[i]), self.name)
+            for i in order
+        ]
 
 
 def combined_label(labels: Sequence[Sequence[Label]]) -> Label | None:
