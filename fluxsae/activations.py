@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -28,6 +28,7 @@ __all__ = [
 _FEWEST_SHUFFLE_BYTES = 1 << 20
 
 
+@runtime_checkable
 class RowReader(Protocol):
     """Where a mixing buffer gets its rows: shards on disk, or FLUX itself."""
 

@@ -139,8 +139,7 @@ class FeatureStats:
 
     def save(self, path: str | Path) -> None:
         """Writes `stats.safetensors`, whole or absent."""
-        metadata = {"steps": ",".join(map(str, self.steps)), "n_images": str(self.n_images)}
-        save_tensors(path, self._tensors(), metadata=metadata)
+        save_tensors(path, self.tensors(), metadata=self.metadata())
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStats":
@@ -161,7 +160,12 @@ class FeatureStats:
         steps = tuple(int(step) for step in metadata["steps"].split(","))
         return cls(steps=steps, n_images=int(metadata["n_images"]), **{name: tensors[name] for name in expected})
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def metadata(self) -> dict[str, str]:
+        """What is not a tensor, as text."""
+        return {"steps": ",".join(map(str, self.steps)), "n_images": str(self.n_images)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("steps", "n_images")}
 
 

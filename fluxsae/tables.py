@@ -108,6 +108,14 @@ class ImageTable:
         ]
 
 
+def iter_image_rows(path: str | Path) -> Iterator[ImageRow]:
+    """The rows of an images file, whatever their ids, a group at a time."""
+    file = _open_parquet(Path(path), _IMAGE_SCHEMA.names)
+    for group in range(file.num_row_groups):
+        for row in file.read_row_group(group).to_pylist():
+            yield ImageRow(row["image_id"], row["prompt"], row["seed"], row["thumbnail"]["bytes"])
+
+
 def write_images(path: str | Path, rows: Iterator[ImageRow] | Sequence[ImageRow]) -> None:
     """Writes `images.parquet` from rows in the order of their ids, streaming."""
     schema = _IMAGE_SCHEMA.with_metadata({"huggingface": json.dumps(_HUGGINGFACE)})
