@@ -15,8 +15,9 @@ from fluxsae.artifacts import RunFolder
 from fluxsae.errors import FluxSaeError
 from fluxsae.heatmaps import token_heatmap
 from fluxsae.hookpoints import HookPoint, TokenGrid
+from fluxsae.labels import STOP_WORDS
 from fluxsae.perceptual import ImageEmbedder
-from fluxsae.selection import STOP_WORDS, rank_features
+from fluxsae.selection import rank_features
 from fluxsae.tables import FeatureRow
 
 

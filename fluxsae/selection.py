@@ -1,16 +1,12 @@
-"""Which features mean something: coherence against a null, monosemanticity, labels from captions and CLIP, ranking."""
+"""Which features mean something: coherence against a null, monosemanticity, ranking."""
 
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
 
 import einops
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.sparse import csr_array
-from scipy.stats import hypergeom, norm
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
@@ -57,31 +53,6 @@ class FeatureCoherence:
     """Mean cosine over all pairs of active images, weighted by the product of their scores."""
     n_images: Int[np.ndarray, " features"]
     """Top images the coherence rests on."""
-
-
-@dataclass(frozen=True)
-class Label:
-    """A name for a feature and how far to trust it."""
-
-    text: str
-    confidence: float
-    """From 0 (chance) to 1."""
-    p_value: float
-    """Chance of an enrichment this strong among all words tried, by the source's own test."""
-    effect: float
-    """How strong it is: log-odds of the word, or the shift in CLIP's space in standard deviations."""
-    source: str
-    """Which labeller said so: "captions", "clip", ..."""
-
-
-class Labeller(Protocol):
-    """Anything that names features from the images they like."""
-
-    name: str
-
-    def label(self, scores: Float[Tensor, " images"]) -> list[Label]:
-        """Names for the feature with these scores, best first; empty where nothing stands out."""
-        ...
 
 
 def coherence(embeddings: Float[Tensor, "images width"]) -> float:
@@ -267,138 +238,12 @@ def benjamini_hochberg(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarra
     return q_values
 
 
-STOP_WORDS = frozenset(
-    {"a", "an", "the", "of", "on", "in", "at", "and", "or", "with", "to", "by", "for", "from", "is", "are", "it", "its"}
-)
-
-
-def caption_terms(prompt: str, *, longest: int = 3) -> set[str]:
-    """The words and phrases of a caption, in lower case, that neither begin nor end with a function word."""
-    terms: set[str] = set()
-    for clause in re.split(r"[.,;:!?()]", prompt.lower()):
-        words = re.findall(r"[\w'-]+", clause)
-        for start in range(len(words)):
-            for stop in range(start + 1, min(start + longest, len(words)) + 1):
-                if words[start] not in STOP_WORDS and words[stop - 1] not in STOP_WORDS:
-                    terms.add(" ".join(words[start:stop]))
-    return terms
-
-
 def label_images(
     scores: Float[Tensor, " images"], groups: Int[Tensor, " images"], *, config: SelectionConfig
 ) -> Int[Tensor, " top"]:
     """The images that speak for a feature: unique prompts, highest first, none under the floor."""
     top = top_unique(scores, groups, n=config.label_images)
     return top[scores[top] >= config.label_floor * scores.max()]
-
-
-class CaptionLabeller:
-    """Words and phrases enriched in the captions of the top images against the captions of all other images.
-
-    delta = log-odds(top) - log-odds(rest), both with the pseudo-counts of an informative Dirichlet prior;
-    the pseudo-counts are those of `prior` average captions (Monroe, Colaresi & Quinn 2008). Ranked by significance
-    in the exact hypergeometric test: delta / sd(delta), its normal approximation, puts words that occur in the top
-    images only behind weaker ones.
-    """
-
-    name = "captions"
-
-    def __init__(
-        self, prompts: Sequence[str], *, config: SelectionConfig | None = None, prior: float = 10.0, min_count: int = 3
-    ) -> None:
-        """`prior` is in captions: how many average captions it weighs; rarer terms than `min_count` are left out."""
-        self.config = config or SelectionConfig()
-        self.prior = prior
-        self.groups = prompt_groups(prompts)
-        captions = list(dict.fromkeys(prompts))
-        found = [caption_terms(caption) for caption in captions]
-        counts: dict[str, int] = {}
-        for terms in found:
-            for term in terms:
-                counts[term] = counts.get(term, 0) + 1
-        self.terms = sorted(term for term, count in counts.items() if min_count <= count < len(captions))
-        self.presence = _presence(found, self.terms)
-
-    def label(self, scores: Float[Tensor, " images"]) -> list[Label]:
-        """The enriched terms of one feature's top images, the strongest first; empty where none is significant."""
-        top = label_images(scores, self.groups, config=self.config)
-        if len(top) < self.config.min_images or not self.terms:
-            return []
-        n_top, n_rest = len(top), self.presence.shape[0] - len(top)
-        in_top = np.asarray(self.presence[self.groups[top].numpy()].sum(axis=0)).ravel()
-        in_all = np.asarray(self.presence.sum(axis=0)).ravel()
-        delta = _log_odds(in_top, n_top, prior=self.prior * in_all / (n_top + n_rest), total=self.prior)
-        delta -= _log_odds(in_all - in_top, n_rest, prior=self.prior * in_all / (n_top + n_rest), total=self.prior)
-        log_p = hypergeom.logsf(in_top - 1, n_top + n_rest, in_all, n_top)
-        p_values = np.minimum(np.exp(log_p) * len(self.terms), 1.0)
-        lift = (in_top / n_top - (in_all - in_top) / max(n_rest, 1)).clip(0, 1)
-        order = sorted(np.flatnonzero(p_values < 0.05), key=lambda i: (round(float(log_p[i]), 6), -len(self.terms[i])))
-        return [Label(self.terms[i], float(lift[i]), float(p_values[i]), float(delta[i]), self.name) for i in order[:8]]
-
-
-def _presence(found: Sequence[set[str]], terms: Sequence[str]) -> csr_array:
-    number = {term: index for index, term in enumerate(terms)}
-    pairs = [(row, number[term]) for row, present in enumerate(found) for term in present if term in number]
-    rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    return csr_array((np.ones(len(pairs), np.int32), (rows, columns)), shape=(len(found), len(terms)))
-
-
-def _log_odds(
-    count: Int[np.ndarray, " terms"], captions: int, *, prior: Float[np.ndarray, " terms"], total: float
-) -> Float[np.ndarray, " terms"]:
-    odds: Float[np.ndarray, " terms"] = np.log((count + prior) / (captions - count + total - prior))
-    return odds
-
-
-class PhraseLabeller:
-    """Phrases of a vocabulary whose CLIP-text vectors lie nearest to the top images, against all images of the run."""
-
-    name = "clip"
-
-    def __init__(
-        self,
-        vocabulary: Sequence[str],
-        texts: Float[Tensor, "phrases width"],
-        images: Float[Tensor, "images width"],
-        prompts: Sequence[str],
-        *,
-        config: SelectionConfig | None = None,
-    ) -> None:
-        self.config = config or SelectionConfig()
-        self.vocabulary = list(vocabulary)
-        self.groups = prompt_groups(prompts)
-        # centring takes away what all images and all texts share, the gap between CLIP's two cones among it
-        similarity = (images - images.mean(dim=0)) @ (texts - texts.mean(dim=0)).T
-        self.similarity = ((similarity - similarity.mean(dim=0)) / similarity.std(dim=0).clamp(min=1e-9)).numpy()
-
-    def label(self, scores: Float[Tensor, " images"]) -> list[Label]:
-        """The nearest phrases of one feature's top images, the nearest first; empty where none is significant."""
-        top = label_images(scores, self.groups, config=self.config).numpy()
-        if len(top) < self.config.min_images:
-            return []
-        mean = self.similarity[top].mean(axis=0)
-        p_values = np.minimum(norm.sf(mean * np.sqrt(len(top))) * len(self.vocabulary), 1.0)
-        order = [i for i in np.argsort(-mean, kind="stable")[:8] if p_values[i] < 0.05]
-        # a shift of d standard deviations separates top from rest with probability Phi(d / sqrt 2)
-        sure = 2 * norm.cdf(mean / np.sqrt(2)) - 1
-        return [
-            Label(self.vocabulary[i], float(sure[i].clip(0, 1)), float(p_values[i]), float(mean[i]), self.name)
-            for i in order
-        ]
-
-
-def combined_label(labels: Sequence[Sequence[Label]]) -> Label | None:
-    """One name from several labellers: the first one that has any, surer where another names the same thing."""
-    named = [candidates for candidates in labels if candidates]
-    if not named:
-        return None
-    best = named[0][0]
-    doubt = 1.0 - best.confidence
-    words = set(best.text.split())
-    for others in named[1:]:
-        if words & set(others[0].text.split()):
-            doubt *= 1.0 - others[0].confidence
-    return replace(best, confidence=1.0 - doubt)
 
 
 def select_features(

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,15 +7,11 @@ from scipy.stats import binom, false_discovery_control
 from synthetic_run import CONCEPTS, FEATURES, SceneEmbedder, Synthetic, build
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.labels import CaptionLabeller, Label, PhraseLabeller, caption_terms, combined_label
 from fluxsae.selection import (
-    CaptionLabeller,
-    Label,
-    PhraseLabeller,
     SelectionConfig,
     benjamini_hochberg,
-    caption_terms,
     coherence,
-    combined_label,
     feature_coherence,
     label_images,
     monosemanticity,
