@@ -373,6 +373,10 @@ class RunFolder:
         """Folder of the activation shards, one subfolder a hook point; never part of the Hub repository."""
         return self.path / "activations"
 
+    def activations_folder(self, hookpoint: HookPoint | str) -> Path:
+        """Folder of one hook point's activation shards, as `mixing_buffer` takes it."""
+        return self.activations_path / str(HookPoint.parse(hookpoint))
+
     def work_path(self, stage: str) -> Path:
         """Folder for the parts of an unfinished stage; never part of the Hub repository."""
         return self.path / ".work" / _safe_name(stage)
