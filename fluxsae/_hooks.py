@@ -4,12 +4,13 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fluxsae._schedules import Schedule
 from fluxsae.errors import FluxSaeError
 from fluxsae.hookpoints import BlockOutput, HookPoint
 
@@ -20,13 +21,6 @@ class FluxLike(Protocol):
 
     transformer: nn.Module
     scheduler: Any
-
-
-class Schedule(NamedTuple):
-    """A full schedule: the scheduler's timesteps and the noise levels, one a step, without the final 0."""
-
-    timesteps: Float[Tensor, " steps"]
-    sigmas: Float[Tensor, " steps"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,16 +58,6 @@ BlockHandler = Callable[[BlockCall], Tensor | None]
 
 class StopGeneration(BaseException):
     """Ends a generation from inside; caught by whoever asked for it, never an error (hence no `Exception`)."""
-
-
-@contextmanager
-def full_schedule(pipe: FluxLike, schedule: Schedule) -> Iterator[None]:
-    """While open, steps count in `schedule`, of which the scheduler itself may hold only the tail."""
-    pipe._full_schedule = schedule  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        pipe._full_schedule = None  # type: ignore[attr-defined]
 
 
 class _StepClock:

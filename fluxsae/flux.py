@@ -1,19 +1,17 @@
 """FLUX itself: load, generate, hook, restart from a snapshot. The only module of the package that imports diffusers."""
 
-import copy
 import inspect
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from einops import repeat
-from jaxtyping import Float
+import transformers
 from PIL.Image import Image
 from torch import Tensor
 
@@ -21,48 +19,75 @@ from fluxsae._hooks import (
     BlockCall,
     BlockHandler,
     Captured,
-    Schedule,
+    FluxLike,
     StopGeneration,
     TransformerCall,
     block_hooks,
     capture,
+    find_module,
     free_after_abort,
-    full_schedule,
     step_clock,
 )
+from fluxsae._latents import (
+    Embeddings,
+    Snapshot,
+    decode_latents,
+    embed_prompts,
+    encode_images,
+    initial_noise,
+    velocity,
+)
+from fluxsae._models import SETTINGS_FILE, FluxIdentity, component_bytes, find_model, read_settings
+from fluxsae._presets import (
+    SMALL_MODEL_BYTES,
+    Preset,
+    announce,
+    choose_device,
+    choose_dtype,
+    choose_preset,
+    measure_machine,
+    require_quantiser,
+)
+from fluxsae._requests import check_request, check_text_length, words_outside
+from fluxsae._schedules import build_grid, build_schedule, check_step, full_schedule, nearest_step, refuse_unrestartable
 from fluxsae.errors import FluxSaeError
-from fluxsae.hookpoints import TokenGrid
-from fluxsae.miniature import miniature_path
-from fluxsae.settings import MAX_PROMPT_LENGTH, GenerationSettings
+from fluxsae.hookpoints import HookPoint, TokenGrid
+from fluxsae.settings import GenerationSettings
 
 __all__ = [
     "BlockCall",
     "BlockHandler",
     "Captured",
     "Embeddings",
+    "FluxIdentity",
+    "FluxLike",
     "FluxPipeline",
     "Snapshot",
     "block_hooks",
     "capture",
+    "compile_blocks",
     "decode_latents",
     "default_settings",
     "denoise_to",
     "embed_prompts",
     "encode_images",
+    "flux_identity",
     "generate",
     "generate_from",
+    "hookpoint_width",
     "initial_noise",
+    "is_exact",
     "load_flux",
     "nearest_step",
     "schedule_sigmas",
     "token_grid",
     "unknown_words",
     "velocity",
+    "why_inexact",
 ]
 
-SETTINGS_FILE = "generation_settings.json"
-MAX_SEED = 2**63 - 1
 OutputType = Literal["pil", "latent", "np"]
+Images = list[Image] | Tensor | np.ndarray
 OnStep = Callable[[int, int], None]
 
 
@@ -74,6 +99,7 @@ class FluxPipeline(diffusers.FluxPipeline):  # type: ignore[misc]
     """
 
     generation_settings: GenerationSettings | None = None
+    identity: FluxIdentity | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers' FluxPipeline, with this model's defaults."""
@@ -93,62 +119,134 @@ class FluxPipeline(diffusers.FluxPipeline):  # type: ignore[misc]
             (Path(save_directory) / SETTINGS_FILE).write_text(text, encoding="utf-8")
 
 
-@dataclass(frozen=True, eq=False)
-class Embeddings:
-    """Encoded prompts: token embeddings, pooled embeddings, and the negative prompt's where it is in use."""
-
-    prompt: Float[Tensor, "batch text d_text"]
-    pooled: Float[Tensor, "batch d_pooled"]
-    negative_prompt: Float[Tensor, "batch text d_text"] | None = None
-    negative_pooled: Float[Tensor, "batch d_pooled"] | None = None
-
-    def repeat(self, n: int) -> "Embeddings":
-        """Every item n times in a row."""
-        copies = [
-            None if part is None else repeat(part, "batch ... -> (batch n) ...", n=n)
-            for part in (self.prompt, self.pooled, self.negative_prompt, self.negative_pooled)
-        ]
-        return Embeddings(*copies)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """A generation before step `step`: what `generate_from` needs to go on as if it had never stopped."""
-
-    latents: Float[Tensor, "batch tokens channels"]
-    step: int
-    settings: GenerationSettings
-    embeddings: Embeddings
-
-
 def load_flux(
     name: str | Path,
     *,
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    preset: str | None = None,
+    preset: Preset | None = None,
 ) -> FluxPipeline:
-    """A FluxPipeline from `"miniature"`, a local folder or a Hub repository.
+    """A FluxPipeline from `"miniature"`, a local folder or a Hub repository (FLUX.1-dev, -schnell, Krea, ...).
+
+    Device, dtype and preset are chosen by what the machine has (for models above 1 GB the choice is printed with its
+    reason): `full`, or `offload` (each part on the GPU only in its turn), both exact; `int8` or `nf4`, which change the
+    activations (`is_exact`). Small models run in float32.
 
     Raises:
-        FluxSaeError: no such model.
+        FluxSaeError: no such model, no access to it (with the steps to get it), or no room.
     """
-    path = miniature_path("flux") if str(name) == "miniature" else Path(name)
-    pipe = FluxPipeline.from_pretrained(str(path), revision=revision, torch_dtype=dtype or torch.float32)
-    pipe.generation_settings = _read_settings(path)
+    folder, identity = find_model(name, revision)
+    sizes = component_bytes(folder)
+    device = choose_device(device)
+    dtype = dtype or choose_dtype(device, sum(sizes.values()))
+    choice = choose_preset(sizes, measure_machine(device), preset)
+    is_small = sum(sizes.values()) < SMALL_MODEL_BYTES
+    if not is_small:
+        announce(str(name), choice, device, dtype)
+    with _quiet_loading(is_small):
+        pipe = _open_folder(folder, dtype=dtype, quantization_config=_quantisation(choice.preset, dtype))
+    pipe.generation_settings = read_settings(folder)
+    pipe.identity = identity
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device or "cpu")
+    if choice.preset == "offload":
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+    placed: FluxPipeline = pipe.to(device)
+    return placed
 
 
-def _read_settings(folder: Path) -> GenerationSettings | None:
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        return None
+def _open_folder(folder: Path, **arguments: Any) -> FluxPipeline:
+    if not (folder / "transformer").is_dir():
+        raise FluxSaeError(f"{folder} has no transformer folder, so it is not FLUX. Give a FLUX.1 model.")
     try:
-        return GenerationSettings.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, TypeError, FluxSaeError) as error:
-        raise FluxSaeError(f"{path} does not hold generation settings: {error} Mend or remove it.") from error
+        pipe: FluxPipeline = FluxPipeline.from_pretrained(folder, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FluxSaeError(
+            f"{folder} could not be opened as FLUX: {first_line} Fetch or save the model again."
+        ) from error
+    if not isinstance(pipe.transformer, diffusers.FluxTransformer2DModel):
+        kind = type(pipe.transformer).__name__
+        raise FluxSaeError(f"{folder} holds a {kind}, not FLUX's transformer. Give a FLUX.1 model.")
+    return pipe
+
+
+def _quantisation(preset: Preset, dtype: torch.dtype) -> Any:
+    """The quantisation of the transformer and the large text encoder that a preset asks for, or None."""
+    if preset not in ("int8", "nf4"):
+        return None
+    require_quantiser()
+    arguments: dict[str, Any] = {"load_in_8bit": True}
+    if preset == "nf4":
+        arguments = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return diffusers.PipelineQuantizationConfig(
+        quant_backend="bitsandbytes_8bit" if preset == "int8" else "bitsandbytes_4bit",
+        quant_kwargs=arguments,
+        components_to_quantize=["transformer", "text_encoder_2"],
+    )
+
+
+@contextmanager
+def _quiet_loading(is_quiet: bool) -> Iterator[None]:
+    """While open (if `is_quiet`), diffusers and transformers show neither bars nor remarks on what they load."""
+    if not is_quiet:
+        yield
+        return
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(logger, logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity(logging.ERROR)
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, verbosity, has_bars in before:
+            logger.set_verbosity(verbosity)
+            if has_bars:
+                logger.enable_progress_bar()
+
+
+def flux_identity(pipe: diffusers.FluxPipeline) -> FluxIdentity:
+    """Which FLUX this is, as runs and SAEs record it; for a pipeline opened without `load_flux`, its name alone."""
+    identity = getattr(pipe, "identity", None)
+    return identity or FluxIdentity(Path(str(pipe.config.get("_name_or_path") or "unknown")).name, None)
+
+
+def is_exact(pipe: diffusers.FluxPipeline) -> bool:
+    """Whether the transformer computes the model's own activations: neither quantised nor skipping by a cache."""
+    return why_inexact(pipe) is None
+
+
+def why_inexact(pipe: diffusers.FluxPipeline) -> str | None:
+    """What makes the activations differ from the model's own, in words, or None."""
+    transformer = pipe.transformer
+    if getattr(transformer, "is_cache_enabled", False):
+        return "a step cache is enabled, which reuses earlier results"
+    narrow = {p.dtype for p in transformer.parameters() if p.dtype.itemsize == 1}
+    if narrow or getattr(transformer, "hf_quantizer", None) is not None:
+        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
+        return f"the transformer is quantised ({kinds or type(transformer.hf_quantizer).__name__})"
+    return None
+
+
+def compile_blocks(pipe: diffusers.FluxPipeline, **options: Any) -> None:
+    """Compiles the transformer block by block (once for each kind), as `torch.compile` with these options would.
+
+    Blocks tapped by `block_hooks`, `capture` or `steer` run eager while tapped, so hooks keep working.
+    """
+    for block in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks):
+        block.compile(**{"fullgraph": True, **options})
+
+
+def hookpoint_width(pipe: diffusers.FluxPipeline, hookpoint: HookPoint) -> int:
+    """d_model of the activations at a hook point: 4 times the residual width at `proj_mlp`, else that width.
+
+    Raises:
+        FluxSaeError: this model has no such block.
+    """
+    module: Any = find_module(pipe, hookpoint)
+    return int(module.out_features if hookpoint.submodule == "proj_mlp" else pipe.transformer.inner_dim)
 
 
 def default_settings(pipe: diffusers.FluxPipeline) -> GenerationSettings:
@@ -156,7 +254,7 @@ def default_settings(pipe: diffusers.FluxPipeline) -> GenerationSettings:
 
     Models without a guidance embedding are the distilled few-step ones (FLUX.1-schnell: 4 steps, 256 text tokens).
     """
-    own = getattr(pipe, "generation_settings", None)
+    own: GenerationSettings | None = getattr(pipe, "generation_settings", None)
     if own is not None:
         return own
     side = pipe.default_sample_size * pipe.vae_scale_factor
@@ -173,28 +271,12 @@ def token_grid(pipe: diffusers.FluxPipeline, settings: GenerationSettings) -> To
     Raises:
         FluxSaeError: a side is not a multiple of the model's patch.
     """
-    return TokenGrid.from_size(settings.height, settings.width, patch=2 * pipe.vae_scale_factor)
+    return build_grid(pipe, settings)
 
 
 def schedule_sigmas(pipe: diffusers.FluxPipeline, settings: GenerationSettings) -> list[float]:
     """The noise level of every step of the full schedule, descending, without the final 0."""
-    return [float(sigma) for sigma in _full_schedule(pipe, settings).sigmas]
-
-
-def nearest_step(sigmas: Sequence[float], sigma: float, tolerance: float) -> int:
-    """The step whose noise level is nearest to `sigma`; of two as near, the earlier.
-
-    Raises:
-        FluxSaeError: none lies within `tolerance` (absolute).
-    """
-    step = min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - sigma))
-    if abs(sigmas[step] - sigma) > tolerance:
-        raise FluxSaeError(
-            f"No step of this schedule of {len(sigmas)} is at sigma {sigma:.3f} (allowed: within {tolerance:g}); the "
-            f"nearest is step {step} at sigma {sigmas[step]:.3f}. Use more steps or the size the SAE was trained at, "
-            "or pass the flag that allows use outside the recorded range."
-        )
-    return step
+    return [float(sigma) for sigma in build_schedule(pipe, settings).sigmas]
 
 
 def generate(
@@ -205,7 +287,7 @@ def generate(
     settings: GenerationSettings | None = None,
     output_type: OutputType = "pil",
     on_step: OnStep | None = None,
-) -> list[Image] | Tensor | np.ndarray:
+) -> Images:
     """One image per (prompt, seed): a list of PIL images, an array, or packed latents.
 
     Each image's noise comes from its own CPU generator, so (prompt, seed) names the same image in any batch.
@@ -215,7 +297,7 @@ def generate(
         FluxSaeError: a blank or overlong prompt, seeds that do not fit, a size off the patch, before any model work.
     """
     settings = settings or default_settings(pipe)
-    prompts, seeds = _check_request(pipe, prompts, seeds, settings)
+    prompts, seeds = _check_all(pipe, prompts, seeds, settings)
     return _run(
         pipe,
         settings,
@@ -243,9 +325,9 @@ def denoise_to(
         FluxSaeError: a step outside the schedule, or a scheduler that cannot restart.
     """
     settings = settings or default_settings(pipe)
-    prompts, seeds = _check_request(pipe, prompts, seeds, settings)
-    _refuse_unrestartable(pipe)
-    _check_step(step, settings)
+    prompts, seeds = _check_all(pipe, prompts, seeds, settings)
+    refuse_unrestartable(pipe)
+    check_step(step, settings)
     embeddings = embed_prompts(pipe, prompts, settings)
     latents: list[Tensor] = []
 
@@ -277,7 +359,7 @@ def generate_from(
     repeat: int = 1,
     output_type: OutputType = "pil",
     on_step: OnStep | None = None,
-) -> list[Image] | Tensor | np.ndarray:
+) -> Images:
     """The images that the snapshot's generation would have made, each `repeat` times in a row.
 
     Bit-equal to the unbroken generation at equal batch size. Hooks see the steps of the full schedule.
@@ -285,11 +367,11 @@ def generate_from(
     Raises:
         FluxSaeError: a scheduler that cannot restart, or `repeat` below 1.
     """
-    _refuse_unrestartable(pipe)
+    refuse_unrestartable(pipe)
     if repeat < 1:
         raise FluxSaeError(f"repeat={repeat}: allowed is a whole number from 1.")
     settings, n_steps = snapshot.settings, snapshot.settings.num_inference_steps
-    with full_schedule(pipe, _full_schedule(pipe, settings)):
+    with full_schedule(pipe, build_schedule(pipe, settings)):
         return _run(
             pipe,
             settings,
@@ -303,116 +385,12 @@ def generate_from(
         )
 
 
-@torch.no_grad()
-def embed_prompts(pipe: diffusers.FluxPipeline, prompts: Sequence[str], settings: GenerationSettings) -> Embeddings:
-    """The prompts through both text encoders, with the negative prompt where `true_cfg_scale` is above 1."""
-    length = settings.max_sequence_length
-    prompt, pooled, _ = pipe.encode_prompt(list(prompts), max_sequence_length=length)
-    if settings.true_cfg_scale <= 1:
-        return Embeddings(prompt, pooled)
-    negative = [settings.negative_prompt] * len(prompts)
-    negative_prompt, negative_pooled, _ = pipe.encode_prompt(negative, max_sequence_length=length)
-    return Embeddings(prompt, pooled, negative_prompt, negative_pooled)
-
-
-def initial_noise(
-    pipe: diffusers.FluxPipeline,
-    seeds: Sequence[int],
-    settings: GenerationSettings,
-    *,
-    dtype: torch.dtype | None = None,
-) -> Float[Tensor, "batch tokens channels"]:
-    """The packed noise that `generate` starts from with these seeds."""
-    token_grid(pipe, settings)
-    latents, _ = pipe.prepare_latents(
-        len(seeds),
-        pipe.transformer.config.in_channels // 4,
-        settings.height,
-        settings.width,
-        dtype or pipe.transformer.dtype,
-        pipe._execution_device,
-        [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-    )
-    return latents
-
-
-@torch.no_grad()
-def velocity(
-    pipe: diffusers.FluxPipeline,
-    latents: Float[Tensor, "batch tokens channels"],
-    embeddings: Embeddings,
-    *,
-    step: int,
-    settings: GenerationSettings,
-) -> Float[Tensor, "batch tokens channels"]:
-    """The transformer's velocity (noise - image) for packed latents at one step of the schedule: the conditional pass.
-
-    Hooks opened around it see this step. With distilled guidance where the model has it.
-
-    Raises:
-        FluxSaeError: a step outside the schedule, or latents that do not fit the settings' size.
-    """
-    _check_step(step, settings)
-    grid, device, dtype = token_grid(pipe, settings), pipe._execution_device, latents.dtype
-    if latents.shape[1] != grid.n_tokens:
-        raise FluxSaeError(
-            f"Latents of {latents.shape[1]} tokens do not fit {settings.height} x {settings.width} pixels, which have "
-            f"{grid.n_tokens}. Pass settings of the latents' own size."
-        )
-    schedule = _full_schedule(pipe, settings, device=device)
-    guidance = torch.full([len(latents)], settings.guidance_scale, device=device, dtype=torch.float32)
-    with full_schedule(pipe, schedule):
-        return pipe.transformer(
-            hidden_states=latents.to(device),
-            timestep=schedule.timesteps[step].expand(len(latents)).to(dtype) / 1000,
-            guidance=guidance if pipe.transformer.config.guidance_embeds else None,
-            pooled_projections=embeddings.pooled,
-            encoder_hidden_states=embeddings.prompt,
-            txt_ids=torch.zeros(embeddings.prompt.shape[1], 3, device=device, dtype=dtype),
-            img_ids=pipe._prepare_latent_image_ids(len(latents), grid.rows, grid.cols, device, dtype),
-            joint_attention_kwargs={},
-            return_dict=False,
-        )[0]
-
-
-@torch.no_grad()
-def encode_images(pipe: diffusers.FluxPipeline, images: Sequence[Image]) -> Float[Tensor, "batch tokens channels"]:
-    """Images as packed latents (the mode, where the autoencoder is variational), scaled as the transformer sees them.
-
-    Raises:
-        FluxSaeError: a side is not a multiple of the model's patch.
-    """
-    width, height = images[0].size
-    TokenGrid.from_size(height, width, patch=2 * pipe.vae_scale_factor)
-    pixels = pipe.image_processor.preprocess(list(images)).to(pipe._execution_device, pipe.vae.dtype)
-    encoded = pipe.vae.encode(pixels)
-    raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    latents = (raw - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-    return pipe._pack_latents(latents, len(latents), latents.shape[1], latents.shape[2], latents.shape[3])
-
-
-@torch.no_grad()
-def decode_latents(
-    pipe: diffusers.FluxPipeline, latents: Float[Tensor, "batch tokens channels"], settings: GenerationSettings
-) -> list[Image]:
-    """Packed latents as PIL images, as FluxPipeline decodes them."""
-    unpacked = pipe._unpack_latents(latents, settings.height, settings.width, pipe.vae_scale_factor)
-    unpacked = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    pixels = pipe.vae.decode(unpacked.to(pipe.vae.dtype), return_dict=False)[0]
-    return pipe.image_processor.postprocess(pixels, output_type="pil")
-
-
 def unknown_words(pipe: diffusers.FluxPipeline, prompt: str) -> list[str]:
     """The prompt's words that a word-level vocabulary (the miniature's) lacks, once each, in order.
 
     Empty for FLUX's own tokenizers, which spell any word from pieces.
     """
-    backend = getattr(pipe.tokenizer_2, "backend_tokenizer", None)
-    if backend is None or type(backend.model).__name__ != "WordLevel":
-        return []
-    text = backend.normalizer.normalize_str(prompt) if backend.normalizer else prompt
-    words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
-    return [word for word in dict.fromkeys(words) if backend.token_to_id(word) is None]
+    return words_outside(pipe.tokenizer_2, prompt)
 
 
 def _run(
@@ -423,7 +401,7 @@ def _run(
     on_step: OnStep | None,
     first_step: int = 0,
     **arguments: Any,
-) -> Any:
+) -> Images:
     """One call of the pipeline at these settings; whatever ends it early, the pipeline is ready for the next."""
     if output_type not in ("pil", "latent", "np"):
         raise FluxSaeError(f"output_type={output_type!r}: allowed are 'pil', 'latent' and 'np'.")
@@ -434,7 +412,7 @@ def _run(
         return values
 
     try:
-        return pipe(
+        images: Images = pipe(
             height=settings.height,
             width=settings.width,
             guidance_scale=settings.guidance_scale,
@@ -447,88 +425,25 @@ def _run(
     except BaseException:
         free_after_abort(pipe)
         raise
+    return images
 
 
-def _embedding_arguments(embeddings: Embeddings) -> dict[str, Tensor | None]:
-    return {
-        "prompt_embeds": embeddings.prompt,
-        "pooled_prompt_embeds": embeddings.pooled,
-        "negative_prompt_embeds": embeddings.negative_prompt,
-        "negative_pooled_prompt_embeds": embeddings.negative_pooled,
-    }
-
-
-def _full_schedule(
-    pipe: diffusers.FluxPipeline, settings: GenerationSettings, *, device: torch.device | None = None
-) -> Schedule:
-    """The schedule FluxPipeline would set for these settings, worked out on a copy of its scheduler."""
-    scheduler = copy.deepcopy(pipe.scheduler)
-    config, n_steps = scheduler.config, settings.num_inference_steps
-    mu = calculate_shift(
-        token_grid(pipe, settings).n_tokens,
-        config.get("base_image_seq_len", 256),
-        config.get("max_image_seq_len", 4096),
-        config.get("base_shift", 0.5),
-        config.get("max_shift", 1.15),
-    )
-    if config.get("use_flow_sigmas", False):
-        scheduler.set_timesteps(n_steps, device=device, mu=mu)
-    else:
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / n_steps, n_steps), device=device, mu=mu)
-    return Schedule(scheduler.timesteps, scheduler.sigmas[: len(scheduler.timesteps)])
-
-
-def _refuse_unrestartable(pipe: diffusers.FluxPipeline) -> None:
-    config = pipe.scheduler.config
-    # Each of these makes a sigma depend on the whole list, or draws fresh noise: a tail is then another schedule.
-    names = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "stochastic_sampling")
-    for name in names:
-        if config.get(name, False):
-            raise FluxSaeError(
-                f"This scheduler has {name} set, so a generation cannot be taken up in the middle. Allowed are plain "
-                f"flow-matching sigmas: load the scheduler with {name}=False, or generate each image from the start."
-            )
-
-
-def _check_step(step: int, settings: GenerationSettings) -> None:
-    if not 0 <= step < settings.num_inference_steps:
-        raise FluxSaeError(
-            f"step={step} is outside the schedule of {settings.num_inference_steps} steps: "
-            f"allowed are 0 to {settings.num_inference_steps - 1}."
-        )
-
-
-def _check_request(
+def _check_all(
     pipe: diffusers.FluxPipeline,
     prompts: str | Sequence[str],
     seeds: int | Sequence[int],
     settings: GenerationSettings,
 ) -> tuple[list[str], list[int]]:
     """Prompts and seeds as lists of equal length, everything checked that can be before the model works."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-    if not prompts:
-        raise FluxSaeError("No prompts given. Pass at least one.")
-    if len(prompts) != len(seeds):
-        raise FluxSaeError(f"{len(prompts)} prompts but {len(seeds)} seeds. Pass one seed for each prompt.")
-    for prompt in prompts:
-        _check_prompt(prompt)
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-            raise FluxSaeError(f"seed={seed!r}: allowed is a whole number from 0 to {MAX_SEED}.")
     token_grid(pipe, settings)
-    limit = pipe.tokenizer_2.model_max_length if pipe.tokenizer_2 is not None else settings.max_sequence_length
-    if settings.max_sequence_length > limit:
-        raise FluxSaeError(
-            f"max_sequence_length={settings.max_sequence_length}: this model reads at most {limit} tokens."
-        )
-    return prompts, seeds
+    check_text_length(pipe.tokenizer_2, settings)
+    return check_request(prompts, seeds)
 
 
-def _check_prompt(prompt: object) -> None:
-    if not isinstance(prompt, str):
-        raise FluxSaeError(f"A prompt is text, not {type(prompt).__name__}.")
-    if not prompt.strip():
-        raise FluxSaeError("The prompt is blank. Describe the image in a few words.")
-    if len(prompt) > MAX_PROMPT_LENGTH:
-        raise FluxSaeError(f"The prompt has {len(prompt)} characters. Allowed are at most {MAX_PROMPT_LENGTH}.")
+def _embedding_arguments(embeddings: Embeddings) -> dict[str, Any]:
+    return {
+        "prompt_embeds": embeddings.prompt,
+        "pooled_prompt_embeds": embeddings.pooled,
+        "negative_prompt_embeds": embeddings.negative_prompt,
+        "negative_pooled_prompt_embeds": embeddings.negative_pooled,
+    }
