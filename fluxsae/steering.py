@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fluxsae._hooks import TransformerCall, find_module
+from fluxsae._hooks import TransformerCall
 from fluxsae.edits import NEEDS_REFERENCE, HeatmapRegion, SteeringEdit, check_count, is_batched
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import BlockCall, block_hooks, schedule_sigmas, token_grid
+from fluxsae.flux import BlockCall, block_hooks, flux_identity, hookpoint_width, schedule_sigmas, token_grid
 from fluxsae.hookpoints import HookPoint, TokenGrid
 from fluxsae.sae import SparseAutoencoder, TrainedOn
 from fluxsae.settings import GenerationSettings
@@ -130,7 +130,7 @@ def steer(
         edits: one flat list for all images of a batch, or one list an image.
         settings: those of the generations to come, where known: windows, regions and SAEs are then checked against
             them here, and otherwise before the first block of each generation runs.
-        allow_mismatch: use SAEs also with another image size or guidance than they were trained on.
+        allow_mismatch: use SAEs also with another model, image size or guidance than they were trained on.
         direction_of: vectors to write in place of decoder rows (controls).
         on_edit: called after each edited call, with what was added.
 
@@ -156,7 +156,7 @@ def steer(
         if call.is_first_of_run:
             _check_batch(edits, len(call.inputs["hidden_states"]))
             _check_devices(saes, hookpoints, call.inputs["hidden_states"].device)
-            _check_facts(saes, per_item, _RunFacts.from_call(call), allow_mismatch=allow_mismatch)
+            _check_facts(saes, per_item, _RunFacts.from_call(pipe, call), allow_mismatch=allow_mismatch)
 
     with block_hooks(pipe, handlers, on_call=check_run):
         yield
@@ -248,17 +248,20 @@ class _RunFacts:
     grid: TokenGrid
     sigmas: tuple[float, ...]
     guidance_scale: float | None
+    flux_id: str
+    flux_revision: str | None
 
     @classmethod
     def from_settings(cls, pipe: Any, settings: GenerationSettings) -> "_RunFacts":
         guidance = settings.guidance_scale if pipe.transformer.config.guidance_embeds else None
-        return cls(token_grid(pipe, settings), tuple(schedule_sigmas(pipe, settings)), guidance)
+        return cls(token_grid(pipe, settings), tuple(schedule_sigmas(pipe, settings)), guidance, *flux_identity(pipe))
 
     @classmethod
-    def from_call(cls, call: TransformerCall) -> "_RunFacts":
+    def from_call(cls, pipe: Any, call: TransformerCall) -> "_RunFacts":
         rows, cols = (int(last) + 1 for last in call.inputs["img_ids"][..., 1:].reshape(-1, 2).amax(dim=0))
         guidance = call.inputs.get("guidance")
-        return cls(TokenGrid(rows, cols), call.sigmas, None if guidance is None else float(guidance.flatten()[0]))
+        scale = None if guidance is None else float(guidance.flatten()[0])
+        return cls(TokenGrid(rows, cols), call.sigmas, scale, *flux_identity(pipe))
 
 
 def _per_item(edits: Edits) -> list[list[SteeringEdit]]:
@@ -301,9 +304,7 @@ def _check_edit(pipe: Any, saes: Mapping[HookPoint, SparseAutoencoder], edit: St
         raise FluxSaeError(
             f"There is no SAE for hook point {hookpoint}; there is one for: {', '.join(map(str, sorted(saes)))}."
         )
-    find_module(pipe, hookpoint)
-    config = saes[hookpoint].config
-    width = _hookpoint_width(pipe, hookpoint)
+    config, width = saes[hookpoint].config, hookpoint_width(pipe, hookpoint)
     if config.d_model != width:
         raise FluxSaeError(
             f"The SAE reads activations of width {config.d_model}, but {hookpoint} of this model gives {width}. "
@@ -323,13 +324,6 @@ def _check_edit(pipe: Any, saes: Mapping[HookPoint, SparseAutoencoder], edit: St
         raise FluxSaeError(f"{hookpoint} holds text tokens, which have no grid. Leave region out, or use a heatmap.")
     if edit.steps is None:
         _trained_range(edit, saes[hookpoint])
-
-
-def _hookpoint_width(pipe: Any, hookpoint: HookPoint) -> int:
-    config = pipe.transformer.config
-    inner = int(config.num_attention_heads * config.attention_head_dim)
-    mlp: Any = find_module(pipe, hookpoint)
-    return int(mlp.out_features) if hookpoint.submodule == "proj_mlp" else inner
 
 
 def _check_facts(
@@ -370,6 +364,11 @@ def _check_region(edit: SteeringEdit, grid: TokenGrid) -> None:
 
 def _check_ground(hookpoint: HookPoint, ground: TrainedOn, facts: _RunFacts) -> None:
     remedy = "Generate as it was trained, or allow the mismatch explicitly (allow_mismatch=True)."
+    if not _is_same_flux(ground, facts):
+        raise FluxSaeError(
+            f"The SAE at {hookpoint} was trained on {ground.flux_id} ({ground.flux_revision}), "
+            f"not on {facts.flux_id} ({facts.flux_revision}). {remedy}"
+        )
     if hookpoint.stream == "image" and ground.n_tokens != facts.grid.n_tokens:
         raise FluxSaeError(
             f"The SAE at {hookpoint} was trained on images of {ground.height} x {ground.width} pixels "
@@ -380,6 +379,12 @@ def _check_ground(hookpoint: HookPoint, ground: TrainedOn, facts: _RunFacts) -> 
             f"The SAE at {hookpoint} was trained at guidance_scale {ground.guidance_scale:g}, "
             f"not {facts.guidance_scale:g}. {remedy}"
         )
+
+
+def _is_same_flux(ground: TrainedOn, facts: _RunFacts) -> bool:
+    if ground.flux_revision is not None and facts.flux_revision is not None:
+        return ground.flux_revision == facts.flux_revision
+    return ground.flux_id == facts.flux_id or "unknown" in (ground.flux_id, facts.flux_id)
 
 
 def _check_batch(edits: Edits, batch: int) -> None:

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from fluxsae.edits import Recipe, SaeSource, SteeringEdit
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import decode_latents, default_settings, denoise_to, generate_from, schedule_sigmas, token_grid
+from fluxsae.flux import (
+    decode_latents,
+    default_settings,
+    denoise_to,
+    flux_identity,
+    generate_from,
+    schedule_sigmas,
+    token_grid,
+)
 from fluxsae.hookpoints import HookPoint
 from fluxsae.sae import SparseAutoencoder
 from fluxsae.settings import GenerationSettings
@@ -33,7 +41,7 @@ OnEdit = Callable[[EditedCall, int], None]
 class Origin:
     """Where the models of a recipe come from, so that it can be followed elsewhere."""
 
-    flux_id: str = ""
+    flux_id: str
     flux_revision: str | None = None
     saes: tuple[SaeSource, ...] = ()
 
@@ -229,7 +237,7 @@ def _recipe(
     batch: tuple[tuple[SteeringEdit, ...], ...],
     shared_steps: int,
 ) -> Recipe:
-    origin = origin or Origin()
+    origin = origin or Origin(*flux_identity(pipe))
     return Recipe(
         prompt=prompt,
         seed=seed,

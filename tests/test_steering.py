@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_flux import D_MODEL, SETTINGS, build_tiny_flux
 from torch import Tensor
 
+from fluxsae._models import FluxIdentity
 from fluxsae.edits import HeatmapRegion, SteeringEdit
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, block_hooks, capture, generate
@@ -398,9 +399,18 @@ def test_lists_that_do_not_match_the_batch_are_refused(tiny_flux: FluxPipeline) 
     [
         ({"n_tokens": 64, "height": 64, "width": 64}, "64 x 64 pixels"),
         ({"guidance_scale": 1.0}, "guidance_scale 1"),
+        ({"flux_id": "black-forest-labs/FLUX.1-dev"}, "FLUX.1-dev"),
     ],
 )
-def test_an_sae_trained_elsewhere_is_refused_or_allowed_by_a_flag(tiny_flux: FluxPipeline, changes, match: str) -> None:
+def test_an_sae_trained_elsewhere_is_refused_or_allowed_by_a_flag(
+    tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch, changes, match: str
+) -> None:
+    monkeypatch.setattr(tiny_flux, "identity", FluxIdentity("tiny", None), raising=False)
+    latents(
+        tiny_flux,
+        [SteeringEdit(DOUBLE, 0, "add", 2.0, steps=ALL)],
+        saes={DOUBLE: random_sae().with_trained_on(trained_on())},
+    )
     saes = {DOUBLE: random_sae().with_trained_on(trained_on(**changes))}
     edit = SteeringEdit(DOUBLE, 0, "add", 2.0, steps=ALL)
     refused(tiny_flux, [edit], match, saes=saes)
