@@ -1,21 +1,22 @@
-"""The run-time type checker behind the import hook of conftest.py: beartype, on what can be resolved."""
+"""The run-time type checker behind the import hook of conftest.py: beartype, on tensor shapes and dtypes.
+
+Plain types are mypy's affair; checked here as well, they would raise before our own errors for what users get wrong.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from beartype import beartype
+from jaxtyping import AbstractArray
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under beartype, without the annotations that a lone function cannot resolve.
-
-    Those are `Self` (the hook decorates methods, not classes) and quoted names: of a class still being defined, or of
-    one that is imported for mypy alone.
-    """
-    known = {name: hint for name, hint in function.__annotations__.items() if _is_resolvable(hint)}
-    function.__annotations__ = known
+    """`function` under beartype, for those of its annotations that hold a shape."""
+    function.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if _holds_shape(hint)}
     return beartype(function)
 
 
-def _is_resolvable(hint: object) -> bool:
-    return not isinstance(hint, str) and "typing.Self" not in str(hint) and "ForwardRef" not in str(hint)
+def _holds_shape(hint: object) -> bool:
+    if isinstance(hint, type) and issubclass(hint, AbstractArray):
+        return True
+    return any(_holds_shape(part) for part in get_args(hint))
