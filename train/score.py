@@ -1,0 +1,164 @@
+"""Scores images: FLUX generates, the run's SAEs read along, and S, sums, thumbnails and heatmaps are kept.
+
+    python -m train.score --run runs/miniature --n-images 1000
+    torchrun --nproc-per-node 8 -m train.score ...
+
+Stopped at any moment, the same command continues. The activations themselves are never stored.
+"""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+from fluxsae.artifacts import RunFolder
+from fluxsae.collection import CaptureRequest, ImagePlan
+from fluxsae.errors import FluxSaeError
+from fluxsae.hookpoints import HookPoint
+from fluxsae.sae import SparseAutoencoder
+from fluxsae.training.processes import Processes
+from train.collect import describe_run, save_run
+from train.flux_options import FluxOptions
+from train.processes import processes
+from train.stages import StageResult, run_stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(FluxOptions):
+    """What to score."""
+
+    run: Path = Path("runs/miniature")
+    """Run folder with trained SAEs."""
+    hookpoints: tuple[str, ...] = ()
+    """Hook points; left out, all that have an SAE."""
+    step: int | None = None
+    """Score this step alone; left out, S is the maximum over the steps that each SAE was trained on."""
+    n_images: int = 1000
+    """Images to generate."""
+    batch_size: int = 8
+    """Images generated together."""
+    images_per_part: int = 64
+    """Images in one part, the unit of work that is kept when the program is stopped."""
+    n_top: int = 12
+    """Best images of each feature whose heatmaps are kept."""
+    thumbnail_side: int = 384
+    """Longest side of the thumbnails, pixels."""
+    allow_mismatch: bool = False
+    """Score with SAEs that were trained on another model, size, guidance or noise level."""
+    force: bool = False
+    """Score again, also where it is complete."""
+
+
+def main(config: ScoreConfig, *, pipe: Any = None) -> StageResult:
+    """Runs the stage; `pipe` is an already opened FLUX, if there is one."""
+    run = RunFolder(config.run)
+    hookpoints = _hookpoints(config, run)
+    with processes() as peers:
+        return run_stage(
+            run,
+            "score",
+            _stage_config(config, run, hookpoints),
+            lambda: _score(config, run, hookpoints, peers=peers, pipe=pipe if pipe is not None else config.open()),
+            outputs=lambda: _outputs(run, hookpoints),
+            force=config.force,
+            processes=peers,
+        )
+
+
+def _hookpoints(config: ScoreConfig, run: RunFolder) -> list[HookPoint]:
+    found = [run.check_hookpoint(name) for name in config.hookpoints] or run.hookpoints()
+    trained = [hookpoint for hookpoint in found if run.has_sae(hookpoint)]
+    missing = [str(hookpoint) for hookpoint in found if not run.has_sae(hookpoint)]
+    if not trained or (config.hookpoints and missing):
+        raise FluxSaeError(
+            f"{run.path} has no SAE at {', '.join(missing)}. Train it first: python -m train.fit --run {run.path}"
+        )
+    return trained
+
+
+def _outputs(run: RunFolder, hookpoints: list[HookPoint]) -> list[Path]:
+    files = [run.images_path]
+    for hookpoint in hookpoints:
+        files += [run.scores_path(hookpoint), run.stats_path(hookpoint), run.heatmaps_path(hookpoint)]
+    return files
+
+
+def _stage_config(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint]) -> dict[str, Any]:
+    names = ("step", "n_images", "batch_size", "images_per_part", "n_top", "thumbnail_side")
+    digests = {str(hookpoint): _weights_digest(run, hookpoint) for hookpoint in hookpoints}
+    return {**config.identity(), **{name: getattr(config, name) for name in names}, "saes": digests}
+
+
+def _weights_digest(run: RunFolder, hookpoint: HookPoint) -> str:
+    with (run.sae_path(hookpoint) / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, peers: Processes, pipe: Any) -> None:
+    from fluxsae.flux import flux_identity, schedule_sigmas
+    from fluxsae.scoring import ScoreParts, ScoreRequest, forget_parts, merge_parts, score_images, stream_grid
+
+    settings = config.settings(pipe)
+    sigmas = schedule_sigmas(pipe, settings)
+    saes = {h: SparseAutoencoder.from_pretrained(run.sae_path(h), device=pipe.transformer.device) for h in hookpoints}
+    for hookpoint, sae in saes.items():
+        sae.require_ground(
+            allow_mismatch=config.allow_mismatch,
+            flux_id=flux_identity(pipe).flux_id,
+            flux_revision=flux_identity(pipe).revision,
+            hookpoint=str(hookpoint),
+            height=settings.height,
+            width=settings.width,
+            guidance_scale=settings.guidance_scale,
+        )
+    steps = {hookpoint: _steps(config, sae, sigmas) for hookpoint, sae in saes.items()}
+    plan = ImagePlan.build(config.load_prompts(config.n_images, "score"), seed=config.seed, purpose="score")
+    request = ScoreRequest(
+        plan=plan,
+        settings=settings,
+        steps=steps,
+        sae_hashes={hookpoint: _weights_digest(run, hookpoint) for hookpoint in hookpoints},
+        grids={hookpoint: stream_grid(pipe, hookpoint, settings) for hookpoint in hookpoints},
+        batch_size=config.batch_size,
+        images_per_part=config.images_per_part,
+        n_top=config.n_top,
+        thumbnail_side=config.thumbnail_side,
+    )
+    if peers.rank == 0:
+        if config.force:
+            forget_parts(run)
+        all_steps = tuple(sorted({step for chosen in steps.values() for step in chosen}))
+        capture = CaptureRequest(tuple(hookpoints), all_steps, settings)
+        save_run(run, describe_run(pipe, capture, plan, hookpoints=hookpoints))
+        ScoreParts(run, request)
+    peers.wait()
+    parts = ScoreParts(run, request)
+    with tqdm(total=len(plan), desc="score", unit="image", disable=peers.rank > 0, file=sys.stdout) as bar:
+        score_images(
+            pipe, saes, parts, rank=peers.rank, world_size=peers.world_size, on_images=lambda *at: _show(bar, *at)
+        )
+    peers.wait()
+    if peers.rank == 0:
+        merge_parts(parts)
+        forget_parts(run)
+
+
+def _steps(config: ScoreConfig, sae: SparseAutoencoder, sigmas: list[float]) -> tuple[int, ...]:
+    from fluxsae.scoring import check_step, trained_steps
+
+    if config.step is not None:
+        return (check_step(sae, config.step, sigmas, allow_mismatch=config.allow_mismatch),)
+    return trained_steps(sae, sigmas)
+
+
+def _show(bar: "tqdm[Any]", done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ScoreConfig, description=__doc__))

@@ -1,0 +1,90 @@
+"""Stages of a run: skipped when complete, recorded when done, refused when they would overwrite something else."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxsae.artifacts import RunFolder, StageRecord
+from fluxsae.errors import FluxSaeError
+from fluxsae.training.processes import Processes
+
+STAGES = ("collect", "fit", "score", "analyze", "embed", "select", "directions", "render")
+"""Every stage that `run.json` records, in order: a stage that is done again makes the later ones stale."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A line of the closing table."""
+
+    name: str
+    word: str
+    """done, or skipped."""
+    seconds: float
+    megabytes: float
+
+
+def run_stage(
+    run: RunFolder,
+    name: str,
+    config: dict[str, Any],
+    work: Callable[[], None],
+    *,
+    outputs: Callable[[], Sequence[Path]],
+    force: bool = False,
+    processes: Processes | None = None,
+) -> StageResult:
+    """Runs a stage unless it is complete: recorded with this config, its outputs there.
+
+    `outputs` names files and folders that exist once the stage is done (asked again after it ran). The first process
+    keeps the record.
+
+    Raises:
+        FluxSaeError: the stage is complete with another config and `force` is off.
+    """
+    peers = processes or Processes()
+    record = run.load_info().stages.get(name) if run.exists() else None
+    if record is not None and not force and all(path.exists() for path in outputs()):
+        if record.config == config:
+            if peers.rank == 0:
+                print(f"{name}: complete, skipped ({record.seconds:.0f} s, {record.megabytes:.1f} MB when it ran)")
+            return StageResult(name, "skipped", record.seconds, record.megabytes)
+        raise FluxSaeError(f"{name} is complete with other settings: {_differences(record.config, config)}. {_REMEDY}")
+    peers.wait()
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    peers.wait()
+    megabytes = sum(map(size_of, outputs())) / 1e6
+    if peers.rank == 0:
+        later = STAGES[STAGES.index(name) + 1 :] if name in STAGES else ()
+        info = run.load_info().without_stages(later)
+        run.save_info(info.with_stage(name, StageRecord(config, round(seconds, 2), round(megabytes, 3))))
+        print(f"{name}: done in {seconds:.0f} s, {megabytes:.1f} MB")
+    peers.wait()
+    return StageResult(name, "done", seconds, megabytes)
+
+
+_REMEDY = "Pass --force to do it again, or name another --run."
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in names)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of everything in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def format_table(results: Sequence[StageResult]) -> str:
+    """The closing table: stage, word, seconds, megabytes, and their sums."""
+    lines = [f"{'stage':<12}{'':<10}{'seconds':>10}{'MB':>10}"]
+    lines += [f"{r.name:<12}{r.word:<10}{r.seconds:>10.1f}{r.megabytes:>10.1f}" for r in results]
+    spent = sum(r.seconds for r in results if r.word == "done")
+    lines.append(f"{'total':<12}{'':<10}{spent:>10.1f}{sum(r.megabytes for r in results):>10.1f}")
+    return "\n".join(lines)
