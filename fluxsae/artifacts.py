@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.files import read_json, remove_leftovers, save_tensors, write_bytes, write_json, write_text
+from fluxsae.files import load_tensors, read_json, remove_leftovers, save_tensors, write_bytes, write_json, write_text
 from fluxsae.hookpoints import HookPoint
 from fluxsae.settings import GenerationSettings
 from fluxsae.tables import (
@@ -334,6 +334,21 @@ class RunFolder:
     ) -> None:
         """Writes neighbours and map of the decoder directions."""
         save_tensors(self.directions_path(hookpoint), tensors, metadata=metadata)
+
+    def comparison_path(self, first: HookPoint | str, second: HookPoint | str) -> Path:
+        """Features of two hook points matched with each other."""
+        name = f"{HookPoint.parse(first)}--{HookPoint.parse(second)}.safetensors"
+        return self.path / "directions" / name
+
+    def load_comparison(self, first: HookPoint | str, second: HookPoint | str) -> dict[str, torch.Tensor]:
+        """Features of two hook points matched with each other; read by `LayerComparison.from_tensors`."""
+        return load_tensors(self.comparison_path(first, second))
+
+    def save_comparison(
+        self, first: HookPoint | str, second: HookPoint | str, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Writes features of two hook points matched with each other."""
+        save_tensors(self.comparison_path(first, second), tensors)
 
     # Demos and sheets
 

@@ -1,10 +1,13 @@
 """The geometry of decoder directions: neighbours, a map, alignment; and layers compared by what their features do."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -38,6 +41,27 @@ class LayerComparison:
     best_second: Float[np.ndarray, " second"]
     null_correlation: float
     """Mean matched correlation when the images of one side are shuffled: what a match is worth by chance."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The comparison as the tensors of a file."""
+        values = {field.name: np.atleast_1d(getattr(self, field.name)) for field in fields(self)}
+        return {
+            name: torch.from_numpy(value.astype(np.int32 if value.dtype.kind == "i" else np.float32))
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The comparison from the tensors of a file.
+
+        Raises:
+            FluxSaeError: tensors are missing.
+        """
+        missing = [field.name for field in fields(cls) if field.name not in tensors]
+        if missing:
+            raise FluxSaeError(f"the layer comparison lacks {', '.join(missing)}; run train.compare_layers again")
+        values = {field.name: tensors[field.name].numpy() for field in fields(cls)}
+        return cls(**{**values, "null_correlation": float(values["null_correlation"][0])})
 
 
 def nearest_features(
@@ -90,6 +114,119 @@ def feature_map(
     centred = places - places.mean(axis=0)
     scaled: Float[np.ndarray, "features 2"] = (centred / np.abs(centred).max()).astype(np.float32)
     return scaled
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """A region of the map and the word that its features' labels have in common."""
+
+    name: str
+    x: float
+    y: float
+    features: tuple[int, ...]
+
+
+def find_neighbourhoods(
+    positions: Float[np.ndarray, "features 2"], labels: Sequence[str | None], *, n: int = 16, seed: int = 0
+) -> list[Neighbourhood]:
+    """Up to `n` regions of the map (k-means on the labelled features), named by their most telling label word.
+
+    A word tells by its share of the region's labels minus its share of all; regions without a word in at least two
+    labels have no name and are left out.
+    """
+    from sklearn.cluster import KMeans
+
+    labelled = np.array([i for i, label in enumerate(labels) if label], dtype=np.int64)
+    if len(labelled) < 2:
+        return []
+    regions = KMeans(min(n, len(labelled) // 2), n_init=4, random_state=seed).fit_predict(positions[labelled])
+    overall = _word_shares([labels[i] or "" for i in labelled])
+    found = []
+    for region in range(regions.max() + 1):
+        members = labelled[regions == region]
+        shares = _word_shares([labels[i] or "" for i in members])
+        common = {word: share - overall[word] for word, share in shares.items() if share * len(members) >= 2}
+        if common:
+            x, y = positions[members].mean(axis=0)
+            name = max(sorted(common), key=lambda word: common[word])
+            found.append(Neighbourhood(name, float(x), float(y), tuple(int(i) for i in members)))
+    return found
+
+
+def _word_shares(labels: Sequence[str]) -> dict[str, float]:
+    counts: dict[str, int] = {}
+    for label in labels:
+        for word in set(label.split()):
+            counts[word] = counts.get(word, 0) + 1
+    return {word: count / len(labels) for word, count in counts.items()}
+
+
+def draw_map(
+    positions: Float[np.ndarray, "features 2"],
+    labels: Sequence[str | None],
+    *,
+    is_alive: Sequence[bool],
+    title: str,
+    colours: Sequence[str],
+) -> Image.Image:
+    """The map as a picture: a dot a feature, the dead ones faint, neighbourhoods named."""
+    figure, axes = _figure(8.4, 8.0)
+    alive = np.asarray(is_alive, dtype=bool)
+    axes.scatter(*positions[~alive].T, s=5, c="#d7d7dc", linewidths=0)
+    axes.scatter(*positions[alive].T, s=22, c=np.asarray(colours)[alive], linewidths=0.3, edgecolors="white")
+    for place in find_neighbourhoods(positions, labels):
+        text = axes.text(place.x, place.y, place.name, fontsize=10, weight="bold", ha="center", va="center")
+        text.set_path_effects([_halo()])
+    axes.set_title(title, loc="left", fontsize=13, weight="bold")
+    axes.set_axis_off()
+    axes.set_aspect("equal")
+    return _picture(figure)
+
+
+def draw_comparison(comparison: "LayerComparison", *, first: str, second: str, counterpart: float = 0.5) -> Image.Image:
+    """How well the features of each layer find a counterpart in the other, and what chance gives."""
+    figure, axes = _figure(8.4, 4.6)
+    for best, name, colour in (
+        (comparison.best_first, f"{first}: best match in {second}", "#3b6fb6"),
+        (comparison.best_second, f"{second}: best match in {first}", "#e0902f"),
+    ):
+        known = best[~np.isnan(best)].clip(0, 1)
+        label = f"{name} ({len(known)} features)"
+        axes.hist(known, bins=np.linspace(0, 1, 41), histtype="step", linewidth=2, color=colour, label=label)
+    for x, height, text in (
+        (counterpart, 0.97, "counts as a counterpart"),
+        (comparison.null_correlation, 0.9, "matches by chance"),
+    ):
+        axes.axvline(x, color="#77777f", linewidth=1, linestyle="--")
+        axes.text(x + 0.01, height, text, transform=axes.get_xaxis_transform(), va="top", fontsize=9)
+    axes.set_xlabel("correlation of the two columns of S")
+    axes.set_ylabel("features")
+    axes.set_title("Which features have a counterpart in the other layer", loc="left", fontsize=13, weight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    return _picture(figure)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    # the object interface: pyplot keeps global state, which threads of the app would share
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _halo() -> Any:
+    from matplotlib.patheffects import withStroke
+
+    return withStroke(linewidth=3, foreground="white")
+
+
+def _picture(figure: Any) -> Image.Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def compare_layers(

@@ -197,17 +197,20 @@ def contact_sheet(
     cell: int = 150,
     opacity: float = 0.85,
     threshold: float = 0.05,
+    smooth: bool = True,
+    maximum: str = "the feature's maximum over the run",
 ) -> Image.Image:
     """A sheet for people: a row a feature, a column a top image, the picture above its overlay, one legend below.
 
-    `cell` is the side of one picture in pixels; pictures that are not square are fitted into it.
+    `cell` is the side of one picture in pixels; pictures that are not square are fitted into it. `maximum` says in
+    words what full heat stands for.
 
     Raises:
         FluxSaeError: there is no row, or a row has no picture.
     """
     if not rows or not all(row.cells for row in rows):
         raise FluxSaeError(f"a contact sheet of {len(rows)} features needs at least one feature, each with a top image")
-    return _Sheet(columns=columns, cell=cell, opacity=opacity, threshold=threshold).draw(rows, title, subtitle)
+    return _Sheet(columns, cell, opacity, threshold, smooth, maximum).draw(rows, title, subtitle)
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,8 @@ class _Sheet:
     cell: int
     opacity: float
     threshold: float
+    smooth: bool
+    maximum: str
     margin: int = 36
     gap: int = 8
     label_width: int = 250
@@ -239,7 +244,7 @@ class _Sheet:
             self._draw_row(sheet, pen, row, self.head + index * self.row_height)
         strip = legend(
             self.columns * (self.cell + self.gap) - self.gap,
-            maximum="the feature's maximum over the run",
+            maximum=self.maximum,
             opacity=self.opacity,
             threshold=self.threshold,
         )
@@ -264,7 +269,12 @@ class _Sheet:
 
     def _draw_cell(self, sheet: Image.Image, pen: ImageDraw.ImageDraw, item: SheetCell, left: int, top: int) -> None:
         glowing = overlay(
-            item.image, item.heatmap, opacity=self.opacity, threshold=self.threshold, min_side=2 * self.cell
+            item.image,
+            item.heatmap,
+            opacity=self.opacity,
+            threshold=self.threshold,
+            smooth=self.smooth,
+            min_side=2 * self.cell,
         )
         plain = enlarge(item.image, min_side=2 * self.cell)
         for picture, y in ((plain, top), (glowing, top + self.cell + self.gap // 2)):

@@ -162,3 +162,13 @@ def combined_label(labels: Sequence[Sequence[Label]]) -> Label | None:
         if words & set(others[0].text.split()):
             doubt *= 1.0 - others[0].confidence
     return replace(best, confidence=1.0 - doubt)
+
+
+def caption_vocabulary(prompts: Sequence[str], *, limit: int, longest: int = 2) -> list[str]:
+    """The most frequent words and phrases of the captions, each at least twice; ties in alphabetical order."""
+    counts: dict[str, int] = {}
+    for caption in dict.fromkeys(prompts):
+        for term in caption_terms(caption, longest=longest):
+            counts[term] = counts.get(term, 0) + 1
+    frequent = [term for term, count in counts.items() if count >= 2]
+    return sorted(frequent, key=lambda term: (-counts[term], term))[:limit]

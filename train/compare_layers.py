@@ -1,0 +1,95 @@
+"""Compares two layers (or two SAEs) by matching features that fire on the same images.
+
+python -m train.compare_layers --run RUN --first layer1 --second layer3
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from fluxsae.artifacts import RunFolder
+from fluxsae.cards import CardIndex
+from fluxsae.directions import LayerComparison, compare_layers, draw_comparison
+from fluxsae.errors import FluxSaeError
+from fluxsae.scores import ScoreMatrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is compared with what."""
+
+    run: Path
+    """Run folder that was scored."""
+    first: str | None = None
+    """Hook point; without it the first of the run."""
+    second: str | None = None
+    """Hook point; without it the last of the run (of `other_run`)."""
+    other_run: Path | None = None
+    """Run folder of the second hook point, of the same prompts and seeds; without it `run` itself."""
+    counterpart: float = 0.5
+    """Correlation from which a feature counts as having a counterpart."""
+    min_images: int = 5
+    """Images a feature must fire on to take part."""
+    seed: int = 0
+    """Seed of the shuffle that tells what a match is worth by chance."""
+
+
+def main(config: Config) -> None:
+    """Writes the comparison, a plot of it among the sheets of the first hook point, and prints the best of both."""
+    run = RunFolder(config.run)
+    other = RunFolder(config.other_run) if config.other_run else run
+    first = CardIndex(run, config.first or run.hookpoints()[0])
+    second = CardIndex(other, config.second or other.hookpoints()[-1])
+    _check_comparable(first, second)
+    comparison = compare_layers(
+        ScoreMatrix.load(run.scores_path(first.hookpoint)).tensor(),
+        ScoreMatrix.load(other.scores_path(second.hookpoint)).tensor(),
+        counterpart=config.counterpart,
+        min_images=config.min_images,
+        seed=config.seed,
+    )
+    _report(comparison, first, second)
+    if other is run:
+        run.save_comparison(first.hookpoint, second.hookpoint, comparison.tensors())
+    png = io.BytesIO()
+    draw_comparison(
+        comparison, first=str(first.hookpoint), second=str(second.hookpoint), counterpart=config.counterpart
+    ).save(png, format="PNG", optimize=True)
+    name = (
+        f"compared-with-{second.hookpoint}" if other is run else f"compared-with-{other.path.name}-{second.hookpoint}"
+    )
+    run.save_sheet(first.hookpoint, name, png.getvalue())
+    print(f"plot in {run.sheet_path(first.hookpoint, name)}")
+
+
+def _check_comparable(first: CardIndex, second: CardIndex) -> None:
+    if first.run.path == second.run.path and first.hookpoint == second.hookpoint:
+        raise FluxSaeError(f"{first.hookpoint} was to be compared with itself; name two hook points, or another run")
+    if (first.images.prompts, first.images.seeds) != (second.images.prompts, second.images.seeds):
+        raise FluxSaeError(
+            f"{first.run.path} and {second.run.path} hold other images; score both with the same prompts and first seed"
+        )
+
+
+def _report(comparison: LayerComparison, first: CardIndex, second: CardIndex) -> None:
+    print(
+        f"{first.hookpoint} with {second.hookpoint}: {len(comparison.pairs)} pairs, mean correlation "
+        f"{comparison.correlations.mean():.3f} (by chance {comparison.null_correlation:.3f})"
+    )
+    for left, right in comparison.pairs[:10]:
+        place = np.flatnonzero((comparison.pairs == (left, right)).all(axis=1))[0]
+        print(
+            f"  {left:6d} {first.labels[left] or '(no label)':28.28s} = {right:6d} "
+            f"{second.labels[right] or '(no label)':28.28s} {comparison.correlations[place]:.3f}"
+        )
+    for index, alone in ((first, comparison.only_first), (second, comparison.only_second)):
+        best = [feature for feature in index.ranked if feature in set(alone.tolist())][:8]
+        names = ", ".join(f"{feature} {index.labels[feature] or ''}".strip() for feature in best)
+        print(f"only in {index.hookpoint}: {len(alone)} features, the best: {names or 'none'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
