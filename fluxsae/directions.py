@@ -60,7 +60,7 @@ class LayerComparison:
         missing = [field.name for field in fields(cls) if field.name not in tensors]
         if missing:
             raise FluxSaeError(f"the layer comparison lacks {', '.join(missing)}; run train.compare_layers again")
-        values = {field.name: tensors[field.name].numpy() for field in fields(cls)}
+        values: dict[str, Any] = {field.name: tensors[field.name].numpy() for field in fields(cls)}
         return cls(**{**values, "null_correlation": float(values["null_correlation"][0])})
 
 

@@ -83,9 +83,8 @@ def main(config: Config) -> None:
         min_side=512,
     )
     title = f"feature {feature}: {index.labels[feature] or 'no label'}"
-    _side_by_side(image, overlaid, title=title, caption=config.prompt, maximum=reference, config=config).save(
-        config.out
-    )
+    sheet = _side_by_side(image, overlaid, title=title, maximum=reference, config=config)
+    sheet.save(config.out)
     print(f"{title}, highest activation {float(acts[:, feature].max()):.3g} of {reference:.3g}, in {config.out}")
     if config.why:
         _print_why(reader.score_of(feature), config.prompt)
