@@ -1,0 +1,21 @@
+"""Serves the page: `python app.py`. FLUXSAE_RUN picks the run; Gradio's own environment variables apply."""
+
+import importlib.util
+
+if importlib.util.find_spec("spaces") is not None:
+    import spaces  # noqa: F401 - on ZeroGPU this must come before torch
+
+from fluxsae.ui.build import build_app, launch_options
+from fluxsae.ui.session import open_workbench
+
+
+def main() -> None:
+    """Builds and launches; FLUX warms up in the background while the page is already there."""
+    bench = open_workbench()
+    app = build_app(bench)
+    bench.warm_up()
+    app.launch(**launch_options())
+
+
+if __name__ == "__main__":
+    main()

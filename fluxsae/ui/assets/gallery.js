@@ -1,0 +1,73 @@
+// The gallery: cards that mean something first, and one feature's page.
+"use strict";
+
+FS.pictures = (pictures, { rows, cols, colour, words }) =>
+  FS.el("div", { class: "fs-pictures" }, pictures.map((picture) => {
+    const canvas = FS.el("canvas", { class: "fs-picture", width: 128, height: 128, role: "img",
+      "aria-label": `${picture.prompt}${picture.relative !== undefined ? `; ${FS.percent(picture.relative)} of its maximum` : ""}` });
+    const map = picture.map ? FS.bytes(picture.map) : null;
+    const paint = (heat) => FS.drawHeat(canvas, { url: picture.image, map: heat ? map : null, rows, cols, opacity: 1, spotlight: true });
+    paint(true);
+    const figure = FS.el("figure", { class: "fs-figure", style: { "--chip": colour }, onpointerenter: () => paint(false), onpointerleave: () => paint(true) },
+      canvas, FS.el("figcaption", {}, FS.el("span", { text: picture.prompt }),
+        FS.el("span", { class: "fs-quiet fs-num", text: words ? words(picture) : "" })));
+    return figure;
+  }));
+
+FS.define("fs-gallery", (root, data) => {
+  root.append(FS.el("p", { class: "fs-quiet", role: "status", text: data.summary }));
+  if (!data.cards.length) {
+    root.append(FS.el("p", { text: "Nothing matches. Take a filter away, or search for a colour, a shape or a number." }));
+    return;
+  }
+  root.append(FS.el("div", { class: "fs-grid" }, data.cards.map((card) => FS.card(card, {
+    rows: data.rows, cols: data.cols,
+    thumbs: card.pictures.map((picture) => ({ image: picture.image, map: picture.map ? FS.bytes(picture.map) : null })),
+    extra: `on ${FS.share(card.image_density)} of images`,
+    onopen: (chosen) => FS.emit(root, "select", { hookpoint: chosen.hookpoint, feature: chosen.feature }),
+  }))));
+  if (data.more) {
+    root.append(FS.el("div", { class: "fs-row fs-centre" }, FS.el("button", { class: "fs-button", type: "button", text: data.more,
+      onclick: () => FS.emit(root, "more", {}) })));
+  }
+  root.append(FS.code(data.code) || "");
+});
+
+FS.chips = (root, others, hookpoint, format) =>
+  FS.el("div", { class: "fs-row fs-wrap fs-tight" }, others.map((other) =>
+    FS.el("button", { class: "fs-button fs-small fs-row", type: "button", "data-feature": other.feature,
+      onclick: () => FS.emit(root, "select", { hookpoint, feature: other.feature }) },
+    FS.chip(other.colour), FS.el("span", { text: other.label || `#${other.feature}` }),
+    FS.el("span", { class: "fs-quiet fs-num", text: format(other) }))));
+
+FS.facts = (facts) => FS.el("dl", { class: "fs-stats" }, facts.filter(Boolean).map(([term, value, help]) =>
+  FS.el("div", { title: help || "" }, FS.el("dt", { text: term }), FS.el("dd", { class: "fs-num", text: value }))));
+
+FS.define("fs-feature", (root, data) => {
+  const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: data.feature });
+  const sure = FS.sure(data.confidence);
+  const section = (title, help, ...nodes) => FS.el("section", { class: "fs-block" }, FS.el("h3", { class: "fs-h", text: title }),
+    help ? FS.el("p", { class: "fs-quiet", text: help }) : null, ...nodes);
+  root.append(FS.el("article", { class: "fs-feature", "aria-label": `Feature ${data.feature}`, style: { "--chip": data.colour } },
+    FS.el("div", { class: "fs-row fs-between fs-wrap" },
+      FS.el("div", { class: "fs-row" }, FS.chip(data.colour), FS.el("h2", { class: "fs-name", tabindex: -1, text: FS.title(data) }),
+        sure ? FS.el("span", { class: "fs-badge", text: `${sure} (${FS.percent(data.confidence)})` }) : null,
+        FS.el("span", { class: "fs-quiet fs-num", text: `feature ${data.feature}, ${data.word}` })),
+      FS.el("div", { class: "fs-row" },
+        FS.el("button", { class: "fs-button fs-primary", type: "button", text: "Steer with this", onclick: () => go("steer") }),
+        FS.el("button", { class: "fs-button", type: "button", text: "Show in map", onclick: () => go("map") }),
+        data.closable ? FS.el("button", { class: "fs-button", type: "button", text: "Close", onclick: () => { root.replaceChildren(); FS.emit(root, "close", {}); } }) : null)),
+    FS.el("p", { text: data.sentence }),
+    section("Images it likes most", "Lit where it fires, dimmed where it is silent; point at an image to see it whole.",
+      data.pictures.length ? FS.pictures(data.pictures, { rows: data.rows, cols: data.cols, colour: data.colour, words: (p) => `${FS.percent(p.relative)} of its maximum, seed ${p.seed}` })
+        : FS.el("p", { class: "fs-quiet", text: "It never fired in this run (a dead feature)." })),
+    FS.el("div", { class: "fs-columns" },
+      section("In numbers", null, FS.facts(data.facts)),
+      data.histogram.length ? section("How strongly it fires", null, FS.columns(data.histogram, { label: "Patches by activation (log scale)", first: FS.number(data.histogram_edges[0]), last: FS.number(data.histogram_edges[data.histogram_edges.length - 1]), colour: data.colour })) : null,
+      data.step_profile.length > 1 ? section("When it fires", null, FS.columns(data.step_profile, { label: "Mean activation by denoising step", first: `step ${data.steps[0]}, noisy`, last: `step ${data.steps[data.steps.length - 1]}, clear`, colour: data.colour })) : null),
+    data.neighbours.length ? section("Writes in a similar direction", "Nearest features by cosine of what they write (1 = the same).", FS.chips(root, data.neighbours, data.hookpoint, (o) => o.similarity.toFixed(2))) : null,
+    data.coactive.length ? section("Fires on the same images", null, FS.chips(root, data.coactive, data.hookpoint, (o) => o.similarity.toFixed(2))) : null,
+    data.silent.length ? section("Looks alike, but it stays silent", "Images most like its favourites on which it does not fire: what it is not.", FS.pictures(data.silent, { rows: data.rows, cols: data.cols, colour: "var(--fs-line)" })) : null,
+    FS.code(data.code)));
+  root.scrollIntoView({ behavior: "smooth", block: "nearest" });
+});

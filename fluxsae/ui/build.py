@@ -1,0 +1,53 @@
+"""The page: header, tabs and endpoints around one run."""
+
+from typing import Any
+
+import gradio as gr
+
+from fluxsae.ui.header import header_html
+from fluxsae.ui.gallery import add_gallery_endpoints, build_gallery_tab
+from fluxsae.ui.heatmap import add_heatmap_endpoints, build_heatmap_tab
+from fluxsae.ui.session import Workbench, open_workbench
+from fluxsae.ui.shell import Shell
+from fluxsae.ui.theme import build_theme, page_css, page_head
+
+TITLE = "fluxsae: what fires where inside FLUX"
+MAX_QUEUE = 256
+MAX_FILE_SIZE = "2mb"
+DAY = 86_400
+
+
+def build_app(bench: Workbench | None = None) -> gr.Blocks:
+    """The app of a run (of the one that the environment names where none is given), ready to launch."""
+    bench = bench or open_workbench()
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, DAY), fill_width=True) as app:
+        gr.HTML(header_html(bench))
+        selection = gr.State({"hookpoint": bench.limits.default_hookpoint, "feature": None})
+        with gr.Tabs(elem_id="tabs") as tabs:
+            shell = Shell(selection, tabs)
+            with gr.Tab("Heatmap", id="heatmap"):
+                build_heatmap_tab(bench, shell)
+            with gr.Tab("Gallery", id="gallery"):
+                build_gallery_tab(bench, shell)
+        add_heatmap_endpoints(bench)
+        add_gallery_endpoints(bench)
+    app.queue(max_size=MAX_QUEUE, default_concurrency_limit=4)
+    return app
+
+
+def launch_options() -> dict[str, Any]:
+    """How the app is launched: own look, nothing of this machine's files served, no history of prompts kept."""
+    return {
+        "theme": build_theme(),
+        "css": page_css(),
+        "head": page_head(),
+        "mcp_server": True,
+        "ssr_mode": False,
+        "share": False,
+        "show_error": False,
+        "run_history": False,
+        "enable_monitoring": False,
+        "allowed_paths": [],
+        "max_file_size": MAX_FILE_SIZE,
+        "footer_links": ["api"],
+    }

@@ -1,0 +1,206 @@
+"""What the Gallery tab and its endpoints ask for, from the run folder alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+from fluxsae.cards import CardIndex, FeatureCard
+from fluxsae.errors import FluxSaeError
+from fluxsae.heatmaps import feature_colour, overlay
+from fluxsae.ui import views
+from fluxsae.ui.requests import FeatureRequest, SearchRequest
+from fluxsae.ui.session import Workbench
+from fluxsae.ui.snippets import snippets
+
+PAGE = 24
+"""Cards shown at first, and added by each "show more"."""
+THUMBS = 3
+PICTURES = 8
+SORTS = {
+    "best": "Most meaningful first",
+    "strongest": "Strongest first",
+    "frequent": "Fires most often first",
+    "rare": "Fires most rarely first",
+    "number": "By number",
+}
+CLASSES = {"any": "Any", "rare": "Rare", "common": "Common", "very common": "Very common", "dead": "Dead"}
+REASONS = {
+    "number": "by its number",
+    "label": "by its label",
+    "words": "by the words of its captions",
+    "clip": "by likeness to its images (CLIP)",
+    "best": "among the best",
+}
+
+
+class GalleryDesk:
+    """The Gallery tab's questions, answered from the cards."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.limits = bench.limits
+
+    def search(self, request: SearchRequest) -> list[dict[str, Any]]:
+        """Features that a query finds, best first, with the reason."""
+        cards = self.bench.cards[request.hookpoint]
+        embedder = self.bench.embedder if needs_clip(request.query) else None
+        hits = cards.search(request.query, limit=request.limit, embedder=embedder)
+        return [{**views.summary(cards, hit.feature), "reason": hit.reason, "score": hit.score} for hit in hits]
+
+    def gallery(
+        self, query: Any, hookpoint: Any, feature_class: Any, coherent_only: Any, sort: Any, shown: Any = PAGE
+    ) -> dict[str, Any]:
+        """The page's cards for a query and its filters."""
+        request = SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=100)
+        cards = self.bench.cards[request.hookpoint]
+        found = self._found(cards, request)
+        kept = [f for f in found if _passes(cards, f, feature_class, coherent_only)]
+        chosen = _sorted(cards, kept, sort)
+        page = chosen[: min(int(shown), 20 * PAGE)]
+        left = len(chosen) - len(page)
+        return {
+            "rows": cards.info.rows,
+            "cols": cards.info.cols,
+            "summary": _summary_words(request.query, len(chosen), len(cards)),
+            "cards": [self._card(cards, feature) for feature in page],
+            "more": f"Show {min(PAGE, left)} more of {left}" if left else None,
+            "code": snippets("search_features", {**request.model_dump(), "limit": PAGE}, "features"),
+        }
+
+    def page(self, chosen: Any, *, closable: bool = True) -> dict[str, Any]:
+        """One feature's page."""
+        if not isinstance(chosen, Mapping):
+            raise FluxSaeError("Choose a feature first: its hook point and number are missing.")
+        request = FeatureRequest.parse(
+            self.limits, hookpoint=chosen.get("hookpoint"), feature=chosen.get("feature")
+        )
+        cards = self.bench.cards[request.hookpoint]
+        card = cards[request.feature]
+        return {
+            **views.chip(views.summary(cards, request.feature)),
+            "word": f"{self.bench.word(request.hookpoint)} ({request.hookpoint})",
+            "closable": closable,
+            "rows": cards.info.rows,
+            "cols": cards.info.cols,
+            "sentence": sentence(card),
+            "pictures": views.card_pictures(cards, card, limit=PICTURES),
+            "silent": [_silent(cards, image) for image in card.silent_images[:4]],
+            "facts": facts(card),
+            "histogram": list(card.histogram),
+            "histogram_edges": list(card.histogram_edges),
+            "steps": list(card.steps),
+            "step_profile": list(card.step_profile),
+            "neighbours": [_other(other) for other in card.neighbours[:10]],
+            "coactive": [_other(other) for other in card.coactive[:10]],
+            "code": snippets("feature", request.model_dump(), "card, top_images"),
+        }
+
+    def feature(self, request: FeatureRequest) -> tuple[dict[str, Any], list[tuple[Image.Image, str]]]:
+        """A card as JSON, and its top images with overlays."""
+        cards = self.bench.cards[request.hookpoint]
+        card = cards[request.feature]
+        heat = cards.heatmaps(request.feature)
+        pictures = [
+            (
+                overlay(cards.picture(top.image_id), heat[top.image_id], min_side=views.OVERLAY_SIDE),
+                f"{top.prompt} (seed {top.seed}): {top.score / card.max_act:.0%} of its maximum",
+            )
+            for top in card.top_images
+            if top.image_id in heat
+        ]
+        return card.to_dict(), pictures
+
+    def _found(self, cards: CardIndex, request: SearchRequest) -> list[int]:
+        return [hit["feature"] for hit in self.search(request)] if request.query else list(cards.ranked)
+
+    def _card(self, cards: CardIndex, feature: int) -> dict[str, Any]:
+        pictures = views.card_pictures(cards, cards[feature], limit=THUMBS)
+        return {**views.chip(views.summary(cards, feature)), "pictures": pictures}
+
+
+def needs_clip(query: str) -> bool:
+    """Whether a query is words rather than a number."""
+    return bool(query.strip()) and not query.strip().lstrip("#").isdigit()
+
+
+def _passes(cards: CardIndex, feature: int, feature_class: Any, coherent_only: Any) -> bool:
+    row = cards.features[feature]
+    return (feature_class in ("any", None) or row.feature_class == feature_class) and (
+        not coherent_only or bool(row.is_coherent)
+    )
+
+
+def _sorted(cards: CardIndex, features: list[int], sort: Any) -> list[int]:
+    density = cards.features.column("image_density")
+    keys: dict[Any, Any] = {
+        "strongest": lambda f: -float(cards.features[f].max_act),
+        "frequent": lambda f: -float(density[f]),
+        "rare": lambda f: (density[f] == 0, float(density[f])),
+        "number": lambda f: f,
+    }
+    return sorted(features, key=keys[sort]) if sort in keys else features
+
+
+def _summary_words(query: str, n_found: int, n_all: int) -> str:
+    if not query:
+        return f"{n_found:,} of {n_all:,} features; those that mean something first"
+    return f"{n_found:,} of {n_all:,} features match “{query}”"
+
+
+def _other(other: Any) -> dict[str, Any]:
+    return {
+        "feature": other.feature,
+        "label": other.label,
+        "similarity": other.similarity,
+        "colour": feature_colour(other.feature),
+    }
+
+
+def _silent(cards: CardIndex, image_id: int) -> dict[str, Any]:
+    row = cards.images[image_id]
+    return {"image": views.webp_url(row.thumbnail), "prompt": row.prompt, "seed": row.seed, "map": None}
+
+
+def sentence(card: FeatureCard) -> str:
+    """What is known of a feature, in plain words."""
+    if card.max_act == 0:
+        return "This feature never fired on the images of this run: a dead feature."
+    often = f"It fires on {_share(card.image_density)} of the images and {_share(card.density)} of all patches"
+    words = ", ".join(f"“{word}”" for word in card.caption_words[:4])
+    about = f"; captions of its best images say {words} more often than others" if words else ""
+    if card.coherence is None:
+        return f"{often}{about}."
+    is_sure = card.q_value is not None and card.q_value <= 0.05
+    alike = "look more alike than chance" if is_sure else "look no more alike than chance would have it"
+    return f"{often}{about}. Its best images {alike}."
+
+
+def _share(fraction: float) -> str:
+    return f"{fraction:.1%}" if fraction < 0.1 else f"{fraction:.0%}"
+
+
+def facts(card: FeatureCard) -> list[list[str]]:
+    """Statistics with their meaning: term, value, explanation."""
+    rows: list[tuple[str, Any, str]] = [
+        ("Fires on images", _share(card.image_density), "share of images with at least one patch where it fires"),
+        ("Fires on patches", _share(card.density), "share of all image patches (its density)"),
+        ("Class", card.feature_class, "dead, rare, common or very common, by density"),
+        ("Mean when it fires", f"{card.mean_act:.3g}", "activation units of the autoencoder"),
+        ("Maximum", f"{card.max_act:.3g}", "activation units; the heat scale ends here"),
+        ("Coherence", _number(card.coherence), "mean likeness (CLIP cosine) of its best images"),
+        ("Chance of that", _number(card.p_value), "p-value against random images on which features fire"),
+        ("Monosemanticity", _number(card.monosemanticity), "likeness of images weighted by how strongly it fires"),
+        ("Where it fires", _place(card.spatial_spread), "0 always the same place, 1 everywhere alike"),
+        ("Reads what it writes", _number(card.alignment), "cosine of its encoder and decoder directions"),
+    ]
+    return [[term, value, help] for term, value, help in rows if value is not None]
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2g}" if abs(value) < 0.1 else f"{value:.2f}"
+
+
+def _place(spread: float) -> str:
+    word = "always the same place" if spread < 0.5 else "some places more" if spread < 0.85 else "everywhere alike"
+    return f"{word} ({spread:.2f})"

@@ -1,0 +1,119 @@
+"""What the Heatmap tab and its endpoints ask for: readings turned into pages and JSON."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.ui import views
+from fluxsae.ui.lane import Done, StepDone
+from fluxsae.ui.reading import Reading
+from fluxsae.ui.requests import FeaturesAtRequest, HeatmapRequest
+from fluxsae.ui.session import Workbench
+from fluxsae.ui.snippets import snippets
+
+SHOWN = 10
+"""Cards beside the image."""
+PATCH_SHOWN = 8
+
+
+class HeatmapDesk:
+    """The Heatmap tab's questions, answered from the workbench."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.limits = bench.limits
+        example = self.example(self.limits.default_hookpoint)
+        self.example_prompt = example["prompt"] if example else ""
+        self.example_seed = example["seed"] if example else 0
+
+    def example(self, hookpoint: str) -> dict[str, Any] | None:
+        """The ready example, from the run folder."""
+        cards = self.bench.cards[hookpoint]
+        example = views.example_lab(cards, limit=SHOWN, word=self.bench.word(hookpoint), code={})
+        if example:
+            example["code"] = self._code(example["prompt"], hookpoint, example["seed"], self.limits.default_steps)
+        return example
+
+    def example_request(self) -> dict[str, Any]:
+        """The example's values, for questions about its patches."""
+        return self._values(self.example_prompt, self.limits.default_hookpoint, self.example_seed, None)
+
+    def show(self, prompt: Any, hookpoint: Any, seed: Any, steps: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
+        """Steps, then the page's data for a prompt."""
+        values = self._values(prompt, hookpoint, seed, steps)
+        request = HeatmapRequest.parse(self.limits, **values, step=None, limit=SHOWN)
+        for event in self.bench.read(request.prompt, request.seed, request.num_inference_steps):
+            yield Done({"lab": self._lab(event.value, request.hookpoint), "request": values}) if isinstance(
+                event, Done
+            ) else event
+
+    def change_hookpoint(self, hookpoint: Any, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The same image at another hook point: the reading on screen, or the example where none is."""
+        request = HeatmapRequest.parse(
+            self.limits, **self._values(values["prompt"], hookpoint, values["seed"], values["num_inference_steps"]),
+            step=None, limit=SHOWN,
+        )
+        changed = {**values, "hookpoint": request.hookpoint}
+        reading = self.bench.cache.get(("read", request.prompt, request.seed, request.num_inference_steps))
+        return (self._lab(reading, request.hookpoint) if reading else self.example(request.hookpoint)), changed
+
+    def patch(self, values: Mapping[str, Any], place: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
+        """Steps (where the image is made again), then what fires at a patch of the image on screen."""
+        if not isinstance(place, Mapping):
+            raise FluxSaeError("Choose a patch of the image: its row and column are missing.")
+        request = FeaturesAtRequest.parse(
+            self.limits, **self._values(**values), step=place.get("step"), row=place.get("row"),
+            column=place.get("column"), limit=PATCH_SHOWN,
+        )
+        for event in self.features_at(request):
+            yield Done(self._patch(request, event.value)) if isinstance(event, Done) else event
+
+    def heatmap(self, request: HeatmapRequest) -> Iterator[StepDone | Done[tuple[Any, Any, Any]]]:
+        """Steps, then image, ranked features and overlays."""
+        for event in self.bench.read(request.prompt, request.seed, request.num_inference_steps):
+            yield Done(self._answer(event.value, request)) if isinstance(event, Done) else event
+
+    def features_at(self, request: FeaturesAtRequest) -> Iterator[StepDone | Done[list[dict[str, Any]]]]:
+        """Steps, then the ranked features at a patch."""
+        for event in self.bench.read(request.prompt, request.seed, request.num_inference_steps):
+            if isinstance(event, Done):
+                reading: Reading = event.value
+                yield Done(
+                    views.features_at(
+                        reading.maps[request.hookpoint],
+                        self.bench.cards[request.hookpoint],
+                        token=reading.grid.token(request.row, request.column),
+                        step=request.step,
+                        limit=request.limit,
+                    )
+                )
+            else:
+                yield event
+
+    def _answer(self, reading: Reading, request: HeatmapRequest) -> tuple[Any, Any, Any]:
+        cards = self.bench.cards[request.hookpoint]
+        maps = reading.maps[request.hookpoint]
+        features = views.ranked_features(maps, cards, step=request.step, limit=request.limit)
+        return reading.image, features, views.overlays(reading, cards, features, step=request.step)
+
+    def _lab(self, reading: Reading, hookpoint: str) -> dict[str, Any]:
+        code = self._code(reading.prompt, hookpoint, reading.seed, reading.settings.num_inference_steps)
+        word = self.bench.word(hookpoint)
+        return views.lab(reading, self.bench.cards[hookpoint], step=None, limit=SHOWN, code=code, word=word)
+
+    def _patch(self, request: FeaturesAtRequest, features: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "row": request.row,
+            "column": request.column,
+            "hookpoint": request.hookpoint,
+            "features": [views.chip(feature) for feature in features],
+            "code": snippets("features_at", request.model_dump(), "features"),
+        }
+
+    def _code(self, prompt: str, hookpoint: str, seed: int, steps: int) -> dict[str, str]:
+        values = {**self._values(prompt, hookpoint, seed, steps), "step": None, "limit": SHOWN}
+        return snippets("heatmap", values, "image, features, overlays")
+
+    def _values(self, prompt: Any, hookpoint: Any, seed: Any, num_inference_steps: Any) -> dict[str, Any]:
+        steps = self.limits.default_steps if num_inference_steps is None else num_inference_steps
+        return {"prompt": prompt, "hookpoint": hookpoint, "seed": seed, "num_inference_steps": steps}

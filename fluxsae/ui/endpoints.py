@@ -1,0 +1,50 @@
+"""The named endpoints: typed arguments, one schema each, the same checks over HTTP, MCP and from the page."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+from gradio.components.api_component import Api
+
+from fluxsae.ui.guard import guarded, validator
+from fluxsae.ui.requests import Limits, Request
+
+LANE = "flux"
+"""Concurrency group of everything that needs FLUX: one at a time."""
+BROWSING = 16
+"""Browsing requests answered at a time; they never wait for FLUX."""
+
+
+def add_endpoint(
+    handler: Callable[..., Any],
+    *,
+    schema: type[Request],
+    limits: Limits,
+    outputs: Sequence[gr.components.Component],
+    uses_flux: bool,
+) -> None:
+    """Serves `handler` under its own name. Its parameters are the schema's fields; its docstring is the description.
+
+    Values reach the handler as they were sent, so that the schema sees them before any component can bend them.
+    """
+    names = [name for name in inspect.signature(handler).parameters if name in schema.model_fields]
+    properties = schema.model_json_schema()["properties"]
+    defaults = inspect.signature(handler).parameters
+    gr.on(
+        triggers=[],
+        fn=guarded(handler),
+        inputs=[Api(_default(defaults[name]), properties[name], name) for name in names],
+        outputs=list(outputs),
+        api_name=handler.__name__,
+        preprocess=False,
+        queue=True,
+        validator=validator(schema, limits, names),
+        show_progress="hidden",
+        concurrency_id=LANE if uses_flux else "browse",
+        concurrency_limit=1 if uses_flux else BROWSING,
+    )
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+    return None if parameter.default is inspect.Parameter.empty else parameter.default

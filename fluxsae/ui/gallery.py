@@ -1,0 +1,104 @@
+"""The Gallery tab: features that mean something, served from the run folder; /search_features and /feature."""
+
+from typing import Any
+
+import gradio as gr
+
+from fluxsae.ui.desk_gallery import CLASSES, PAGE, SORTS, GalleryDesk
+from fluxsae.ui.endpoints import add_endpoint
+from fluxsae.ui.guard import guarded
+from fluxsae.ui.requests import FeatureRequest, SearchRequest
+from fluxsae.ui.session import Workbench
+from fluxsae.ui.shell import QUIET, Shell
+from fluxsae.ui.theme import element, mount
+
+
+def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
+    """The tab's components and events."""
+    desk = GalleryDesk(bench)
+    with gr.Row(elem_classes="fs-ask"):
+        query = gr.Textbox(
+            label="Search",
+            placeholder="striped, a red circle, or a number such as 12",
+            scale=4,
+            elem_id="gallery-query",
+        )
+        hookpoint = gr.Radio(
+            bench.hookpoint_choices(), value=bench.limits.default_hookpoint, label="Where", scale=3, elem_id="gallery-hook"
+        )
+    with gr.Row(elem_classes="fs-settings"):
+        kind = gr.Dropdown([(text, key) for key, text in CLASSES.items()], value="any", label="How often it fires")
+        sort = gr.Dropdown([(text, key) for key, text in SORTS.items()], value="best", label="Order")
+        coherent = gr.Checkbox(False, label="Only features whose images look alike", min_width=220)
+    page = gr.HTML(
+        None,
+        html_template=element("fs-feature"),
+        js_on_load=mount(select="select", steer="edit", map="expand", close="clear"),
+        elem_id="gallery-feature",
+    )
+    inputs = [query, hookpoint, kind, coherent, sort]
+    gallery = gr.HTML(
+        desk.gallery("", bench.limits.default_hookpoint, "any", False, "best"),
+        html_template=element("fs-gallery"),
+        js_on_load=mount(select="select", more="expand"),
+        elem_id="gallery-cards",
+    )
+    shown = gr.State(PAGE)
+
+    gr.on(
+        [query.input, hookpoint.change, kind.change, coherent.change, sort.change],
+        guarded(lambda *values: (desk.gallery(*values), PAGE)),
+        inputs,
+        [gallery, shown],
+        trigger_mode="always_last",
+        **QUIET,
+    )
+    gallery.expand(
+        guarded(lambda shown, *values: (desk.gallery(*values, shown=shown + PAGE), shown + PAGE)),
+        [shown, *inputs],
+        [gallery, shown],
+        **QUIET,
+    )
+    shell.remember(gallery, page)
+    shell.open_on(page.edit, "steer")
+    shell.open_on(page.expand, "directions")
+    shell.follow(desk.page, [], page)
+
+
+def add_gallery_endpoints(bench: Workbench) -> None:
+    """/search_features and /feature."""
+    desk, limits = GalleryDesk(bench), bench.limits
+
+    def search_features(query: str = "", hookpoint: str = limits.default_hookpoint, limit: int = 20) -> Any:
+        """Finds features by number, by label, or by any words, which CLIP compares with the features' images.
+
+        Args:
+            query: A feature number, words of a label, or any words; empty for the most meaningful features.
+            hookpoint: Where in FLUX the features are read: a module path of this run.
+            limit: How many features, best first.
+
+        Returns:
+            The features, each with its label, statistics and the reason why it was found (JSON).
+        """
+        return desk.search(SearchRequest.parse(limits, query=query, hookpoint=hookpoint, limit=limit))
+
+    def feature(hookpoint: str = limits.default_hookpoint, feature: int | None = None) -> Any:
+        """Gives one feature's card: label, statistics, neighbours, and its top images with overlays.
+
+        Args:
+            hookpoint: Where in FLUX the feature is read: a module path of this run.
+            feature: Number of the feature, from 0.
+
+        Returns:
+            The card (JSON); the top images with the feature's heatmap (gallery).
+        """
+        return desk.feature(FeatureRequest.parse(limits, hookpoint=hookpoint, feature=feature))
+
+    add_endpoint(
+        search_features, schema=SearchRequest, limits=limits, uses_flux=False,
+        outputs=[gr.JSON(label="features", visible=False)],
+    )
+    add_endpoint(
+        feature, schema=FeatureRequest, limits=limits, uses_flux=False,
+        outputs=[gr.JSON(label="card", visible=False), gr.Gallery(label="top_images", format="png", visible=False)],
+    )

@@ -1,0 +1,148 @@
+"""The Heatmap tab: type a prompt, see what fires where; and the endpoints /heatmap and /features_at."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from fluxsae.ui.endpoints import LANE, add_endpoint
+from fluxsae.ui.guard import guarded
+from fluxsae.ui.desk_heatmap import HeatmapDesk
+from fluxsae.ui.lane import StepDone
+from fluxsae.ui.requests import FeaturesAtRequest, HeatmapRequest
+from fluxsae.ui.session import Workbench
+from fluxsae.ui.shell import IDLE, QUIET, Shell, working
+from fluxsae.ui.theme import element, mount
+
+
+def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
+    """The tab's components and events."""
+    desk = HeatmapDesk(bench)
+    with gr.Row(equal_height=True, elem_classes="fs-ask"):
+        prompt = gr.Textbox(
+            desk.example_prompt, label="What should the image show?", max_lines=3, scale=6, elem_id="heatmap-prompt"
+        )
+        go = gr.Button("Show what fires", variant="primary", scale=1, min_width=150, elem_id="heatmap-go")
+        stop = gr.Button("Stop", scale=0, min_width=80, elem_id="heatmap-stop")
+    with gr.Row(elem_classes="fs-settings"):
+        hookpoint = gr.Radio(
+            bench.hookpoint_choices(), value=bench.limits.default_hookpoint, label="Where to look", elem_id="heatmap-hook"
+        )
+        seed = gr.Number(desk.example_seed, label="Seed", precision=0, minimum=0, min_width=110, info="same seed, same image")
+        steps = gr.Slider(
+            1, bench.limits.max_steps, bench.limits.default_steps, step=1, label="Denoising steps", min_width=160
+        )
+    status = gr.HTML(IDLE, html_template=element("fs-status"), js_on_load=mount(), elem_id="heatmap-status")
+    lab = gr.HTML(
+        desk.example(bench.limits.default_hookpoint),
+        html_template=element("fs-lab"),
+        js_on_load=mount(select="select", patch="submit"),
+        elem_id="heatmap-lab",
+    )
+    patch = gr.HTML(
+        None, html_template=element("fs-patch"), js_on_load=mount(select="select"), elem_id="heatmap-patch"
+    )
+    current = gr.State(desk.example_request())
+
+    def show(prompt: Any, hookpoint: Any, seed: Any, steps: Any) -> Iterator[Any]:
+        for event in desk.show(prompt, hookpoint, seed, steps):
+            if isinstance(event, StepDone):
+                yield working(event), gr.skip(), gr.skip(), gr.skip()
+            else:
+                yield IDLE, event.value["lab"], None, event.value["request"]
+
+    def ask(values: Any, place: gr.EventData) -> Iterator[Any]:
+        for event in desk.patch(values, place._data):
+            yield (working(event), gr.skip()) if isinstance(event, StepDone) else (IDLE, event.value)
+
+    running = gr.on(
+        [go.click, prompt.submit],
+        guarded(show),
+        [prompt, hookpoint, seed, steps],
+        [status, lab, patch, current],
+        show_progress="minimal",
+        show_progress_on=status,
+        concurrency_id=LANE,
+        concurrency_limit=1,
+        api_visibility="private",
+    )
+    stop.click(lambda: IDLE, None, status, cancels=[running], queue=False, api_visibility="private")
+    hookpoint.change(
+        guarded(desk.change_hookpoint),
+        [hookpoint, current],
+        [lab, current],
+        **QUIET,
+    )
+    lab.submit(
+        guarded(ask), current, [status, patch], show_progress="hidden", concurrency_id=LANE, api_visibility="private"
+    )
+    shell.remember(lab, patch)
+
+
+def add_heatmap_endpoints(bench: Workbench) -> None:
+    """/heatmap and /features_at."""
+    desk, limits = HeatmapDesk(bench), bench.limits
+
+    def heatmap(
+        prompt: str,
+        hookpoint: str = limits.default_hookpoint,
+        seed: int = 0,
+        num_inference_steps: int = limits.default_steps,
+        step: int | None = None,
+        limit: int = 8,
+    ) -> Iterator[Any]:
+        """Makes an image and tells which features of the autoencoder fire in it, and where.
+
+        Args:
+            prompt: What the image shows, 1 to 2,000 characters.
+            hookpoint: Where in FLUX the features are read: a module path of this run.
+            seed: Random seed; the same seed and prompt give the same image.
+            num_inference_steps: Denoising steps of the image.
+            step: Denoising step to look at, from 0; null for the steps the autoencoder was trained on.
+            limit: How many features, most telling first.
+
+        Returns:
+            The image; the ranked features (JSON); one overlay a feature.
+        """
+        request = HeatmapRequest.parse(limits, prompt=prompt, hookpoint=hookpoint, seed=seed,
+                                       num_inference_steps=num_inference_steps, step=step, limit=limit)
+        for event in desk.heatmap(request):
+            yield (gr.skip(), gr.skip(), gr.skip()) if isinstance(event, StepDone) else event.value
+
+    def features_at(
+        prompt: str,
+        hookpoint: str = limits.default_hookpoint,
+        seed: int = 0,
+        num_inference_steps: int = limits.default_steps,
+        step: int | None = None,
+        row: int = 0,
+        column: int = 0,
+        limit: int = 8,
+    ) -> Iterator[Any]:
+        """Tells which features fire at one patch of an image, most telling first.
+
+        Args:
+            prompt: What the image shows, 1 to 2,000 characters.
+            hookpoint: Where in FLUX the features are read: a module path of this run.
+            seed: Random seed; the same seed and prompt give the same image.
+            num_inference_steps: Denoising steps of the image.
+            step: Denoising step to look at, from 0; null for the steps the autoencoder was trained on.
+            row: Row of the patch, from the top, from 0.
+            column: Column of the patch, from the left, from 0.
+            limit: How many features.
+
+        Returns:
+            The ranked features at that patch (JSON).
+        """
+        request = FeaturesAtRequest.parse(limits, prompt=prompt, hookpoint=hookpoint, seed=seed,
+                                          num_inference_steps=num_inference_steps, step=step, row=row, column=column,
+                                          limit=limit)
+        for event in desk.features_at(request):
+            yield gr.skip() if isinstance(event, StepDone) else event.value
+
+    image = gr.Image(label="image", format="png", visible=False)
+    overlays = gr.Gallery(label="overlays", format="png", visible=False)
+    add_endpoint(heatmap, schema=HeatmapRequest, limits=limits, uses_flux=True,
+                 outputs=[image, gr.JSON(label="features", visible=False), overlays])
+    add_endpoint(features_at, schema=FeaturesAtRequest, limits=limits, uses_flux=True,
+                 outputs=[gr.JSON(label="features", visible=False)])

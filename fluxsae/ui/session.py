@@ -1,0 +1,236 @@
+"""What the page serves: one run, its autoencoders, and FLUX behind the lane."""
+
+import functools
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from fluxsae.artifacts import RunFolder
+from fluxsae.cards import CardIndex
+from fluxsae.errors import FluxSaeError
+from fluxsae.hookpoints import HookPoint
+from fluxsae.miniature import miniature_path
+from fluxsae.perceptual import ImageEmbedder, load_embedder
+from fluxsae.sae import SparseAutoencoder
+from fluxsae.settings import GenerationSettings
+from fluxsae.ui.lane import Done, FluxLane, OnStep, StepDone
+from fluxsae.ui.reading import Reading, read_image
+from fluxsae.ui.requests import Limits
+
+T = TypeVar("T")
+log = logging.getLogger("fluxsae.app")
+
+CACHE_BYTES = 64 * 2**20
+CACHE_ENTRIES = 48
+WORDS = {1: ["the"], 2: ["early", "late"], 3: ["early", "middle", "late"]}
+
+
+class ResultCache:
+    """The latest results, within a memory bound; a repeated request is answered from here."""
+
+    def __init__(self, *, max_bytes: int = CACHE_BYTES, max_entries: int = CACHE_ENTRIES) -> None:
+        self.max_bytes, self.max_entries = max_bytes, max_entries
+        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Any | None:
+        """The result kept under this key, or None."""
+        with self._lock:
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
+
+    def put(self, key: Hashable, value: Any, *, n_bytes: int) -> None:
+        """Keeps a result and forgets the oldest ones beyond the bound."""
+        with self._lock:
+            self._entries[key] = (value, n_bytes)
+            self._entries.move_to_end(key)
+            while len(self._entries) > 1 and (len(self._entries) > self.max_entries or self._size() > self.max_bytes):
+                self._entries.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _size(self) -> int:
+        return sum(n_bytes for _, n_bytes in self._entries.values())
+
+
+class Workbench:
+    """One run opened for visitors. Browsing reads the run folder only; FLUX is loaded by the first generation."""
+
+    def __init__(self, run: RunFolder, *, source: str = "", notice: str = "") -> None:
+        self.run = run
+        self.source = source or str(run.path)
+        self.notice = notice
+        self.info = run.load_info()
+        self.hookpoints = [str(hookpoint) for hookpoint in run.hookpoints()]
+        self.cards: dict[str, CardIndex] = {name: CardIndex(run, name) for name in self.hookpoints}
+        self.limits = Limits(
+            hookpoints={name: len(cards) for name, cards in self.cards.items()},
+            rows=self.info.rows,
+            cols=self.info.cols,
+            default_steps=self.info.settings.num_inference_steps,
+        )
+        self._embedder_lock = threading.Lock()
+        self.lane = FluxLane()
+        self.cache = ResultCache()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def is_miniature(self) -> bool:
+        """Whether the run's FLUX is the embedded one."""
+        return self.info.flux_id == "miniature"
+
+    def word(self, hookpoint: str) -> str:
+        """A hook point in words: "early", "middle", "late", or its block number where there are more."""
+        words = WORDS.get(len(self.hookpoints))
+        place = self.hookpoints.index(hookpoint)
+        return words[place] if words else f"block {HookPoint.parse(hookpoint).block_index}"
+
+    def hookpoint_choices(self) -> list[tuple[str, str]]:
+        """Hook points in words with their path, for menus."""
+        return [(f"{self.word(name)} ({name})", name) for name in self.hookpoints]
+
+    @functools.cached_property
+    def saes(self) -> dict[str, SparseAutoencoder]:
+        """The autoencoder of every hook point, on the device FLUX runs on."""
+        path = str(self.run.path)
+        return {
+            name: SparseAutoencoder.from_pretrained(path, subfolder=self.run.sae_subfolder(name), device=self.device)
+            for name in self.hookpoints
+        }
+
+    @functools.cached_property
+    def pipe(self) -> Any:
+        """FLUX; loading takes seconds (the miniature) to minutes (FLUX.1-dev). Used inside the lane only."""
+        from fluxsae.flux import load_flux
+
+        log.info("loading FLUX %s on %s", self.info.flux_id, self.device)
+        dtype = torch.float32 if self.is_miniature or self.device == "cpu" else torch.bfloat16
+        return load_flux(self.info.flux_id, revision=self.info.flux_revision, device=self.device, dtype=dtype)
+
+    @property
+    def embedder(self) -> ImageEmbedder | None:
+        """The CLIP model that embedded the run's images; None where it cannot be had (search is then by words)."""
+        with self._embedder_lock:
+            return self._embedder
+
+    @functools.cached_property
+    def _embedder(self) -> ImageEmbedder | None:
+        if not self.run.embeddings_path.is_file():
+            return None
+        try:
+            return load_embedder(self.run.load_embeddings().model)
+        except FluxSaeError as error:
+            log.warning("search works without CLIP: %s", error)
+            return None
+
+    def settings(self, num_inference_steps: int) -> GenerationSettings:
+        """The run's own settings at another number of steps."""
+        return replace(self.info.settings, num_inference_steps=num_inference_steps)
+
+    def read(self, prompt: str, seed: int, num_inference_steps: int) -> Iterator[StepDone | Done[Reading]]:
+        """An image and what fires in it at every hook point; repeated requests are answered at once."""
+        settings = self.settings(num_inference_steps)
+
+        def work(on_step: OnStep) -> Reading:
+            return read_image(self.pipe, self.saes, prompt=prompt, seed=seed, settings=settings, on_step=on_step)
+
+        return self.cached(("read", prompt, seed, num_inference_steps), work, size=lambda reading: reading.n_bytes)
+
+    def cached(
+        self, key: Hashable, work: Callable[[OnStep], T], *, size: Callable[[T], int]
+    ) -> Iterator[StepDone | Done[T]]:
+        """The lane's events for `work`, or only its result where it is still kept."""
+        found = self.cache.get(key)
+        if found is not None:
+            yield Done(found)
+            return
+        for event in self.lane.stream(work):
+            if isinstance(event, Done):
+                self.cache.put(key, event.value, n_bytes=size(event.value))
+            yield event
+
+    def warm_up(self) -> None:
+        """Loads what the first visitor would wait for, in the background: CLIP first, then FLUX in its lane."""
+        threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
+
+    def _warm_up(self) -> None:
+        try:
+            _ = self.embedder
+            if self.is_miniature or self.device != "cpu":
+                self.lane.call(lambda: (self.pipe, self.saes))
+        except Exception:  # the visitor who needs it gets the same error, in words
+            log.exception("warming up failed")
+
+
+def open_workbench(source: str | None = None) -> Workbench:
+    """The run that `source` or the environment variable FLUXSAE_RUN names; the embedded miniature where neither does.
+
+    `source` is a folder or a Hub repository, with `@revision` if wanted. Where it cannot be used here (no token, no
+    licence accepted, no GPU, no network), the miniature is opened and `notice` says why and what lifts the limit.
+    """
+    wanted = source if source is not None else os.environ.get("FLUXSAE_RUN", "").strip()
+    if not wanted:
+        return Workbench(RunFolder(miniature_path("run")), source="embedded")
+    try:
+        bench = Workbench(_fetch_run(wanted), source=wanted)
+        require_flux(bench)
+    except FluxSaeError as error:
+        log.warning("%s cannot be served: %s", wanted, error)
+        notice = f"{wanted} cannot be used here: {error} Until then this page shows the miniature, and all of it works."
+        return Workbench(RunFolder(miniature_path("run")), source="embedded", notice=notice)
+    return bench
+
+
+def _fetch_run(wanted: str) -> RunFolder:
+    if Path(wanted).is_dir():
+        return RunFolder(wanted)
+    from fluxsae.publish import pull_run
+
+    repo, _, revision = wanted.partition("@")
+    if repo.count("/") != 1 or repo.startswith(("/", ".")):
+        raise FluxSaeError(f"FLUXSAE_RUN is {wanted!r}; give a folder that exists, or owner/name of a Hub repository.")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fluxsae" / repo.replace("/", "--")
+    return RunFolder(pull_run(repo, revision=revision or None, into=cache / (revision or "main")))
+
+
+def require_flux(bench: Workbench) -> None:
+    """Refuses a run whose FLUX cannot be loaded here, before a visitor waits for it.
+
+    Raises:
+        FluxSaeError: no GPU, no access, or no network; the message says what to do.
+    """
+    flux_id = bench.info.flux_id
+    if bench.is_miniature or Path(flux_id).is_dir():
+        return
+    if bench.device == "cpu" and not os.environ.get("SPACES_ZERO_GPU"):
+        raise FluxSaeError(f"its FLUX, {flux_id}, needs a GPU with 48 GB, and this machine has none.")
+    _require_access(flux_id, bench.info.flux_revision)
+
+
+def _require_access(flux_id: str, revision: str | None) -> None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        hf_hub_download(flux_id, "model_index.json", revision=revision)
+    except GatedRepoError as error:
+        raise FluxSaeError(
+            f"its FLUX, {flux_id}, is gated: accept the licence at https://huggingface.co/{flux_id} and give this app "
+            "a token that may read it (HF_TOKEN, on a Space: Settings, Secrets)."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FluxSaeError(
+            f"its FLUX, {flux_id}, was not found; a private or gated model needs a token (HF_TOKEN)."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FluxSaeError(f"its FLUX, {flux_id}, could not be reached; check the network and HF_TOKEN.") from error

@@ -1,0 +1,58 @@
+"""Every view as code: Python, curl and MCP calls with the very values on screen."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+ORIGIN = "__ORIGIN__"
+"""Stands for this page's address; the page puts its own in when it shows the code."""
+
+
+def snippets(endpoint: str, arguments: Mapping[str, Any], returns: str) -> dict[str, str]:
+    """The call of an endpoint in each language; `returns` names its results in Python."""
+    return {
+        "Python": python_call(endpoint, arguments, returns),
+        "curl": curl_call(endpoint, arguments),
+        "MCP": mcp_call(endpoint, arguments),
+    }
+
+
+def python_call(endpoint: str, arguments: Mapping[str, Any], returns: str) -> str:
+    """With `gradio_client`."""
+    lines = [f"    {name}={value!r}," for name, value in arguments.items()]
+    return "\n".join(
+        [
+            "from gradio_client import Client",
+            "",
+            f'client = Client("{ORIGIN}")',
+            f"{returns} = client.predict(",
+            *lines,
+            f'    api_name="/{endpoint}",',
+            ")",
+        ]
+    )
+
+
+def curl_call(endpoint: str, arguments: Mapping[str, Any]) -> str:
+    """Over plain HTTP: the call gives an id, the id gives the result."""
+    data = json.dumps({"data": list(arguments.values())}, ensure_ascii=False).replace("'", "'\\''")
+    return "\n".join(
+        [
+            f"EVENT=$(curl -s -X POST {ORIGIN}/gradio_api/call/{endpoint} \\",
+            "  -H 'Content-Type: application/json' \\",
+            f"  -d '{data}' | grep -o '[0-9a-f]\\{{32\\}}')",
+            f"curl -sN {ORIGIN}/gradio_api/call/{endpoint}/$EVENT",
+        ]
+    )
+
+
+def mcp_call(endpoint: str, arguments: Mapping[str, Any]) -> str:
+    """The server's address for an MCP client, and the tool call it makes."""
+    server = {"mcpServers": {"fluxsae": {"url": f"{ORIGIN}/gradio_api/mcp/"}}}
+    call = {"method": "tools/call", "params": {"name": f"fluxsae_{endpoint}", "arguments": dict(arguments)}}
+    return (
+        "// in the client's settings\n"
+        + json.dumps(server, indent=2)
+        + "\n\n// the call\n"
+        + json.dumps(call, indent=2, ensure_ascii=False)
+    )

@@ -1,0 +1,277 @@
+"""What the page's elements draw, as plain JSON values computed from cards and readings."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fluxsae.cards import CardIndex, FeatureCard
+from fluxsae.heatmaps import feature_colour, heat_colours, overlay, token_heatmap
+from fluxsae.tables import encode_webp
+from fluxsae.ui.reading import Reading, SparseMaps
+
+PER_PATCH = 4
+"""Features a patch tells about without asking the server."""
+MAX_CELLS = 64
+"""Longest side of the heatmaps sent to the page; larger grids are pooled."""
+OVERLAY_SIDE = 512
+
+
+def base64_text(data: bytes | np.ndarray) -> str:
+    """Bytes as base64."""
+    return base64.b64encode(data if isinstance(data, bytes) else data.tobytes()).decode("ascii")
+
+
+def heat_table() -> str:
+    """The heat colours of 0 to 255 as base64 of 768 bytes: the page paints with the library's own map."""
+    ramp = np.linspace(0, 1, 256, dtype=np.float32)[None]
+    return base64_text(np.ascontiguousarray(heat_colours(ramp)[0]))
+
+
+def image_url(image: Image.Image) -> str:
+    """A picture as a data address; small pictures stay exact."""
+    return webp_url(encode_webp(image, longest_side=1024, quality=100 if max(image.size) <= 256 else 90))
+
+
+def webp_url(data: bytes) -> str:
+    """Webp bytes as a data address."""
+    return f"data:image/webp;base64,{base64_text(data)}"
+
+
+def byte_map(acts: np.ndarray, maximum: float) -> np.ndarray:
+    """Activations as bytes, 255 standing for `maximum`."""
+    scaled = np.clip(acts / maximum if maximum > 0 else np.zeros_like(acts), 0, 1)
+    return np.rint(scaled * 255).astype(np.uint8)
+
+
+def summary(cards: CardIndex, feature: int) -> dict[str, Any]:
+    """A feature in one line: what lists and search results say about it."""
+    row = cards.features[feature]
+    return {
+        "hookpoint": str(cards.hookpoint),
+        "feature": feature,
+        "label": row.label,
+        "label_confidence": row.label_confidence,
+        "feature_class": row.feature_class,
+        "density": row.density,
+        "image_density": row.image_density,
+        "max_act": row.max_act,
+        "coherence": row.coherence,
+        "is_coherent": row.is_coherent,
+    }
+
+
+def telling(peaks: np.ndarray, cards: CardIndex) -> np.ndarray:
+    """How telling each feature is for an image: its peak as a share of its maximum, less the more images fire it."""
+    maxima = cards.features.column("max_act").astype(np.float64)
+    shares = np.divide(peaks, maxima, out=np.zeros(len(maxima)), where=maxima > 0)
+    rarity = 1 - cards.features.column("image_density").astype(np.float64)
+    return np.minimum(shares, 1.0) * np.clip(rarity, 0.02, 1.0)
+
+
+def ranked_features(maps: SparseMaps, cards: CardIndex, *, step: int | None, limit: int) -> list[dict[str, Any]]:
+    """The features that fire in an image, most telling first."""
+    peaks = maps.peaks(step)
+    scores = telling(peaks, cards)
+    order = np.argsort(-scores, kind="stable")[:limit]
+    return [
+        {**summary(cards, int(f)), **_activation(cards, int(f), float(peaks[f])), "score": float(scores[f])}
+        for f in order
+        if peaks[f] > 0
+    ]
+
+
+def features_at(
+    maps: SparseMaps, cards: CardIndex, *, token: int, step: int | None, limit: int
+) -> list[dict[str, Any]]:
+    """The features that fire at one patch, most telling first."""
+    found = maps.at(token, step)
+    peaks = np.zeros(maps.n_features)
+    for feature, value in found.items():
+        peaks[feature] = value
+    scores = telling(peaks, cards)
+    order = sorted(found, key=lambda feature: (-scores[feature], feature))[:limit]
+    return [{**summary(cards, f), **_activation(cards, f, found[f]), "score": float(scores[f])} for f in order]
+
+
+def _activation(cards: CardIndex, feature: int, value: float) -> dict[str, float]:
+    maximum = cards.features[feature].max_act
+    return {"activation": value, "relative": min(1.0, value / maximum) if maximum > 0 else 0.0}
+
+
+def overlays(
+    reading: Reading, cards: CardIndex, features: Sequence[Mapping[str, Any]], *, step: int | None
+) -> list[tuple[Image.Image, str]]:
+    """Each feature's overlay on the image, at the scale of the feature's run-wide maximum, with a caption."""
+    import torch
+
+    maps = reading.maps[str(cards.hookpoint)]
+    made = []
+    for feature in features:
+        acts = torch.from_numpy(maps.acts(feature["feature"], step))
+        heat = token_heatmap(acts, reading.grid, reference=feature["max_act"])
+        made.append((overlay(reading.image, heat, min_side=OVERLAY_SIDE), caption(feature)))
+    return made
+
+
+def caption(feature: Mapping[str, Any]) -> str:
+    """A feature in words: number, label, and how strongly it fires."""
+    name = f"{feature['label']} (feature {feature['feature']})" if feature["label"] else f"feature {feature['feature']}"
+    return f"{name}: {feature['relative']:.0%} of its maximum" if "relative" in feature else name
+
+
+def chip(feature: Mapping[str, Any]) -> dict[str, Any]:
+    """What every card on the page shows of a feature."""
+    return {
+        "hookpoint": feature["hookpoint"],
+        "feature": feature["feature"],
+        "label": feature["label"],
+        "confidence": feature["label_confidence"],
+        "class": feature["feature_class"],
+        "density": feature["density"],
+        "image_density": feature["image_density"],
+        "maximum": feature["max_act"],
+        "coherent": feature["is_coherent"],
+        "colour": feature_colour(feature["feature"]),
+        **{key: feature[key] for key in ("activation", "relative") if key in feature},
+    }
+
+
+def lab(
+    reading: Reading, cards: CardIndex, *, step: int | None, limit: int, code: Mapping[str, str], word: str
+) -> dict[str, Any]:
+    """The heatmap tab: image, ranked features with their maps at every step, and what fires at each patch."""
+    maps = reading.maps[str(cards.hookpoint)]
+    features = ranked_features(maps, cards, step=step, limit=limit)
+    patches, values = _patches(maps, cards, step)
+    known = sorted({int(feature) for feature in np.unique(patches)})
+    return {
+        "kind": "live",
+        "image": image_url(reading.image),
+        "prompt": reading.prompt,
+        "seed": reading.seed,
+        "num_inference_steps": reading.settings.num_inference_steps,
+        "hookpoint": str(cards.hookpoint),
+        "hookpoint_word": word,
+        "rows": reading.grid.rows,
+        "cols": reading.grid.cols,
+        "steps": list(maps.steps),
+        "sigmas": list(maps.sigmas),
+        "features": [{**chip(f), "maps": _planes(maps, f["feature"], f["max_act"], step)} for f in features],
+        "patch_features": base64_text(patches.astype("<u4")),
+        "patch_values": base64_text(values),
+        "labels": {str(feature): cards.labels[feature] for feature in known if cards.labels[feature]},
+        "colours": {str(feature): feature_colour(feature) for feature in known},
+        "notices": notices(reading),
+        "code": dict(code),
+    }
+
+
+def notices(reading: Reading) -> list[str]:
+    """What the visitor should know about the image: words that the miniature does not speak."""
+    if not reading.unknown_words:
+        return []
+    words = ", ".join(f"“{word}”" for word in reading.unknown_words[:8])
+    return [
+        f"The miniature does not know {words}, so the image ignores it. It speaks of shapes, colours, textures, "
+        "sizes, places and backgrounds: “a large red striped circle on the left on a black background”."
+    ]
+
+
+def _planes(maps: SparseMaps, feature: int, maximum: float, step: int | None) -> str:
+    planes = [maps.acts(feature, step), *(maps.acts(feature, each) for each in maps.steps)]
+    return base64_text(np.stack([byte_map(plane, maximum) for plane in planes]))
+
+
+def _patches(maps: SparseMaps, cards: CardIndex, step: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The most telling features of each token and their share of their maximum, as (features, bytes)."""
+    n_tokens = maps.values.shape[1]
+    patches = np.zeros((n_tokens, PER_PATCH), dtype=np.int64)
+    values = np.zeros((n_tokens, PER_PATCH), dtype=np.uint8)
+    maxima = cards.features.column("max_act").astype(np.float64)
+    rarity = np.clip(1 - cards.features.column("image_density").astype(np.float64), 0.02, 1.0)
+    for token in range(n_tokens):
+        found = maps.at(token, step)
+        shares = {f: min(1.0, value / maxima[f]) if maxima[f] > 0 else 0.0 for f, value in found.items()}
+        best = sorted(shares, key=lambda f: -shares[f] * rarity[f])[:PER_PATCH]
+        patches[token, : len(best)] = best
+        values[token, : len(best)] = [max(1, round(shares[f] * 255)) for f in best]
+    return patches, values
+
+
+def example_lab(cards: CardIndex, *, limit: int, word: str, code: Mapping[str, str]) -> dict[str, Any] | None:
+    """A ready heatmap from the run folder alone: the image that most of the best features have a map of."""
+    image_id, features = _best_example(cards, limit)
+    if image_id is None:
+        return None
+    row = cards.images[image_id]
+    shown, planes = [], {}
+    for feature in features:
+        heat = cards.heatmaps(feature)[image_id]
+        peak = float(heat.max()) * cards.features[feature].max_act
+        found = {**summary(cards, feature), **_activation(cards, feature, peak)}
+        planes[feature] = byte_map(heat.ravel(), 1.0)
+        shown.append({**chip(found), "maps": base64_text(planes[feature])})
+    patches, values = _example_patches(planes)
+    return {
+        "kind": "example",
+        "image": webp_url(row.thumbnail),
+        "prompt": row.prompt,
+        "seed": row.seed,
+        "num_inference_steps": cards.info.settings.num_inference_steps,
+        "hookpoint": str(cards.hookpoint),
+        "hookpoint_word": word,
+        "rows": cards.info.rows,
+        "cols": cards.info.cols,
+        "steps": [],
+        "sigmas": [],
+        "features": shown,
+        "patch_features": base64_text(patches.astype("<u4")),
+        "patch_values": base64_text(values),
+        "labels": {str(feature): cards.labels[feature] for feature in features if cards.labels[feature]},
+        "colours": {str(feature): feature_colour(feature) for feature in features},
+        "notices": [],
+        "code": dict(code),
+    }
+
+
+def _best_example(cards: CardIndex, limit: int) -> tuple[int | None, list[int]]:
+    """The image with the most distinct labels among its features, and those features, strongest first."""
+    by_image: dict[int, dict[str, tuple[int, float]]] = {}
+    for feature in cards.ranked[:200]:
+        row = cards.features[feature]
+        if not row.label:
+            continue
+        for image, score in zip(row.top_images, row.top_scores, strict=True):
+            by_image.setdefault(image, {}).setdefault(row.label, (feature, score / row.max_act))
+    if not by_image:
+        return None, []
+    best = max(by_image, key=lambda image: (min(limit, len(by_image[image])), -image))
+    found = sorted(by_image[best].values(), key=lambda item: -item[1])[:limit]
+    return best, [feature for feature, _ in found]
+
+
+def _example_patches(planes: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    features = np.array(list(planes))
+    stacked = np.stack(list(planes.values()), axis=1)
+    order = np.argsort(-stacked.astype(np.int64), axis=1, kind="stable")[:, :PER_PATCH]
+    return features[order], np.take_along_axis(stacked, order, axis=1)
+
+
+def card_pictures(cards: CardIndex, card: FeatureCard, *, limit: int) -> list[dict[str, Any]]:
+    """A feature's best images with their maps, for the page to draw."""
+    heat = cards.heatmaps(card.feature)
+    return [
+        {
+            "image": webp_url(cards.images.thumbnail(top.image_id)),
+            "image_id": top.image_id,
+            "prompt": top.prompt,
+            "seed": top.seed,
+            "score": top.score,
+            "relative": min(1.0, top.score / card.max_act) if card.max_act > 0 else 0.0,
+            "map": base64_text(byte_map(heat[top.image_id], 1.0)) if top.image_id in heat else None,
+        }
+        for top in card.top_images[:limit]
+    ]
