@@ -1,6 +1,6 @@
 """Compares two layers (or two SAEs) by matching features that fire on the same images.
 
-python -m train.compare_layers --run RUN --first layer1 --second layer3
+python -m train.compare_layers --run runs/miniature --first layer1 --second layer3
 """
 
 import io
@@ -18,10 +18,10 @@ from fluxsae.scores import ScoreMatrix
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class CompareLayersConfig:
     """What is compared with what."""
 
-    run: Path
+    run: Path = Path("runs/miniature")
     """Run folder that was scored."""
     first: str | None = None
     """Hook point; without it the first of the run."""
@@ -37,7 +37,7 @@ class Config:
     """Seed of the shuffle that tells what a match is worth by chance."""
 
 
-def main(config: Config) -> None:
+def main(config: CompareLayersConfig) -> None:
     """Writes the comparison, a plot of it among the sheets of the first hook point, and prints the best of both."""
     run = RunFolder(config.run)
     other = RunFolder(config.other_run) if config.other_run else run
@@ -92,4 +92,4 @@ def _report(comparison: LayerComparison, first: CardIndex, second: CardIndex) ->
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(CompareLayersConfig, description=__doc__))

@@ -1,6 +1,6 @@
 """Computes the geometry of a run's decoder directions: neighbours, a map, alignment, norms; and draws the map.
 
-python -m train.directions --run RUN
+python -m train.directions --run runs/miniature
 """
 
 import io
@@ -19,36 +19,47 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.heatmaps import feature_colour
 from fluxsae.hookpoints import HookPoint
 from fluxsae.sae import SparseAutoencoder
+from train.stages import StageResult, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class DirectionsConfig:
     """Which hook points, and how the map is made."""
 
-    run: Path
+    run: Path = Path("runs/miniature")
     """Run folder with trained SAEs."""
-    hookpoint: str | None = None
-    """One hook point; all of the run's without it."""
     n_neighbours: int = 16
     """Nearest features kept a feature."""
     perplexity: float = 30.0
     """Of the t-SNE map: roughly how many neighbours of a feature should stay near it."""
     seed: int = 0
     """Seed of the map; the same seed gives the same map."""
+    force: bool = False
+    """Do it again, also where it is complete."""
 
 
-def main(config: Config) -> None:
+def main(config: DirectionsConfig) -> StageResult:
     """Writes directions/<hookpoint>.safetensors and, where features were analysed, the map as a sheet."""
     run = RunFolder(config.run)
-    hookpoints = run.hookpoints() if config.hookpoint is None else [run.check_hookpoint(config.hookpoint)]
-    missing = [str(hookpoint) for hookpoint in hookpoints if not run.has_sae(hookpoint)]
-    if missing:
-        raise FluxSaeError(f"there is no SAE of {', '.join(missing)} in {run.path}; run train.fit first")
+    hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.has_sae(hookpoint)]
+    if not hookpoints:
+        raise FluxSaeError(f"{run.path} has no trained SAE; run train.fit first")
+    return run_stage(
+        run,
+        "directions",
+        {"n_neighbours": config.n_neighbours, "perplexity": config.perplexity, "seed": config.seed},
+        lambda: _write_all(run, hookpoints, config),
+        outputs=lambda: [run.directions_path(hookpoint) for hookpoint in hookpoints],
+        force=config.force,
+    )
+
+
+def _write_all(run: RunFolder, hookpoints: list[HookPoint], config: DirectionsConfig) -> None:
     for hookpoint in hookpoints:
         _write_directions(run, hookpoint, config)
 
 
-def _write_directions(run: RunFolder, hookpoint: HookPoint, config: Config) -> None:
+def _write_directions(run: RunFolder, hookpoint: HookPoint, config: DirectionsConfig) -> None:
     sae = SparseAutoencoder.from_pretrained(run.path, subfolder=run.sae_subfolder(hookpoint))
     W_enc, W_dec = sae.W_enc.detach(), sae.W_dec.detach()
     near = nearest_features(W_dec, n=min(config.n_neighbours, len(W_dec) - 1))
@@ -85,4 +96,4 @@ def _draw(run: RunFolder, hookpoint: HookPoint, positions: Float[np.ndarray, "fe
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(DirectionsConfig, description=__doc__))

@@ -1,6 +1,6 @@
 """Embeds the scored images of a run with CLIP.
 
-python -m train.embed --run RUN --model miniature
+python -m train.embed --run runs/miniature --model miniature
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,14 @@ import tyro
 from fluxsae.artifacts import RunFolder
 from fluxsae.perceptual import load_embedder
 from fluxsae.tables import Embeddings
+from train.stages import StageResult, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class EmbedConfig:
     """Which images, which CLIP."""
 
-    run: Path
+    run: Path = Path("runs/miniature")
     """Run folder whose images were scored."""
     model: str = "miniature"
     """CLIP: miniature, an open_clip model/weights such as ViT-B-32/laion2b_s34b_b79k, hf-hub:... or local-dir:..."""
@@ -26,11 +27,20 @@ class Config:
     """Images at a time."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where CLIP runs."""
+    force: bool = False
+    """Do it again, also where it is complete."""
 
 
-def main(config: Config) -> None:
+def main(config: EmbedConfig) -> StageResult:
     """Writes clip/embeddings.safetensors."""
     run = RunFolder(config.run)
+    settings = {"model": config.model}
+    return run_stage(
+        run, "embed", settings, lambda: _embed(config, run), outputs=lambda: [run.embeddings_path], force=config.force
+    )
+
+
+def _embed(config: EmbedConfig, run: RunFolder) -> None:
     images = run.load_images()
     embedder = load_embedder(config.model, device=config.device, batch_size=config.batch_size)
     batches = [
@@ -42,4 +52,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(EmbedConfig, description=__doc__))

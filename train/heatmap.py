@@ -26,7 +26,7 @@ from fluxsae.settings import GenerationSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class HeatmapConfig:
     """Which image, which feature, and how it looks."""
 
     prompt: str
@@ -59,7 +59,7 @@ class Config:
     """Where FLUX runs."""
 
 
-def main(config: Config) -> None:
+def main(config: HeatmapConfig) -> None:
     """Writes the picture and prints what fires."""
     run = RunFolder(config.run or miniature_path("run"))
     index = CardIndex(run, config.hookpoint or run.hookpoints()[-1])
@@ -93,7 +93,7 @@ def main(config: Config) -> None:
 class _Reader:
     """Generates images and reads their activations at one hook point."""
 
-    def __init__(self, pipe: FluxPipeline, sae: SparseAutoencoder, index: CardIndex, config: Config) -> None:
+    def __init__(self, pipe: FluxPipeline, sae: SparseAutoencoder, index: CardIndex, config: HeatmapConfig) -> None:
         self.pipe, self.sae, self.hookpoint, self.seed = pipe, sae, index.hookpoint, config.seed
         own = index.info.settings
         n_steps = config.num_inference_steps or own.num_inference_steps
@@ -135,7 +135,7 @@ def _strongest(acts: Float[Tensor, "tokens features"], index: CardIndex) -> int:
 
 
 def _side_by_side(
-    image: Image.Image, overlaid: Image.Image, *, title: str, maximum: float, config: Config
+    image: Image.Image, overlaid: Image.Image, *, title: str, maximum: float, config: HeatmapConfig
 ) -> Image.Image:
     plain = enlarge(image, min_side=512)
     end = maximum if config.scale == "feature" else "this image's maximum"
@@ -155,4 +155,4 @@ def _print_why(score: Callable[[Sequence[str]], list[float]], prompt: str) -> No
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(HeatmapConfig, description=__doc__))

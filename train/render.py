@@ -1,11 +1,12 @@
 """Renders contact sheets, and single overlays, of the features of a run.
 
-python -m train.render --run RUN --n-features 24
+python -m train.render --run runs/miniature --n-features 24
+python -m train.render --run runs/miniature --hookpoint layer3 --features 7 12 --overlays pictures
 """
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,13 +17,14 @@ from fluxsae.artifacts import RunFolder
 from fluxsae.cards import CardIndex, FeatureCard
 from fluxsae.errors import FluxSaeError
 from fluxsae.heatmaps import SheetCell, SheetRow, contact_sheet, overlay, with_legend
+from train.stages import StageResult, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class RenderConfig:
     """Which features, and how they look."""
 
-    run: Path
+    run: Path = Path("runs/miniature")
     """Run folder that was scored and analysed."""
     hookpoint: str | None = None
     """One hook point; all of the run's without it."""
@@ -48,28 +50,46 @@ class Config:
     """Folder to which every overlay is also written by itself, at the size of the run's pictures or larger, PNG."""
     min_side: int = 512
     """Longer side of those overlays in pixels, at least; small pictures are enlarged pixel-crisp."""
+    force: bool = False
+    """Do it again, also where it is complete."""
 
 
-def main(config: Config) -> None:
-    """Writes sheets/<hookpoint>/features-NN.png, and single overlays where asked."""
+def main(config: RenderConfig) -> StageResult | None:
+    """Writes sheets/<hookpoint>/features-NN.png: the stage; or chosen-NN.png where features were named."""
     run = RunFolder(config.run)
     names = [str(h) for h in run.hookpoints()] if config.hookpoint is None else [config.hookpoint]
     indices = [CardIndex(run, name) for name in names]
     chosen = [_chosen(index, config) for index in indices]
+    if config.features or config.hookpoint:
+        _render(indices, chosen, config, name="chosen")
+        return None
+    return run_stage(
+        run,
+        "render",
+        {**asdict(config), "run": None, "overlays": None, "force": None, "features": []},
+        lambda: _render(indices, chosen, config, name="features"),
+        outputs=lambda: [run.sheet_path(index.hookpoint, "features-01") for index in indices],
+        force=config.force or config.overlays is not None,
+    )
+
+
+def _render(indices: Sequence[CardIndex], chosen: Sequence[list[int]], config: RenderConfig, *, name: str) -> None:
     for index, features in zip(indices, chosen, strict=True):
+        run = index.run
         for old in run.sheets(index.hookpoint):
-            if old.name.startswith("features-"):
+            if old.name.startswith(f"{name}-"):
                 old.unlink()
         for number, sheet in enumerate(_sheets(index, features, config), start=1):
             png = io.BytesIO()
             sheet.save(png, format="PNG", optimize=True)
-            run.save_sheet(index.hookpoint, f"features-{number:02d}", png.getvalue())
+            run.save_sheet(index.hookpoint, f"{name}-{number:02d}", png.getvalue())
         if config.overlays is not None:
             _write_overlays(index, features, config.overlays / str(index.hookpoint), config)
-        print(f"{index.hookpoint}: {len(features)} features on sheets in {run.sheet_path(index.hookpoint, 'x').parent}")
+        where = run.sheet_path(index.hookpoint, f"{name}-01").parent
+        print(f"{index.hookpoint}: {len(features)} features on sheets in {where}")
 
 
-def _chosen(index: CardIndex, config: Config) -> list[int]:
+def _chosen(index: CardIndex, config: RenderConfig) -> list[int]:
     """The features to show.
 
     Raises:
@@ -86,7 +106,7 @@ def _chosen(index: CardIndex, config: Config) -> list[int]:
     return alive
 
 
-def _sheets(index: CardIndex, features: Sequence[int], config: Config) -> Iterator[Image.Image]:
+def _sheets(index: CardIndex, features: Sequence[int], config: RenderConfig) -> Iterator[Image.Image]:
     pages = -(-len(features) // config.rows)
     scale = "each feature's maximum over the run" if config.scale == "feature" else "each image's own maximum"
     for page in range(pages):
@@ -105,7 +125,7 @@ def _sheets(index: CardIndex, features: Sequence[int], config: Config) -> Iterat
         )
 
 
-def _row(index: CardIndex, feature: int, config: Config) -> SheetRow:
+def _row(index: CardIndex, feature: int, config: RenderConfig) -> SheetRow:
     card = index[feature]
     heatmaps = index.heatmaps(feature, scale=config.scale)
     cells = [
@@ -128,7 +148,7 @@ def _detail(card: FeatureCard) -> str:
     return "\n".join(lines)
 
 
-def _write_overlays(index: CardIndex, features: Sequence[int], folder: Path, config: Config) -> None:
+def _write_overlays(index: CardIndex, features: Sequence[int], folder: Path, config: RenderConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for feature in features:
         maximum = index.features[feature].max_act if config.scale == "feature" else "this image's maximum"
@@ -146,4 +166,4 @@ def _write_overlays(index: CardIndex, features: Sequence[int], folder: Path, con
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(RenderConfig, description=__doc__))

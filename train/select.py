@@ -1,9 +1,9 @@
 """Judges the features of a run: coherence with a p-value, labels, and the images that stay silent.
 
-python -m train.select --run RUN
+python -m train.select --run runs/miniature
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,15 @@ from fluxsae.selection import (
     select_features,
     top_unique,
 )
+from train.stages import StageResult, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class SelectConfig:
     """Which features and how they are judged."""
 
-    run: Path
+    run: Path = Path("runs/miniature")
     """Run folder that was scored, analysed and embedded."""
-    hookpoint: str | None = None
-    """One hook point; all of the run's without it."""
     vocabulary: Path | None = None
     """Text file with a phrase a line for labels through CLIP; without it the words of the captions."""
     max_phrases: int = 2000
@@ -47,21 +46,39 @@ class Config:
     """Nearest silent images kept a feature."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     """How coherence and labels are computed."""
+    force: bool = False
+    """Do it again, also where it is complete."""
 
 
-def main(config: Config) -> None:
+def main(config: SelectConfig) -> StageResult:
     """Adds coherence, p-values, labels and silent images to features.parquet of each hook point."""
     run = RunFolder(config.run)
-    hookpoints = run.hookpoints() if config.hookpoint is None else [run.check_hookpoint(config.hookpoint)]
-    for path in (run.embeddings_path, *(run.features_path(hookpoint) for hookpoint in hookpoints)):
-        if not path.is_file():
-            raise FluxSaeError(f"{path} does not exist; run train.score, train.analyze and train.embed first")
+    hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.features_path(hookpoint).is_file()]
+    if not hookpoints or not run.embeddings_path.is_file():
+        raise FluxSaeError(f"{run.path} is not analysed or not embedded; run train.analyze and train.embed first")
+    settings = {
+        **asdict(config.selection),
+        "vocabulary": str(config.vocabulary) if config.vocabulary else None,
+        "max_phrases": config.max_phrases,
+        "n_silent": config.n_silent,
+    }
+    return run_stage(
+        run,
+        "select",
+        settings,
+        lambda: _select_all(run, hookpoints, config),
+        outputs=lambda: [run.features_path(hookpoint) for hookpoint in hookpoints],
+        force=config.force,
+    )
+
+
+def _select_all(run: RunFolder, hookpoints: list[HookPoint], config: SelectConfig) -> None:
     labellers = _labellers(run, config)
     for hookpoint in hookpoints:
         _select(run, hookpoint, labellers, config)
 
 
-def _labellers(run: RunFolder, config: Config) -> list[Labeller]:
+def _labellers(run: RunFolder, config: SelectConfig) -> list[Labeller]:
     prompts, vectors = run.load_images().prompts, _unit_vectors(run)
     phrases = _phrases(prompts, config)
     texts = load_embedder(run.load_embeddings().model).embed_texts(phrases)
@@ -76,7 +93,7 @@ def _unit_vectors(run: RunFolder) -> Float[Tensor, "images width"]:
     return normalize(torch.from_numpy(run.load_embeddings().vectors.astype(np.float32)), dim=1)
 
 
-def _phrases(prompts: list[str], config: Config) -> list[str]:
+def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
     if config.vocabulary is None:
         return caption_vocabulary(prompts, limit=config.max_phrases)
     phrases = [line.strip() for line in config.vocabulary.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -85,7 +102,7 @@ def _phrases(prompts: list[str], config: Config) -> list[str]:
     return phrases
 
 
-def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], config: Config) -> None:
+def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], config: SelectConfig) -> None:
     scores = ScoreMatrix.load(run.scores_path(hookpoint)).tensor()
     prompts, embeddings = run.load_images().prompts, _unit_vectors(run)
     judged = feature_coherence(scores, embeddings, prompts, config=config.selection)
@@ -133,4 +150,4 @@ def _report(hookpoint: HookPoint, judged: FeatureCoherence, best: list[Label | N
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(SelectConfig, description=__doc__))
