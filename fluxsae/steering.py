@@ -20,7 +20,7 @@ from fluxsae.settings import GenerationSettings
 
 _READS_ACTS: Final = ("scale", "clamp", "ablate")
 DirectionOf = Callable[[SteeringEdit, int], Float[Tensor, " d_model"] | None]
-"""(edit, batch item) -> the vector to use in place of the feature's decoder row, or None for the row itself."""
+"""(edit, batch item) -> the unit vector to write in place of the feature's decoder row, or None for the row itself."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,11 @@ def edit_delta(
 ) -> Float[Tensor, "batch tokens d_model"]:
     """What one edit adds to raw FLUX tokens `x`, fp32, window left aside.
 
-    `acts` are the feature's exact acts at `x` where already known; `direction` replaces the decoder row.
+    `acts` are the feature's exact acts at `x` where already known. A unit `direction` is written in place of the
+    decoder row; how much of it is still read from the feature, so that a control has the edit's own norm.
     """
     values = x.to(torch.promote_types(x.dtype, torch.float32))
-    u = _unit_row(sae, edit.feature, values) if direction is None else direction.to(values)
+    u = _unit_row(sae, edit.feature, values)
     if acts is None and _needs_acts(edit):
         acts = sae.encode_features(x, [edit.feature])[..., 0]
     z = values.new_zeros(values.shape[:-1]) if acts is None else acts.to(values)
@@ -94,7 +95,8 @@ def edit_delta(
         reference=reference,
         input_scale=float(sae.input_scale),
     )
-    return (coefficient * region_mask(edit, z, reference=reference))[..., None] * u
+    written = u if direction is None else direction.to(values)
+    return (coefficient * region_mask(edit, z, reference=reference))[..., None] * written
 
 
 def region_mask(
