@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
@@ -34,7 +34,7 @@ class ScoreMatrix:
 
     values: Float[np.ndarray, "images features"]
     """S: the highest act over the image's tokens and captured steps; 0 where the feature stays silent."""
-    argmax_token: Int[np.ndarray, "images features"]
+    argmax_token: Integer[np.ndarray, "images features"]
     """The token of that act, ties to the lower token; 0 where S is 0."""
     steps: tuple[int, ...]
     """The captured steps that S is the maximum over."""
