@@ -33,7 +33,7 @@ def find_model(name: str | Path, revision: str | None) -> tuple[Path, FluxIdenti
         folder = miniature_path("flux")
         return folder, FluxIdentity("miniature", weights_digest(folder))
     folder = Path(name)
-    if folder.is_dir():
+    if _is_folder(folder):
         if not (folder / "model_index.json").is_file():
             raise FluxSaeError(
                 f"{folder} is no FLUX folder: model_index.json is missing. Give a folder that diffusers saved."
@@ -46,6 +46,13 @@ def find_model(name: str | Path, revision: str | None) -> tuple[Path, FluxIdenti
         )
     snapshot = hub.download(str(name), revision=revision, patterns=_HUB_FILES)
     return snapshot.folder, FluxIdentity(snapshot.repo_id, snapshot.commit)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name too long for the file system, say
+        return False
 
 
 def weights_digest(folder: Path) -> str | None:

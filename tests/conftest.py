@@ -17,8 +17,9 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-from fluxsae.flux import FluxPipeline, load_flux
 from tiny_flux import build_tiny_flux
+
+from fluxsae.flux import FluxPipeline, load_flux
 
 
 @pytest.fixture(scope="session")

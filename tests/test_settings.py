@@ -50,5 +50,5 @@ def test_a_value_out_of_range_is_refused_with_its_name_and_the_range(name, value
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(FluxSaeError, match="steps.*Allowed are height, width, num_inference_steps"):
+    with pytest.raises(FluxSaeError, match=r"steps.*Allowed are height, width, num_inference_steps"):
         GenerationSettings.from_dict({"steps": 20})

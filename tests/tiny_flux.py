@@ -11,10 +11,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 from fluxsae.flux import FluxPipeline
 from fluxsae.settings import GenerationSettings
 
-WORDS = (
-    "a an and on in at the with of red orange yellow green cyan blue purple pink circle square triangle star ring cross "
-    "diamond heart large small striped dotted solid left right top bottom center black white gray brown background shape"
-).split()
+COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
+SHAPES = ["circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart", "shape"]
+OTHERS = ["large", "small", "striped", "dotted", "solid", "left", "right", "top", "bottom", "center", "background"]
+WORDS = ["a", "an", "and", "on", "in", "at", "the", *COLOURS, *SHAPES, *OTHERS, "black", "white", "gray", "brown"]
 N_DOUBLE, N_SINGLE, D_MODEL, N_TEXT = 3, 2, 32, 8
 SETTINGS = GenerationSettings(height=32, width=32, num_inference_steps=4, max_sequence_length=N_TEXT)
 
