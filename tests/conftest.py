@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,19 +18,20 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-from tiny_flux import build_tiny_flux
-
-from fluxsae.flux import FluxPipeline, load_flux
+if TYPE_CHECKING:
+    from fluxsae.flux import FluxPipeline
 
 
 @pytest.fixture(scope="session")
-def tiny_flux() -> FluxPipeline:
+def tiny_flux() -> "FluxPipeline":
     """A random tiny FLUX, shared: leave it as you found it."""
+    from tiny_flux import build_tiny_flux
+
     return build_tiny_flux()
 
 
 @pytest.fixture(scope="session")
-def tiny_flux_folder(tiny_flux: FluxPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_flux_folder(tiny_flux: "FluxPipeline", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as a folder, for `load_flux` in this process or another."""
     folder = tmp_path_factory.mktemp("models") / "tiny-flux"
     tiny_flux.save_pretrained(folder)
@@ -37,6 +39,8 @@ def tiny_flux_folder(tiny_flux: FluxPipeline, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def miniature() -> FluxPipeline:
+def miniature() -> "FluxPipeline":
     """The embedded miniature, shared: leave it as you found it."""
+    from fluxsae.flux import load_flux
+
     return load_flux("miniature")
