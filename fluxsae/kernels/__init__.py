@@ -87,13 +87,14 @@ def pair_products(
     right: Float[Tensor, "n_right d_model"],
     right_rows: Int[Tensor, " pairs"],
 ) -> Float[Tensor, " pairs"]:
-    """<left[left_rows[p]], right[right_rows[p]]> for each pair; quickest where the rows of the larger side are sorted."""
+    """<left[left_rows[p]], right[right_rows[p]]> for each pair; quickest where the larger side's rows are sorted."""
     if cuda.usable(left):
         return cuda.pair_products(left, left_rows, right, right_rows)
     # The gradient of embedding_bag's weights is exactly this product; mode 0 is a sum, -1 is no padding.
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         left, right, right_rows, left_rows, left_rows, 0, -1
     )
+    return products
 
 
 class PairsByFeature:
@@ -152,7 +153,7 @@ def sparse_decode(
     """sum_j values[j] * W_dec[indices[j]] for each token, differentiable; no (tokens * k, d_model) tensor is built."""
     k = indices.shape[-1]
     decoded = _SparseDecode.apply(values.reshape(-1, k).to(W_dec.dtype), indices.reshape(-1, k), W_dec)
-    return decoded.reshape(*indices.shape[:-1], W_dec.shape[1])
+    return torch.Tensor.reshape(decoded, (*indices.shape[:-1], W_dec.shape[1]))
 
 
 def product(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
@@ -161,9 +162,9 @@ def product(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
         return a @ b
     if a.device.type == "cuda":
         return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-    previous = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    previous, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
-        return a.float() @ b.float()
+        return a @ b
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = previous
+        matmul.fp32_precision = previous

@@ -1,7 +1,4 @@
-"""Triton kernels of the pair operations and of top-k; compiled on first use on a CUDA device, and only there.
-
-Every kernel has an equal in plain torch (`fluxsae.kernels`), which serves wherever `usable` says no.
-"""
+"""When the Triton kernels serve; `fluxsae.kernels.triton_kernels` is imported on first use on a CUDA device only."""
 
 import functools
 import importlib.util
@@ -22,20 +19,20 @@ def usable(tensor: Tensor) -> bool:
 
 def topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and indices of each row's k largest entries; equal entries go to the lower index."""
-    from fluxsae.kernels import triton_kernels
+    from fluxsae.kernels.triton_kernels import topk
 
-    return triton_kernels.topk(rows, k)
+    return topk(rows, k)
 
 
 def bag_sums(weights: Tensor, rows: Tensor, starts: Tensor, source: Tensor) -> Tensor:
     """See `fluxsae.kernels.bag_sums`."""
-    from fluxsae.kernels import triton_kernels
+    from fluxsae.kernels.triton_kernels import bag_sums
 
-    return triton_kernels.bag_sums(weights, rows, starts, source)
+    return bag_sums(weights, rows, starts, source)
 
 
 def pair_products(left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor) -> Tensor:
     """See `fluxsae.kernels.pair_products`."""
-    from fluxsae.kernels import triton_kernels
+    from fluxsae.kernels.triton_kernels import pair_products
 
-    return triton_kernels.pair_products(left, left_rows, right, right_rows)
+    return pair_products(left, left_rows, right, right_rows)
