@@ -231,7 +231,7 @@ def _picture(figure: Any) -> Image.Image:
 
 def compare_layers(
     first: Float[Tensor, "images first"],
-    second: Float[Tensor, "images second"],
+    second: Float[Tensor, "others second"],
     *,
     counterpart: float = 0.5,
     min_images: int = 5,

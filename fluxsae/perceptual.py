@@ -1,5 +1,6 @@
 """CLIP embeddings and perceptual distances behind two small protocols: no caller knows which model is inside."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -59,7 +60,8 @@ class OpenClipEmbedder:
         self.name = name
         self.batch_size = batch_size
         self.device = device
-        self.model, _, self.preprocess = open_clip.create_model_and_transforms(model, pretrained, device=device)
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn before the real ones are loaded
+            self.model, _, self.preprocess = open_clip.create_model_and_transforms(model, pretrained, device=device)
         self.tokenizer = open_clip.get_tokenizer(model)
         self.model.eval()
 
@@ -102,7 +104,8 @@ class LpipsDistance:
 
         self.name = "random-feature distance" if random_features else "LPIPS (AlexNet)"
         self.device = device
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lpips calls torchvision by its old arguments
             torch.manual_seed(seed)
             self.model = lpips.LPIPS(
                 net="alex", spatial=True, pnet_rand=random_features, lpips=not random_features, verbose=False

@@ -14,6 +14,8 @@ from fluxsae.hookpoints import TokenGrid
 from fluxsae.miniature.captions import caption_scene
 from fluxsae.miniature.drawing import ATTRIBUTES, Scene, object_mask, render_scene, sample_scene
 from fluxsae.miniature.reader import read_scene
+from fluxsae.sae import SaeConfig, SparseAutoencoder
+from fluxsae.scores import write_scores
 from fluxsae.settings import GenerationSettings
 from fluxsae.tables import Embeddings, FeatureRow, FeatureTable, ImageRow, encode_webp
 
@@ -109,6 +111,11 @@ def _write(synthetic: Synthetic) -> None:
     metadata = {"steps": "[8, 16]", "quantile_levels": "[0.5, 0.9]", "histogram_edges": "[0.01, 0.1, 1.0, 10.0]"}
     run.save_features(HOOKPOINT, FeatureTable.from_rows(rows, metadata=metadata))
     _write_heatmaps(synthetic, rows)
+    part = run.work_path("score") / "part.safetensors"
+    save_tensors(part, {"S": synthetic.scores, "argmax_token": synthetic.argmax.to(torch.int32)})
+    write_scores(run.scores_path(HOOKPOINT), [part], steps=(8, 16), grid=GRID)
+    sae = SparseAutoencoder(SaeConfig(architecture="topk", d_model=24, n_features=len(FEATURES), k=4))
+    sae.save_pretrained(run.sae_path(HOOKPOINT))
 
 
 def _feature_row(synthetic: Synthetic, feature: int) -> FeatureRow:
