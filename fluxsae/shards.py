@@ -269,7 +269,7 @@ class ShardWriter:
         self.world_size = world_size
         self._refuse_other_contents()
         remove_leftovers(self.path)
-        share_missing = self._n_missing() / manifest.n_shards
+        share_missing = 1 - len(self._present()) / manifest.n_shards
         check_free_space(
             self.path, int(manifest.bytes_on_disk * share_missing), purpose=f"Collecting {manifest.hookpoint}"
         )
@@ -279,7 +279,8 @@ class ShardWriter:
     def missing(self) -> list[int]:
         """Shards that this rank has still to write."""
         mine = range(self.rank, self.manifest.n_shards, self.world_size)
-        return [index for index in mine if not self._shard(index).path.is_file()]
+        present = self._present()
+        return [index for index in mine if self._shard(index).path.name not in present]
 
     def write(
         self,
@@ -293,8 +294,8 @@ class ShardWriter:
     def _shard(self, index: int) -> ActivationShard:
         return ActivationShard(self.path / f"shard-{index:05d}.safetensors", index, self.manifest)
 
-    def _n_missing(self) -> int:
-        return sum(not self._shard(index).path.is_file() for index in range(self.manifest.n_shards))
+    def _present(self) -> set[str]:
+        return {path.name for path in self.path.glob("shard-*.safetensors")}
 
     def _refuse_other_contents(self) -> None:
         if not (self.path / _MANIFEST).is_file():
