@@ -1,10 +1,10 @@
 """Where a FLUX comes from: the miniature, a folder or the Hub; what lies there, and what it is called in runs."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
 
-from fluxsae import hub
 from fluxsae._presets import SMALL_MODEL_BYTES
 from fluxsae.errors import FluxSaeError
 from fluxsae.miniature import miniature_path
@@ -39,6 +39,9 @@ def find_model(name: str | Path, revision: str | None) -> tuple[Path, FluxIdenti
                 f"{folder} is no FLUX folder: model_index.json is missing. Give a folder that diffusers saved."
             )
         return folder, FluxIdentity(folder.resolve().name, weights_digest(folder))
+    # Only here: what lies on this machine must load without the Hub's client.
+    from fluxsae import hub
+
     if not hub.is_repo_id(str(name)):
         raise FluxSaeError(
             f"{str(name)[:120]!r} is neither 'miniature', nor a folder here, nor a Hub repository. "
@@ -60,7 +63,10 @@ def weights_digest(folder: Path) -> str | None:
     files = sorted((folder / "transformer").glob("*.safetensors"))
     if not files or sum(file.stat().st_size for file in files) > SMALL_MODEL_BYTES:
         return None
-    return hub.sha256(b"".join(bytes.fromhex(hub.sha256(file)) for file in files))[:12]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:12]
 
 
 def component_bytes(folder: Path) -> dict[str, int]:
