@@ -40,7 +40,7 @@ class TrainConfig:
     """Largest norm of the whole gradient; None = no clipping, which saves memory and a pass over the gradients."""
     precision: Precision | Literal["auto"] = "auto"
     """Precision of the matrix products; weights, sums and the optimiser are always float32."""
-    path: Literal["auto", "dense", "sparse"] = "auto"
+    products: Literal["auto", "dense", "sparse"] = "auto"
     """Dense products or gathers over active features; auto = by k, n_features and device."""
     resample_every: int | None = None
     """l1: steps between resamplings of dead features; None = a tenth of the run (0 = never)."""

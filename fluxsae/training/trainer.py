@@ -241,7 +241,7 @@ def _precision(config: TrainConfig, device: torch.device) -> Precision:
 def _is_sparse(config: TrainConfig, sae: SaeConfig, device: torch.device) -> bool:
     """Only topk has a fixed number of active features, so only it has a sparse path."""
     if sae.architecture != "topk" or sae.k is None:
-        if config.path == "sparse":
-            raise FluxSaeError(f"path is sparse, but {sae.architecture} only trains on the dense path. Use path auto.")
+        if config.products == "sparse":
+            raise FluxSaeError(f"products is sparse, but {sae.architecture} only trains on the dense path. Use products auto.")
         return False
-    return config.path == "sparse" or (config.path == "auto" and sparse_pays(sae.k, sae.n_features, device))
+    return config.products == "sparse" or (config.products == "auto" and sparse_pays(sae.k, sae.n_features, device))

@@ -1,0 +1,341 @@
+"""Trains SAEs on collected activations, or straight from FLUX, and measures them on held-out images.
+
+    python -m train.fit --run runs/miniature
+    python -m train.fit --run runs/dev --hookpoint layer15 --step 13 --arch topk --k 1200 --epochs 10
+    python -m train.fit --run runs/dev --hookpoint layer15 --step 13 --arch l1 --l1-coeff 1e-3
+    python -m train.fit --run runs/dev --hookpoint layer15 --k 32 64 128      # a sweep: one pass over the data
+    torchrun --nproc-per-node 2 -m train.fit ...
+
+Stopped at any moment, the same command continues.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from fluxsae.activations import mixing_buffer
+from fluxsae.artifacts import RunFolder
+from fluxsae.errors import FluxSaeError
+from fluxsae.hookpoints import HookPoint
+from fluxsae.sae import Architecture, SaeConfig, SparseAutoencoder, TrainedOn
+from fluxsae.shards import ActivationManifest, ShardFolder
+from fluxsae.training import Processes, Source, TrainConfig, measure_held_out, train
+from fluxsae.training.checkpoints import CHECKPOINT_NAME
+from train.flux_options import FluxOptions
+from train.processes import processes
+from train.stages import StageResult, run_stage
+
+_DEAD_TOKENS_AT_MOST = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(TrainConfig, FluxOptions):
+    """What to train, on what, and how."""
+
+    run: Path = Path("runs/miniature")
+    """Run folder with collected activations."""
+    hookpoint: tuple[str, ...] = ()
+    """Hook points; left out, all that were collected."""
+    step: tuple[int, ...] = ()
+    """Collected steps to train on; left out, all of them."""
+    arch: Architecture = "topk"
+    """Architecture of the SAE."""
+    k: tuple[int, ...] = ()
+    """Active features a token; several values train several SAEs in one pass, the first becomes the run's. Left out, an
+    eighth of the width of the activations, at most 64."""
+    l1_coeff: tuple[float, ...] = (1e-3,)
+    """l1: weight of the sparsity penalty; several values as with k."""
+    l0_coeff: float = 1e-3
+    """jumprelu: weight of the number of active features."""
+    expansion_factor: int = 4
+    """Features for each dimension of the activations."""
+    n_features: int | None = None
+    """Number of features, instead of the expansion factor."""
+    auxk_coeff: float = 1 / 32
+    """Weight of the auxiliary loss of dead features (0 = off)."""
+    dead_after_tokens: int | None = None
+    """A feature is dead after this many tokens without firing; left out, a tenth of the run, at most a million."""
+    batch_size: int = 2048
+    """Tokens in a batch, over all processes."""
+    buffer_gb: float = 4.0
+    """Memory for shuffling, GB."""
+    activations: Path | None = None
+    """Folder of the shards; left out, `activations` in the run folder."""
+    from_flux: bool = False
+    """Take activations straight from FLUX, without the disk; the options of `train.collect` then apply."""
+    n_images: int = 320
+    """from_flux: images an epoch."""
+    tokens_per_image: int | None = 512
+    """from_flux: tokens kept of each image and step."""
+    images_at_once: int = 8
+    """from_flux: images generated together."""
+    epochs: int = 10
+    """Passes over the data."""
+    track: str | None = None
+    """Project name for trackio; left out, metrics stay in metrics.jsonl."""
+    push_to: str | None = None
+    """Hub repository that the run is pushed to afterwards."""
+    force: bool = False
+    """Train anew, also where a complete SAE or a checkpoint is there."""
+
+    def training(self) -> TrainConfig:
+        """The settings of the loop alone."""
+        return TrainConfig(**{field.name: getattr(self, field.name) for field in fields(TrainConfig)})
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The activations of one hook point."""
+
+    source: Source
+    trained_on: TrainedOn
+    held_out: Callable[[], Iterator[Tensor]]
+
+
+def main(config: FitConfig, *, pipe: Any = None) -> StageResult:
+    """Runs the stage; `pipe` is an already opened FLUX, for `from_flux`."""
+    config.training()
+    run = RunFolder(config.run)
+    with processes() as peers:
+        if config.from_flux:
+            pipe = pipe if pipe is not None else config.open()
+        hookpoints = _hookpoints(config, run, pipe)
+        result = run_stage(
+            run,
+            "fit",
+            _stage_config(config, run, hookpoints),
+            lambda: _fit_all(config, run, hookpoints, peers, pipe),
+            outputs=lambda: [
+                run.sae_path(h) / name for h in hookpoints for name in ("model.safetensors", "metrics.json")
+            ],
+            force=config.force,
+            processes=peers,
+        )
+        if config.push_to and peers.rank == 0:
+            from fluxsae.publish import push_run
+
+            print(f"Pushed to {push_run(run, config.push_to)}")
+        return result
+
+
+def _hookpoints(config: FitConfig, run: RunFolder, pipe: Any) -> list[HookPoint]:
+    if config.hookpoint:
+        return [HookPoint.parse(name) for name in config.hookpoint]
+    if config.from_flux:
+        from train.flux_options import default_hookpoints
+
+        return default_hookpoints(pipe)
+    folder = _activations(config)
+    found = [HookPoint.parse(path.parent.name) for path in folder.glob("*/manifest.json")] if folder.is_dir() else []
+    if not found:
+        raise FluxSaeError(f"{folder} holds no activations. Run `python -m train.collect --run {run.path}` first.")
+    return sorted(found)
+
+
+def _activations(config: FitConfig) -> Path:
+    return config.activations or RunFolder(config.run).activations_path
+
+
+def _stage_config(config: FitConfig, run: RunFolder, hookpoints: list[HookPoint]) -> dict[str, Any]:
+    """The values that decide the SAEs, for each hook point, beside those of hook points trained before."""
+    irrelevant = {f.name for f in fields(FluxOptions)} - {"seed"} if not config.from_flux else {"device", "preset"}
+    irrelevant |= {"run", "hookpoint", "buffer_gb", "activations", "track", "push_to", "force"}
+    irrelevant |= {"log_every", "checkpoint_every"}
+    if not config.from_flux:
+        irrelevant |= {"n_images", "tokens_per_image", "images_at_once"}
+    values = {name: value for name, value in asdict(config).items() if name not in irrelevant}
+    own = {name: [*v] if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for name, v in values.items()}
+    before = run.load_info().stages.get("fit") if run.exists() else None
+    return {**(before.config if before else {}), **{str(hookpoint): own for hookpoint in hookpoints}}
+
+
+def _fit_all(config: FitConfig, run: RunFolder, hookpoints: list[HookPoint], peers: Processes, pipe: Any) -> None:
+    for hookpoint in hookpoints:
+        data = (
+            _from_flux(config, run, hookpoint, peers, pipe)
+            if config.from_flux
+            else _from_disk(config, hookpoint, peers)
+        )
+        _fit(config, run, hookpoint, data, peers)
+
+
+def _fit(config: FitConfig, run: RunFolder, hookpoint: HookPoint, data: _Data, peers: Processes) -> None:
+    work = run.work_path("fit") / str(hookpoint)
+    if config.force and peers.rank == 0:
+        shutil.rmtree(work, ignore_errors=True)
+    peers.wait()
+    configs = build_sae_configs(config, data.source, data.trained_on)
+    with tqdm(desc=f"fit {hookpoint}", unit="step", disable=peers.rank > 0, file=sys.stdout) as bar:
+        result = train(
+            configs,
+            data.source,
+            config.training(),
+            folder=work,
+            device=_device(config),
+            processes=peers,
+            tracker=_tracker(config, str(hookpoint)) if config.track and peers.rank == 0 else None,
+            on_step=lambda done, total: _show(bar, done, total),
+        )
+    if not result.is_finished:
+        print(f"Stopped at step {result.step} of {result.n_steps}; the same command continues.")
+        raise SystemExit(0)
+    if peers.rank == 0:
+        _save(run, hookpoint, result.saes, data)
+        (work / CHECKPOINT_NAME).unlink(missing_ok=True)
+    peers.wait()
+
+
+def build_sae_configs(config: FitConfig, source: Source, trained_on: TrainedOn | None) -> dict[str, SaeConfig]:
+    """The SAEs of a sweep by name; one of them where nothing is swept.
+
+    Raises:
+        FluxSaeError: a value out of range, such as a k above the number of features.
+    """
+    n_features = config.n_features or config.expansion_factor * source.d_model
+    n_tokens = config.training().n_steps(source.n_batches) * source.batch_size
+    needs_k = config.arch in ("topk", "batchtopk", "matryoshka")
+    if config.k and not needs_k:
+        raise FluxSaeError(f"k is {config.k}, but {config.arch} has no k. Leave it out, or choose --arch topk.")
+    ks: tuple[int | None, ...] = (config.k or (max(1, min(64, source.d_model // 8)),)) if needs_k else (None,)
+    coefficients = config.l1_coeff if config.arch == "l1" else config.l1_coeff[:1]
+    return {
+        f"{config.arch}-{k}" if needs_k else f"{config.arch}-{l1_coeff:g}": SaeConfig(
+            architecture=config.arch,
+            d_model=source.d_model,
+            n_features=n_features,
+            k=k,
+            l1_coeff=l1_coeff,
+            l0_coeff=config.l0_coeff,
+            auxk_coeff=config.auxk_coeff,
+            dead_after_tokens=config.dead_after_tokens or max(1, min(_DEAD_TOKENS_AT_MOST, n_tokens // 10)),
+            trained_on=trained_on,
+        )
+        for k, l1_coeff in product(ks, coefficients)
+    }
+
+
+def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Data:
+    folder = ShardFolder(_activations(config) / str(hookpoint))
+    folder.check_complete(hookpoint=hookpoint)
+    steps = config.step or folder.manifest.steps
+    source = mixing_buffer(
+        folder,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        steps=steps,
+        buffer_bytes=int(config.buffer_gb * (1 << 30)),
+        rank=peers.rank,
+        world_size=peers.world_size,
+    )
+    positions = [folder.manifest.steps.index(step) for step in steps]
+
+    def held_out() -> Iterator[Tensor]:
+        for _, tokens, _ in folder.iter_images("held_out"):
+            yield tokens[positions].flatten(0, 1)
+
+    return _Data(source, _ground(folder.manifest, tuple(steps)), held_out)
+
+
+def _from_flux(config: FitConfig, run: RunFolder, hookpoint: HookPoint, peers: Processes, pipe: Any) -> _Data:
+    from fluxsae.collection import ImagePlan, build_manifests, build_request, capture_rows, live_source
+    from train.collect import describe_run, save_run
+    from train.flux_options import default_steps
+
+    settings = config.settings(pipe)
+    steps = config.step or default_steps(settings)
+    request = build_request(
+        pipe, [hookpoint], steps, settings=settings, tokens_per_image=config.tokens_per_image,
+        batch_size=config.images_at_once, seed=config.seed,
+    )  # fmt: skip
+    plan = ImagePlan.build(config.load_prompts(config.n_images, "collect"), seed=config.seed, purpose="collect")
+    info = describe_run(pipe, request, plan, hookpoints=[hookpoint])
+    if peers.rank == 0:
+        save_run(run, info, force=config.force)
+    peers.wait()
+    manifest = build_manifests(
+        pipe, plan, request, flux_id=info.flux_id, flux_revision=info.flux_revision, is_exact=info.is_exact
+    )[hookpoint]
+    source = live_source(
+        pipe, plan, request, hookpoint, batch_size=config.batch_size, seed=config.seed,
+        buffer_bytes=int(config.buffer_gb * (1 << 30)), rank=peers.rank, world_size=peers.world_size,
+    )  # fmt: skip
+
+    def held_out() -> Iterator[Tensor]:
+        for image_id in filter(manifest.is_held_out, range(len(plan))):
+            yield capture_rows(pipe, plan, [image_id], request)[hookpoint][0].flatten(0, 2)
+
+    return _Data(source, _ground(manifest, tuple(steps)), held_out)
+
+
+def _ground(manifest: ActivationManifest, steps: tuple[int, ...]) -> TrainedOn:
+    sigmas = tuple(manifest.sigmas[manifest.steps.index(step)] for step in steps)
+    ordered = sorted(sigmas)
+    gaps = [high - low for low, high in pairwise(ordered)]
+    return TrainedOn(
+        flux_id=manifest.flux_id,
+        flux_revision=manifest.flux_revision,
+        hookpoint=manifest.hookpoint,
+        steps=steps,
+        sigmas=sigmas,
+        height=manifest.settings.height,
+        width=manifest.settings.width,
+        guidance_scale=manifest.settings.guidance_scale,
+        n_tokens=manifest.n_tokens,
+        dataset_hash=manifest.dataset_hash,
+        # Between two trained noise levels an SAE is on its ground: steps there are not refused.
+        sigma_tolerance=max([0.05, *(gap / 2 for gap in gaps)]),
+    )
+
+
+def _save(run: RunFolder, hookpoint: HookPoint, saes: Mapping[str, SparseAutoencoder], data: _Data) -> None:
+    """The first SAE becomes the run's; the others of a sweep stay beside the training log."""
+    for position, (name, sae) in enumerate(saes.items()):
+        measured = measure_held_out(sae, data.held_out())
+        print(
+            f"{hookpoint} {name}: FVU {measured['fvu']:.4f}, L0 {measured['l0']:.1f}, "
+            f"dead {100 * measured['dead_share']:.1f} % (held out: {measured['n_images']} images)"
+        )
+        if position == 0:
+            sae.save_pretrained(run.sae_path(hookpoint))
+            run.save_metrics(hookpoint, measured)
+        else:
+            sae.save_pretrained(run.work_path("fit") / str(hookpoint) / name)
+
+
+def _device(config: FitConfig) -> torch.device:
+    if config.device is not None:
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _tracker(config: FitConfig, name: str) -> Callable[[Mapping[str, Any], int], None]:
+    try:
+        import trackio
+    except ImportError as error:
+        raise FluxSaeError("--track needs trackio. Install it (pip install trackio), or leave --track out.") from error
+    tracked = trackio.init(project=config.track, name=name, config={"arch": config.arch, "k": list(config.k)})
+
+    def log(line: Mapping[str, Any], step: int) -> None:
+        tracked.log(
+            {f"{line['sae']}/{key}": value for key, value in line.items() if isinstance(value, int | float)}, step=step
+        )
+
+    return log
+
+
+def _show(bar: "tqdm[Any]", done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(FitConfig, description=__doc__))
