@@ -121,11 +121,6 @@ class TopImages(NamedTuple):
         order = all_scores.argsort(dim=1, descending=True, stable=True)[:, : self.scores.shape[1]]
         return TopImages(all_scores.gather(1, order), all_ids.gather(1, order))
 
-    @property
-    def threshold(self) -> Float[Tensor, " features"]:
-        """The score that an image must at least reach to enter."""
-        return self.scores[:, -1]
-
 
 class ScoreAccumulator:
     """Scores of the images seen so far, and the sums over their tokens.
