@@ -263,15 +263,20 @@ def _read_surface(
     pixels: Float[np.ndarray, "rows cols 3"], shape: str, *, x: float, y: float, radius: float
 ) -> tuple[str, str, float]:
     """Colour, texture and margin: each pair is drawn with the object's own light and compared inside its outline."""
-    thing = SceneObject(shape, "red", "solid", "large", "center", x, y, radius)
-    distance = signed_distance(thing)
+    # Only the object's own window is drawn: distances to a heart's outline are the costly part of reading.
+    side = min(IMAGE_SIZE, int(2.4 * radius) + 2)
+    left, top = (int(np.clip(centre - side / 2, 0, IMAGE_SIZE - side)) for centre in (x, y))
+    window = np.s_[top : top + side, left : left + side]
+    thing = SceneObject(shape, "red", "solid", "large", "center", x - left, y - top, radius)
+    distance = signed_distance(thing, image_size=side)
     inside = distance < min(-0.7, distance.min() / 2)
-    dx, dy = (_COLS - x)[inside], (_ROWS - y)[inside]
+    dx, dy = (_COLS[window] - x)[inside], (_ROWS[window] - y)[inside]
     light = (1.0 - 0.10 * (dx + dy) / (2 * radius)) * (1.0 - 0.16 * np.clip(1.0 + distance[inside] / 2.5, 0, 1))
+    seen = pixels[window][inside]
     errors = np.empty((len(COLOURS), len(TEXTURES)))
     for column, texture in enumerate(TEXTURES):
         weights = _texture_weights(texture, dx=dx, dy=dy)
-        errors[:, column] = [_surface_error(pixels[inside], light, weights, object_tints(c, texture)) for c in COLOURS]
+        errors[:, column] = [_surface_error(seen, light, weights, object_tints(c, texture)) for c in COLOURS]
     colour, column = divmod(int(errors.argmin()), len(TEXTURES))
     margin = min(_margin(errors.min(axis=1)), _margin(errors[colour]))
     return list(COLOURS)[colour], TEXTURES[column], margin

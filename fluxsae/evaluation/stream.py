@@ -1,0 +1,104 @@
+"""The activations of many images, a batch at a time: what every evaluation of an SAE looks at."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.flux import FluxPipeline, capture, generate, nearest_step, schedule_sigmas
+from fluxsae.hookpoints import HookPoint
+from fluxsae.sae import SparseAutoencoder
+from fluxsae.settings import GenerationSettings
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how many images are done and how many there are."""
+
+FRESH_SEED = 1 << 40
+"""Seeds from here on belong to evaluations: no collection or scoring counts so far."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images by prompt and seed; generated again whenever they are looked at."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompts or len(self.prompts) != len(self.seeds):
+            raise FluxSaeError(
+                f"{len(self.prompts)} prompts and {len(self.seeds)} seeds: an evaluation needs at least one image and "
+                "a seed for each prompt."
+            )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def first(self, count: int) -> "ImageSet":
+        """The first `count` images."""
+        return ImageSet(self.prompts[:count], self.seeds[:count])
+
+    @classmethod
+    def fresh(cls, prompts: Sequence[str], count: int) -> "ImageSet":
+        """`count` images that no stage has seen: the prompts in turn, with seeds of their own."""
+        repeated = tuple(prompts[index % len(prompts)] for index in range(count))
+        return cls(repeated, tuple(range(FRESH_SEED, FRESH_SEED + count)))
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationBatch:
+    """Some images' activations, fp32, and the pictures where they were asked for."""
+
+    rows: range
+    """The images' places in the `ImageSet`."""
+    tokens: dict[HookPoint, Float[Tensor, "images steps tokens d_model"]]
+    pictures: list[Image] = field(default_factory=list)
+
+
+def iter_activations(
+    pipe: FluxPipeline,
+    images: ImageSet,
+    steps: Mapping[HookPoint, Sequence[int]],
+    *,
+    settings: GenerationSettings,
+    batch_size: int = 8,
+    with_pictures: bool = False,
+    on_progress: OnProgress | None = None,
+    doing: str = "generating",
+) -> Iterator[ActivationBatch]:
+    """Generates the images batch by batch and gives their tokens at each hook point's steps.
+
+    Without pictures a generation ends after the last step and block that is wanted.
+    """
+    wanted = sorted({step for some in steps.values() for step in some})
+    for start in range(0, len(images), batch_size):
+        rows = range(start, min(start + batch_size, len(images)))
+        prompts, seeds = images.prompts[rows.start : rows.stop], images.seeds[rows.start : rows.stop]
+        pictures: list[Image] = []
+        with capture(pipe, list(steps), wanted, stop_early=not with_pictures) as captured:
+            made = generate(pipe, prompts, seeds=seeds, settings=settings)
+            pictures = made if isinstance(made, list) else []
+        tokens = {
+            hookpoint: torch.stack([captured.get(hookpoint, step) for step in some], dim=1).float()
+            for hookpoint, some in steps.items()
+        }
+        yield ActivationBatch(rows, tokens, pictures)
+        if on_progress is not None:
+            on_progress(doing, rows.stop, len(images))
+
+
+def trained_steps(pipe: FluxPipeline, sae: SparseAutoencoder, settings: GenerationSettings) -> list[int]:
+    """The steps of this schedule at the noise levels that the SAE was trained on.
+
+    Raises:
+        FluxSaeError: the SAE does not say what it was trained on, or the schedule has no step near enough.
+    """
+    ground = sae.config.trained_on
+    if ground is None:
+        raise FluxSaeError("This SAE does not say what it was trained on. Name the steps to evaluate it at.")
+    sigmas = schedule_sigmas(pipe, settings)
+    return sorted({nearest_step(sigmas, sigma, ground.sigma_tolerance) for sigma in ground.sigmas})

@@ -1,0 +1,119 @@
+"""Measures a run's SAEs: reconstruction, transfer, flow loss, concepts; the results go into metrics.json.
+
+    python -m train.evaluate --run fluxsae/miniature/run --reconstruction --concepts
+
+Without a flag: reconstruction, transfer and flow, and concepts where the run is of the miniature.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+from fluxsae.artifacts import RunFolder
+from fluxsae.evaluation import MINIATURE, Evaluation, EvaluationConfig, Part, evaluate
+from fluxsae.evaluation.tables import concepts_text, flow_text, reconstruction_text, transfer_text
+from fluxsae.flux import flux_identity, load_flux
+from fluxsae.hookpoints import HookPoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What to measure."""
+
+    run: Path = Path("runs/miniature")
+    """Run folder with trained SAEs and scored images."""
+    reconstruction: bool = False
+    """FVU, L0, density and dead features on fresh images."""
+    transfer: bool = False
+    """FVU and L0 at every step and at other sizes: where an SAE may be used."""
+    flow: bool = False
+    """Flow loss recovered, splice error and velocity FVU."""
+    concepts: bool = False
+    """Features against true concepts, beside channels, PCA, random directions and linear probes (miniature only)."""
+    hookpoints: tuple[str, ...] = ()
+    """Hook points; left out, all that have an SAE."""
+    flux: str | None = None
+    """Local folder or Hub repository of the FLUX; left out, the one that the run names."""
+    device: str | None = None
+    """cuda, mps or cpu; left out, the best that is there."""
+    allow_mismatch: bool = False
+    """Measure SAEs also on another model, size or guidance than they were trained on."""
+    settings: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def main(config: EvaluateConfig, *, pipe: Any = None) -> dict[HookPoint, Evaluation]:
+    """Measures, prints the tables and updates metrics.json; `pipe` is an already opened FLUX, if there is one."""
+    run = RunFolder(config.run)
+    info = run.load_info()
+    if pipe is None:
+        pipe = load_flux(
+            config.flux or info.flux_id, revision=None if config.flux else _revision(run), device=config.device
+        )
+    with _Progress() as progress:
+        found = evaluate(
+            run,
+            pipe,
+            parts=_parts(config, is_miniature=flux_identity(pipe).flux_id == MINIATURE),
+            hookpoints=config.hookpoints,
+            config=config.settings,
+            allow_mismatch=config.allow_mismatch,
+            on_progress=progress,
+        )
+    for hookpoint, evaluation in found.items():
+        print(f"\n{hookpoint}\n{'=' * len(str(hookpoint))}")
+        print("\n\n".join(_sections(evaluation)))
+        print(f"\nwritten to {run.metrics_path(hookpoint)}")
+    return found
+
+
+def _revision(run: RunFolder) -> str | None:
+    """The commit to load from the Hub; a local model's revision is a digest that is checked, not asked for."""
+    info = run.load_info()
+    return info.flux_revision if "/" in info.flux_id else None
+
+
+def _parts(config: EvaluateConfig, *, is_miniature: bool) -> list[Part]:
+    names: tuple[Part, ...] = ("reconstruction", "transfer", "flow", "concepts")
+    asked: list[Part] = [name for name in names if getattr(config, name)]
+    return asked or [name for name in names if name != "concepts" or is_miniature]
+
+
+def _sections(evaluation: Evaluation) -> list[str]:
+    sections = []
+    if evaluation.reconstruction is not None:
+        sections.append(f"Reconstruction\n{reconstruction_text(evaluation.reconstruction)}")
+    if evaluation.transfer is not None:
+        sections.append(f"Transfer: FVU / L0\n{transfer_text(evaluation.transfer)}")
+    if evaluation.flow is not None:
+        sections.append(f"Flow\n{flow_text(evaluation.flow)}")
+    if evaluation.concepts is not None:
+        sections.append(f"Concepts\n{concepts_text(evaluation.concepts)}")
+    return sections
+
+
+class _Progress:
+    """A bar for each thing that is being done."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, doing: str, done: int, total: int) -> None:
+        if self._bar is None or self._bar.desc != doing:
+            self.__exit__()
+            self._bar = tqdm(total=total, desc=doing, unit="image", file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(EvaluateConfig, description=__doc__))
