@@ -9,6 +9,7 @@ Stopped at any moment, the same command continues and ends with the same bytes.
 
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,15 @@ class CollectConfig(FluxOptions):
     """Delete what was collected with other settings and start anew."""
 
 
-def main(config: CollectConfig, *, pipe: Any = None) -> StageResult:
-    """Runs the stage; `pipe` is an already opened FLUX, if there is one."""
+def main(config: CollectConfig, *, open_flux: Callable[[], Any] | None = None) -> StageResult:
+    """Runs the stage; `open_flux` gives FLUX where it is open already."""
     run = RunFolder(config.run)
     with processes() as peers:
         return run_stage(
             run,
             "collect",
             stage_config(config),
-            lambda: _collect(config, run, peers, pipe if pipe is not None else config.open()),
+            lambda: _collect(config, run, peers, (open_flux or config.open)()),
             outputs=lambda: [activations_path(config)],
             force=config.force,
             processes=peers,

@@ -8,6 +8,7 @@ Stopped at any moment, the same command continues. The activations themselves ar
 
 import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ class ScoreConfig(FluxOptions):
     """Score again, also where it is complete."""
 
 
-def main(config: ScoreConfig, *, pipe: Any = None) -> StageResult:
-    """Runs the stage; `pipe` is an already opened FLUX, if there is one."""
+def main(config: ScoreConfig, *, open_flux: Callable[[], Any] | None = None) -> StageResult:
+    """Runs the stage; `open_flux` gives FLUX where it is open already."""
     run = RunFolder(config.run)
     hookpoints = _hookpoints(config, run)
     with processes() as peers:
@@ -62,7 +63,7 @@ def main(config: ScoreConfig, *, pipe: Any = None) -> StageResult:
             run,
             "score",
             _stage_config(config, run, hookpoints),
-            lambda: _score(config, run, hookpoints, peers=peers, pipe=pipe if pipe is not None else config.open()),
+            lambda: _score(config, run, hookpoints, peers=peers, pipe=(open_flux or config.open)()),
             outputs=lambda: _outputs(run, hookpoints),
             force=config.force,
             processes=peers,

@@ -1,5 +1,6 @@
 """Stages of a run: skipped when complete, recorded when done, refused when they would overwrite something else."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from fluxsae.artifacts import RunFolder, StageRecord
 from fluxsae.errors import FluxSaeError
 from fluxsae.training.processes import Processes
 
-STAGES = ("collect", "fit", "score", "analyze", "embed", "select", "directions", "render")
+STAGES = ("collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos")
 """Every stage that `run.json` records, in order: a stage that is done again makes the later ones stale."""
 
 
@@ -44,6 +45,7 @@ def run_stage(
         FluxSaeError: the stage is complete with another config and `force` is off.
     """
     peers = processes or Processes()
+    config = json.loads(json.dumps(config, default=str))
     record = run.load_info().stages.get(name) if run.exists() else None
     if record is not None and not force and all(path.exists() for path in outputs()):
         if record.config == config:

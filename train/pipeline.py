@@ -1,0 +1,295 @@
+"""Runs all stages in order, in one process: from prompts to a browsable run.
+
+    python -m train.pipeline --flux miniature
+    python -m train.pipeline --config run.toml
+    python -m train.pipeline --flux miniature --set fit.k=16 score.n_images=400 --from score
+    python -m train.pipeline --only select render --force
+
+A stage that is complete is skipped, a stage that was cut off is taken up where it stopped. The options are saved into
+the run as run.toml; a file of that form goes in by --config:
+
+    [flux]
+    flux = "miniature"
+    [pipeline]
+    hookpoints = ["layer1", "layer3"]
+    [fit]                         # the options of `python -m train.fit`, with _ for -
+    epochs = 20
+"""
+
+import argparse
+import functools
+import json
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import tyro
+
+from fluxsae.artifacts import RunFolder
+from fluxsae.errors import FluxSaeError
+from fluxsae.files import write_text
+from train import analyze, collect, directions, embed, find_demos, fit, render, score, select
+from train.flux_options import FluxOptions
+from train.stages import StageResult, format_table
+
+StageName = Literal["collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos"]
+PIPELINE_STAGES: tuple[StageName, ...] = get_args(StageName)
+_REAL_CLIP = "ViT-B-32/laion2b_s34b_b79k"
+MINIATURE_RECIPE = Path(__file__).parent / "miniature.toml"
+
+_CONFIGS: dict[StageName, type[Any]] = {
+    "collect": collect.CollectConfig,
+    "fit": fit.FitConfig,
+    "score": score.ScoreConfig,
+    "analyze": analyze.AnalyzeConfig,
+    "embed": embed.EmbedConfig,
+    "select": select.SelectConfig,
+    "directions": directions.DirectionsConfig,
+    "render": render.RenderConfig,
+    "demos": find_demos.FindDemosConfig,
+}
+_MAINS: dict[StageName, Callable[..., StageResult | None]] = {
+    "collect": collect.main,
+    "fit": fit.main,
+    "score": score.main,
+    "analyze": analyze.main,
+    "embed": embed.main,
+    "select": select.main,
+    "directions": directions.main,
+    "render": render.main,
+    "demos": find_demos.main,
+}
+_OPENS_FLUX: tuple[StageName, ...] = ("collect", "score")
+_FLUX_FIELDS = tuple(field.name for field in fields(FluxOptions))
+_PIPELINE_FIELDS = ("hookpoints", "steps", "skip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig(FluxOptions):
+    """What to run. Options of a stage are given by --set or in a file; what is given here goes to every stage."""
+
+    run: Path | None = None
+    """Run folder; left out, runs/ and the name of FLUX."""
+    config: Path | None = None
+    """A run.toml; flags override it. Left out, the bundled recipe for the miniature, nothing for other models."""
+    hookpoints: tuple[str, ...] = ()
+    """Hook points; left out, an early and a late double-stream block."""
+    steps: tuple[int, ...] = ()
+    """Steps to collect and train on; left out, five spread over the schedule."""
+    set: tuple[str, ...] = ()
+    """Options of stages, such as fit.k=16 or analyze.features.rare_below=1e-4."""
+    skip: tuple[StageName, ...] = ()
+    """Stages to leave out."""
+    from_: Annotated[StageName | None, tyro.conf.arg(name="from")] = None
+    """Start with this stage; those before it must be complete already."""
+    only: tuple[StageName, ...] = ()
+    """Run these stages alone."""
+    force: bool = False
+    """Do the chosen stages again, also where they are complete."""
+
+    @classmethod
+    def from_file(cls, path: Path, **changes: Any) -> "PipelineConfig":
+        """The config that a run.toml describes, with changes.
+
+        Raises:
+            FluxSaeError: the file cannot be read, or names an option that does not exist.
+        """
+        tables = _read_tables(path)
+        flux, pipeline = tables.get("flux", {}), tables.get("pipeline", {})
+        _refuse_unknown(flux, _FLUX_FIELDS, where=f"{path} [flux]")
+        _refuse_unknown(pipeline, _PIPELINE_FIELDS, where=f"{path} [pipeline]")
+        values = _converted(cls, {**flux, **pipeline}, where=str(path))
+        return cls(**{**values, "config": path, **changes})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides a run: shared options of FLUX, hook points and steps, and each stage's own options."""
+
+    flux: Mapping[str, Any]
+    pipeline: Mapping[str, Any]
+    stages: Mapping[str, Mapping[str, Any]]
+
+    def to_toml(self) -> str:
+        """The recipe as `--config` reads it."""
+        tables = {"flux": self.flux, "pipeline": self.pipeline, **self.stages}
+        return "\n".join(_to_toml(name, values) for name, values in tables.items() if values)
+
+
+def main(config: PipelineConfig) -> list[StageResult]:
+    """Runs the chosen stages and prints one line for each."""
+    recipe = build_recipe(config)
+    chosen = choose_stages(config)
+    run = RunFolder(config.run or Path("runs") / Path(config.flux).name)
+    configs = {stage: build_stage_config(stage, recipe, run, force=config.force) for stage in chosen}
+    if not config.only and config.from_ is None:
+        write_text(run.toml_path, recipe.to_toml())
+    open_flux = functools.cache(config.open)
+    results = []
+    for stage in chosen:
+        extra = {"open_flux": open_flux} if stage in _OPENS_FLUX else {}
+        result = _MAINS[stage](configs[stage], **extra)
+        results += [result] if result is not None else []
+    print("\n" + format_table(results))
+    return results
+
+
+def choose_stages(config: PipelineConfig) -> list[StageName]:
+    """The stages to run, in order.
+
+    Raises:
+        FluxSaeError: both --from and --only are given.
+    """
+    if config.only and config.from_ is not None:
+        raise FluxSaeError("--from and --only contradict each other. Give one of them.")
+    skipped = set(config.skip)
+    if config.only:
+        return [stage for stage in PIPELINE_STAGES if stage in config.only]
+    first = PIPELINE_STAGES.index(config.from_) if config.from_ is not None else 0
+    return [stage for stage in PIPELINE_STAGES[first:] if stage not in skipped]
+
+
+def build_recipe(config: PipelineConfig) -> Recipe:
+    """The stages' options of the file (or the bundled recipe) with --set on top, and what all stages share.
+
+    Raises:
+        FluxSaeError: the file cannot be read, or names a table that is no stage.
+    """
+    path = config.config or (MINIATURE_RECIPE if config.flux == "miniature" else None)
+    tables = _read_tables(path) if path is not None else {}
+    stages = {name: values for name, values in tables.items() if name not in ("flux", "pipeline")}
+    for assignment in config.set:
+        _assign(stages, assignment)
+    _refuse_unknown(stages, PIPELINE_STAGES, where="a table of the file or --set")
+    if config.flux != "miniature":
+        stages.setdefault("embed", {}).setdefault("model", _REAL_CLIP)
+    flux, pipeline = ({name: getattr(config, name) for name in names} for names in (_FLUX_FIELDS, _PIPELINE_FIELDS))
+    flux["prompts"] = str(config.prompts) if config.prompts is not None else None
+    return Recipe(flux, {name: list(values) for name, values in pipeline.items()}, stages)
+
+
+def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        raise FluxSaeError(f"There is no file {path}. Give a run.toml, such as the one a run folder holds.")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FluxSaeError(f"{path} is not valid TOML: {error}.") from error
+    loose = [name for name, value in tables.items() if not isinstance(value, dict)]
+    if loose:
+        raise FluxSaeError(f"{path}: {', '.join(loose)} must stand in a table, such as [flux] or [fit].")
+    return tables
+
+
+def _assign(stages: dict[str, dict[str, Any]], assignment: str) -> None:
+    """Adds `stage.option=value`, the value written as in TOML, or as plain text."""
+    path, equals, text = assignment.partition("=")
+    stage, *names = path.strip().split(".")
+    if not equals or not names:
+        raise FluxSaeError(f"--set {assignment} is no stage.option=value, such as fit.k=16.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = stages.setdefault(stage, {})
+    for name in names[:-1]:
+        table = table.setdefault(name, {})
+    table[names[-1]] = value
+
+
+def _refuse_unknown(given: Mapping[str, Any], allowed: Sequence[str], *, where: str) -> None:
+    unknown = sorted(set(given) - set(allowed))
+    if unknown:
+        raise FluxSaeError(f"{where} names {', '.join(unknown)}, which does not exist. Allowed: {', '.join(allowed)}.")
+
+
+def build_stage_config(stage: StageName, recipe: Recipe, run: RunFolder, *, force: bool = False) -> Any:
+    """The config of one stage: its own options and what all stages share.
+
+    Raises:
+        FluxSaeError: an option that the stage does not have, that is shared, or of the wrong type.
+    """
+    kind, own = _CONFIGS[stage], recipe.stages.get(stage, {})
+    shared: dict[str, Any] = {"run": str(run.path), "force": force}
+    names = {field.name for field in fields(kind)}
+    shared |= {name: value for name, value in recipe.flux.items() if name in names and _is_shared(kind, name, value)}
+    if stage == "collect":
+        shared |= {name: recipe.pipeline[name] for name in ("hookpoints", "steps")}
+    clash = sorted(set(own) & set(shared))
+    if clash:
+        raise FluxSaeError(
+            f"{stage}.{clash[0]} belongs to all stages. Give it as a flag, or under [flux] or [pipeline]."
+        )
+    return kind(**_converted(kind, {**shared, **own}, where=stage))
+
+
+def _is_shared(kind: type[Any], name: str, value: Any) -> bool:
+    """Whether a flag of FLUX goes to a stage: always where FLUX is run; elsewhere a seed or device that was given."""
+    return issubclass(kind, FluxOptions) or value is not None
+
+
+def _converted(kind: type[Any], values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Values as TOML has them, in the types of a config's fields."""
+    hints = get_type_hints(kind)
+    _refuse_unknown(values, [field.name for field in fields(kind)], where=where)
+    return {name: _convert(hints[name], value, where=f"{where}.{name}") for name, value in values.items()}
+
+
+def _convert(hint: Any, value: Any, *, where: str) -> Any:
+    if is_dataclass(hint) and isinstance(value, Mapping):
+        assert isinstance(hint, type)
+        return hint(**_converted(hint, value, where=where))
+    options = get_args(hint) or (hint,)
+    if Path in options and isinstance(value, str):
+        return Path(value)
+    if getattr(hint, "__origin__", None) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(options[0], item, where=where) for item in items)
+    if getattr(hint, "__origin__", None) is Literal:
+        if value not in options:
+            raise FluxSaeError(f"{where} is {value!r}. Allowed: {', '.join(map(repr, options))}.")
+        return value
+    return _checked(options, value, where=where)
+
+
+def _checked(options: tuple[Any, ...], value: Any, *, where: str) -> Any:
+    plain = tuple(option for option in options if isinstance(option, type))
+    nested = [option for option in options if getattr(option, "__origin__", None) in (tuple, Literal)]
+    if isinstance(value, int) and not isinstance(value, bool) and float in plain and int not in plain:
+        return float(value)
+    if nested and not (plain and isinstance(value, plain)):
+        return _convert(nested[0], value, where=where)
+    if plain and (not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain)):
+        names = " or ".join(option.__name__ for option in plain)
+        raise FluxSaeError(f"{where} is {value!r}, a {type(value).__name__}. It must be {names}.")
+    return value
+
+
+def _to_toml(name: str, values: Mapping[str, Any]) -> str:
+    lines = [f"[{name}]"]
+    tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    plain = {key: value for key, value in values.items() if key not in tables and value is not None}
+    lines += [f"{key} = {_to_toml_value(value)}" for key, value in plain.items()]
+    return "\n".join([*lines, "", *(_to_toml(f"{name}.{key}", table) for key, table in tables.items())])
+
+
+def _to_toml_value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_to_toml_value(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def parse_arguments(arguments: Sequence[str]) -> PipelineConfig:
+    """The config of a command line: flags, and where a flag is left out the file that --config names."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    path = finder.parse_known_args(arguments)[0].config
+    default = PipelineConfig() if path is None else PipelineConfig.from_file(path)
+    return tyro.cli(PipelineConfig, args=arguments, default=default, description=__doc__)
+
+
+if __name__ == "__main__":
+    main(parse_arguments(sys.argv[1:]))
