@@ -130,9 +130,9 @@ class Hub(ThreadingHTTPServer):
 class Refused(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+    def __init__(self, status: int, message: str, code: str | None = None, **more: Any) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.more = status, message, code, more
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -174,7 +174,7 @@ class Handler(BaseHTTPRequestHandler):
         except Refused as refusal:
             headers = dict(self.fault.headers) if self.fault else {}
             headers |= {"X-Error-Message": refusal.message} | ({"X-Error-Code": refusal.code} if refusal.code else {})
-            self._json(refusal.status, {"error": refusal.message}, headers)
+            self._json(refusal.status, {"error": refusal.message, **refusal.more}, headers)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
@@ -253,7 +253,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(403, "You don't have the rights to create a repository under this namespace")
         url = f"{self.server.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
         if (kind, repo_id) in self.server.repos:
-            raise Refused(409, "You already created this repo")
+            raise Refused(409, "You already created this repo", url=url)
         variables = {entry["key"]: entry["value"] for entry in wanted.get("variables") or []}
         private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
         repo = Repo(private=private, sdk=wanted.get("sdk"), variables=variables)

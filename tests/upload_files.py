@@ -6,7 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import torch
+
 from fluxsae import hub
+from fluxsae.sae import SparseAutoencoder
+from train import verify
 
 
 def upload_paths(repo_id: str, paths: dict[str, str], **options: Any) -> hub.Commit:
@@ -30,3 +34,20 @@ def download_on_a_small_disk(repo_id: str, *, free: int) -> hub.Snapshot:
     """`hub.download` where only `free` bytes are left."""
     with mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=free)):
         return hub.download(repo_id)
+
+
+def add_file(repo_id: str, name: str, text: str) -> hub.Commit:
+    """One file more in a repository, as someone does by hand."""
+    head = hub.list_files(repo_id).commit
+    return hub.upload(repo_id, {name: text.encode()}, parent=head, message="by hand")
+
+
+def reconstruction_norm(repo_id: str, **options: Any) -> float:
+    """The norm of what an SAE on the Hub makes of four ones."""
+    sae = SparseAutoencoder.from_pretrained(repo_id, **options)
+    return float(sae(torch.ones(4, sae.config.d_model)).x_hat.norm())
+
+
+def problems_of(run: str) -> list[str]:
+    """What `train.verify` finds wrong."""
+    return [str(problem) for problem in verify.main(verify.VerifyConfig(run=run)).problems]
