@@ -117,9 +117,9 @@ class EditMeasurement:
     distance: float
     """Perceptual distance to the baseline, whole picture."""
     distance_inside: float | None
-    """... where tokens were edited; None where none were."""
+    """... inside the region asked about, by default where tokens were edited; None where there is none."""
     distance_outside: float | None
-    """... everywhere else; None where all tokens were edited."""
+    """... everywhere else; None where the region is all of it."""
     distance_name: str
     """What measured it: LPIPS, or the random-feature distance, which is not LPIPS."""
     clip_change: float | None
@@ -159,7 +159,8 @@ class EditRecorder:
     """Watches a sweep whose first variant is the unedited baseline.
 
     Open `watch()` around the sweep and pass `record` as its `on_edit`. Without `limits` the baseline's own tokens at
-    the same step are the measure of what is in distribution.
+    the same step are the measure of what is in distribution; with limits for every hook point the baseline may be
+    left out, and the acts before the edit are then unknown.
     """
 
     def __init__(
@@ -170,11 +171,15 @@ class EditRecorder:
         *,
         limits: Mapping[HookPoint, TokenLimits] | None = None,
     ) -> None:
-        if not variants or variants[0]:
-            raise FluxSaeError("The first variant must be the unedited baseline, an empty list of edits.")
         self.pipe, self.saes, self.variants = pipe, saes, variants
         self.limits = dict(limits or {})
         self.hookpoints = sorted({edit.hookpoint for edits in variants for edit in edits})
+        self.has_baseline = bool(variants) and not variants[0]
+        if not self.has_baseline and not all(place in self.limits for place in self.hookpoints):
+            raise FluxSaeError(
+                "The first variant must be the unedited baseline (an empty list of edits), or limits of clean tokens "
+                "must be given for every hook point."
+            )
         self.recorded = [RecordedEdit() for _ in variants]
         self._own_limits: dict[tuple[HookPoint, int], TokenLimits] = {}
         self._clean_acts: dict[tuple[HookPoint, int, int], float] = {}
@@ -199,7 +204,7 @@ class EditRecorder:
     def record(self, edited: EditedCall, first: int) -> None:
         """Takes one edited call of the sweep; `first` is the variant that is item 0 of its batch."""
         call, place, sae = edited.call, edited.call.hookpoint, self.saes[edited.call.hookpoint]
-        if first == 0:
+        if first == 0 and self.has_baseline:
             self._keep_clean_acts(call)
         limits = self._limits(edited, first)
         is_edited = (edited.delta != 0).any(dim=-1)
@@ -227,7 +232,8 @@ class EditRecorder:
             return
         for feature in sorted({edit.feature for edit in edits if edit.hookpoint == call.hookpoint}):
             reference = float(sae.reference_acts[feature]) or 1.0
-            mine.acts_before.append(self._clean_acts[call.hookpoint, feature, call.step] / reference)
+            if self.has_baseline:
+                mine.acts_before.append(self._clean_acts[call.hookpoint, feature, call.step] / reference)
             mine.acts_after.append(float(sae.encode_features(edited.edited[item], [feature]).max()) / reference)
 
     def _keep_clean_acts(self, call: BlockCall) -> None:
@@ -272,11 +278,16 @@ def measure_edit(
     distance: PerceptualDistance,
     embedder: ImageEmbedder | None = None,
     prompt: str = "",
+    region: Bool[Tensor, " tokens"] | None = None,
 ) -> EditMeasurement:
-    """One variant's measurement from its picture, the baseline's, and what the recorder saw."""
+    """One variant's measurement from its picture, the baseline's, and what the recorder saw.
+
+    Inside and outside are those of `region`, or of the tokens that the edit touched.
+    """
     pixel_distance = distance.distance_map([before], [after])[0]
     touched = recorded.touched if recorded.touched is not None else torch.zeros(grid.n_tokens, dtype=torch.bool)
-    inside = region_pixels(touched, grid, height=pixel_distance.shape[0], width=pixel_distance.shape[1])
+    parted = touched if region is None else region
+    inside = region_pixels(parted, grid, height=pixel_distance.shape[0], width=pixel_distance.shape[1])
     clip_change, prompt_change = _clip_changes(before, after, embedder, prompt)
     return EditMeasurement(
         distance=float(pixel_distance.mean()),

@@ -1,0 +1,482 @@
+"""Steering demos: the image, seed and strengths at which turning a feature down and up shows best."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fluxsae.artifacts import RunFolder
+from fluxsae.edits import Recipe, SaeSource, SteeringEdit
+from fluxsae.errors import FluxSaeError
+from fluxsae.files import write_bytes, write_text
+from fluxsae.flux import flux_identity, schedule_sigmas, token_grid
+from fluxsae.grids import GridCell, GridRow
+from fluxsae.hookpoints import HookPoint
+from fluxsae.measurements import EditMeasurement, EditRecorder, TokenLimits, measure_edit, measure_token_limits
+from fluxsae.perceptual import ImageEmbedder, PerceptualDistance
+from fluxsae.sae import SparseAutoencoder
+from fluxsae.scores import ScoreMatrix
+from fluxsae.settings import GenerationSettings
+from fluxsae.sweeps import OnProgress, Origin, Variant, first_edited_step, sweep
+from fluxsae.tables import encode_webp
+
+LIMITS_KEY: Final = "token_limits"
+"""Where in a hook point's metrics.json the limits of clean tokens stand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """What the search tries for each feature."""
+
+    n_candidates: int = 4
+    """Images tried for each feature: from the one where it fires most down to one where it fires a little."""
+    suppress: tuple[float, ...] = (0.5, 0.0)
+    """Strengths of mode scale: what is left of the feature."""
+    amplify: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Strengths of mode add: multiples of the feature's reference activation."""
+    steps: tuple[int, int] | None = None
+    """Window of the edits, [start, stop); left out, the noise levels the SAE was trained on."""
+    n_limit_images: int = 16
+    """Unsteered images from which the limits of clean tokens are measured, once a hook point."""
+    picture_side: int = 256
+    """Longest side of a picture in the demo's strip, pixels."""
+
+
+@dataclass(frozen=True)
+class DemoScore:
+    """How well one image shows a feature in both directions; distances are in the run's perceptual measure."""
+
+    score: float
+    """Mean responsiveness x balance x (1 - collateral); higher is better."""
+    less: float
+    """Distance inside the feature's region when it is turned down, times the share of tokens in distribution."""
+    more: float
+    """The same when it is turned up."""
+    balance: float
+    """The smaller of the two over the larger."""
+    collateral: float
+    """Distance outside the feature's region as a share of outside and inside together, mean of both directions."""
+    suppress: float
+    """Strength (scale) that was best."""
+    amplify: float
+    """Strength (add) that was best."""
+    out_of_distribution: float
+    """The larger share of both directions."""
+
+
+@dataclass(frozen=True)
+class SteeringDemo:
+    """One feature turned down and up on the image that shows it best."""
+
+    hookpoint: str
+    feature: int
+    label: str | None
+    prompt: str
+    seed: int
+    score: DemoScore
+    distance_name: str
+    image: str
+    """Name of the strip (less, before, more) in the run's demo folder."""
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    """less, before and more."""
+    measurements: dict[str, EditMeasurement] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The demo as JSON values; `recipe` is the one that turns the feature up."""
+        return {
+            **{name: getattr(self, name) for name in ("hookpoint", "feature", "label", "prompt", "seed", "image")},
+            "distance_name": self.distance_name,
+            "score": asdict(self.score),
+            "recipe": self.recipes["more"].to_dict(),
+            "recipes": {name: recipe.to_dict() for name, recipe in self.recipes.items()},
+            "measurements": {name: measured.to_dict() for name, measured in self.measurements.items()},
+        }
+
+
+def measured_sweep(
+    pipe: Any,
+    saes: Mapping[HookPoint, SparseAutoencoder],
+    variants: Sequence[Sequence[SteeringEdit]],
+    *,
+    prompt: str,
+    seed: int,
+    settings: GenerationSettings,
+    distance: PerceptualDistance,
+    embedder: ImageEmbedder | None = None,
+    limits: Mapping[HookPoint, TokenLimits] | None = None,
+    baseline: Image.Image | None = None,
+    region_of: int | None = None,
+    origin: Origin | None = None,
+    max_batch: int | None = None,
+    allow_mismatch: bool = False,
+    on_progress: OnProgress | None = None,
+) -> tuple[list[Variant], list[EditMeasurement]]:
+    """A sweep and what each variant did to the baseline: `baseline`, or the first variant, which is then unedited.
+
+    `region_of` is the variant whose touched tokens divide inside from outside for all; None: each variant's own.
+    """
+    recorder = EditRecorder(pipe, saes, variants, limits=limits)
+    with recorder.watch():
+        found = sweep(
+            pipe,
+            saes,
+            variants,
+            prompt=prompt,
+            seed=seed,
+            settings=settings,
+            origin=origin,
+            max_batch=max_batch,
+            allow_mismatch=allow_mismatch,
+            on_edit=recorder.record,
+            on_progress=on_progress,
+        )
+    before = found[0].image if baseline is None else baseline
+    region = None if region_of is None else recorder.recorded[region_of].touched
+    measured = [
+        measure_edit(
+            before,
+            variant.image,
+            seen,
+            grid=token_grid(pipe, settings),
+            distance=distance,
+            embedder=embedder,
+            prompt=prompt,
+            region=region,
+        )
+        for variant, seen in zip(found, recorder.recorded, strict=True)
+    ]
+    return found, measured
+
+
+def demo_score(
+    suppress: Sequence[tuple[float, EditMeasurement]], amplify: Sequence[tuple[float, EditMeasurement]]
+) -> DemoScore:
+    """The score of one image from its measured (strength, measurement) pairs in both directions."""
+    less_strength, less = max(suppress, key=lambda pair: _responsiveness(pair[1]))
+    more_strength, more = max(amplify, key=lambda pair: _responsiveness(pair[1]))
+    down, up = _responsiveness(less), _responsiveness(more)
+    balance = min(down, up) / max(down, up) if max(down, up) > 0 else 0.0
+    collateral = (_collateral(less) + _collateral(more)) / 2
+    return DemoScore(
+        score=(down + up) / 2 * balance * (1 - collateral),
+        less=down,
+        more=up,
+        balance=balance,
+        collateral=collateral,
+        suppress=less_strength,
+        amplify=more_strength,
+        out_of_distribution=max(less.out_of_distribution, more.out_of_distribution),
+    )
+
+
+def find_demos(
+    run: RunFolder,
+    pipe: Any,
+    saes: Mapping[HookPoint, SparseAutoencoder],
+    features: Mapping[HookPoint, Sequence[int]],
+    *,
+    distance: PerceptualDistance,
+    embedder: ImageEmbedder | None = None,
+    config: DemoConfig | None = None,
+    max_batch: int | None = None,
+    on_candidate: Callable[[int, int], None] | None = None,
+) -> dict[HookPoint, list[SteeringDemo]]:
+    """The best demo of each feature, best first, written into the run; features that nothing moves get none.
+
+    What was measured is kept in the run's work folder after every candidate, so a search that was cut off goes on
+    where it stopped, and unedited images are made once for all features. `on_candidate(done, total)`.
+
+    Raises:
+        FluxSaeError: a feature that never fires in the run's images, or a strength out of range.
+    """
+    config = config or DemoConfig()
+    found: dict[HookPoint, list[SteeringDemo]] = {}
+    searches = [
+        _Search(run, pipe, saes[place], place, distance, embedder, config, max_batch, tuple(features[place]))
+        for place in sorted(features)
+    ]
+    plans = [search.candidates() for search in searches]
+    total, done = sum(map(len, plans)), 0
+    for search, plan in zip(searches, plans, strict=True):
+        for feature, image_id in plan:
+            search.measure(feature, image_id)
+            done += 1
+            if on_candidate is not None:
+                on_candidate(done, total)
+        found[search.place] = search.write_demos()
+    return found
+
+
+def load_limits(run: RunFolder, hookpoint: HookPoint) -> TokenLimits | None:
+    """The limits of clean tokens that a run has measured, if it has."""
+    values = run.load_metrics(hookpoint).get(LIMITS_KEY)
+    return None if values is None else TokenLimits.from_dict(values)
+
+
+def run_origin(run: RunFolder, pipe: Any, *, source: str | None = None, revision: str | None = None) -> Origin:
+    """Where the models of a run's recipes come from; `source` is the folder or Hub repository to write down."""
+    saes = tuple(
+        SaeSource(place, source or str(run.path), run.sae_subfolder(place), revision)
+        for place in run.hookpoints()
+        if run.has_sae(place)
+    )
+    return Origin(run.load_info().flux_id, flux_identity(pipe).revision, saes)
+
+
+def describe_edit(edit: SteeringEdit) -> str:
+    """What an edit does, in a few words."""
+    if edit.is_identity:
+        return "unchanged"
+    if edit.mode == "add":
+        return f"{edit.strength:+g} × usual"
+    if edit.mode == "scale" and 0 <= edit.strength < 1:
+        return f"{1 - edit.strength:.0%} taken away"
+    words = {
+        "scale": "× {:g}",
+        "clamp": "set to {:g} × usual",
+        "ablate": "{:.0%} ablated",
+        "project_out": "{:.0%} projected out",
+    }
+    return words[edit.mode].format(edit.strength)
+
+
+def edit_direction(edit: SteeringEdit) -> int:
+    """-1 where an edit turns its feature down, 1 where up, 0 where it does nothing."""
+    if edit.is_identity:
+        return 0
+    less = {"scale": edit.strength < 1, "add": edit.strength < 0, "clamp": edit.strength < 1}
+    return -1 if less.get(edit.mode, True) else 1
+
+
+def grid_row(
+    variants: Sequence[Variant],
+    measured: Sequence[EditMeasurement],
+    *,
+    label: str | None,
+    detail: str,
+    is_safe: Callable[[EditMeasurement], bool],
+) -> GridRow:
+    """A row of a steering grid: one feature's variants, each with its words and its distance."""
+    feature = next(edit.feature for variant in variants for edit in variant.edits)
+    cells = [
+        GridCell(
+            variant.image,
+            ", ".join(map(describe_edit, variant.edits)) or "unchanged",
+            f"distance {measurement.distance:.3f}" if variant.edits else "the image as it is",
+            max(map(edit_direction, variant.edits), key=abs, default=0),
+            is_safe(measurement),
+        )
+        for variant, measurement in zip(variants, measured, strict=True)
+    ]
+    return GridRow(feature, label or "no label", detail, cells)
+
+
+@dataclass(eq=False)
+class _Search:
+    """The search at one hook point and what it keeps in the work folder."""
+
+    run: RunFolder
+    pipe: Any
+    sae: SparseAutoencoder
+    place: HookPoint
+    distance: PerceptualDistance
+    embedder: ImageEmbedder | None
+    config: DemoConfig
+    max_batch: int | None
+    features: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        self.settings = self.run.load_info().settings
+        self.images = self.run.load_images()
+        self.scores = ScoreMatrix.load(self.run.scores_path(self.place))
+        self.folder = self.run.work_path("demos") / str(self.place)
+        self.labels = self._labels()
+        self.edits = {feature: self._variants(feature) for feature in self.features}
+        self.done = self._load_checkpoint()
+        self.limits: TokenLimits | None = None
+
+    def candidates(self) -> list[tuple[int, int]]:
+        """(feature, image id) pairs that are still to be measured."""
+        pairs = [(feature, image_id) for feature in self.features for image_id in self._images_of(feature)]
+        return [pair for pair in pairs if pair not in self.done]
+
+    def measure(self, feature: int, image_id: int) -> None:
+        """Measures one feature on one image and keeps the score."""
+        baseline = self._stored_baseline(image_id)
+        variants, measured = self._sweep(feature, image_id, baseline)
+        if baseline is None:
+            write_bytes(self._baseline_path(image_id), _png(variants[0].image))
+            measured = measured[1:]
+        self.done[feature, image_id] = self._score(measured)
+        self._save_checkpoint()
+
+    def write_demos(self) -> list[SteeringDemo]:
+        """The best image of every feature that moved, as demos in the run folder."""
+        demos = []
+        for feature in self.features:
+            best = max(self._images_of(feature), key=lambda image_id: self.done[feature, image_id].score)
+            if self.done[feature, best].score > 0:
+                demos.append(self._demo(feature, best, self.done[feature, best]))
+        demos.sort(key=lambda demo: -demo.score.score)
+        self.run.save_demos(self.place, [json.dumps(demo.to_dict()) for demo in demos])
+        return demos
+
+    def _images_of(self, feature: int) -> list[int]:
+        """Images from the strongest down to a weak one, evenly over the ranks of those where the feature fires."""
+        own = self.scores.feature(feature)
+        ranked = torch.argsort(own, descending=True, stable=True)[: int((own > 0).sum())].tolist()
+        if not ranked:
+            raise FluxSaeError(f"Feature {feature} of {self.place} fires in none of the run's images; choose another.")
+        places = np.linspace(0, max(0, len(ranked) - 1) * 0.75, min(self.config.n_candidates, len(ranked)))
+        return [ranked[int(place)] for place in dict.fromkeys(places.round().astype(int).tolist())]
+
+    def _variants(self, feature: int) -> list[tuple[SteeringEdit, ...]]:
+        config = self.config
+        pairs = [("scale", strength) for strength in config.suppress] + [("add", value) for value in config.amplify]
+        return [(SteeringEdit(self.place, feature, mode, value, steps=config.steps),) for mode, value in pairs]
+
+    def _sweep(
+        self, feature: int, image_id: int, baseline: Image.Image | None
+    ) -> tuple[list[Variant], list[EditMeasurement]]:
+        row = self.images[image_id]
+        edits = self.edits[feature]
+        # Turning the feature all the way down touches exactly the tokens where it fires: that is its region.
+        return measured_sweep(
+            self.pipe,
+            {self.place: self.sae},
+            edits if baseline is not None else [(), *edits],
+            prompt=row.prompt,
+            seed=row.seed,
+            settings=self.settings,
+            distance=self.distance,
+            embedder=self.embedder,
+            limits={self.place: self._limits(feature)},
+            baseline=baseline,
+            region_of=len(self.config.suppress) - (baseline is not None),
+            origin=run_origin(self.run, self.pipe),
+            max_batch=self.max_batch,
+        )
+
+    def _score(self, measured: Sequence[EditMeasurement]) -> DemoScore:
+        n_less = len(self.config.suppress)
+        less = list(zip(self.config.suppress, measured[:n_less], strict=True))
+        return demo_score(less, list(zip(self.config.amplify, measured[n_less:], strict=True)))
+
+    def _limits(self, feature: int) -> TokenLimits:
+        if self.limits is None:
+            self.limits = load_limits(self.run, self.place) or self._measure_limits(feature)
+        return self.limits
+
+    def _measure_limits(self, feature: int) -> TokenLimits:
+        count = min(self.config.n_limit_images, len(self.images))
+        rows = [self.images[image_id] for image_id in range(count)]
+        first = first_edited_step(self.pipe, {self.place: self.sae}, self.edits[feature], self.settings)
+        limits = measure_token_limits(
+            self.pipe,
+            self.sae,
+            self.place,
+            prompts=[row.prompt for row in rows],
+            seeds=[row.seed for row in rows],
+            settings=self.settings,
+            steps=range(first, len(schedule_sigmas(self.pipe, self.settings))),
+        )
+        self.run.update_metrics(self.place, {LIMITS_KEY: limits.to_dict()})
+        return limits
+
+    def _demo(self, feature: int, image_id: int, score: DemoScore) -> SteeringDemo:
+        row = self.images[image_id]
+        variants, measured = self._sweep(feature, image_id, None)
+        chosen = {
+            "less": 1 + self.config.suppress.index(score.suppress),
+            "before": 0,
+            "more": 1 + len(self.config.suppress) + self.config.amplify.index(score.amplify),
+        }
+        name = f"feature-{feature}"
+        strip = join_pictures([variants[place].image for place in chosen.values()])
+        webp = encode_webp(strip, longest_side=3 * self.config.picture_side, quality=92)
+        write_bytes(self.run.demo_image_path(self.place, name), webp)
+        return SteeringDemo(
+            hookpoint=str(self.place),
+            feature=feature,
+            label=self.labels.get(feature),
+            prompt=row.prompt,
+            seed=row.seed,
+            score=score,
+            distance_name=self.distance.name,
+            image=name,
+            recipes={word: variants[place].recipe for word, place in chosen.items()},
+            measurements={word: measured[place] for word, place in chosen.items()},
+        )
+
+    def _labels(self) -> dict[int, str]:
+        if not self.run.features_path(self.place).is_file():
+            return {}
+        table = self.run.load_features(self.place)
+        labels = list(table.column("label")) if "label" in table else []
+        return {feature: str(label) for feature, label in enumerate(labels) if label}
+
+    # What is kept between calls
+
+    def _identity(self) -> str:
+        """Changes whenever an earlier measurement would not be comparable."""
+        asked = replace(self.config, n_candidates=1, picture_side=1)
+        weights = {name: float(getattr(self.sae, name).detach().double().sum()) for name in ("W_enc", "W_dec", "b_enc")}
+        parts = [asdict(asked), self.settings.to_dict(), weights, self.distance.name, list(flux_identity(self.pipe))]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def _checkpoint_path(self) -> Path:
+        return self.folder / f"candidates-{self._identity()}.json"
+
+    def _load_checkpoint(self) -> dict[tuple[int, int], DemoScore]:
+        if not self._checkpoint_path.is_file():
+            return {}
+        rows = json.loads(self._checkpoint_path.read_text(encoding="utf-8"))
+        return {(row["feature"], row["image_id"]): DemoScore(**row["score"]) for row in rows}
+
+    def _save_checkpoint(self) -> None:
+        rows = [
+            {"feature": feature, "image_id": image_id, "score": asdict(score)}
+            for (feature, image_id), score in self.done.items()
+        ]
+        write_text(self._checkpoint_path, json.dumps(rows))
+
+    def _baseline_path(self, image_id: int) -> Path:
+        return self.folder.parent / "baselines" / f"{self._identity()}-{image_id}.png"
+
+    def _stored_baseline(self, image_id: int) -> Image.Image | None:
+        path = self._baseline_path(image_id)
+        return Image.open(path).convert("RGB") if path.is_file() else None
+
+
+def join_pictures(pictures: Sequence[Image.Image], *, gap: int = 4) -> Image.Image:
+    """The pictures side by side on white."""
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    strip = Image.new("RGB", (width, max(picture.height for picture in pictures)), (255, 255, 255))
+    left = 0
+    for picture in pictures:
+        strip.paste(picture, (left, 0))
+        left += picture.width + gap
+    return strip
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _responsiveness(measured: EditMeasurement) -> float:
+    return (measured.distance_inside or 0.0) * (1 - measured.out_of_distribution)
+
+
+def _collateral(measured: EditMeasurement) -> float:
+    inside, outside = measured.distance_inside or 0.0, measured.distance_outside or 0.0
+    return outside / (inside + outside) if inside + outside > 0 else 0.0

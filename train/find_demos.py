@@ -1,0 +1,124 @@
+"""Finds, for each feature, the image on which turning it down and up shows best, and keeps it as a demo of the run.
+
+    python -m train.find_demos --run runs/miniature --n-features 24
+
+A search that was cut off goes on where it stopped.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+from fluxsae.artifacts import RunFolder
+from fluxsae.cards import CardIndex
+from fluxsae.demos import DemoConfig, SteeringDemo, find_demos
+from fluxsae.errors import FluxSaeError
+from fluxsae.flux import load_flux
+from fluxsae.hookpoints import HookPoint
+from fluxsae.perceptual import load_distance, load_embedder
+from fluxsae.sae import SparseAutoencoder
+from train.stages import StageResult, run_stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindDemosConfig:
+    """Which features, and how hard to look."""
+
+    run: Path = Path("runs/miniature")
+    """Run folder that was scored and analysed."""
+    hookpoints: tuple[str, ...] = ()
+    """Hook points; left out, all that have an SAE."""
+    features: tuple[int, ...] = ()
+    """Numbers of the features, the same at each hook point; left out, the best ranked ones."""
+    n_features: int = 24
+    """How many of the best ranked features at each hook point."""
+    search: DemoConfig = field(default_factory=DemoConfig)
+    """What is tried for each feature."""
+    distance: str = "random-features"
+    """Perceptual distance: lpips (fetches its network once) or random-features (needs no network)."""
+    device: str | None = None
+    """cuda, mps or cpu; left out, the best that is there."""
+    max_batch: int | None = None
+    """Images generated together; left out, as many as fit into half of the free memory."""
+    force: bool = False
+    """Do it again, also where it is complete."""
+
+
+def main(config: FindDemosConfig) -> StageResult:
+    """Writes demos.jsonl and a strip for each demo into the run."""
+    run = RunFolder(config.run)
+    places = [run.check_hookpoint(name) for name in config.hookpoints] or run.hookpoints()
+    features = {place: choose_features(run, place, config.features, config.n_features) for place in places}
+    asked = {**asdict(config.search), "distance": config.distance}
+    asked["features"] = {str(place): list(chosen) for place, chosen in features.items()}
+    asked["steps"] = list(config.search.steps) if config.search.steps else None
+    return run_stage(
+        run,
+        "demos",
+        {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()},
+        lambda: _search(run, features, config),
+        outputs=lambda: [run.demos_path(place) for place in places],
+        force=config.force,
+    )
+
+
+def choose_features(run: RunFolder, place: HookPoint, features: tuple[int, ...], n_features: int) -> list[int]:
+    """The features that were asked for, or the best ranked ones that fire.
+
+    Raises:
+        FluxSaeError: a feature does not exist, or none fires.
+    """
+    index = CardIndex(run, place)
+    for feature in features:
+        index.features[feature]  # refuses what does not exist
+    chosen = list(features) or [f for f in index.ranked if index.features[f].top_images][:n_features]
+    if not chosen:
+        raise FluxSaeError(f"No feature of {place} fires in the run's images; score more images first.")
+    return chosen
+
+
+def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDemosConfig) -> None:
+    info = run.load_info()
+    pipe = load_flux(info.flux_id, revision=_hub_revision(info), device=config.device)
+    saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=pipe.device) for place in features}
+    with tqdm(desc="candidates", unit="image") as bar:
+        found = find_demos(
+            run,
+            pipe,
+            saes,
+            features,
+            distance=load_distance(config.distance, device=str(pipe.device)),
+            embedder=load_embedder("miniature") if info.flux_id == "miniature" else None,
+            config=config.search,
+            max_batch=config.max_batch,
+            on_candidate=lambda done, total: _advance(bar, done, total),
+        )
+    for place, demos in found.items():
+        print(f"{place}: {len(demos)} demos of {len(features[place])} features")
+        for demo in demos[:8]:
+            print(_line(demo))
+
+
+def _hub_revision(info: Any) -> str | None:
+    return info.flux_revision if "/" in info.flux_id and not Path(info.flux_id).exists() else None
+
+
+def _advance(bar: Any, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
+
+
+def _line(demo: SteeringDemo) -> str:
+    score = demo.score
+    return (
+        f"  {demo.feature:>6} {demo.label or '-':<16} score {score.score:.3f}  less {score.less:.3f}  "
+        f"more {score.more:.3f}  balance {score.balance:.2f}  collateral {score.collateral:.2f}  "
+        f"“{demo.prompt}” seed {demo.seed}"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(FindDemosConfig, description=__doc__))

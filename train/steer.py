@@ -1,0 +1,204 @@
+"""Makes an image with features turned up or down, beside the image without, or the image of a recipe once more.
+
+python -m train.steer --prompt "a red star on a black background" --feature 7 --mode add --strength 2
+python -m train.steer --recipe steered.png
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from PIL import Image
+
+from fluxsae.artifacts import RunFolder
+from fluxsae.demos import describe_edit, load_limits, measured_sweep, run_origin
+from fluxsae.edits import Mode, Recipe, SteeringEdit, load_recipes, parse_edits, png_bytes
+from fluxsae.errors import FluxSaeError
+from fluxsae.files import write_bytes, write_text
+from fluxsae.flux import flux_identity, load_flux
+from fluxsae.hookpoints import HookPoint
+from fluxsae.measurements import EditMeasurement
+from fluxsae.miniature import miniature_path
+from fluxsae.perceptual import load_distance, load_embedder
+from fluxsae.sae import SparseAutoencoder
+from fluxsae.sweeps import Variant, reproduce
+
+EMBEDDED = "miniature"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerConfig:
+    """What is turned, in which image."""
+
+    prompt: str | None = None
+    """What the image shows."""
+    feature: int | None = None
+    """Number of the feature that is turned."""
+    mode: Mode = "add"
+    """scale, add, clamp, ablate or project_out."""
+    strength: float = 2.0
+    """scale: factor; add, clamp: multiples of the feature's usual activation; ablate, project_out: 0 to 1."""
+    steps: tuple[int, int] | None = None
+    """Window [start, stop) of steps that are edited; left out, the noise levels the SAE was trained on."""
+    heatmap: float | None = None
+    """Edit only where the feature itself fires above this fraction of its usual activation."""
+    edits: str | None = None
+    """JSON list of edits, or a file that holds one, in place of --feature and what belongs to it."""
+    recipe: Path | None = None
+    """PNG or JSON file that fluxsae wrote: its image is made again, and nothing else is asked."""
+    index: int = 0
+    """Which recipe of the file, where it holds several (a grid)."""
+    run: Path | None = None
+    """Run folder with the SAEs; left out, the embedded miniature's, or the one that the recipe names."""
+    flux: str | None = None
+    """Local folder or Hub repository of the FLUX; left out, the one that the run or the recipe names."""
+    hookpoint: str | None = None
+    """Hook point of the feature; left out, the last of the run."""
+    seed: int = 0
+    """Seed of the image."""
+    num_inference_steps: int | None = None
+    """Denoising steps; left out, the run's own number."""
+    distance: str = "random-features"
+    """Perceptual distance: lpips (fetches its network once) or random-features (needs no network)."""
+    allow_mismatch: bool = False
+    """Use SAEs also with another model, image size or guidance than they were trained on."""
+    device: str | None = None
+    """cuda, mps or cpu; left out, the best that is there."""
+    out: Path = Path("steered.png")
+    """The picture to write, PNG with its recipe; beside it the recipe as .json and the unedited image, -before.png."""
+
+
+def main(config: SteerConfig) -> Variant:
+    """Writes the picture and its recipe and prints what the edit did."""
+    if config.recipe is not None:
+        return _again(config, config.recipe)
+    if config.prompt is None:
+        raise FluxSaeError("prompt is missing; give --prompt, or --recipe with a file that fluxsae wrote.")
+    run = RunFolder(config.run or miniature_path("run"))
+    edits = _edits(config, run)
+    info = run.load_info()
+    name = config.flux or info.flux_id
+    pipe = load_flux(name, revision=_hub_revision(name, info.flux_revision), device=config.device)
+    saes = load_saes(run, edits, device=pipe.device)
+    n_steps = config.num_inference_steps or info.settings.num_inference_steps
+    limits = {place: found for place in saes if (found := load_limits(run, place)) is not None}
+    variants, measured = measured_sweep(
+        pipe,
+        saes,
+        [(), edits],
+        prompt=config.prompt,
+        seed=config.seed,
+        settings=replace(info.settings, num_inference_steps=n_steps),
+        distance=load_distance(config.distance, device=str(pipe.device)),
+        embedder=load_embedder("miniature") if info.flux_id == EMBEDDED else None,
+        limits=limits,
+        origin=run_origin(run, pipe, source=EMBEDDED if run.path == miniature_path("run") else None),
+        allow_mismatch=config.allow_mismatch,
+    )
+    write_image(config.out, variants[1])
+    before = config.out.with_name(f"{config.out.stem}-before.png")
+    write_bytes(before, png_bytes(variants[0].image, [variants[0].recipe]))
+    print(f"{', '.join(map(describe_edit, edits))}: {config.out}, unedited: {before}")
+    _print_measurement(measured[1])
+    return variants[1]
+
+
+def load_saes(
+    run: RunFolder, edits: tuple[SteeringEdit, ...], *, device: torch.device
+) -> dict[HookPoint, SparseAutoencoder]:
+    """The run's SAEs that the edits name."""
+    places = sorted({run.check_hookpoint(edit.hookpoint) for edit in edits})
+    return {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=device) for place in places}
+
+
+def write_image(path: Path, variant: Variant) -> None:
+    """The picture as PNG with its recipe, and the recipe once more as JSON beside it."""
+    write_bytes(path, png_bytes(variant.image, [variant.recipe]))
+    write_text(path.with_suffix(".json"), json.dumps(variant.recipe.to_dict(), indent=2) + "\n")
+
+
+def _edits(config: SteerConfig, run: RunFolder) -> tuple[SteeringEdit, ...]:
+    if config.edits is not None:
+        path = Path(config.edits)
+        is_file = not config.edits.lstrip().startswith("[") and path.is_file()
+        return parse_edits(path.read_text(encoding="utf-8") if is_file else config.edits)
+    if config.feature is None:
+        raise FluxSaeError("feature is missing; give --feature, --edits or --recipe.")
+    hookpoint = run.check_hookpoint(config.hookpoint or run.hookpoints()[-1])
+    region = None if config.heatmap is None else {"heatmap": config.heatmap}
+    return (SteeringEdit(hookpoint, config.feature, config.mode, config.strength, steps=config.steps, region=region),)
+
+
+def _again(config: SteerConfig, path: Path) -> Variant:
+    recipes = load_recipes(path)
+    if not 0 <= config.index < len(recipes):
+        raise FluxSaeError(f"index is {config.index}; {path} holds recipes 0 to {len(recipes) - 1}.")
+    recipe = recipes[config.index]
+    name = config.flux or recipe.flux_id
+    pipe = load_flux(
+        name,
+        revision=_hub_revision(name, recipe.flux_revision),
+        device=config.device or recipe.device,
+        dtype=getattr(torch, recipe.dtype),
+    )
+    identity = flux_identity(pipe)
+    if recipe.flux_revision is not None and identity.revision != recipe.flux_revision:
+        raise FluxSaeError(
+            f"The recipe was made with {recipe.flux_id} at {recipe.flux_revision}; here it is {identity.revision}. "
+            "Install the version of fluxsae that wrote the recipe, or fetch that revision of the model."
+        )
+    saes = _recipe_saes(recipe, config.run, device=pipe.device)
+    variant = reproduce(pipe, saes, recipe, allow_mismatch=config.allow_mismatch)
+    write_image(config.out, variant)
+    print(f"{path} made again: {config.out} ({describe_match(path, variant.image)})")
+    return variant
+
+
+def describe_match(path: Path, image: Image.Image) -> str:
+    """Whether an image equals the one in the recipe's file, where that is a picture of one image."""
+    if path.suffix.lower() != ".png":
+        return "the file holds no picture to compare with"
+    with Image.open(path) as original:
+        if original.size != image.size:
+            return "the file's picture shows several images"
+        same = original.convert("RGB").tobytes() == image.convert("RGB").tobytes()
+    return "bit for bit the same" if same else "NOT bit for bit the same as the file's picture"
+
+
+def _recipe_saes(recipe: Recipe, run: Path | None, *, device: torch.device) -> Mapping[HookPoint, SparseAutoencoder]:
+    needed = {edit.hookpoint for edits in recipe.batch for edit in edits}
+    if run is not None:
+        edits = tuple(edit for item in recipe.batch for edit in item)
+        return load_saes(RunFolder(run), edits, device=device)
+    sources = {source.hookpoint: source for source in recipe.saes}
+    missing = sorted(needed - set(sources))
+    if missing:
+        raise FluxSaeError(
+            f"The recipe does not say where the SAE of {missing[0]} comes from; give its run with --run."
+        )
+    return {place: _load_source(sources[place], device) for place in sorted(needed)}
+
+
+def _load_source(source: Any, device: torch.device) -> SparseAutoencoder:
+    path = str(miniature_path("run")) if source.path in (EMBEDDED, "embedded") else source.path
+    return SparseAutoencoder.from_pretrained(
+        path, subfolder=source.subfolder or None, revision=source.revision, device=device
+    )
+
+
+def _hub_revision(flux_id: str, revision: str | None) -> str | None:
+    """The commit to load from the Hub; a local model's revision is a digest that is compared, not asked for."""
+    return revision if "/" in flux_id and not Path(flux_id).exists() else None
+
+
+def _print_measurement(measured: EditMeasurement) -> None:
+    for name, value in measured.to_dict().items():
+        print(f"  {name:<22}{value if isinstance(value, str) or value is None else f'{value:.4g}'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(SteerConfig, description=__doc__))
