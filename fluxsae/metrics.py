@@ -75,8 +75,8 @@ class ReconstructionSums:
         """Add some tokens and their reconstructions."""
         if x.shape != x_hat.shape:
             raise FluxSaeError(f"x has shape {tuple(x.shape)} and x_hat {tuple(x_hat.shape)}; they must be equal.")
-        tokens = rearrange(x, "... d -> (...) d").double()
-        error = tokens - rearrange(x_hat, "... d -> (...) d").double()
+        tokens = rearrange(x.detach(), "... d -> (...) d").double()
+        error = tokens - rearrange(x_hat.detach(), "... d -> (...) d").double()
         mean = tokens.mean(0)
         part = ReconstructionSums(
             len(tokens), float(error.square().sum()), mean.cpu(), float((tokens - mean).square().sum())

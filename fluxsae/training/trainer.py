@@ -27,6 +27,8 @@ class _AdamStep:
 _BLOCK_BYTES = 4 << 20
 _THRESHOLD_DECAY = 0.98
 _LOSS_DECAY = 0.95
+_KNOWN_AFTER = 0.4
+"""Weight of the running mean of the loss from which on a spike can be told: ten steps."""
 
 
 class SaeTrainer:
@@ -106,7 +108,7 @@ class SaeTrainer:
 
     def _fault(self, loss: Tensor) -> Tensor:
         mean = self.mean_loss / self.mean_loss_weight.clamp(min=1e-12)
-        is_spike = (self.mean_loss_weight > 0.5) & (loss > self.config.spike_factor * mean)
+        is_spike = (self.mean_loss_weight > _KNOWN_AFTER) & (loss > self.config.spike_factor * mean)
         return torch.where(torch.isfinite(loss), torch.where(is_spike, 2, 0), 1)
 
     def _update(self, gradients: BatchGradients, rate: float, is_skipped: Tensor) -> tuple[Tensor, Tensor]:
