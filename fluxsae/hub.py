@@ -368,3 +368,14 @@ def _check_arrival(repo_id: str, commit: str, files: Mapping[str, Path | bytes],
             f"Commit {commit[:10]} of {repo_id} does not hold what was sent: {', '.join(wrong[:5])}. Did these files "
             "change while they were uploaded? Push again when nothing writes to the folder."
         )
+
+
+def set_space_variables(repo_id: str, variables: Mapping[str, str]) -> None:
+    """Sets a Space's public environment variables; the Space restarts.
+
+    Raises:
+        FluxSaeError: no such Space, no right to write, or the Hub cannot be reached.
+    """
+    for name, value in variables.items():
+        with explained(f"set {name} of {repo_id}", repo_id):
+            with_retries(lambda name=name, value=value: hf.HfApi().add_space_variable(repo_id, name, value))  # type: ignore[misc]

@@ -446,20 +446,25 @@ class SparseAutoencoder(nn.Module):
         write_json(folder / CONFIG_NAME, self.config.to_dict())
 
     def push_to_hub(
-        self, repo: str, *, subfolder: str = "", revision: str | None = None, private: bool | None = None
+        self, repo: str, *, subfolder: str = "", tag: str | None = None, private: bool | None = None
     ) -> str:
-        """Uploads this SAE into a Hub model repository, made if it does not exist; the new commit's id."""
-        from huggingface_hub import HfApi
+        """Uploads this SAE into a Hub model repository, made if it does not exist; the new commit's id.
 
-        api = HfApi()
-        repo_id = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        Raises:
+            FluxSaeError: no right to write, the tag exists, or the Hub fails.
+        """
+        from fluxsae import hub
+
+        hub.create_repo(repo, private=private)
+        parent = hub.list_files(repo).commit
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, path_in_repo=subfolder or None, revision=revision,
-                commit_message=f"Upload {self.config.architecture} SAE",
-            )  # fmt: skip
-        return str(commit.oid)
+            prefix = f"{subfolder}/" if subfolder else ""
+            files: dict[str, Path | bytes] = {
+                prefix + name: Path(folder) / name for name in (CONFIG_NAME, WEIGHTS_NAME)
+            }
+            message = f"Upload {self.config.architecture} SAE"
+            return hub.upload(repo, files, parent=parent, message=message, tag=tag).oid
 
 
 def find_sae_folder(path_or_repo: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> Path:
@@ -480,20 +485,11 @@ def find_sae_folder(path_or_repo: str | Path, *, subfolder: str | None = None, r
 
 
 def _download(repo: str, subfolder: str | None, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from fluxsae import hub
 
-    try:
-        commit = revision
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            path = Path(hf_hub_download(repo, name, subfolder=subfolder, revision=commit))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        place = f"{repo}{'/' + subfolder if subfolder else ''}{'@' + revision if revision else ''}"
-        raise FluxSaeError(
-            f"No SAE could be read from {place}: {str(error).splitlines()[0]}. "
-            "Check the name and the revision, log in for a private repository, or give a local folder."
-        ) from error
-    return path.parent
+    prefix = f"{subfolder}/" if subfolder else ""
+    found = hub.download(repo, revision=revision, patterns=[prefix + CONFIG_NAME, prefix + WEIGHTS_NAME])
+    return found.folder / prefix
 
 
 def load_sae_config(folder: str | Path) -> SaeConfig:

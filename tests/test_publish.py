@@ -128,9 +128,11 @@ def test_verify_takes_a_repository(machine: HubProcess, run: RunFolder) -> None:
 def test_an_sae_loads_from_the_repository_of_its_run_and_from_its_own(machine: HubProcess, run: RunFolder) -> None:
     machine.call("fluxsae.publish:push_run", run.path, "user/saes", tag="v1")
     machine.call("fluxsae.publish:push_sae", run.path, LATE, "user/alone", tag="v2")
+    machine.call("upload_files:push_to_hub", run.sae_path(LATE), "user/method", subfolder="any", tag="v3")
     for repo, options in (
         ("user/saes", {"subfolder": f"sae/{LATE}", "revision": "v1"}),
         ("user/alone", {"revision": "v2"}),
+        ("user/method", {"subfolder": "any", "revision": "v3"}),
     ):
         norm = machine.call("upload_files:reconstruction_norm", repo, cache=repo.replace("/", "-"), **options)
         own = (

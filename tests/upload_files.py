@@ -10,7 +10,7 @@ import torch
 
 from fluxsae import hub
 from fluxsae.sae import SparseAutoencoder
-from train import verify
+from train import deploy_space, verify
 
 
 def upload_paths(repo_id: str, paths: dict[str, str], **options: Any) -> hub.Commit:
@@ -36,10 +36,10 @@ def download_on_a_small_disk(repo_id: str, *, free: int) -> hub.Snapshot:
         return hub.download(repo_id)
 
 
-def add_file(repo_id: str, name: str, text: str) -> hub.Commit:
+def add_file(repo_id: str, name: str, text: str, repo_type: hub.RepoType = "model") -> hub.Commit:
     """One file more in a repository, as someone does by hand."""
-    head = hub.list_files(repo_id).commit
-    return hub.upload(repo_id, {name: text.encode()}, parent=head, message="by hand")
+    head = hub.list_files(repo_id, repo_type=repo_type).commit
+    return hub.upload(repo_id, {name: text.encode()}, parent=head, message="by hand", repo_type=repo_type)
 
 
 def reconstruction_norm(repo_id: str, **options: Any) -> float:
@@ -51,3 +51,13 @@ def reconstruction_norm(repo_id: str, **options: Any) -> float:
 def problems_of(run: str) -> list[str]:
     """What `train.verify` finds wrong."""
     return [str(problem) for problem in verify.main(verify.VerifyConfig(run=run)).problems]
+
+
+def push_to_hub(folder: str, repo_id: str, **options: Any) -> str:
+    """`SparseAutoencoder.push_to_hub` of the SAE in a folder."""
+    return SparseAutoencoder.from_pretrained(folder).push_to_hub(repo_id, **options)
+
+
+def deploy(*, source: str, **config: Any) -> hub.Commit:
+    """`train.deploy_space` of a checkout."""
+    return deploy_space.main(deploy_space.DeployConfig(source=Path(source), **config))
