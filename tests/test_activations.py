@@ -167,18 +167,17 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path: Path) 
     assert not (tmp_path / "acts").exists()
 
 
-def test_a_disk_that_fills_up_keeps_the_shards_that_are_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_keeps_the_shards_that_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = ShardWriter(tmp_path, MANIFEST)
     writer.write(0, *rows_of(MANIFEST, 0))
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(FluxSaeError, match="disk is full"):
+    with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", full)
-        writer.write(1, *rows_of(MANIFEST, 1))
+        with pytest.raises(FluxSaeError, match="disk is full"):
+            writer.write(1, *rows_of(MANIFEST, 1))
     assert ShardWriter(tmp_path, MANIFEST).missing() == [1, 2, 3, 4, 5]
 
 

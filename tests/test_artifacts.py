@@ -47,8 +47,8 @@ def picture(level: int, size: tuple[int, int] = (16, 16)) -> bytes:
 def feature_row(feature: int) -> FeatureRow:
     return FeatureRow(
         feature=feature, feature_class="rare", density=0.1, image_density=0.2, mean_act=1.0, max_act=2.0,
-        quantiles=[0.5, 1.0], spatial_spread=0.7, step_profile=[0.1], histogram=[1, 2], top_images=[3], top_scores=[2.0],
-        top_tokens=[5], neighbours=[1], neighbour_similarities=[0.3], family=-1,
+        quantiles=[0.5, 1.0], spatial_spread=0.7, step_profile=[0.1], histogram=[1, 2], top_images=[3],
+        top_scores=[2.0], top_tokens=[5], neighbours=[1], neighbour_similarities=[0.3], family=-1,
     )  # fmt: skip
 
 
@@ -57,9 +57,14 @@ def feature_row(feature: int) -> FeatureRow:
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"old": 1})
-    with pytest.raises(RuntimeError), atomic_path(tmp_path / "a.json") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("stopped")
+
+    def stop_half_way() -> None:
+        with atomic_path(tmp_path / "a.json") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError):
+        stop_half_way()
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
