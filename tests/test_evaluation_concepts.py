@@ -38,7 +38,7 @@ def planted_sae() -> SparseAutoencoder:
     sae = SparseAutoencoder(SaeConfig(architecture="l1", d_model=D, n_features=64), seed=1)
     with torch.no_grad():
         sae.W_enc[: len(CONCEPTS)] = planted_directions()
-        sae.b_enc.fill_(-0.5)
+        sae.b_enc.fill_(-0.2)
     return sae
 
 

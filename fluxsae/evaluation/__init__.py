@@ -19,6 +19,7 @@ from fluxsae.evaluation.stream import ImageSet, OnProgress, trained_steps
 from fluxsae.flux import FluxPipeline, flux_identity
 from fluxsae.hookpoints import HookPoint
 from fluxsae.sae import SparseAutoencoder
+from fluxsae.scores import ScoreMatrix
 from fluxsae.settings import GenerationSettings
 
 Part = Literal["reconstruction", "transfer", "flow", "concepts"]
@@ -43,7 +44,7 @@ class EvaluationConfig:
     seed: int = 0
     """Decides noise, halves, random directions and resamples."""
     steps: tuple[int, ...] = ()
-    """Steps to look at; left out, those that each SAE was trained on."""
+    """Steps to look at; left out, those that each SAE was trained on (for the concepts: that S was scored at)."""
     sizes: tuple[tuple[int, int], ...] = ()
     """Sizes (height, width) of the transfer table, pixels; left out, a smaller one, the trained one and a wider one."""
 
@@ -219,7 +220,7 @@ class _Work:
             self.pipe,
             self.saes,
             ImageSet(tuple(table.prompts), tuple(table.seeds)).first(3 * self.config.n_images),
-            self.steps,
+            {hookpoint: self._scored_steps(hookpoint) for hookpoint in self.saes},
             settings=self.settings,
             labels={h: labels for h in self.saes if (labels := self._labels(h)) is not None},
             batch_size=self.config.batch_size,
@@ -227,6 +228,13 @@ class _Work:
             seed=self.config.seed,
             on_progress=on_progress,
         )
+
+    def _scored_steps(self, hookpoint: HookPoint) -> list[int]:
+        """The steps that the run's S is the maximum over, unless others were asked for."""
+        path = self.run.scores_path(hookpoint)
+        if self.config.steps or not path.is_file():
+            return self.steps[hookpoint]
+        return list(ScoreMatrix.load(path).steps)
 
     def _labels(self, hookpoint: HookPoint) -> list[str | None] | None:
         if not self.run.features_path(hookpoint).is_file():
