@@ -10,11 +10,12 @@ from fluxsae.ui.session import open_workbench
 
 
 def main() -> None:
-    """Builds and launches; FLUX warms up in the background while the page is already there."""
+    """Builds and launches; FLUX warms up in the background once the page is there (loading it starves a start-up)."""
     bench = open_workbench()
     app = build_app(bench)
+    app.launch(**launch_options(), prevent_thread_lock=True)
     bench.warm_up()
-    app.launch(**launch_options())
+    app.block_thread()
 
 
 if __name__ == "__main__":

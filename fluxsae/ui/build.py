@@ -9,6 +9,7 @@ from fluxsae.ui.gallery import add_gallery_endpoints, build_gallery_tab
 from fluxsae.ui.heatmap import add_heatmap_endpoints, build_heatmap_tab
 from fluxsae.ui.session import Workbench, open_workbench
 from fluxsae.ui.shell import Shell
+from fluxsae.ui.steer import add_steer_endpoints, build_steer_tab
 from fluxsae.ui.theme import build_theme, page_css, page_head
 
 TITLE = "fluxsae: what fires where inside FLUX"
@@ -24,13 +25,16 @@ def build_app(bench: Workbench | None = None) -> gr.Blocks:
         gr.HTML(header_html(bench))
         selection = gr.State({"hookpoint": bench.limits.default_hookpoint, "feature": None})
         with gr.Tabs(elem_id="tabs") as tabs:
-            shell = Shell(selection, tabs)
+            shell = Shell(app, selection, tabs)
             with gr.Tab("Heatmap", id="heatmap"):
                 build_heatmap_tab(bench, shell)
             with gr.Tab("Gallery", id="gallery"):
                 build_gallery_tab(bench, shell)
+            with gr.Tab("Steer", id="steer"):
+                build_steer_tab(bench, shell)
         add_heatmap_endpoints(bench)
         add_gallery_endpoints(bench)
+        add_steer_endpoints(bench)
     app.queue(max_size=MAX_QUEUE, default_concurrency_limit=4)
     return app
 

@@ -63,6 +63,7 @@ def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
     shell.open_on(page.edit, "steer")
     shell.open_on(page.expand, "directions")
     shell.follow(desk.page, [], page)
+    shell.open_link("gallery", desk.page, [page])
 
 
 def add_gallery_endpoints(bench: Workbench) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -116,8 +116,9 @@ def read_image(
     on_step: OnStep | None = None,
 ) -> Reading:
     """Makes the image and reads every hook point on the way, in one generation."""
-    from fluxsae.flux import capture, generate, schedule_sigmas, token_grid, unknown_words
+    from fluxsae.flux import capture, flux_identity, generate, schedule_sigmas, token_grid, unknown_words
 
+    _require_ground(flux_identity(pipe), saes, settings)
     sigmas = schedule_sigmas(pipe, settings)
     recorders = {name: _Recorder(sae, sigmas) for name, sae in saes.items()}
 
@@ -136,6 +137,19 @@ def read_image(
         maps={name: recorder.maps() for name, recorder in recorders.items()},
         unknown_words=tuple(unknown_words(pipe, prompt)),
     )
+
+
+def _require_ground(identity: Any, saes: Mapping[str, SparseAutoencoder], settings: GenerationSettings) -> None:
+    """Refuses autoencoders that were trained on another FLUX or on images of another size."""
+    for sae in saes.values():
+        if sae.config.trained_on is not None:
+            sae.require_ground(
+                flux_id=identity.flux_id,
+                flux_revision=identity.revision,
+                height=settings.height,
+                width=settings.width,
+                guidance_scale=settings.guidance_scale,
+            )
 
 
 class _Recorder:

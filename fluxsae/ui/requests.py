@@ -21,6 +21,7 @@ MAX_JSON_CHARACTERS = 400_000
 MAX_SEED = 2**32 - 1
 MAX_RESULTS = 100
 MAX_STRENGTHS = 9
+WHOLE_NUMBERS = {"type": "array", "items": {"type": "integer"}}
 
 
 class RequestError(FluxSaeError):
@@ -199,8 +200,10 @@ def _check_region(value: Any, info: ValidationInfo) -> Region | None:
     return edit.region
 
 
-def _schema(kind: str | list[str], description: str, **more: Any) -> WithJsonSchema:
-    kinds = {"type": kind} if isinstance(kind, str) else {"anyOf": [{"type": each} for each in kind]}
+def _schema(kind: str | list[Any], description: str, **more: Any) -> WithJsonSchema:
+    kinds: dict[str, Any] = {"type": kind}
+    if not isinstance(kind, str):
+        kinds = {"anyOf": [{"type": each} if isinstance(each, str) else each for each in kind]}
     return WithJsonSchema({**kinds, "description": description, **more})
 
 
@@ -260,13 +263,13 @@ Edits = Annotated[
 Window = Annotated[
     tuple[int, int] | None,
     BeforeValidator(_check_window),
-    _schema(["array", "null"], "Steps [start, stop) in which the edit acts; null: where the SAE was trained."),
+    _schema([WHOLE_NUMBERS, "null"], "Steps [start, stop) in which the edit acts; null: where the SAE was trained."),
 ]
 RegionField = Annotated[
     Any,
     BeforeValidator(_check_region),
     _schema(
-        ["array", "object", "null"],
+        [{"type": "array", "items": WHOLE_NUMBERS}, "object", "null"],
         'Where the edit acts: rows of 0 and 1 on the token grid, {"heatmap": threshold}, or null for everywhere.',
     ),
 ]

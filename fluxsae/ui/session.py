@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from fluxsae.artifacts import RunFolder
+from fluxsae.artifacts import RunFolder, library_versions
 from fluxsae.cards import CardIndex
 from fluxsae.errors import FluxSaeError
 from fluxsae.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
-from fluxsae.perceptual import ImageEmbedder, load_embedder
+from fluxsae.perceptual import ImageEmbedder, PerceptualDistance, load_distance, load_embedder
 from fluxsae.sae import SparseAutoencoder
 from fluxsae.settings import GenerationSettings
 from fluxsae.ui.lane import Done, FluxLane, OnStep, StepDone
@@ -89,6 +89,16 @@ class Workbench:
         """Whether the run's FLUX is the embedded one."""
         return self.info.flux_id == "miniature"
 
+    @property
+    def flux_source(self) -> str:
+        """Where FLUX is loaded from: as the run says, or the folder that FLUXSAE_FLUX names."""
+        return os.environ.get("FLUXSAE_FLUX", "").strip() or self.info.flux_id
+
+    @property
+    def has_local_flux(self) -> bool:
+        """Whether FLUX is embedded or in a folder here, so that it needs no Hub."""
+        return self.is_miniature or Path(self.flux_source).is_dir()
+
     def word(self, hookpoint: str) -> str:
         """A hook point in words: "early", "middle", "late", or its block number where there are more."""
         words = WORDS.get(len(self.hookpoints))
@@ -113,9 +123,10 @@ class Workbench:
         """FLUX; loading takes seconds (the miniature) to minutes (FLUX.1-dev). Used inside the lane only."""
         from fluxsae.flux import load_flux
 
-        log.info("loading FLUX %s on %s", self.info.flux_id, self.device)
+        log.info("loading FLUX %s on %s", self.flux_source, self.device)
         dtype = torch.float32 if self.is_miniature or self.device == "cpu" else torch.bfloat16
-        return load_flux(self.info.flux_id, revision=self.info.flux_revision, device=self.device, dtype=dtype)
+        revision = None if self.has_local_flux else self.info.flux_revision
+        return load_flux(self.flux_source, revision=revision, device=self.device, dtype=dtype)
 
     @property
     def embedder(self) -> ImageEmbedder | None:
@@ -132,6 +143,22 @@ class Workbench:
         except FluxSaeError as error:
             log.warning("search works without CLIP: %s", error)
             return None
+
+    @functools.cached_property
+    def distance(self) -> PerceptualDistance:
+        """What measures how far an edit moved the picture: LPIPS, or offline a random-feature distance, called that."""
+        if not self.has_local_flux:
+            try:
+                return load_distance("lpips", device=self.device)
+            except FluxSaeError as error:
+                log.warning("LPIPS cannot be had: %s", error)
+        return load_distance("random-features", device=self.device)
+
+    @functools.cached_property
+    def versions(self) -> dict[str, str]:
+        """What made the pictures: libraries, run and FLUX."""
+        flux = f"{self.info.flux_id}@{self.info.flux_revision}" if self.info.flux_revision else self.info.flux_id
+        return {"run": self.source, "FLUX": flux, "device": self.device, **library_versions()}
 
     def settings(self, num_inference_steps: int) -> GenerationSettings:
         """The run's own settings at another number of steps."""
@@ -166,7 +193,7 @@ class Workbench:
     def _warm_up(self) -> None:
         try:
             _ = self.embedder
-            if self.is_miniature or self.device != "cpu":
+            if self.has_local_flux or self.device != "cpu":
                 self.lane.call(lambda: (self.pipe, self.saes))
         except Exception:  # the visitor who needs it gets the same error, in words
             log.exception("warming up failed")
@@ -196,11 +223,7 @@ def _fetch_run(wanted: str) -> RunFolder:
         return RunFolder(wanted)
     from fluxsae.publish import pull_run
 
-    repo, _, revision = wanted.partition("@")
-    if repo.count("/") != 1 or repo.startswith(("/", ".")):
-        raise FluxSaeError(f"FLUXSAE_RUN is {wanted!r}; give a folder that exists, or owner/name of a Hub repository.")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fluxsae" / repo.replace("/", "--")
-    return RunFolder(pull_run(repo, revision=revision or None, into=cache / (revision or "main")))
+    return pull_run(wanted)
 
 
 def require_flux(bench: Workbench) -> None:
@@ -209,8 +232,8 @@ def require_flux(bench: Workbench) -> None:
     Raises:
         FluxSaeError: no GPU, no access, or no network; the message says what to do.
     """
-    flux_id = bench.info.flux_id
-    if bench.is_miniature or Path(flux_id).is_dir():
+    flux_id = bench.flux_source
+    if bench.has_local_flux:
         return
     if bench.device == "cpu" and not os.environ.get("SPACES_ZERO_GPU"):
         raise FluxSaeError(f"its FLUX, {flux_id}, needs a GPU with 48 GB, and this machine has none.")

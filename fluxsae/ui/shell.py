@@ -1,13 +1,16 @@
 """What the tabs share: the chosen feature, which follows the visitor, and going from tab to tab."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import gradio as gr
 
+from fluxsae.errors import FluxSaeError
 from fluxsae.ui.guard import guarded
 from fluxsae.ui.lane import StepDone
+from fluxsae.ui.views import view_of
 
 IDLE: Final[Mapping[str, Any]] = {"state": "idle"}
 QUIET: Final[Mapping[str, Any]] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -29,32 +32,48 @@ def working(event: StepDone) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Shell:
-    """The chosen feature and the tabs."""
+    """The chosen feature, the tabs, and links into them."""
 
+    app: gr.Blocks
     selection: gr.State
-    """{"hookpoint", "feature"}; feature is None until one is chosen."""
+    """{"hookpoint", "feature", "for": the tab it was sent to, if any}; feature is None until one is chosen."""
     tabs: gr.Tabs
 
     def remember(self, *sources: gr.HTML) -> None:
         """A feature chosen in one of these becomes the visitor's."""
         for source in sources:
-            source.select(_chosen, None, self.selection, **CHOOSING)
+            source.select(guarded(_chosen), None, self.selection, **CHOOSING)
 
     def open_on(self, listener: Callable[..., Any], tab: str) -> None:
         """An event that brings a feature makes it the visitor's and opens a tab."""
 
         def go(event: gr.EventData) -> Any:
-            return _chosen(event), gr.Tabs(selected=tab)
+            chosen = _chosen(event)
+            return {**chosen, "for": tab, "at": time.monotonic()}, gr.Tabs(selected=tab)
 
-        listener(go, None, [self.selection, self.tabs], **CHOOSING)
+        listener(guarded(go), None, [self.selection, self.tabs], **CHOOSING)
 
     def follow(self, show: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:
         """Shows the chosen feature whenever it changes: `show(selection, *inputs)`."""
         self.selection.change(guarded(show), [self.selection, *inputs], outputs, **QUIET)
 
+    def open_link(self, tab: str, show: Callable[[Mapping[str, Any]], Any], outputs: list[Any]) -> gr.State:
+        """Fills a tab from a link to it when the page loads; the state that is returned changes after that."""
+        arrived = gr.State(0)
 
-def _chosen(event: gr.EventData) -> Any:
+        def open_page(request: gr.Request) -> Any:
+            view = view_of(request.query_params)
+            if view.get("tab") != tab:
+                return tuple(gr.skip() for _ in range(len(outputs) + 2))
+            shown = show(view)
+            return (gr.Tabs(selected=tab), 1, *(shown if isinstance(shown, tuple) else (shown,)))
+
+        self.app.load(guarded(open_page), None, [self.tabs, arrived, *outputs], **CHOOSING)
+        return arrived
+
+
+def _chosen(event: gr.EventData) -> dict[str, Any]:
     chosen = event._data
     if not isinstance(chosen, Mapping):
-        return gr.skip()
+        raise FluxSaeError("Choose a feature: its hook point and number are missing.")
     return {"hookpoint": chosen.get("hookpoint"), "feature": chosen.get("feature")}

@@ -1,6 +1,8 @@
 """What the page's elements draw, as plain JSON values computed from cards and readings."""
 
 import base64
+import json
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from fluxsae.cards import CardIndex, FeatureCard
+from fluxsae.errors import FluxSaeError
 from fluxsae.heatmaps import feature_colour, heat_colours, overlay, token_heatmap
 from fluxsae.tables import encode_webp
 from fluxsae.ui.reading import Reading, SparseMaps
@@ -17,6 +20,8 @@ PER_PATCH = 4
 MAX_CELLS = 64
 """Longest side of the heatmaps sent to the page; larger grids are pooled."""
 OVERLAY_SIDE = 512
+MAX_VIEW_BYTES = 400_000
+"""Longest view that a link may unpack to."""
 
 
 def base64_text(data: bytes | np.ndarray) -> str:
@@ -44,6 +49,40 @@ def byte_map(acts: np.ndarray, maximum: float) -> np.ndarray:
     """Activations as bytes, 255 standing for `maximum`."""
     scaled = np.clip(acts / maximum if maximum > 0 else np.zeros_like(acts), 0, 1)
     return np.rint(scaled * 255).astype(np.uint8)
+
+
+def encode_view(values: Mapping[str, Any]) -> str:
+    """What is on screen as text for an address."""
+    packed = zlib.compress(json.dumps(values, separators=(",", ":")).encode(), 9)
+    return base64.urlsafe_b64encode(packed).decode("ascii").rstrip("=")
+
+
+def decode_view(text: str) -> dict[str, Any]:
+    """Inverse of `encode_view`.
+
+    Raises:
+        FluxSaeError: the text is no such link, or a damaged one.
+    """
+    try:
+        packed = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+        unpacked = zlib.decompressobj().decompress(packed, MAX_VIEW_BYTES)
+        values = json.loads(unpacked)
+    except (ValueError, zlib.error, RecursionError) as error:
+        raise FluxSaeError("This link is damaged: it cannot be read. Ask for it again, whole.") from error
+    if not isinstance(values, dict):
+        raise FluxSaeError("This link is damaged: it holds no view. Ask for it again, whole.")
+    return values
+
+
+def view_of(query: Mapping[str, str]) -> dict[str, Any]:
+    """What a link asks to show: `?view=...` as the page writes it, or `?hookpoint=...&feature=...` by hand."""
+    if query.get("view"):
+        return decode_view(query["view"])
+    if query.get("feature"):
+        number = query["feature"]
+        feature = int(number) if number.isascii() and number.isdigit() and len(number) < 10 else number
+        return {"tab": query.get("tab", "gallery"), "hookpoint": query.get("hookpoint"), "feature": feature}
+    return {}
 
 
 def summary(cards: CardIndex, feature: int) -> dict[str, Any]:
@@ -171,9 +210,14 @@ def lab(
 
 def notices(reading: Reading) -> list[str]:
     """What the visitor should know about the image: words that the miniature does not speak."""
-    if not reading.unknown_words:
+    return unknown_words_notice(reading.unknown_words)
+
+
+def unknown_words_notice(unknown: Sequence[str]) -> list[str]:
+    """A notice that names the words which the miniature does not speak."""
+    if not unknown:
         return []
-    words = ", ".join(f"“{word}”" for word in reading.unknown_words[:8])
+    words = ", ".join(f"“{word}”" for word in unknown[:8])
     return [
         f"The miniature does not know {words}, so the image ignores it. It speaks of shapes, colours, textures, "
         "sizes, places and backgrounds: “a large red striped circle on the left on a black background”."

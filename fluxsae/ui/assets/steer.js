@@ -1,0 +1,200 @@
+// The steering tab: sliders with their safe range, before and after, a strip of strengths, painting the region.
+"use strict";
+
+FS.turnWords = (turn, most) => {
+  if (Math.abs(turn) < 0.005) return "unchanged";
+  return turn < 0 ? `${Math.round(-turn * 100)} % taken away` : `${FS.number(turn * most, 2)} × its usual strength added`;
+};
+FS.safe = FS.safe || new Map();
+FS.safeKey = (edit) => `${edit.hookpoint}/${edit.feature}`;
+
+FS.define("fs-edits", (root, data) => {
+  const state = { edits: data.edits };
+  const tell = () => FS.emit(root, "turn", { edits: state.edits });
+  const changed = (structure) => { tell(); if (structure) draw(); };
+  const zone = (edit) => {
+    const safe = FS.safe.get(FS.safeKey(edit));
+    return FS.el("div", { class: "fs-zone", "aria-hidden": "true" },
+      safe ? FS.el("span", { class: "fs-safe", style: { left: `${(safe[0] + 1) * 50}%`, width: `${(safe[1] - safe[0]) * 50}%` } }) : null,
+      FS.el("span", { class: "fs-middle" }));
+  };
+  const row = (edit, at) => {
+    const safe = FS.safe.get(FS.safeKey(edit));
+    const words = FS.el("output", { class: "fs-num", text: FS.turnWords(edit.turn, data.max_amplify) });
+    const slider = FS.el("input", { type: "range", min: -1, max: 1, step: 0.05, value: String(edit.turn), class: "fs-turn",
+      "aria-label": `Strength of ${FS.title(edit)}, feature ${edit.feature}: left takes away, right adds` });
+    slider.setAttribute("aria-valuetext", words.textContent);
+    slider.addEventListener("input", () => {
+      edit.turn = Math.abs(Number(slider.value)) < 0.03 ? 0 : Number(slider.value);
+      words.textContent = FS.turnWords(edit.turn, data.max_amplify);
+      slider.setAttribute("aria-valuetext", words.textContent);
+    });
+    slider.addEventListener("change", () => changed(false));
+    const window = edit.steps || ["", ""];
+    const bound = (place, label) => FS.el("input", { type: "number", class: "fs-mini", min: 0, max: data.max_steps, value: window[place], placeholder: place ? "last" : "first", "aria-label": label,
+      onchange: (event) => {
+        const now = [...(edit.steps || [0, data.max_steps])];
+        now[place] = event.target.value === "" ? (place ? data.max_steps : 0) : Number(event.target.value);
+        edit.steps = event.target.value === "" && !edit.steps ? null : now;
+        changed(false);
+      } });
+    return FS.el("li", { class: "fs-edit", style: { "--chip": edit.colour } },
+      FS.el("div", { class: "fs-row fs-between" },
+        FS.el("span", { class: "fs-row" }, FS.chip(edit.colour), FS.el("strong", { class: "fs-label", text: FS.title(edit) }),
+          FS.el("span", { class: "fs-quiet fs-num", text: `#${edit.feature}, ${edit.word}` })),
+        FS.el("button", { class: "fs-button fs-small", type: "button", text: "Remove", "aria-label": `Remove ${FS.title(edit)}`,
+          onclick: () => { state.edits = state.edits.filter((other) => other !== edit); changed(true); } })),
+      FS.el("div", { class: "fs-turnbox" }, zone(edit), slider),
+      FS.el("div", { class: "fs-row fs-between fs-quiet" }, FS.el("span", { text: "◂ less" }), words, FS.el("span", { text: "more ▸" })),
+      FS.el("p", { class: "fs-quiet fs-hint", text: safe ? "The band marks the safe range: there the image stays one that FLUX could have painted." : "“Seven strengths” below measures the safe range of this slider." }),
+      FS.el("details", { class: "fs-fold" }, FS.el("summary", { text: "When and where" }),
+        FS.el("div", { class: "fs-row fs-wrap" }, FS.el("span", { class: "fs-quiet", text: "Denoising steps from" }), bound(0, "First step edited"),
+          FS.el("span", { class: "fs-quiet", text: "to before" }), bound(1, "Step at which the edit ends"),
+          FS.el("button", { class: "fs-button fs-small", type: "button", text: "as trained", onclick: () => { edit.steps = null; changed(true); } })),
+        FS.el("p", { class: "fs-quiet fs-hint", text: edit.region ? `Acts on ${edit.region.flat().filter(Boolean).length} painted patches.` : "Acts everywhere; paint on the image to choose where." })));
+  };
+  const draw = () => {
+    root.replaceChildren(FS.el("section", { class: "fs-editor", "aria-label": "Features being turned" },
+      FS.el("h2", { class: "fs-h", text: "Turn features" }),
+      state.edits.length ? FS.el("ul", { class: "fs-edits" }, state.edits.map(row))
+        : FS.el("p", { class: "fs-quiet", text: "Choose a feature to turn. Left of the middle takes it away, right adds it; in the middle nothing changes." }),
+      FS.el("div", { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": "Add a feature" },
+        FS.el("span", { class: "fs-quiet", text: "Add:" }),
+        data.suggestions.filter((other) => !state.edits.some((edit) => edit.feature === other.feature && edit.hookpoint === other.hookpoint)).map((other) =>
+          FS.el("button", { class: "fs-button fs-small fs-row", type: "button", onclick: () => FS.emit(root, "add", { hookpoint: other.hookpoint, feature: other.feature }) },
+            FS.chip(other.colour), FS.el("span", { text: other.label })))),
+      state.edits.length ? FS.el("div", { class: "fs-row" },
+        FS.el("button", { class: "fs-button fs-small", type: "button", text: "Reset sliders", onclick: () => { state.edits.forEach((edit) => { edit.turn = 0; edit.steps = null; edit.region = null; }); changed(true); } })) : null));
+  };
+  root.applyRegion = (region) => { state.edits.forEach((edit) => { edit.region = region; }); changed(true); };
+  root.redraw = draw;
+  draw();
+});
+
+FS.define("fs-result", (root, data) => {
+  const images = { before: data.before, after: data.after, random: data.random };
+  const view = { right: "after", cut: 50, painting: false };
+  const left = FS.el("img", { class: "fs-shot", src: images.before, alt: `Before: ${data.prompt}` });
+  const right = FS.el("img", { class: "fs-shot fs-over", src: images.after, alt: `After: ${data.words.join("; ") || "no edit"}` });
+  const knob = FS.el("div", { class: "fs-knob", "aria-hidden": "true" });
+  const range = FS.el("input", { type: "range", class: "fs-cut", min: 0, max: 100, value: "50", "aria-label": "Before and after: left shows before, right shows after" });
+  const grid = FS.el("canvas", { class: "fs-paint", width: data.cols, height: data.rows, hidden: true });
+  const labels = [FS.el("span", { class: "fs-corner", text: "before" }), FS.el("span", { class: "fs-corner fs-end", text: "after" })];
+  const stage = FS.el("div", { class: "fs-ba" }, left, right, knob, ...labels, range, grid);
+  const cut = (value) => { view.cut = value; right.style.clipPath = `inset(0 0 0 ${value}%)`; knob.style.left = `${value}%`; };
+  range.addEventListener("input", () => cut(Number(range.value)));
+  cut(50);
+  const show = (which) => {
+    view.right = which;
+    right.src = images[which];
+    right.alt = which === "random" ? "The same strength in a random direction" : `After: ${data.words.join("; ")}`;
+    labels[1].textContent = which === "random" ? "random direction" : "after";
+    measured.replaceChildren(...FS.measured(which === "random" ? data.random_measurement : data.measurement, which === "random"));
+  };
+  const measured = FS.el("div", { class: "fs-measured" }, FS.measured(data.measurement, false));
+
+  // Painting: a byte a patch; drag with mouse, pen or finger, or move with the arrow keys and press space.
+  const mask = new Uint8Array(data.rows * data.cols);
+  const paint = () => {
+    const context = grid.getContext("2d");
+    const pixels = context.createImageData(data.cols, data.rows);
+    mask.forEach((on, at) => pixels.data.set(on ? [106, 98, 210, 150] : [0, 0, 0, 70], at * 4));
+    if (focus !== null) pixels.data.set(mask[focus] ? [190, 185, 255, 230] : [255, 255, 255, 160], focus * 4);
+    context.putImageData(pixels, 0, 0);
+  };
+  let focus = null, brush = 1;
+  const cell = (event) => {
+    const rect = grid.getBoundingClientRect();
+    const row = Math.min(data.rows - 1, Math.max(0, Math.floor(((event.clientY - rect.top) / rect.height) * data.rows)));
+    const column = Math.min(data.cols - 1, Math.max(0, Math.floor(((event.clientX - rect.left) / rect.width) * data.cols)));
+    return row * data.cols + column;
+  };
+  grid.tabIndex = 0;
+  grid.setAttribute("role", "application");
+  grid.setAttribute("aria-label", "Paint where the edit acts: arrow keys move, space paints");
+  grid.addEventListener("pointerdown", (event) => { grid.setPointerCapture(event.pointerId); brush = mask[cell(event)] ? 0 : 1; mask[cell(event)] = brush; focus = null; paint(); });
+  grid.addEventListener("pointermove", (event) => { if (event.buttons) { mask[cell(event)] = brush; paint(); } });
+  grid.addEventListener("keydown", (event) => {
+    const moves = { ArrowUp: -data.cols, ArrowDown: data.cols, ArrowLeft: -1, ArrowRight: 1 };
+    if (focus === null) focus = Math.floor(mask.length / 2 + data.cols / 2);
+    if (moves[event.key]) focus = Math.min(mask.length - 1, Math.max(0, focus + moves[event.key]));
+    else if (event.key === " ") mask[focus] = mask[focus] ? 0 : 1;
+    else return;
+    event.preventDefault();
+    paint();
+  });
+  const rows = () => Array.from({ length: data.rows }, (_, row) => Array.from(mask.subarray(row * data.cols, (row + 1) * data.cols)));
+  const editor = () => document.querySelector("fs-edits");
+  const painter = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Paint where it acts", "aria-pressed": "false", onclick: () => {
+    view.painting = !view.painting;
+    painter.setAttribute("aria-pressed", String(view.painting));
+    painter.textContent = view.painting ? "Use this region" : "Paint where it acts";
+    grid.hidden = !view.painting;
+    range.hidden = view.painting;
+    if (view.painting) { paint(); grid.focus(); return; }
+    if (editor() && editor().applyRegion && mask.some(Boolean)) editor().applyRegion(rows());
+  } });
+  const everywhere = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Everywhere", onclick: () => { mask.fill(0); paint(); if (editor() && editor().applyRegion) editor().applyRegion(null); } });
+
+  const link = () => `${location.origin}${location.pathname}?view=${data.link}`;
+  const download = (name, href, text) => FS.el("a", { class: "fs-button fs-small", href, download: name, text });
+  const recipe = `data:application/json;charset=utf-8,${encodeURIComponent(JSON.stringify(data.recipe, null, 1))}`;
+  root.append(FS.el("section", { class: "fs-result", "aria-label": "Before and after" },
+    ...data.notices.map((text) => FS.el("p", { class: "fs-notice", text })),
+    FS.el("p", { class: "fs-prompt" }, FS.el("span", { text: `“${data.prompt}”` }), FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}, kept` })),
+    stage,
+    FS.el("div", { class: "fs-row fs-wrap" },
+      FS.toggle({ label: "Right half", options: [["after", "after"], ["random", "a random direction"]], value: "after", onchange: show }),
+      FS.el("span", { class: "fs-row" }, painter, everywhere)),
+    FS.el("ul", { class: "fs-words" }, (data.words.length ? data.words : ["nothing is turned: before and after are the same"]).map((text) => FS.el("li", { text }))),
+    measured,
+    FS.el("div", { class: "fs-row fs-wrap fs-tight" },
+      FS.copyButton(link, "Copy link"),
+      download("fluxsae.png", `data:image/png;base64,${data.png}`, "Image with recipe"),
+      download("recipe.json", recipe, "Recipe"),
+      FS.el("button", { class: "fs-button fs-small", type: "button", text: "Save report", onclick: () => FS.saveReport({
+        title: data.words.join("; ") || data.prompt, link: link(), prompt: data.prompt, seed: data.seed, versions: data.versions,
+        pictures: [["before", data.before], ["after", data.after], ["random direction, same strength", data.random]], recipe: data.recipe, measurement: data.measurement }) })),
+    FS.code(data.code)));
+});
+
+FS.measured = (measurement, isRandom) => {
+  if (!measurement) return [];
+  const inside = measurement.activation_before === null ? null : ["Feature in the image", `${FS.number(measurement.activation_before, 2)} → ${FS.number(measurement.activation_after, 2)}`, "largest activation before and after, in multiples of its usual strength"];
+  const odd = measurement.out_of_distribution;
+  return [FS.facts([
+    ["Picture changed by", FS.number(measurement.distance, 2), `${measurement.distance_name}: 0 means the same picture`],
+    inside,
+    ["Unusual patches", `${FS.share(odd)}${odd > 0.1 ? ", beyond the safe range" : ""}`, "share of edited patches that look unlike any that FLUX makes by itself; safe up to 10 %"],
+    measurement.relative_size === null ? null : ["Size of the push", FS.percent(measurement.relative_size), "edit behind the block's gate, relative to what flows through FLUX there"],
+    measurement.clip_change === null ? null : ["Meaning changed by", FS.number(measurement.clip_change, 2), "1 - CLIP cosine between the two pictures"],
+  ]), FS.el("p", { class: "fs-quiet fs-hint", text: isRandom ? "The same push in a random direction: what changes here is no merit of the feature." : `Distance by ${measurement.distance_name}.` })];
+};
+
+FS.saveReport = ({ title, link, prompt, seed, versions, pictures, recipe, measurement }) => {
+  const page = document.implementation.createHTMLDocument(`fluxsae report: ${title}`);
+  page.head.append(FS.el("style", { text: "body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}img{width:256px;image-rendering:pixelated;border-radius:8px}figure{display:inline-block;margin:0 1rem 1rem 0}pre{background:#f4f4f7;padding:1rem;overflow:auto;border-radius:8px}" }));
+  const json = (value) => FS.el("pre", { text: JSON.stringify(value, null, 2) });
+  page.body.append(FS.el("h1", { text: title }), FS.el("p", { text: `“${prompt}”, seed ${seed}` }),
+    FS.el("div", {}, pictures.filter(([, src]) => src).map(([caption, src]) => FS.el("figure", {}, FS.el("img", { src, alt: caption }), FS.el("figcaption", { text: caption })))),
+    FS.el("p", {}, FS.el("a", { href: link, text: "Open this view" })),
+    ...(measurement ? [FS.el("h2", { text: "Measurements" }), json(measurement)] : []),
+    ...(recipe ? [FS.el("h2", { text: "Recipe" }), json(recipe)] : []), FS.el("h2", { text: "Versions" }), json(versions));
+  const blob = new Blob([`<!doctype html>${page.documentElement.outerHTML}`], { type: "text/html" });
+  const anchor = FS.el("a", { href: URL.createObjectURL(blob), download: "fluxsae-report.html" });
+  anchor.click();
+  setTimeout(() => URL.revokeObjectURL(anchor.href), 10000);
+};
+
+FS.define("fs-strip", (root, data) => {
+  if (data.safe) FS.safe.set(FS.safeKey(data), data.safe);
+  const editor = document.querySelector("fs-edits");
+  if (editor && editor.redraw) editor.redraw();
+  root.append(FS.el("section", { class: "fs-strip", "aria-label": "Seven strengths", style: { "--chip": data.colour } },
+    FS.el("h3", { class: "fs-h", text: `${data.label || `Feature ${data.feature}`} at seven strengths` }),
+    FS.el("ol", { class: "fs-cells" }, data.cells.map((cell) => FS.el("li", { class: cell.safe ? "fs-ok" : "" },
+      FS.el("img", { src: cell.image, alt: cell.words }),
+      FS.el("span", { class: "fs-num", text: cell.turn === 0 ? "unchanged" : cell.turn < 0 ? `−${Math.round(-cell.turn * 100)} %` : cell.words.replace(/^.*: /, "").replace(" times its usual strength added", "× added") }),
+      FS.el("span", { class: "fs-quiet", text: cell.safe ? "safe" : "beyond safe" })))),
+    FS.el("p", { class: "fs-quiet", text: "Safe: at most 10 % of the edited patches look unlike any that FLUX makes by itself. The band on the slider shows this range." })));
+});

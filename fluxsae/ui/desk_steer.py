@@ -1,0 +1,396 @@
+"""What the Steer tab and its endpoints ask for: edits from sliders, images before and after, strips and recipes."""
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fluxsae.edits import Recipe, SaeSource, SteeringEdit, load_recipes, png_bytes
+from fluxsae.errors import FluxSaeError
+from fluxsae.hookpoints import HookPoint, TokenGrid
+from fluxsae.ui import views
+from fluxsae.ui.lane import Done, OnStep, StepDone
+from fluxsae.ui.requests import FeatureRequest, SteerRequest, SweepRequest
+from fluxsae.ui.session import Workbench
+from fluxsae.ui.snippets import snippets
+
+MAX_AMPLIFY = 4.0
+"""The right end of a slider: multiples of the feature's usual strength that are added."""
+STRIP = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0)
+"""Slider positions of the strip, from "taken away" to the right end."""
+MAX_PAGE_EDITS = 6
+SUGGESTED = 14
+CONTROL_SEED = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Steered:
+    """Images of one sweep, with what each variant did to the first."""
+
+    images: tuple[Image.Image, ...]
+    recipes: tuple[Recipe, ...]
+    measurements: tuple[dict[str, Any] | None, ...]
+    unknown_words: tuple[str, ...] = ()
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory held, roughly."""
+        return sum(image.width * image.height * 3 for image in self.images) + 4096
+
+
+class SteerDesk:
+    """The Steer tab's questions, answered from the workbench."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.limits = bench.limits
+
+    # The endpoints
+
+    def steer(self, request: SteerRequest) -> Iterator[StepDone | Done[tuple[Any, Any, Any]]]:
+        """Steps, then the image before, the image after, and recipe and measurements."""
+        for event in self._run([(), request.edits], request):
+            if not isinstance(event, Done):
+                yield event
+                continue
+            before, after = event.value.images
+            facts = {"recipe": event.value.recipes[1].to_dict(), "measurements": event.value.measurements[1]}
+            yield Done((before, after, facts))
+
+    def sweep(self, request: SweepRequest) -> Iterator[StepDone | Done[tuple[Any, Any]]]:
+        """Steps, then one image a strength and the measurements of each."""
+        for event in self._run([(), *((edit,) for edit in request.edits())], request):
+            if not isinstance(event, Done):
+                yield event
+                continue
+            found = event.value
+            pictures = [
+                (image, f"{request.mode} {strength:g}")
+                for image, strength in zip(found.images[1:], request.strengths, strict=True)
+            ]
+            rows = [
+                {"strength": strength, **(measured or {})}
+                for strength, measured in zip(request.strengths, found.measurements[1:], strict=True)
+            ]
+            yield Done((pictures, rows))
+
+    # The page
+
+    def start(self) -> dict[str, Any]:
+        """The tab's first sight: no edit yet, good features to begin with."""
+        return {**self._frame(), "edits": []}
+
+    def prompt(self) -> str:
+        """A prompt to begin with."""
+        starter = next(iter(self.starters()), None)
+        if starter:
+            return str(starter["prompt"])
+        images = self.bench.cards[self.limits.default_hookpoint].images
+        return images.prompts[0] if len(images) else ""
+
+    def starters(self) -> list[dict[str, Any]]:
+        """Recipes that work, from the run's steering demos."""
+        found = []
+        for name in self.bench.hookpoints:
+            for demo in self.bench.run.load_demos(name):
+                if starter := self._starter(name, demo):
+                    found.append(starter)
+        return found[:8]
+
+    def add(self, chosen: Any, state: Any) -> dict[str, Any]:
+        """The sliders with a feature added; a feature that is there is kept as it is."""
+        edits = self._edits_of(state)
+        request = FeatureRequest.parse(self.limits, hookpoint=chosen["hookpoint"], feature=chosen["feature"])
+        known = [(edit["hookpoint"], edit["feature"]) for edit in edits]
+        if (request.hookpoint, request.feature) not in known:
+            if len(edits) >= MAX_PAGE_EDITS:
+                raise FluxSaeError(f"There are {len(edits)} features on the sliders already; take one away first.")
+            edits = [*edits, self._slider(request.hookpoint, request.feature)]
+        return {**self._frame(), "edits": edits}
+
+    def follow(self, chosen: Mapping[str, Any], state: Any) -> dict[str, Any] | None:
+        """The sliders with a feature that another tab sent here; None for one that was only looked at."""
+        return self.add(chosen, state) if chosen.get("for") == "steer" else None
+
+    def linked(self, view: Mapping[str, Any]) -> tuple[str, int, int, dict[str, Any]]:
+        """Prompt, seed, steps and sliders of a link."""
+        names = ("prompt", "edits", "seed", "num_inference_steps")
+        request = SteerRequest.parse(self.limits, **{name: view.get(name) for name in names})
+        return request.prompt, request.seed, request.num_inference_steps, self.sliders(request.edits)
+
+    def find(self, query: Any, state: Any) -> dict[str, Any]:
+        """The sliders with the first feature that a search finds."""
+        from fluxsae.ui.desk_gallery import GalleryDesk
+        from fluxsae.ui.requests import SearchRequest
+
+        hookpoint = self.limits.default_hookpoint
+        found = GalleryDesk(self.bench).search(SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=1))
+        if not found:
+            raise FluxSaeError(f"No feature matches {query!r}; search for a colour, a shape or a number.")
+        return self.add(found[0], state)
+
+    def turn(self, prompt: Any, seed: Any, steps: Any, state: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
+        """Steps, then the page's before and after, with a random-direction control beside it."""
+        edits = [self._edit(slider) for slider in self._edits_of(state)]
+        request = SteerRequest.parse(
+            self.limits, prompt=prompt, edits=[edit.to_dict() for edit in edits], seed=seed, num_inference_steps=steps
+        )
+        for event in self._run([(), request.edits, request.edits], request, control=2):
+            yield Done(self._result(request, event.value, state)) if isinstance(event, Done) else event
+
+    def strip(self, prompt: Any, seed: Any, steps: Any, state: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
+        """Steps, then the first slider's feature at seven strengths."""
+        sliders = self._edits_of(state)
+        if not sliders:
+            raise FluxSaeError("Add a feature first: the strip shows it at seven strengths.")
+        edits = [self._edit({**sliders[0], "turn": position}) for position in STRIP]
+        request = SteerRequest.parse(self.limits, prompt=prompt, edits=[], seed=seed, num_inference_steps=steps)
+        for event in self._run([(), *((edit,) for edit in edits)], request):
+            yield Done(self._strip(sliders[0], event.value)) if isinstance(event, Done) else event
+
+    def loaded(self, path: str) -> tuple[str, int, int, dict[str, Any]]:
+        """Prompt, seed, steps and sliders of a recipe file."""
+        recipe = load_recipes(Path(path))[0]
+        request = SteerRequest.parse(
+            self.limits,
+            prompt=recipe.prompt,
+            edits=[edit.to_dict() for edit in recipe.edits],
+            seed=recipe.seed,
+            num_inference_steps=recipe.settings.num_inference_steps,
+        )
+        return request.prompt, request.seed, request.num_inference_steps, self.sliders(request.edits)
+
+    def sliders(self, edits: Sequence[SteeringEdit]) -> dict[str, Any]:
+        """The sliders that stand for edits."""
+        return {**self._frame(), "edits": [self._slider_of(edit) for edit in edits[:MAX_PAGE_EDITS]]}
+
+    # How it is done
+
+    def _run(
+        self, variants: list[tuple[SteeringEdit, ...]], request: SteerRequest | SweepRequest, *, control: int = -1
+    ) -> Iterator[StepDone | Done[Steered]]:
+        texts = tuple(tuple(edit.to_json() for edit in edits) for edits in variants)
+        key = ("steer", texts, request.prompt, request.seed, request.num_inference_steps, control)
+        return self.bench.cached(
+            key,
+            lambda on_step: self._work(variants, request, control, on_step),
+            size=lambda steered: steered.n_bytes,
+        )
+
+    def _work(
+        self,
+        variants: list[tuple[SteeringEdit, ...]],
+        request: SteerRequest | SweepRequest,
+        control: int,
+        on_step: OnStep,
+    ) -> Steered:
+        from fluxsae.flux import unknown_words
+        from fluxsae.measurements import EditRecorder, measure_edit, random_directions
+        from fluxsae.sweeps import sweep
+
+        bench = self.bench
+        saes = {HookPoint.parse(name): sae for name, sae in bench.saes.items()}
+        recorder = EditRecorder(bench.pipe, saes, variants)
+
+        def direction_of(edit: SteeringEdit, item: int) -> torch.Tensor | None:
+            if item != control:
+                return None
+            width = saes[edit.hookpoint].config.d_model
+            return random_directions(width, 1, seed=CONTROL_SEED + edit.feature)[0].to(bench.device)
+
+        with recorder.watch():
+            found = sweep(
+                bench.pipe,
+                saes,
+                variants,
+                prompt=request.prompt,
+                seed=request.seed,
+                settings=bench.settings(request.num_inference_steps),
+                origin=self._origin(),
+                direction_of=direction_of if control >= 0 else None,
+                on_edit=recorder.record,
+                on_progress=lambda done, total: on_step(done - 1, total),
+            )
+        grid = TokenGrid(self.limits.rows, self.limits.cols)
+        measured = [
+            None
+            if not place
+            else measure_edit(
+                found[0].image,
+                variant.image,
+                recorder.recorded[place],
+                grid=grid,
+                distance=bench.distance,
+                embedder=bench.embedder,
+                prompt=request.prompt,
+            ).to_dict()
+            for place, variant in enumerate(found)
+        ]
+        return Steered(
+            tuple(variant.image for variant in found),
+            tuple(variant.recipe for variant in found),
+            tuple(measured),
+            tuple(unknown_words(bench.pipe, request.prompt)),
+        )
+
+    def _origin(self) -> Any:
+        from fluxsae.sweeps import Origin
+
+        run, info = self.bench.run, self.bench.info
+        repo, _, revision = self.bench.source.partition("@")
+        saes = tuple(
+            SaeSource(HookPoint.parse(name), repo, run.sae_subfolder(name), revision or None)
+            for name in self.bench.hookpoints
+        )
+        return Origin(info.flux_id, info.flux_revision, saes)
+
+    def _frame(self) -> dict[str, Any]:
+        return {
+            "rows": self.limits.rows,
+            "cols": self.limits.cols,
+            "max_steps": self.limits.max_steps,
+            "max_amplify": MAX_AMPLIFY,
+            "suggestions": self._suggestions(),
+        }
+
+    def _suggestions(self) -> list[dict[str, Any]]:
+        cards = self.bench.cards[self.limits.default_hookpoint]
+        found: dict[str, dict[str, Any]] = {}
+        for feature in cards.ranked[:120]:
+            label = cards.labels[feature]
+            if label and label not in found and cards.features[feature].max_act > 0:
+                found[label] = views.chip(views.summary(cards, feature))
+        return list(found.values())[:SUGGESTED]
+
+    def _slider(self, hookpoint: str, feature: int) -> dict[str, Any]:
+        summary = views.chip(views.summary(self.bench.cards[hookpoint], feature))
+        return {**summary, "turn": 0.0, "steps": None, "region": None, "word": self.bench.word(hookpoint)}
+
+    def _slider_of(self, edit: SteeringEdit) -> dict[str, Any]:
+        if edit.mode == "scale":
+            turn = edit.strength - 1
+        elif edit.mode == "add":
+            turn = edit.strength / MAX_AMPLIFY
+        elif edit.mode == "ablate":
+            turn = -edit.strength
+        else:
+            raise FluxSaeError(f"Mode {edit.mode} has no slider on this page; use /steer, which knows every mode.")
+        values = edit.to_dict()
+        slider = self._slider(values["hookpoint"], edit.feature)
+        region = values["region"] if isinstance(values["region"], list) else None
+        return {**slider, "turn": max(-1.0, min(1.0, turn)), "steps": values["steps"], "region": region}
+
+    def _edit(self, slider: Mapping[str, Any]) -> SteeringEdit:
+        """Left of the middle suppresses (scale, strength below 1), right of it amplifies (add)."""
+        turn = slider.get("turn")
+        if isinstance(turn, bool) or not isinstance(turn, (int, float)) or not -1 <= turn <= 1:
+            raise FluxSaeError(f"turn is {str(turn)[:40]}; a slider gives a number from -1 to 1.")
+        mode, strength = ("scale", 1.0 + turn) if turn < 0 else ("add", turn * MAX_AMPLIFY)
+        return SteeringEdit.from_dict(
+            {
+                "hookpoint": slider.get("hookpoint"),
+                "feature": slider.get("feature"),
+                "mode": mode,
+                "strength": round(strength, 6),
+                "steps": slider.get("steps"),
+                "region": slider.get("region"),
+            }
+        )
+
+    def _edits_of(self, state: Any) -> list[dict[str, Any]]:
+        edits = state.get("edits", []) if isinstance(state, Mapping) else []
+        if not isinstance(edits, list) or len(edits) > MAX_PAGE_EDITS:
+            raise FluxSaeError(f"The page holds at most {MAX_PAGE_EDITS} features on sliders.")
+        return [dict(edit) for edit in edits if isinstance(edit, Mapping)]
+
+    def _result(self, request: SteerRequest, steered: Steered, state: Any) -> dict[str, Any]:
+        before, after, random = steered.images
+        recipe = steered.recipes[1]
+        values = {
+            "prompt": request.prompt,
+            "edits": [edit.to_dict() for edit in request.edits],
+            "seed": request.seed,
+            "num_inference_steps": request.num_inference_steps,
+        }
+        return {
+            "prompt": request.prompt,
+            "seed": request.seed,
+            "rows": self.limits.rows,
+            "cols": self.limits.cols,
+            "before": views.image_url(before),
+            "after": views.image_url(after),
+            "random": views.image_url(random),
+            "words": [edit_words(slider, self._edit(slider)) for slider in self._edits_of(state)],
+            "measurement": steered.measurements[1],
+            "random_measurement": steered.measurements[2],
+            "png": base64.b64encode(png_bytes(after, [recipe])).decode("ascii"),
+            "recipe": recipe.to_dict(),
+            "link": views.encode_view({"tab": "steer", **values}),
+            "versions": dict(self.bench.versions),
+            "notices": views.unknown_words_notice(steered.unknown_words),
+            "code": snippets("steer", values, "before, after, facts"),
+        }
+
+    def _strip(self, slider: Mapping[str, Any], steered: Steered) -> dict[str, Any]:
+        from fluxsae.measurements import MAX_OUT_OF_DISTRIBUTION
+
+        cells = [
+            {
+                "turn": turn,
+                "image": views.image_url(image),
+                "words": edit_words(slider, self._edit({**slider, "turn": turn})),
+                "measurement": measured,
+                "safe": measured is not None and measured["out_of_distribution"] <= MAX_OUT_OF_DISTRIBUTION,
+            }
+            for turn, image, measured in zip(STRIP, steered.images[1:], steered.measurements[1:], strict=True)
+        ]
+        return {
+            "hookpoint": slider["hookpoint"],
+            "feature": slider["feature"],
+            "colour": views.feature_colour(int(slider["feature"])),
+            "label": slider.get("label"),
+            "cells": cells,
+            "safe": safe_turns([(cell["turn"], cell["safe"]) for cell in cells]),
+        }
+
+    def _starter(self, hookpoint: str, demo: Mapping[str, Any]) -> dict[str, Any] | None:
+        try:
+            recipe = Recipe.from_dict(demo["recipe"])
+            sliders = [self._slider_of(edit) for edit in recipe.edits]
+        except (KeyError, FluxSaeError):
+            return None
+        label = ", ".join(str(slider["label"] or f"#{slider['feature']}") for slider in sliders)
+        verb = "less" if sliders and sliders[0]["turn"] < 0 else "more"
+        return {
+            "title": f"{verb} {label}",
+            "prompt": recipe.prompt,
+            "seed": recipe.seed,
+            "num_inference_steps": recipe.settings.num_inference_steps,
+            "edits": sliders,
+        }
+
+
+def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
+    """An edit in plain words with its unit."""
+    name = slider.get("label") or f"feature {edit.feature}"
+    if edit.is_identity:
+        return f"{name}: unchanged"
+    if edit.mode == "scale":
+        return f"{name}: {1 - edit.strength:.0%} taken away"
+    return f"{name}: {edit.strength:.2g} times its usual strength added"
+
+
+def safe_turns(points: Sequence[tuple[float, bool]]) -> list[float] | None:
+    """The unbroken range of slider positions around the middle whose images stay in distribution."""
+    low = high = 0.0
+    for side in (-1, 1):
+        for turn, is_safe in sorted((p for p in points if p[0] * side > 0), key=lambda p: abs(p[0])):
+            if not is_safe:
+                break
+            low, high = min(low, turn), max(high, turn)
+    return [low, high] if low < high else None
+

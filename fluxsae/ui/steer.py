@@ -1,0 +1,170 @@
+"""The Steer tab: turn features, compare, share; and the endpoints /steer and /sweep."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from fluxsae.ui.desk_steer import SteerDesk
+from fluxsae.ui.endpoints import LANE, add_endpoint
+from fluxsae.ui.guard import guarded
+from fluxsae.ui.lane import StepDone
+from fluxsae.ui.requests import SteerRequest, SweepRequest
+from fluxsae.ui.session import Workbench
+from fluxsae.ui.shell import CHOOSING, IDLE, QUIET, Shell, working
+from fluxsae.ui.theme import element, mount
+
+
+def build_steer_tab(bench: Workbench, shell: Shell) -> None:
+    """The tab's components and events."""
+    desk = SteerDesk(bench)
+    with gr.Row(equal_height=True, elem_classes="fs-ask"):
+        prompt = gr.Textbox(
+            desk.prompt(), label="What should the image show?", max_lines=3, scale=6, elem_id="steer-prompt"
+        )
+        seed = gr.Number(0, label="Seed, kept while you turn", precision=0, minimum=0, min_width=120, scale=1)
+        steps = gr.Slider(
+            1, bench.limits.max_steps, bench.limits.default_steps, step=1, label="Denoising steps", min_width=160, scale=2
+        )
+    status = gr.HTML(IDLE, html_template=element("fs-status"), js_on_load=mount(), elem_id="steer-status")
+    with gr.Row(elem_classes="fs-steer"):
+        with gr.Column(scale=5, min_width=300):
+            edits = gr.HTML(
+                desk.start(),
+                html_template=element("fs-edits"),
+                js_on_load=mount(turn="input", add="select"),
+                elem_id="steer-edits",
+            )
+            with gr.Row():
+                find = gr.Textbox(
+                    show_label=False, placeholder="Find a feature: striped, red, 12", container=False, scale=3,
+                    elem_id="steer-find",
+                )
+                upload = gr.UploadButton(
+                    "Load a recipe", file_types=[".json", ".png"], size="sm", scale=1, min_width=130
+                )
+            with gr.Row():
+                go = gr.Button("Steer", variant="primary", elem_id="steer-go")
+                strip_go = gr.Button("Seven strengths", elem_id="steer-strip-go")
+                stop = gr.Button("Stop", elem_id="steer-stop", min_width=70)
+        with gr.Column(scale=6, min_width=300):
+            result = gr.HTML(None, html_template=element("fs-result"), js_on_load=mount(), elem_id="steer-result")
+    strip = gr.HTML(None, html_template=element("fs-strip"), js_on_load=mount(), elem_id="steer-strip")
+    state = gr.State({"edits": []})
+    asked = [prompt, seed, steps, state]
+
+    def turn(*values: Any) -> Iterator[Any]:
+        for event in desk.turn(*values):
+            yield (working(event), gr.skip()) if isinstance(event, StepDone) else (IDLE, event.value)
+
+    def seven(*values: Any) -> Iterator[Any]:
+        for event in desk.strip(*values):
+            yield (working(event), gr.skip()) if isinstance(event, StepDone) else (IDLE, event.value)
+
+    def add(state: Any, chosen: gr.EventData) -> Any:
+        page = desk.add(chosen._data, state)
+        return page, {"edits": page["edits"]}
+
+    def set_edits(turned: gr.EventData) -> Any:
+        return {"edits": turned._data["edits"]}
+
+    lane = {
+        "show_progress": "minimal",
+        "show_progress_on": status,
+        "concurrency_id": LANE,
+        "concurrency_limit": 1,
+        "api_visibility": "private",
+    }
+    turned = edits.input(guarded(set_edits), None, state, **CHOOSING)
+    runs = [
+        turned.success(guarded(turn), asked, [status, result], trigger_mode="always_last", **lane),
+        gr.on([go.click, prompt.submit], guarded(turn), asked, [status, result], **lane),
+        strip_go.click(guarded(seven), asked, [status, strip], **lane),
+    ]
+    stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
+    edits.select(guarded(add), state, [edits, state], **QUIET)
+    find.submit(guarded(lambda query, state: _with_state(desk.find(query, state))), [find, state], [edits, state], **QUIET)
+    loaded = upload.upload(
+        guarded(lambda path: _page(*desk.loaded(path))), upload, [prompt, seed, steps, edits, state], **QUIET
+    )
+    loaded.success(guarded(turn), asked, [status, result], **lane)
+    shell.follow(lambda chosen, state: _with_state(desk.follow(chosen, state)), [state], [edits, state])
+    shell.open_link("steer", lambda view: _page(*desk.linked(view)), [prompt, seed, steps, edits, state]).change(
+        guarded(turn), asked, [status, result], **lane
+    )
+
+
+def _with_state(page: Any) -> Any:
+    return (gr.skip(), gr.skip()) if page is None else (page, {"edits": page["edits"]})
+
+
+def _page(prompt: str, seed: int, steps: int, page: Any) -> Any:
+    return prompt, seed, steps, page, {"edits": page["edits"]}
+
+
+def add_steer_endpoints(bench: Workbench) -> None:
+    """/steer and /sweep."""
+    desk, limits = SteerDesk(bench), bench.limits
+
+    def steer(
+        prompt: str,
+        edits: list[dict[str, Any]] | None = None,
+        seed: int = 0,
+        num_inference_steps: int = limits.default_steps,
+    ) -> Iterator[Any]:
+        """Makes an image twice, without and with features turned up or down, and measures what the edit did.
+
+        Args:
+            prompt: What the image shows, 1 to 2,000 characters.
+            edits: Edits: objects with hookpoint, feature, mode, strength, and if wanted steps and region.
+            seed: Random seed; the same seed and prompt give the same image.
+            num_inference_steps: Denoising steps of the image.
+
+        Returns:
+            The image before; the image after; the recipe and the measurements (JSON).
+        """
+        request = SteerRequest.parse(limits, prompt=prompt, edits=edits, seed=seed,
+                                     num_inference_steps=num_inference_steps)
+        for event in desk.steer(request):
+            yield (gr.skip(), gr.skip(), gr.skip()) if isinstance(event, StepDone) else event.value
+
+    def sweep(
+        prompt: str,
+        hookpoint: str = limits.default_hookpoint,
+        feature: int | None = None,
+        mode: str = "add",
+        strengths: list[float] | None = None,
+        steps: list[int] | None = None,
+        region: Any = None,
+        seed: int = 0,
+        num_inference_steps: int = limits.default_steps,
+    ) -> Iterator[Any]:
+        """Makes an image at several strengths of one feature, and measures what each did.
+
+        Args:
+            prompt: What the image shows, 1 to 2,000 characters.
+            hookpoint: Where in FLUX the feature is read and written: a module path of this run.
+            feature: Number of the feature, from 0.
+            mode: How to edit: scale, add, clamp, ablate or project_out.
+            strengths: 1 to 9 strengths, in the mode's unit.
+            steps: Steps [start, stop) in which the edit acts; null for the noise levels the autoencoder knows.
+            region: Where the edit acts: rows of 0 and 1, {"heatmap": threshold}, or null for everywhere.
+            seed: Random seed; the same seed and prompt give the same image.
+            num_inference_steps: Denoising steps of the image.
+
+        Returns:
+            One image a strength (gallery); the measurements of each (JSON).
+        """
+        request = SweepRequest.parse(limits, prompt=prompt, hookpoint=hookpoint, feature=feature, mode=mode,
+                                     strengths=strengths, steps=steps, region=region, seed=seed,
+                                     num_inference_steps=num_inference_steps)
+        for event in desk.sweep(request):
+            yield (gr.skip(), gr.skip()) if isinstance(event, StepDone) else event.value
+
+    before = gr.Image(label="before", format="png", visible=False)
+    after = gr.Image(label="after", format="png", visible=False)
+    grid = gr.Gallery(label="grid", format="png", visible=False)
+    add_endpoint(steer, schema=SteerRequest, limits=limits, uses_flux=True,
+                 outputs=[before, after, gr.JSON(label="recipe_and_measurements", visible=False)])
+    add_endpoint(sweep, schema=SweepRequest, limits=limits, uses_flux=True,
+                 outputs=[grid, gr.JSON(label="measurements", visible=False)])
