@@ -244,17 +244,22 @@ class CardIndex:
 
     def _by_label(self, text: str) -> list[SearchHit]:
         wanted = set(re.findall(r"[\w'-]+", text)) - STOP_WORDS or set(text.split())
-        words = self._column("caption_words")
-        place = {feature: rank for rank, feature in enumerate(self.ranked)}
         hits = []
-        for feature, label in enumerate(self.labels):
-            in_label = _share(wanted, (label or "").lower().split())
-            in_words = _share(wanted, " ".join(words[feature] or ()).split())
+        for feature in self.ranked:
+            label, label_words, caption_words = self._words[feature]
+            in_label = len(wanted & label_words) / len(wanted)
             if in_label > 0:
-                hits.append(SearchHit(feature, "label", in_label + (0.5 if (label or "").lower() == text else 0.0)))
-            elif in_words == 1.0:
-                hits.append(SearchHit(feature, "words", in_words))
-        return sorted(hits, key=lambda hit: (hit.reason != "label", -hit.score, place[hit.feature]))
+                hits.append(SearchHit(feature, "label", in_label + (0.5 if label == text else 0.0)))
+            elif wanted <= caption_words:
+                hits.append(SearchHit(feature, "words", 1.0))
+        return sorted(hits, key=lambda hit: (hit.reason != "label", -hit.score))
+
+    @functools.cached_property
+    def _words(self) -> list[tuple[str, frozenset[str], frozenset[str]]]:
+        """For each feature its label, the label's words and the words of its captions, in lower case."""
+        captions = [frozenset(" ".join(words or ()).split()) for words in self._column("caption_words")]
+        labels = [(label or "").lower() for label in self.labels]
+        return [(label, frozenset(label.split()), words) for label, words in zip(labels, captions, strict=True)]
 
     def _by_clip(self, text: str, embedder: ImageEmbedder) -> list[SearchHit]:
         query = embedder.embed_texts([text])[0].numpy() - self._text_centre(embedder)
@@ -318,10 +323,6 @@ class CardIndex:
 
     def _floats(self, name: str) -> Float[np.ndarray, " features"]:
         return np.array([np.nan if value is None else value for value in self._column(name)], dtype=np.float64)
-
-
-def _share(wanted: set[str], words: Sequence[str]) -> float:
-    return len(wanted & set(words)) / len(wanted)
 
 
 def build_cards(run: RunFolder, hookpoint: HookPoint | str, features: Sequence[int] | None = None) -> list[FeatureCard]:

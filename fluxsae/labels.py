@@ -81,6 +81,7 @@ class CaptionLabeller:
                 counts[term] = counts.get(term, 0) + 1
         self.terms = sorted(term for term, count in counts.items() if min_count <= count < len(captions))
         self.presence = _presence(found, self.terms)
+        self.counts = np.asarray(self.presence.sum(axis=0)).ravel()
 
     def label(self, scores: Float[Tensor, " images"]) -> list[Label]:
         """The enriched terms of one feature's top images, the strongest first; empty where none is significant."""
@@ -89,14 +90,17 @@ class CaptionLabeller:
             return []
         n_top, n_rest = len(top), self.presence.shape[0] - len(top)
         in_top = np.asarray(self.presence[self.groups[top].numpy()].sum(axis=0)).ravel()
-        in_all = np.asarray(self.presence.sum(axis=0)).ravel()
-        delta = _log_odds(in_top, n_top, prior=self.prior * in_all / (n_top + n_rest), total=self.prior)
-        delta -= _log_odds(in_all - in_top, n_rest, prior=self.prior * in_all / (n_top + n_rest), total=self.prior)
+        seen = np.flatnonzero(in_top)
+        in_top, in_all = in_top[seen], self.counts[seen]
         log_p = hypergeom.logsf(in_top - 1, n_top + n_rest, in_all, n_top)
         p_values = np.minimum(np.exp(log_p) * len(self.terms), 1.0)
+        prior = self.prior * in_all / (n_top + n_rest)
+        delta = _log_odds(in_top, n_top, prior=prior, total=self.prior)
+        delta -= _log_odds(in_all - in_top, n_rest, prior=prior, total=self.prior)
         lift = (in_top / n_top - (in_all - in_top) / max(n_rest, 1)).clip(0, 1)
-        order = sorted(np.flatnonzero(p_values < 0.05), key=lambda i: (round(float(log_p[i]), 6), -len(self.terms[i])))
-        return [Label(self.terms[i], float(lift[i]), float(p_values[i]), float(delta[i]), self.name) for i in order[:8]]
+        found = [self.terms[term] for term in seen]
+        order = sorted(np.flatnonzero(p_values < 0.05), key=lambda i: (round(float(log_p[i]), 6), -len(found[i])))
+        return [Label(found[i], float(lift[i]), float(p_values[i]), float(delta[i]), self.name) for i in order[:8]]
 
 
 def _presence(found: Sequence[set[str]], terms: Sequence[str]) -> csr_array:

@@ -1,3 +1,5 @@
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,3 +165,15 @@ def test_two_runs_of_the_same_images_can_be_compared_and_one_not_with_itself(
         train.compare_layers.main(
             train.compare_layers.CompareLayersConfig(run=synthetic.run.path, other_run=third.run.path)
         )
+
+
+def test_scored_hook_points_are_compared_each_with_the_next(tmp_path: Path) -> None:
+    run = build(tmp_path / "two", n_images=40).run
+    for kind in ("scores", "features", "sae"):
+        shutil.copytree(run.path / kind / HOOKPOINT, run.path / kind / "transformer_blocks.1.ff")
+    run.save_info(replace(run.load_info(), hookpoints=("transformer_blocks.1.ff", HOOKPOINT)))
+    train.directions.main(train.directions.DirectionsConfig(run=run.path))
+    comparison = LayerComparison.from_tensors(run.load_comparison("layer1", "layer3"))
+    assert len(comparison.pairs) > 0
+    assert (comparison.pairs[:, 0] == comparison.pairs[:, 1]).all()
+    assert run.sheet_path("layer1", f"compared-with-{HOOKPOINT}").is_file()

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import train.analyze
+import train.heatmap
+import train.score
+from fluxsae.artifacts import RunFolder, RunInfo
 from fluxsae.errors import FluxSaeError
+from fluxsae.flux import default_settings, flux_identity, load_flux, schedule_sigmas
 from fluxsae.heatmaps import (
     SheetCell,
     SheetRow,
@@ -21,6 +29,7 @@ from fluxsae.heatmaps import (
     wrap,
 )
 from fluxsae.hookpoints import TokenGrid
+from fluxsae.sae import SaeConfig, SparseAutoencoder, TrainedOn
 
 
 def picture(width: int = 96, height: int = 64) -> Image.Image:
@@ -154,3 +163,67 @@ def test_wrapped_lines_fit_their_width() -> None:
     lines = wrap("a sheet of incomprehensibilities_without_any_space_inside and more", face, 80)
     assert all(face.getlength(line) <= 80 for line in lines)
     assert lines[-1].endswith("more")
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A scored and analysed run of the random tiny FLUX."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    prompts = folder.with_suffix(".txt")
+    prompts.write_text("a red star\na blue ring\na large green heart\na small cross on the left\n")
+    run = RunFolder(folder)
+    pipe = load_flux(str(tiny_flux_folder), device="cpu")
+    settings = replace(default_settings(pipe), height=32, width=48)
+    identity, sigmas = flux_identity(pipe), schedule_sigmas(pipe, settings)
+    info = RunInfo(identity.flux_id, settings, ("transformer_blocks.1.ff",), flux_revision=identity.revision)
+    run.save_info(info)
+    ground = TrainedOn(
+        flux_id=identity.flux_id,
+        flux_revision=identity.revision,
+        hookpoint="transformer_blocks.1.ff",
+        steps=(1, 2),
+        sigmas=(sigmas[1], sigmas[2]),
+        height=settings.height,
+        width=settings.width,
+        guidance_scale=settings.guidance_scale,
+        n_tokens=24,
+        dataset_hash="",
+    )
+    config = SaeConfig(architecture="topk", d_model=32, n_features=64, k=4, trained_on=ground)
+    SparseAutoencoder(config).save_pretrained(run.sae_path("layer1"))
+    options = train.score.ScoreConfig(
+        run=folder, flux=str(tiny_flux_folder), prompts=prompts, n_images=4, height=32, width=48, device="cpu"
+    )
+    train.score.main(options)
+    train.analyze.main(train.analyze.AnalyzeConfig(run=folder))
+    return run
+
+
+def test_the_heatmap_script_shows_one_feature_of_one_image(
+    tiny_run: RunFolder, tiny_flux_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "heatmap.png"
+    config = train.heatmap.HeatmapConfig(
+        prompt="a red star", run=tiny_run.path, flux=str(tiny_flux_folder), why=True, out=out, device="cpu"
+    )
+    train.heatmap.main(config)
+    printed = capsys.readouterr().out
+    assert "highest activation" in printed
+    assert "without 'star'" in printed
+    picture = Image.open(out)
+    assert picture.width > 2 * 512
+    assert np.asarray(picture).std() > 5
+
+
+def test_the_heatmap_script_refuses_what_does_not_exist_before_any_model_work(
+    tiny_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.heatmap, "load_flux", lambda *_, **__: pytest.fail("FLUX was loaded"))
+    good = train.heatmap.HeatmapConfig(prompt="a star", run=tiny_run.path)
+    for wrong, named in (
+        (replace(good, feature=64), "0 to 63"),
+        (replace(good, hookpoint="layer7"), "no hook point"),
+        (replace(good, run=Path("nowhere")), "nowhere"),
+    ):
+        with pytest.raises(FluxSaeError, match=named):
+            train.heatmap.main(wrong)

@@ -1,10 +1,13 @@
 """Computes the geometry of a run's decoder directions: neighbours, a map, alignment, norms; and draws the map.
 
+Hook points that were scored are also compared, each with the next (see train.compare_layers).
+
 python -m train.directions --run runs/miniature
 """
 
 import io
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,8 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.heatmaps import feature_colour
 from fluxsae.hookpoints import HookPoint
 from fluxsae.sae import SparseAutoencoder
+from train import compare_layers
+from train.compare_layers import CompareLayersConfig
 from train.stages import StageResult, run_stage
 
 
@@ -39,7 +44,7 @@ class DirectionsConfig:
 
 
 def main(config: DirectionsConfig) -> StageResult:
-    """Writes directions/<hookpoint>.safetensors and, where features were analysed, the map as a sheet."""
+    """Writes neighbours, map and norms and, where features were analysed, the map as a sheet, and the comparisons."""
     run = RunFolder(config.run)
     hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.has_sae(hookpoint)]
     if not hookpoints:
@@ -57,6 +62,12 @@ def main(config: DirectionsConfig) -> StageResult:
 def _write_all(run: RunFolder, hookpoints: list[HookPoint], config: DirectionsConfig) -> None:
     for hookpoint in hookpoints:
         _write_directions(run, hookpoint, config)
+    described = [h for h in hookpoints if run.features_path(h).is_file() and run.scores_path(h).is_file()]
+    for first, second in pairwise(described):
+        try:
+            compare_layers.main(CompareLayersConfig(run=run.path, first=str(first), second=str(second)))
+        except FluxSaeError as error:  # too few images fire: a map without a comparison is still a map
+            print(f"{first} and {second} were not compared: {error}")
 
 
 def _write_directions(run: RunFolder, hookpoint: HookPoint, config: DirectionsConfig) -> None:

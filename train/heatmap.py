@@ -17,7 +17,7 @@ from torch import Tensor
 from fluxsae.artifacts import RunFolder
 from fluxsae.cards import CardIndex, silencing_words
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import FluxPipeline, capture, generate, load_flux, schedule_sigmas, token_grid
+from fluxsae.flux import FluxPipeline, capture, flux_identity, generate, load_flux, schedule_sigmas, token_grid
 from fluxsae.heatmaps import enlarge, font, overlay, token_heatmap, with_legend
 from fluxsae.miniature import miniature_path
 from fluxsae.sae import SparseAutoencoder
@@ -55,6 +55,8 @@ class HeatmapConfig:
     """Also take each word out of the prompt and report what is left of the feature."""
     out: Path = Path("heatmap.png")
     """The picture to write: image and overlay side by side, PNG."""
+    flux: str | None = None
+    """FLUX to load, a name, folder or Hub repository; without it the run's own."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where FLUX runs."""
 
@@ -68,7 +70,8 @@ def main(config: HeatmapConfig) -> None:
     sae = SparseAutoencoder.from_pretrained(
         run.path, subfolder=run.sae_subfolder(index.hookpoint), device=config.device
     )
-    pipe = load_flux(index.info.flux_id, revision=index.info.flux_revision, device=config.device)
+    revision = index.info.flux_revision if config.flux is None else None
+    pipe = load_flux(config.flux or index.info.flux_id, revision=revision, device=config.device)
     reader = _Reader(pipe, sae, index, config)
     image, acts = reader.read(config.prompt)
     feature = config.feature if config.feature is not None else _strongest(acts, index)
@@ -98,6 +101,15 @@ class _Reader:
         own = index.info.settings
         n_steps = config.num_inference_steps or own.num_inference_steps
         self.settings = GenerationSettings.from_dict({**own.to_dict(), "num_inference_steps": n_steps})
+        identity = flux_identity(pipe)
+        sae.require_ground(
+            flux_id=identity.flux_id,
+            flux_revision=identity.revision,
+            hookpoint=str(self.hookpoint),
+            height=self.settings.height,
+            width=self.settings.width,
+            guidance_scale=self.settings.guidance_scale,
+        )
         sigmas = schedule_sigmas(pipe, self.settings)
         self.steps = trained_steps(sae, sigmas) if config.step is None else (check_step(sae, config.step, sigmas),)
 
