@@ -467,10 +467,8 @@ class _Bench:
                              + moments.sae.input_mean.cpu())  # fmt: skip
         sae.input_scale.copy_(moments.sae.input_scale.cpu())
         sae = sae.to(self.pipe.transformer.device)
-        if direction == "amplify":
-            strengths, mode = (0.5, 1.0, 2.0), "add"
-        else:
-            strengths, mode = (1.0,), "project_out"
+        strengths: tuple[float, ...] = (0.5, 1.0, 2.0) if direction == "amplify" else (1.0,)
+        mode = "add" if direction == "amplify" else "project_out"
         arms = [
             Arm("difference of means", (SteeringEdit(chosen.hookpoint, 0, mode, strength, steps=chosen.steps),))
             for strength in strengths

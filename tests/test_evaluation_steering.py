@@ -1,0 +1,144 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxsae.evaluation.outcomes import OBJECT_ATTRIBUTES, Outcome, Tally, compare_scenes, draw_subject
+from fluxsae.evaluation.probes import TokenMoments
+from fluxsae.evaluation.steering import EditSettings, TrialResult, candidate_features, mean_difference
+from fluxsae.evaluation.truths import CONCEPTS, Concept
+from fluxsae.hookpoints import HookPoint
+from fluxsae.miniature.scenes import ATTRIBUTES, Scene, prompted_attributes, sample_scene
+from fluxsae.sae import SaeConfig, SparseAutoencoder
+
+RED = Concept("colour", "red")
+
+
+def scene(*, n_objects: int = 1, **changes: str) -> Scene:
+    drawn = sample_scene(np.random.default_rng(3), n_objects=n_objects)
+    background = changes.pop("background", drawn.background)
+    first, *others = drawn.objects
+    return Scene((replace(first, **changes), *others), background)
+
+
+def test_a_scene_compared_with_itself_is_unchanged() -> None:
+    before = scene(colour="blue")
+    outcome = compare_scenes(before, before, RED)
+    assert outcome.is_specific
+    assert (outcome.n_others, outcome.n_unchanged) == (5, 5)  # shape, texture, size, position and background
+    assert not outcome.is_success(wanted=True)
+    assert outcome.is_success(wanted=False)
+
+
+@pytest.mark.parametrize("concept", CONCEPTS, ids=str)
+def test_the_attribute_that_was_meant_does_not_count_as_collateral(concept: Concept) -> None:
+    before = scene()
+    if concept.attribute == "background":
+        after = replace(before, background=concept.value)
+    else:
+        after = Scene((replace(before.objects[0], **{concept.attribute: concept.value}),), before.background)
+    outcome = compare_scenes(before, after, concept)
+    assert outcome.is_success(wanted=True)
+    assert outcome.is_specific
+
+
+def test_every_other_change_counts_once() -> None:
+    before = scene(colour="blue", texture="solid", background="white")
+    after = scene(colour="red", texture="dotted", background="black")
+    outcome = compare_scenes(before, after, RED)
+    assert (outcome.n_others, outcome.n_unchanged) == (5, 3)
+    assert outcome.share_unchanged == 0.6
+
+
+def test_an_empty_picture_is_no_success_and_not_specific() -> None:
+    before = scene(colour="red")
+    outcome = compare_scenes(before, Scene((), before.background), RED)
+    assert not outcome.is_success(wanted=False)
+    assert (outcome.n_others, outcome.n_unchanged) == (5, 1)  # the background is what is left
+
+
+def test_objects_are_paired_by_place_and_newcomers_count_against() -> None:
+    before = scene(n_objects=2)
+    swapped = Scene(before.objects[::-1], before.background)
+    assert compare_scenes(before, swapped, RED).is_specific
+    lonely = Scene(before.objects[:1], before.background)
+    assert compare_scenes(lonely, before, RED).n_others == 4 * 2 + 1
+    assert not compare_scenes(lonely, before, RED).is_specific
+
+
+@given(st.sampled_from(CONCEPTS), st.booleans(), st.integers(0, 10_000))
+@settings(max_examples=80, deadline=None)
+def test_subjects_say_what_they_should(concept: Concept, has_concept: bool, seed: int) -> None:
+    subject = draw_subject(concept, has_concept=has_concept, seed=seed)
+    assert subject == draw_subject(concept, has_concept=has_concept, seed=seed)
+    before, after = (_named(prompt, concept) for prompt in (subject.prompt, subject.edited_prompt))
+    if has_concept:
+        assert before == concept.value
+        assert after not in (None, concept.value)
+    else:
+        assert before != concept.value
+        assert after == concept.value
+
+
+@given(st.sampled_from(CONCEPTS), st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_prompt_editing_leaves_the_other_words_for_objects_without_the_concept(concept: Concept, seed: int) -> None:
+    subject = draw_subject(concept, has_concept=False, seed=seed)
+    for attribute in ATTRIBUTES:
+        if attribute != concept.attribute:
+            other = Concept(attribute, "")
+            assert _named(subject.prompt, other) == _named(subject.edited_prompt, other)
+
+
+def _named(prompt: str, concept: Concept) -> str | None:
+    objects, background = prompted_attributes(prompt)
+    return background if concept.attribute == "background" else objects[0].get(concept.attribute)
+
+
+def outcome(*, has: bool, unchanged: int = 5) -> Outcome:
+    return Outcome(has, True, 5, unchanged)
+
+
+def test_a_tally_is_the_mean_with_an_interval_around_it() -> None:
+    tally = Tally.of([outcome(has=True), outcome(has=True, unchanged=4), outcome(has=False)], wanted=True)
+    assert tally.n == 3
+    assert tally.success.value == pytest.approx(2 / 3)
+    assert tally.specificity.value == pytest.approx((1 + 0.8 + 1) / 3)
+    assert tally.strict_specificity.value == pytest.approx(2 / 3)
+    assert tally.success.low <= tally.success.value <= tally.success.high
+
+
+def test_candidates_are_the_matched_features_the_best_first() -> None:
+    report = {
+        "concepts": [{"attribute": "colour", "value": "red", "methods": {"SAE feature": {"candidate": 9}}}],
+        "matches": {"4": "colour red", "9": "colour red", "11": "colour red", "2": "background black"},
+    }
+    found = candidate_features(report, limit=2)
+    assert found == {RED: [9, 4], Concept("background", "black"): [2]}
+
+
+def test_a_trial_below_the_specificity_target_cannot_win_by_success() -> None:
+    place = EditSettings(HookPoint.parse("layer1"), "add", 1.0, (0, 20))
+    careful = TrialResult(place, "amplify", success=0.6, specificity=0.85, strict_specificity=0.5)
+    wild = TrialResult(place, "amplify", success=1.0, specificity=0.5, strict_specificity=0.0)
+    assert careful.merit > wild.merit
+
+
+def test_the_mean_difference_is_that_of_tokens_of_the_same_kind() -> None:
+    sae = SparseAutoencoder(SaeConfig(architecture="l1", d_model=2, n_features=2))
+    moments = TokenMoments(sae)
+    covers = np.zeros((len(CONCEPTS), 3))
+    covers[CONCEPTS.index(RED), 0] = 1
+    covers[CONCEPTS.index(Concept("colour", "blue")), 1] = 1  # token 2 is background: no colour at all
+    moments.update(torch.tensor([[[3.0, 1.0], [1.0, 5.0], [100.0, 100.0]]]), covers)
+    difference = mean_difference(moments, RED)
+    assert difference is not None
+    assert difference.tolist() == [2.0, -4.0]
+    assert mean_difference(moments, Concept("texture", "dotted")) is None
+
+
+def test_every_attribute_but_the_background_belongs_to_objects() -> None:
+    assert set(OBJECT_ATTRIBUTES) == set(ATTRIBUTES) - {"background"}
