@@ -5,6 +5,7 @@ from typing import Any
 import gradio as gr
 
 from fluxsae.ui.header import header_html
+from fluxsae.ui.directions import add_directions_endpoints, build_directions_tab
 from fluxsae.ui.gallery import add_gallery_endpoints, build_gallery_tab
 from fluxsae.ui.heatmap import add_heatmap_endpoints, build_heatmap_tab
 from fluxsae.ui.session import Workbench, open_workbench
@@ -30,10 +31,13 @@ def build_app(bench: Workbench | None = None) -> gr.Blocks:
                 build_heatmap_tab(bench, shell)
             with gr.Tab("Gallery", id="gallery"):
                 build_gallery_tab(bench, shell)
+            with gr.Tab("Directions", id="directions") as directions:
+                build_directions_tab(bench, shell, directions)
             with gr.Tab("Steer", id="steer"):
                 build_steer_tab(bench, shell)
         add_heatmap_endpoints(bench)
         add_gallery_endpoints(bench)
+        add_directions_endpoints(bench)
         add_steer_endpoints(bench)
     app.queue(max_size=MAX_QUEUE, default_concurrency_limit=4)
     return app

@@ -194,7 +194,7 @@ class SteerDesk:
 
         bench = self.bench
         saes = {HookPoint.parse(name): sae for name, sae in bench.saes.items()}
-        recorder = EditRecorder(bench.pipe, saes, variants)
+        recorder = EditRecorder(bench.pipe, saes, variants, limits=bench.token_limits)
 
         def direction_of(edit: SteeringEdit, item: int) -> torch.Tensor | None:
             if item != control:

@@ -155,6 +155,14 @@ class Workbench:
         return load_distance("random-features", device=self.device)
 
     @functools.cached_property
+    def token_limits(self) -> dict[HookPoint, Any]:
+        """What clean tokens look like at each hook point, where the run has measured it."""
+        from fluxsae.demos import load_limits
+
+        limits = {place: load_limits(self.run, place) for place in self.run.hookpoints()}
+        return {place: found for place, found in limits.items() if found is not None}
+
+    @functools.cached_property
     def versions(self) -> dict[str, str]:
         """What made the pictures: libraries, run and FLUX."""
         flux = f"{self.info.flux_id}@{self.info.flux_revision}" if self.info.flux_revision else self.info.flux_id

@@ -1,0 +1,185 @@
+// The map of directions: hover, zoom, click through; by keyboard the arrows go from feature to feature.
+"use strict";
+
+FS.colour = (feature) => `hsl(${((feature * 0.618033988749895) % 1) * 360} 62% 52%)`;
+
+FS.define("fs-map", (root, data) => {
+  const positions = new Float32Array(FS.bytes(data.positions).buffer), alive = FS.bytes(data.alive), n = alive.length;
+  const canvas = FS.el("canvas", { class: "fs-mapcanvas" });
+  const tip = FS.el("div", { class: "fs-tip", hidden: true });
+  const stage = FS.el("div", { class: "fs-mapstage", tabindex: 0, role: "application",
+    "aria-label": `Map of ${n} features. Arrow keys go to the next feature in that direction, Enter opens it, plus and minus zoom.` }, canvas, tip);
+  const view = { x: 0, y: 0, zoom: 1, hover: null, chosen: data.selected ?? null };
+  let size = 600;
+  const place = (feature) => [size * (0.5 + 0.46 * view.zoom * (positions[2 * feature] - view.x)), size * (0.5 - 0.46 * view.zoom * (positions[2 * feature + 1] - view.y))];
+  const name = (feature) => data.labels[feature] || "no name yet";
+  const paint = () => {
+    const ratio = window.devicePixelRatio || 1, styles = getComputedStyle(root);
+    size = stage.clientWidth || 600;
+    canvas.width = canvas.height = Math.round(size * ratio);
+    const context = canvas.getContext("2d");
+    context.scale(ratio, ratio);
+    const ink = styles.getPropertyValue("--fs-ink") || "#222", line = styles.getPropertyValue("--fs-line") || "#ddd", paper = styles.getPropertyValue("--fs-paper") || "#fff";
+    const dot = Math.max(2, Math.min(7, 3.4 * Math.sqrt(view.zoom) * Math.sqrt(600 / Math.max(n, 200)) * 1.2));
+    for (let pass = 0; pass < 2; pass += 1) {
+      for (let feature = 0; feature < n; feature += 1) {
+        if (Boolean(alive[feature]) !== Boolean(pass)) continue;
+        const [x, y] = place(feature);
+        if (x < -9 || y < -9 || x > size + 9 || y > size + 9) continue;
+        context.beginPath();
+        context.arc(x, y, alive[feature] ? (data.labels[feature] ? dot : dot * 0.7) : 1.6, 0, 7);
+        context.fillStyle = alive[feature] ? FS.colour(feature) : line;
+        context.globalAlpha = alive[feature] && !data.labels[feature] ? 0.55 : 1;
+        context.fill();
+        context.globalAlpha = 1;
+      }
+    }
+    context.font = "600 12.5px system-ui, sans-serif";
+    context.textAlign = "center";
+    const taken = [];
+    for (const spot of data.names) {
+      const x = size * (0.5 + 0.46 * view.zoom * (spot.x - view.x)), y = size * (0.5 - 0.46 * view.zoom * (spot.y - view.y)) - dot - 5;
+      const half = context.measureText(spot.label).width / 2 + 3;
+      const box = [x - half, y - 13, x + half, y + 3];
+      if (box[0] < 0 || box[2] > size || box[1] < 0 || box[3] > size) continue;
+      if (taken.some((other) => box[0] < other[2] && box[2] > other[0] && box[1] < other[3] && box[3] > other[1])) continue;
+      taken.push(box);
+      context.lineWidth = 4;
+      context.strokeStyle = paper;
+      context.lineJoin = "round";
+      context.strokeText(spot.label, x, y);
+      context.fillStyle = ink;
+      context.fillText(spot.label, x, y);
+    }
+    for (const [feature, width] of [[view.chosen, 3], [view.hover, 2]]) {
+      if (feature === null) continue;
+      const [x, y] = place(feature);
+      context.beginPath();
+      context.arc(x, y, dot + 4, 0, 7);
+      context.lineWidth = width;
+      context.strokeStyle = ink;
+      context.stroke();
+    }
+  };
+  const nearest = (x, y, reach) => {
+    let best = null, least = reach * reach;
+    for (let feature = 0; feature < n; feature += 1) {
+      if (!alive[feature]) continue;
+      const [px, py] = place(feature), distance = (px - x) ** 2 + (py - y) ** 2;
+      if (distance < least) { least = distance; best = feature; }
+    }
+    return best;
+  };
+  const hover = (feature) => {
+    view.hover = feature;
+    tip.hidden = feature === null;
+    if (feature !== null) {
+      const [x, y] = place(feature);
+      tip.replaceChildren(FS.el("span", { class: "fs-row" }, FS.chip(FS.colour(feature)), FS.el("strong", { text: name(feature) }), FS.el("span", { class: "fs-quiet fs-num", text: `#${feature}` })));
+      tip.classList.toggle("fs-left", x > size / 2);
+      tip.classList.toggle("fs-up", y > size / 2);
+      Object.assign(tip.style, { left: `${x}px`, top: `${y}px` });
+    }
+    paint();
+  };
+  const open = (feature) => {
+    if (feature === null) return;
+    view.chosen = feature;
+    paint();
+    FS.say(`Feature ${feature}, ${name(feature)}`);
+    FS.emit(root, "select", { hookpoint: data.hookpoint, feature });
+  };
+  const zoom = (factor, x = size / 2, y = size / 2) => {
+    const before = [view.x + (x / size - 0.5) / (0.46 * view.zoom), view.y - (y / size - 0.5) / (0.46 * view.zoom)];
+    view.zoom = Math.min(40, Math.max(0.8, view.zoom * factor));
+    view.x = before[0] - (x / size - 0.5) / (0.46 * view.zoom);
+    view.y = before[1] + (y / size - 0.5) / (0.46 * view.zoom);
+    paint();
+  };
+  const offset = (event) => { const rect = stage.getBoundingClientRect(); return [event.clientX - rect.left, event.clientY - rect.top]; };
+  let drag = null;
+  stage.addEventListener("pointerdown", (event) => { drag = { at: offset(event), moved: false }; });
+  stage.addEventListener("pointermove", (event) => {
+    const [x, y] = offset(event);
+    if (drag && event.buttons) {
+      const dx = x - drag.at[0], dy = y - drag.at[1];
+      if (drag.moved || Math.hypot(dx, dy) > 5) {
+        drag.moved = true;
+        view.x -= dx / (size * 0.46 * view.zoom);
+        view.y += dy / (size * 0.46 * view.zoom);
+        drag.at = [x, y];
+        paint();
+      }
+      return;
+    }
+    const found = nearest(x, y, 16);
+    if (found !== view.hover) hover(found);
+  });
+  stage.addEventListener("pointerup", (event) => { if (drag && !drag.moved) open(nearest(...offset(event), 18)); drag = null; });
+  stage.addEventListener("pointerleave", () => { drag = null; hover(null); });
+  stage.addEventListener("wheel", (event) => { event.preventDefault(); zoom(event.deltaY < 0 ? 1.2 : 1 / 1.2, ...offset(event)); }, { passive: false });
+  stage.addEventListener("keydown", (event) => {
+    const moves = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
+    const from = view.hover ?? view.chosen ?? nearest(size / 2, size / 2, size);
+    if (moves[event.key] && from !== null) {
+      const [x, y] = place(from), [dx, dy] = moves[event.key];
+      let best = null, least = Infinity;
+      for (let feature = 0; feature < n; feature += 1) {
+        if (!alive[feature] || feature === from) continue;
+        const [px, py] = place(feature), ahead = (px - x) * dx + (py - y) * dy, aside = Math.abs((px - x) * dy) + Math.abs((py - y) * dx);
+        if (ahead > 1 && aside <= ahead && ahead + 2 * aside < least) { least = ahead + 2 * aside; best = feature; }
+      }
+      if (best !== null) { hover(best); FS.say(`${name(best)}, feature ${best}`); }
+    } else if (event.key === "Enter") open(view.hover ?? from);
+    else if (event.key === "+" || event.key === "=") zoom(1.3);
+    else if (event.key === "-") zoom(1 / 1.3);
+    else return;
+    event.preventDefault();
+  });
+  root.append(FS.el("section", { class: "fs-mapbox", "aria-label": "Map of directions" },
+    FS.el("div", { class: "fs-row fs-between fs-wrap" },
+      FS.el("p", { class: "fs-quiet", text: `Every dot is a feature of the ${data.word} hook point; near dots write in similar directions (t-SNE of the decoder). Grey dots never fire.` }),
+      FS.el("span", { class: "fs-row" },
+        FS.el("button", { class: "fs-button fs-small", type: "button", text: "+", "aria-label": "Zoom in", onclick: () => zoom(1.4) }),
+        FS.el("button", { class: "fs-button fs-small", type: "button", text: "−", "aria-label": "Zoom out", onclick: () => zoom(1 / 1.4) }),
+        FS.el("button", { class: "fs-button fs-small", type: "button", text: "Whole map", onclick: () => { Object.assign(view, { x: 0, y: 0, zoom: 1 }); paint(); } }))),
+    stage));
+  root.choose = (feature) => { view.chosen = feature; paint(); };
+  new ResizeObserver(() => { if (root.isConnected && stage.clientWidth !== size) paint(); }).observe(stage);
+  requestAnimationFrame(paint);
+});
+
+FS.define("fs-near", (root, data) => {
+  const map = document.querySelector("fs-map");
+  if (map && map.data && map.data.hookpoint === data.hookpoint && map.choose) map.choose(data.feature);
+  const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: data.feature });
+  root.append(FS.el("article", { class: "fs-nearcard", style: { "--chip": data.colour }, "aria-label": `Feature ${data.feature}` },
+    FS.el("div", { class: "fs-row" }, FS.chip(data.colour), FS.el("h2", { class: "fs-name", text: FS.title(data) })),
+    FS.el("p", { class: "fs-quiet fs-num", text: `feature ${data.feature}, ${data.word}; on ${FS.share(data.image_density)} of images` }),
+    FS.el("div", { class: "fs-trio" }, data.pictures.map((picture) => FS.thumb(picture.image, picture.map ? FS.bytes(picture.map) : null, data.rows, data.cols))),
+    FS.el("div", { class: "fs-row" },
+      FS.el("button", { class: "fs-button fs-small fs-primary", type: "button", text: "Steer with this", onclick: () => go("steer") }),
+      FS.el("button", { class: "fs-button fs-small", type: "button", text: "Open its page", onclick: () => go("gallery") })),
+    data.alignment === null ? null : FS.el("p", { class: "fs-quiet", text: `It writes what it reads: cosine ${data.alignment.toFixed(2)} between encoder and decoder (1 = the same).` }),
+    FS.el("h3", { class: "fs-h", text: "Nearest by what they write" }),
+    FS.el("ol", { class: "fs-rank" }, data.near.map((other) => FS.el("li", {},
+      FS.el("button", { class: "fs-link fs-row", type: "button", onclick: () => FS.emit(root, "select", { hookpoint: data.hookpoint, feature: other.feature }) },
+        FS.chip(other.colour), FS.el("span", { class: "fs-label", text: FS.title(other) }), FS.el("span", { class: "fs-quiet fs-num", text: `#${other.feature}` })),
+      FS.bar(Math.max(0, other.cosine), other.colour, `cosine ${other.cosine.toFixed(2)}`),
+      FS.el("span", { class: "fs-num fs-quiet", text: other.cosine.toFixed(2) })))),
+    FS.code(data.code)));
+});
+
+FS.define("fs-compared", (root, data) => {
+  const side = (feature) => FS.el("button", { class: "fs-link fs-row", type: "button", onclick: () => FS.emit(root, "select", { hookpoint: feature.hookpoint, feature: feature.feature }) },
+    FS.chip(feature.colour), FS.el("span", { class: "fs-label", text: FS.title(feature) }), FS.el("span", { class: "fs-quiet fs-num", text: `#${feature.feature}` }));
+  const alone = (title, features, n) => FS.el("section", { class: "fs-block" }, FS.el("h3", { class: "fs-h", text: `${title} (${n})` }),
+    features.length ? FS.el("ul", { class: "fs-plain" }, features.map((feature) => FS.el("li", {}, side(feature)))) : FS.el("p", { class: "fs-quiet", text: "none" }));
+  root.append(
+    FS.el("p", { text: `${data.n_pairs} features were matched by how alike they fire over the same images: mean correlation ${data.mean.toFixed(2)}, by chance ${data.chance.toFixed(2)}.` }),
+    FS.el("div", { class: "fs-columns" },
+      FS.el("section", { class: "fs-block" }, FS.el("h3", { class: "fs-h", text: "Live on: one ↔ the other" }),
+        FS.el("ul", { class: "fs-plain" }, data.pairs.map((pair) => FS.el("li", { class: "fs-pair" }, side(pair.first), FS.el("span", { class: "fs-quiet fs-num", text: pair.correlation.toFixed(2) }), side(pair.second))))),
+      alone(`Only in ${data.first}`, data.only_first, data.n_only_first),
+      alone(`Only in ${data.second}`, data.only_second, data.n_only_second)));
+});
