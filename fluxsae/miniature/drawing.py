@@ -31,7 +31,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "gray": (130, 131, 136),
     "brown": (92, 63, 44),
 }
-RADII: dict[str, tuple[float, float]] = {"large": (23.0, 26.0), "small": (14.5, 17.0)}
+RADII: dict[str, tuple[float, float]] = {"large": (24.5, 25.5), "small": (15.5, 16.5)}
 """Range of the circumscribed radius of each size, in pixels."""
 POSITIONS: dict[str, tuple[float, float]] = {
     "center": (64.0, 64.0),
@@ -41,7 +41,7 @@ POSITIONS: dict[str, tuple[float, float]] = {
     "bottom": (64.0, 95.0),
 }
 """Centre (x, y) of each position, in pixels; scenes move it by up to `POSITION_JITTER`."""
-POSITION_JITTER = 4.0
+POSITION_JITTER = 1.0
 TEXTURES = ("solid", "striped", "dotted")
 TEXTURE_PERIOD = 9.0
 """Distance between stripes and between dots, in pixels."""
@@ -77,20 +77,8 @@ _TRIANGLE = _around(np.arange(3) * 2 * np.pi / 3, np.full(3, 1.12)) + np.array([
 _STAR = _around(np.arange(10) * np.pi / 5, np.where(np.arange(10) % 2 == 0, 1.08, 0.46)) + np.array([0.0, 0.06])
 _DIAMOND = np.array([[0.0, -1.04], [0.74, 0.0], [0.0, 1.04], [-0.74, 0.0]])
 _HEART_TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-_HEART = np.stack(
-    [
-        16 * np.sin(_HEART_TURN) ** 3 / 17,
-        -(
-            13 * np.cos(_HEART_TURN)
-            - 5 * np.cos(2 * _HEART_TURN)
-            - 2 * np.cos(3 * _HEART_TURN)
-            - np.cos(4 * _HEART_TURN)
-        )
-        / 17
-        - 0.14,
-    ],
-    axis=1,
-)
+_HEART_HEIGHT = sum(a * np.cos(n * _HEART_TURN) for n, a in ((1, 13), (2, -5), (3, -2), (4, -1)))
+_HEART = np.stack([16 * np.sin(_HEART_TURN) ** 3 / 17, -_HEART_HEIGHT / 17 - 0.14], axis=1)
 
 
 def _circle(x: Pixels, y: Pixels) -> Pixels:

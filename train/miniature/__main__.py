@@ -2,7 +2,7 @@
 
 python -m train.miniature                      train (resumes), then write fluxsae/miniature/flux and clip
 python -m train.miniature --evaluate           examine what is written: 500 prompts never trained on
-python -m train.miniature --minutes 10         the same training, fitted into ten minutes of a GPU
+    python -m train.miniature --flow-minutes 60    the same training, its long stage cut to an hour
 """
 
 import os
@@ -29,9 +29,6 @@ from train.miniature.models import (
 )
 from train.miniature.progress import Checkpoint, StageClock
 
-SHARES = {"autoencoder": 0.17, "clip": 0.10, "flow": 0.55, "guidance": 0.18}
-"""How `minutes` is divided among the stages."""
-
 
 @dataclass(frozen=True)
 class MiniatureConfig:
@@ -45,21 +42,27 @@ class MiniatureConfig:
     """Folder of the checkpoints; training resumes from what lies there."""
     output: Path = miniature_path("flux").parent
     """Folder that receives `flux/` and `clip/`."""
-    minutes: float | None = None
-    """Fit the whole training into about this many minutes; None runs all steps."""
     scenes: int = 60_000
     """Size of the bank of drawn scenes."""
     autoencoder_steps: int = 12_000
     """Steps of 64 windows each."""
+    autoencoder_minutes: float | None = None
+    """End the stage after this many minutes, its learning rate decayed by then."""
     clip_steps: int = 6_000
     """Steps of `batch_size` scenes each."""
+    clip_minutes: float | None = None
+    """End the stage after this many minutes, its learning rate decayed by then."""
     flow_steps: int = 40_000
     """Steps of `batch_size` scenes each."""
+    flow_minutes: float | None = None
+    """End the stage after this many minutes, its learning rate decayed by then."""
     guidance_steps: int = 6_000
     """Distillation steps of `batch_size` scenes each."""
+    guidance_minutes: float | None = None
+    """End the stage after this many minutes, its learning rate decayed by then."""
     batch_size: int = 256
     """Scenes a step; 64 is enough on a CPU."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 3e-3
     """Peak of the flow stage; the guidance stage peaks at a quarter."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
@@ -67,9 +70,9 @@ class MiniatureConfig:
     """Of the bank, the initial weights and the batches."""
 
 
-def _clock(config: MiniatureConfig, name: str, steps: int) -> StageClock:
-    budget = config.minutes * 60 * SHARES[name] if config.minutes else None
-    return StageClock(name=name, steps=steps, budget_seconds=budget)
+def _clock(config: MiniatureConfig, name: str) -> StageClock:
+    minutes = getattr(config, f"{name}_minutes")
+    return StageClock(name=name, steps=getattr(config, f"{name}_steps"), budget_seconds=minutes and 60 * minutes)
 
 
 def _train_generator(config: MiniatureConfig, bank: SceneBank, latents: torch.Tensor, generator: nn.ModuleDict) -> None:
@@ -79,9 +82,9 @@ def _train_generator(config: MiniatureConfig, bank: SceneBank, latents: torch.Te
             bank,
             latents,
             generator,
-            flow_loss,
-            flow,
-            _clock(config, "flow", config.flow_steps),
+            objective=flow_loss,
+            folder=flow,
+            clock=_clock(config, "flow"),
             batch_size=config.batch_size,
             peak_learning_rate=config.learning_rate,
             seed=config.seed + 1,
@@ -92,9 +95,9 @@ def _train_generator(config: MiniatureConfig, bank: SceneBank, latents: torch.Te
             bank,
             latents,
             generator,
-            GuidanceDistillation(generator),
-            guidance,
-            _clock(config, "guidance", config.guidance_steps),
+            objective=GuidanceDistillation(generator),
+            folder=guidance,
+            clock=_clock(config, "guidance"),
             batch_size=config.batch_size,
             peak_learning_rate=config.learning_rate / 4,
             seed=config.seed + 2,
@@ -111,17 +114,16 @@ def train_miniature(config: MiniatureConfig) -> None:
     print(f"drew {config.scenes:,} scenes", flush=True)
     stage = config.checkpoints / "autoencoder"
     if not Checkpoint(stage).is_finished:
-        clock = _clock(config, "autoencoder", config.autoencoder_steps)
-        train_autoencoder(bank, autoencoder, stage, clock, batch_size=64, seed=config.seed)
+        clock = _clock(config, "autoencoder")
+        train_autoencoder(bank, autoencoder, stage, clock, batch_size=16, seed=config.seed)
     Checkpoint(stage).load_average(autoencoder)
+    _train_generator(config, bank, encode_bank(bank, autoencoder), generator)
+    save_flux(assemble_pipeline(generator.cpu(), autoencoder.cpu()), config.output / "flux")
     stage = config.checkpoints / "clip"
     if not Checkpoint(stage).is_finished:
-        clock = _clock(config, "clip", config.clip_steps)
+        clock = _clock(config, "clip")
         train_clip(bank, clip, stage, clock, batch_size=2 * config.batch_size, seed=config.seed + 3)
     Checkpoint(stage).load_average(clip)
-    latents = encode_bank(bank, autoencoder)
-    _train_generator(config, bank, latents, generator)
-    save_flux(assemble_pipeline(generator.cpu(), autoencoder.cpu()), config.output / "flux")
     save_clip(clip, config.output / "clip")
     print(f"wrote {config.output / 'flux'} and {config.output / 'clip'}")
 

@@ -35,7 +35,7 @@ def _whole_images(bank: SceneBank, batch_size: int, generator: torch.Generator) 
 
 
 def encode_mean(autoencoder: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
-    """Latents before scaling, (batch, 4, 32, 32)."""
+    """Latents before scaling, (batch, 16, 16, 16)."""
     return autoencoder.encode(images).latents
 
 
@@ -47,15 +47,14 @@ def train_autoencoder(
     average = start_average(autoencoder)
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.99))
     if checkpoint.exists:
-        checkpoint.load(autoencoder, average, optimizer, clock)
+        checkpoint.load(autoencoder, average, [optimizer], clock)
     generator = torch.Generator(device)
-    autoencoder.to(memory_format=torch.channels_last)
     for step in clock.ticks():
         optimizer.param_groups[0]["lr"] = clock.learning_rate(PEAK_LEARNING_RATE, warmup=100)
         generator.manual_seed(seed * 1_000_003 + step)
         whole = clock.progress > 0.8
         images = (_whole_images if whole else _windows)(bank, batch_size // 2 if whole else batch_size, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16):
             latents = encode_mean(autoencoder, images)
             noise = torch.randn(latents.shape, generator=generator, device=device)
             decoded = autoencoder.decode(latents + LATENT_NOISE * noise).sample
@@ -68,15 +67,17 @@ def train_autoencoder(
         update_average(average, autoencoder, step, decay=0.998)
         clock.report(loss)
         if clock.is_save_due():
-            checkpoint.save(autoencoder, average, optimizer, clock, finished=False)
-    checkpoint.save(autoencoder, average, optimizer, clock, finished=True)
+            checkpoint.save(autoencoder, average, [optimizer], clock, finished=False)
+    checkpoint.save(autoencoder, average, [optimizer], clock, finished=True)
     checkpoint.load_average(autoencoder)
 
 
 @torch.no_grad()
-def encode_bank(bank: SceneBank, autoencoder: AutoencoderTiny, *, batch_size: int = 256) -> torch.Tensor:
+def encode_bank(bank: SceneBank, autoencoder: AutoencoderTiny, *, batch_size: int = 50) -> torch.Tensor:
     """All scenes as latents; sets the autoencoder's shift and scale so that they have mean 0 and deviation 1."""
-    raw = torch.cat([encode_mean(autoencoder, to_unit_range(part)) for part in bank.images.split(batch_size)])
+    with torch.autocast(bank.images.device.type, torch.bfloat16):
+        parts = [encode_mean(autoencoder, to_unit_range(part)).float() for part in bank.images.split(batch_size)]
+    raw = torch.cat(parts)
     shift, scale = raw.mean().item(), 1.0 / raw.std().item()
     autoencoder.register_to_config(shift_factor=shift, scaling_factor=scale)
     return (raw - shift) * scale

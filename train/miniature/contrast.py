@@ -41,7 +41,7 @@ def train_clip(bank: SceneBank, clip: CLIP, folder: Path, clock: StageClock, *, 
     average = start_average(clip)
     optimizer = torch.optim.AdamW(clip.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     if checkpoint.exists:
-        checkpoint.load(clip, average, optimizer, clock)
+        checkpoint.load(clip, average, [optimizer], clock)
     generator = torch.Generator(device)
     for step in clock.ticks():
         optimizer.param_groups[0]["lr"] = clock.learning_rate(PEAK_LEARNING_RATE)
@@ -49,7 +49,7 @@ def train_clip(bank: SceneBank, clip: CLIP, folder: Path, clock: StageClock, *, 
         scene = torch.randint(len(bank.images), (batch_size,), generator=generator, device=device)
         variant = torch.randint(bank.captions.shape[1], (batch_size,), generator=generator, device=device)
         images = _augment(to_unit_range(bank.images[scene]), generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = contrastive_loss(clip, images, bank.captions[scene, variant].long())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -60,8 +60,8 @@ def train_clip(bank: SceneBank, clip: CLIP, folder: Path, clock: StageClock, *, 
         update_average(average, clip, step, decay=0.998)
         clock.report(loss)
         if clock.is_save_due():
-            checkpoint.save(clip, average, optimizer, clock, finished=False)
-    checkpoint.save(clip, average, optimizer, clock, finished=True)
+            checkpoint.save(clip, average, [optimizer], clock, finished=False)
+    checkpoint.save(clip, average, [optimizer], clock, finished=True)
     checkpoint.load_average(clip)
 
 

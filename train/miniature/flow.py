@@ -21,6 +21,13 @@ from train.miniature.progress import Checkpoint, StageClock, start_average, upda
 EMPTY_PROMPTS = 0.1
 """Share of training captions replaced by the empty prompt."""
 HIGHEST_GUIDANCE = 5.0
+TIME_CENTRE, TIME_SPREAD = 1.0, 1.2
+"""Of the logit of the training noise levels.
+
+Flat colours and large shapes shine through much noise, so what only the words can tell is decided at high levels.
+"""
+ADAMW_SHARE = 0.5
+"""AdamW's learning rate over Muon's."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def empty_tokens(like: torch.Tensor) -> torch.Tensor:
 
 
 def draw_batch(bank: SceneBank, latents: torch.Tensor, batch_size: int, generator: torch.Generator) -> FlowBatch:
-    """Random scenes at random noise levels (logit-normal)."""
+    """Random scenes at random, mostly high, noise levels (logit-normal)."""
     device = latents.device
     scene = torch.randint(len(latents), (batch_size,), generator=generator, device=device)
     variant = torch.randint(bank.captions.shape[1], (batch_size,), generator=generator, device=device)
@@ -83,7 +90,8 @@ def draw_batch(bank: SceneBank, latents: torch.Tensor, batch_size: int, generato
     tokens = torch.where(is_empty[:, None], empty_tokens(tokens), tokens)
     clean = pack(latents[scene])
     noise = torch.randn(clean.shape, generator=generator, device=device)
-    time = torch.sigmoid(torch.randn(batch_size, generator=generator, device=device))
+    logit = TIME_CENTRE + TIME_SPREAD * torch.randn(batch_size, generator=generator, device=device)
+    time = torch.sigmoid(logit)
     noisy = torch.lerp(clean, noise, time[:, None, None])
     return FlowBatch(noisy=noisy, velocity=noise - clean, time=time, tokens=tokens, is_empty=is_empty)
 
@@ -105,8 +113,7 @@ class GuidanceDistillation:
 
     def __init__(self, teacher: nn.ModuleDict) -> None:
         self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-        if next(teacher.parameters()).is_cuda:
-            self.teacher["transformer"].compile()
+        self.teacher["transformer"].compile()
 
     def __call__(self, model: nn.ModuleDict, batch: FlowBatch, generator: torch.Generator) -> torch.Tensor:
         """The loss of one batch at random guidance."""
@@ -122,14 +129,27 @@ class GuidanceDistillation:
         return F.mse_loss(predicted.float(), target)
 
 
+def build_optimizers(model: nn.ModuleDict, learning_rate: float) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
+    """Muon for the matrices of the transformer's blocks, AdamW for everything else."""
+    in_blocks = [
+        p for name, p in model["transformer"].named_parameters() if "transformer_blocks" in name and p.ndim == 2
+    ]
+    chosen = set(in_blocks)
+    others = [parameter for parameter in model.parameters() if parameter not in chosen]
+    return (
+        torch.optim.Muon(in_blocks, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    )
+
+
 def train_stage(
     bank: SceneBank,
     latents: torch.Tensor,
     model: nn.ModuleDict,
+    *,
     objective: Objective,
     folder: Path,
     clock: StageClock,
-    *,
     batch_size: int,
     peak_learning_rate: float,
     seed: int,
@@ -137,27 +157,26 @@ def train_stage(
     """Train until the clock ends, resuming from `folder`; leaves the averaged weights in `model`."""
     device, checkpoint = latents.device, Checkpoint(folder)
     average = start_average(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak_learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
+    muon, adamw = optimizers = build_optimizers(model, peak_learning_rate)
     if checkpoint.exists:
-        checkpoint.load(model, average, optimizer, clock)
-    if device.type == "cuda":
-        model["transformer"].compile()
+        checkpoint.load(model, average, optimizers, clock)
+    model["transformer"].compile()
     generator = torch.Generator(device)
     for step in clock.ticks():
-        optimizer.param_groups[0]["lr"] = clock.learning_rate(peak_learning_rate)
+        muon.param_groups[0]["lr"] = clock.learning_rate(peak_learning_rate)
+        adamw.param_groups[0]["lr"] = ADAMW_SHARE * muon.param_groups[0]["lr"]
         generator.manual_seed(seed * 1_000_003 + step)
         batch = draw_batch(bank, latents, batch_size, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = objective(model, batch, generator)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         update_average(average, model, step)
         clock.report(loss)
         if clock.is_save_due():
-            checkpoint.save(model, average, optimizer, clock, finished=False)
-    checkpoint.save(model, average, optimizer, clock, finished=True)
+            checkpoint.save(model, average, optimizers, clock, finished=False)
+    checkpoint.save(model, average, optimizers, clock, finished=True)
     checkpoint.load_average(model)

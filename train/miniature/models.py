@@ -15,13 +15,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 from fluxsae.miniature.scenes import IMAGE_SIZE, SYNONYMS, vocabulary
 from fluxsae.settings import GenerationSettings
 
-TEXT_TOKENS = 32
+TEXT_TOKENS = 24
 """Length of every tokenised prompt."""
 PAD, UNKNOWN, START, END = "[pad]", "[unknown]", "[start]", "[end]"
 SPECIAL = (PAD, UNKNOWN, START, END)
 END_ID = SPECIAL.index(END)
 TEXT_WIDTH = 64
-LATENT_CHANNELS = 4
+LATENT_CHANNELS = 16
 
 SETTINGS = GenerationSettings(
     height=IMAGE_SIZE,
@@ -34,7 +34,7 @@ SETTINGS = GenerationSettings(
 
 CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 64,
-    "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 8, "width": 96, "layers": 4, "head_width": 32},
+    "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 16, "width": 96, "layers": 4, "head_width": 32},
     "text_cfg": {
         "context_length": TEXT_TOKENS,
         "vocab_size": 64,
@@ -132,12 +132,12 @@ def build_transformer() -> FluxTransformer2DModel:
 
 
 def build_autoencoder() -> AutoencoderTiny:
-    """A convolutional autoencoder without norms: 4 times smaller in each direction, 4 latent channels."""
+    """A convolutional autoencoder without norms: 8 times smaller in each direction, 16 latent channels."""
     return AutoencoderTiny(
-        encoder_block_out_channels=(48, 48, 48),
-        decoder_block_out_channels=(48, 48, 48),
-        num_encoder_blocks=(1, 2, 2),
-        num_decoder_blocks=(2, 2, 1),
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        num_encoder_blocks=(1, 1, 2, 2),
+        num_decoder_blocks=(2, 2, 1, 1),
         latent_channels=LATENT_CHANNELS,
     )
 

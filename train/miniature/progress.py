@@ -2,9 +2,8 @@
 
 import json
 import math
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +78,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 class Checkpoint:
@@ -102,28 +101,32 @@ class Checkpoint:
         self,
         model: nn.Module,
         average: dict[str, torch.Tensor],
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         clock: StageClock,
         *,
         finished: bool,
     ) -> None:
         """Write everything that is needed to go on."""
-        names = [name for name, _ in model.named_parameters()]
-        state = optimizer.state_dict()["state"]
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        memory = {
+            f"{names[parameter]}|{key}": torch.as_tensor(value)
+            for optimizer in optimizers
+            for parameter, entries in optimizer.state.items()
+            for key, value in entries.items()
+        }
         save_tensors(dict(model.named_parameters()), self.folder / "weights.safetensors")
         save_tensors(average, self.folder / "average.safetensors")
-        for moment in ("exp_avg", "exp_avg_sq"):
-            save_tensors(
-                {name: state[i][moment] for i, name in enumerate(names) if i in state},
-                self.folder / f"{moment}.safetensors",
-            )
-        record = {"step": clock.step, "elapsed": clock.elapsed, "finished": finished}
+        save_tensors(memory, self.folder / "optimizers.safetensors")
         partial = self.folder / "clock.partial"
-        partial.write_text(json.dumps(record))
-        os.replace(partial, self.folder / "clock.json")
+        partial.write_text(json.dumps({"step": clock.step, "elapsed": clock.elapsed, "finished": finished}))
+        partial.replace(self.folder / "clock.json")
 
     def load(
-        self, model: nn.Module, average: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, clock: StageClock
+        self,
+        model: nn.Module,
+        average: dict[str, torch.Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+        clock: StageClock,
     ) -> None:
         """Put everything back in place."""
         record = json.loads((self.folder / "clock.json").read_text())
@@ -131,13 +134,13 @@ class Checkpoint:
         _fill(model, load_file(self.folder / "weights.safetensors"))
         for name, tensor in load_file(self.folder / "average.safetensors").items():
             average[name].copy_(tensor)
-        moments = {moment: load_file(self.folder / f"{moment}.safetensors") for moment in ("exp_avg", "exp_avg_sq")}
-        for name, parameter in model.named_parameters():
-            if name in moments["exp_avg"]:
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(clock.step), device=parameter.device),
-                    **{moment: moments[moment][name].to(parameter.device) for moment in moments},
-                }
+        memory = load_file(self.folder / "optimizers.safetensors")
+        owners = {parameter: opt for opt in optimizers for group in opt.param_groups for parameter in group["params"]}
+        parameters = dict(model.named_parameters())
+        for entry, value in memory.items():
+            name, key = entry.split("|")
+            parameter = parameters[name]
+            owners[parameter].state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
     def load_average(self, model: nn.Module) -> None:
         """Fill `model` with the moving average alone."""
