@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import read_header, save_tensors, write_json
-from fluxsae.kernels import sparse_decode, sparse_pays, topk
+from fluxsae.kernels import sparse_decode, sparse_pays, topk, topk_acts
 
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "matryoshka"]
 
@@ -298,8 +298,7 @@ class SparseAutoencoder(nn.Module):
     def activate(self, pre_acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch n_features"]:
         """The architecture's activation of all features' pre-activations; top-k ties go to the lower index."""
         if self.config.architecture == "topk":
-            values, indices = topk(pre_acts, self._k)
-            return torch.zeros_like(pre_acts).scatter_(-1, indices, values.relu())
+            return topk_acts(pre_acts, self._k)
         return self._gate(pre_acts, self._threshold())
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:

@@ -10,12 +10,16 @@ from fluxsae.kernels import (
     PairsByFeature,
     _topk_by_repair,
     bag_sums,
+    exact_sum_product,
+    lowered,
     pair_products,
     product,
     sparse_decode,
     sparse_pays,
     topk,
+    topk_acts,
 )
+from fluxsae.kernels.adam import AdamStep, adam_
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -45,6 +49,8 @@ def test_topk_gives_ties_to_the_lower_index(data: st.DataObject) -> None:
     values, indices = topk(rows, k)
     assert torch.equal(indices.sort(-1).values, _stable_topk(rows, k))
     assert torch.equal(values, rows.gather(-1, indices))
+    dense = torch.zeros_like(rows).scatter(-1, indices, values.relu())
+    assert torch.equal(topk_acts(rows, k), dense)
 
 
 def test_topk_keeps_leading_dimensions() -> None:
@@ -104,20 +110,53 @@ def test_sparse_decode_and_its_gradients_equal_the_dense_product() -> None:
         torch.testing.assert_close(gradient, reference)
 
 
-def test_bfloat16_products_add_up_in_float32() -> None:
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_bfloat16_products_add_up_in_float32(is_exact: bool) -> None:
     a, b = _random(64, 2048).float(), _random(2048, 32, seed=1).float()
     exact = a.double() @ b.double()
-    found = product(a, b, "bfloat16")
+    found = exact_sum_product(a, b, "bfloat16") if is_exact else product(lowered(a, "bfloat16"), lowered(b, "bfloat16"))
     assert found.dtype == torch.float32
     # Two factors of 8 significant bits, errors of 2048 terms adding up at random.
     assert (found - exact).abs().max() < 3 * 2**-8 * 2048**0.5
-    torch.testing.assert_close(product(a.double(), b.double(), "bfloat16"), exact)
+
+
+def test_float64_is_multiplied_in_float64_whatever_the_precision() -> None:
+    a, b = _random(5, 7), _random(7, 3, seed=1)
+    assert torch.equal(exact_sum_product(a, b, "bfloat16"), a @ b)
+    assert torch.equal(product(lowered(a, "bfloat16"), lowered(b, "bfloat16")), a @ b)
 
 
 def test_a_product_leaves_the_process_wide_precision_as_it_was() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
-    product(torch.ones(4, 4), torch.ones(4, 4), "bfloat16")
+    exact_sum_product(torch.ones(4, 4), torch.ones(4, 4), "bfloat16")
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("is_unit", [False, True])
+def test_adam_is_torch_adam_with_unit_rows_turned_only(is_unit: bool) -> None:
+    weights = torch.nn.functional.normalize(_random(6, 9), dim=1)
+    gradient = _random(6, 9, seed=1)
+    reference = torch.nn.Parameter(weights.clone())
+    optimiser = torch.optim.Adam([reference], lr=0.02, betas=(0.8, 0.99), eps=1e-6)
+    mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
+    for count in range(1, 4):
+        reference.grad = gradient / 2
+        if is_unit:
+            reference.grad -= (reference.grad * reference).sum(1, keepdim=True).detach() * reference.detach()
+        optimiser.step()
+        if is_unit:
+            reference.data /= reference.data.norm(dim=1, keepdim=True)
+        step = AdamStep(torch.tensor(float(count)), 0.02, 0.8, 0.99, 1e-6, torch.tensor(2.0), torch.tensor(0.0))
+        adam_(weights, gradient.clone(), mean, square, step=step, is_unit=is_unit)
+        torch.testing.assert_close(weights, reference.data)
+
+
+def test_a_skipped_adam_step_changes_nothing() -> None:
+    weights, mean, square = torch.eye(3), torch.ones(3, 3), torch.ones(3, 3)
+    step = AdamStep(torch.tensor(1.0), 0.1, 0.9, 0.999, 1e-8, torch.tensor(1.0), torch.tensor(1.0))
+    adam_(weights, torch.full((3, 3), torch.nan), mean, square, step=step, is_unit=True)
+    assert torch.equal(weights, torch.eye(3))
+    assert torch.equal(mean, square)
 
 
 def test_sparse_products_are_chosen_for_small_k_alone() -> None:

@@ -41,11 +41,22 @@ def topk(
     if k == n_features:
         indices = torch.arange(n_features, device=rows.device).expand(len(rows), -1)
         values = rows
-    elif cuda.usable(rows):
+    elif cuda.can_find_topk(rows):
         values, indices = cuda.topk(rows, k)
     else:
         values, indices = _topk_by_repair(rows, k)
     return values.reshape(*pre_acts.shape[:-1], k), indices.reshape(*pre_acts.shape[:-1], k)
+
+
+def topk_acts(
+    pre_acts: Float[Tensor, "*batch n_features"], k: int, *, dtype: torch.dtype | None = None
+) -> Float[Tensor, "*batch n_features"]:
+    """The pre-activations with all but each row's k largest, and negative ones, set to 0; ties to the lower index."""
+    dtype = dtype or pre_acts.dtype
+    if cuda.can_find_topk(pre_acts) and not pre_acts.requires_grad:
+        return cuda.topk_acts(pre_acts.reshape(-1, pre_acts.shape[-1]), k, dtype).reshape(pre_acts.shape)
+    values, indices = topk(pre_acts, k)
+    return torch.zeros_like(pre_acts, dtype=dtype).scatter_(-1, indices, values.relu().to(dtype))
 
 
 def _topk_by_repair(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -156,11 +167,25 @@ def sparse_decode(
     return torch.Tensor.reshape(decoded, (*indices.shape[:-1], W_dec.shape[1]))
 
 
-def product(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
-    """a @ b, at least float32, multiplied in `precision` and summed in float32."""
+def lowered(tensor: Tensor, precision: Precision, *, buffer: Tensor | None = None) -> Tensor:
+    """The tensor in the type that `precision` multiplies in; float64 stays. A buffer saves fetching new memory."""
+    if precision == "float32" or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.bfloat16() if buffer is None else buffer.copy_(tensor)
+
+
+def product(a: Tensor, b: Tensor, *, is_rounded: bool = False) -> Tensor:
+    """a @ b of lowered factors, summed in float32; rounded to their type where `is_rounded` or the device must."""
+    if a.dtype != torch.bfloat16 or is_rounded:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+
+
+def exact_sum_product(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
+    """a @ b of float32 factors, multiplied in `precision`; the sums are float32 and are not rounded."""
     if precision == "float32" or a.dtype == torch.float64:
         return a @ b
-    if a.device.type == "cuda":
+    if a.is_cuda:
         return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     previous, matmul.fp32_precision = matmul.fp32_precision, "bf16"

@@ -25,11 +25,11 @@ class TrainConfig:
     lr: float | None = None
     """Peak learning rate; None = 2e-4 * sqrt(16384 / n_features) (Gao et al. 2024)."""
     warmup_steps: int = 100
-    """Batches over which the learning rate rises from 0."""
+    """Batches over which the learning rate rises from 0, a tenth of the run at most."""
     decay_fraction: float = 0.2
     """Last share of the steps over which the learning rate falls to 0."""
     sparsity_warmup_steps: int = 500
-    """l1, jumprelu: batches over which the sparsity penalty rises from 0."""
+    """l1, jumprelu: batches over which the sparsity penalty rises from 0, a fifth of the run at most."""
     beta1: float = 0.9
     """Adam's decay of the mean gradient."""
     beta2: float = 0.999
@@ -89,14 +89,14 @@ class TrainConfig:
     def learning_rate(self, step: int, n_steps: int, n_features: int) -> float:
         """The learning rate of a step: a linear rise, a plateau, a linear fall that ends above 0."""
         peak = self.lr or 2e-4 * (16_384 / n_features) ** 0.5
-        rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        rise = min(1.0, (step + 1) / (min(self.warmup_steps, n_steps // 10) + 1))
         falling = max(1.0, self.decay_fraction * n_steps)
         fall = min(1.0, (n_steps - step) / falling) if self.decay_fraction else 1.0
         return peak * rise * fall
 
-    def sparsity_share(self, step: int) -> float:
+    def sparsity_share(self, step: int, n_steps: int) -> float:
         """The share of the sparsity penalty that counts at a step."""
-        return min(1.0, (step + 1) / (self.sparsity_warmup_steps + 1))
+        return min(1.0, (step + 1) / (min(self.sparsity_warmup_steps, n_steps // 5) + 1))
 
     def resamples_at(self, step: int, n_steps: int) -> bool:
         """Whether dead features of an `l1` SAE are resampled after this step."""

@@ -14,7 +14,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fluxsae.kernels import PairsByFeature, Precision, bag_sums, pair_products, product, topk
+from fluxsae.kernels import (
+    PairsByFeature,
+    Precision,
+    bag_sums,
+    exact_sum_product,
+    lowered,
+    pair_products,
+    product,
+    topk,
+    topk_acts,
+)
 from fluxsae.sae import SparseAutoencoder
 from fluxsae.training.processes import Processes
 
@@ -57,6 +67,19 @@ class Situation:
     selection_floor: Tensor | None = None
     """batchtopk, matryoshka: a guess of the smallest selected activation, which makes the search short."""
     processes: Processes = field(default_factory=Processes)
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+    """Memory that is kept from step to step: fetching large pieces anew costs more than filling them."""
+
+    def lowered(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor in the type it is multiplied in, in the scratch memory of that name."""
+        if name not in self.scratch:
+            self.scratch[name] = lowered(tensor, self.precision)
+            return self.scratch[name]
+        return lowered(tensor, self.precision, buffer=self.scratch[name])
+
+    def gathered(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor in the type that is gathered fastest: on CUDA half the bytes are half the time."""
+        return self.lowered(name, tensor) if tensor.is_cuda else tensor
 
 
 def batch_gradients(
@@ -65,7 +88,7 @@ def batch_gradients(
     """Loss and gradients of this process's tokens of a batch."""
     with torch.no_grad():
         centred = x_tilde - sae.b_dec
-        pre_acts = product(centred, sae.W_enc.T, situation.precision).add_(sae.b_enc)
+        pre_acts = exact_sum_product(centred, sae.W_enc.T, situation.precision).add_(sae.b_enc)
         encoded = _Encoded(x_tilde, centred, pre_acts)
         run = _sparse_gradients if situation.is_sparse else _dense_gradients
         result, residual = run(sae, encoded, situation)
@@ -82,8 +105,12 @@ def select(sae: SparseAutoencoder, pre_acts: Tensor, situation: Situation) -> tu
     if config.architecture in ("batchtopk", "matryoshka"):
         assert config.k is not None
         kept, smallest = _batch_topk(pre_acts, config.k * situation.n_tokens, situation)
-        return pre_acts * kept, smallest
-    return sae.activate(pre_acts), None
+        return lowered(pre_acts * kept, situation.precision), smallest
+    if config.architecture == "topk":
+        assert config.k is not None
+        dtype = torch.bfloat16 if situation.precision == "bfloat16" else pre_acts.dtype
+        return topk_acts(pre_acts, config.k, dtype=dtype), None
+    return lowered(sae.activate(pre_acts), situation.precision), None
 
 
 def _batch_topk(pre_acts: Tensor, n_kept: int, situation: Situation) -> tuple[Tensor, Tensor]:
@@ -146,36 +173,41 @@ def _output_gradients(
 
 
 def _dense_gradients(sae: SparseAutoencoder, encoded: _Encoded, situation: Situation) -> tuple[BatchGradients, Tensor]:
-    config, precision, pre_acts = sae.config, situation.precision, encoded.pre_acts
+    config, pre_acts = sae.config, encoded.pre_acts
     acts, smallest = select(sae, pre_acts, situation)
-    segments = _segments(sae)
-    parts = [product(acts[:, s], sae.W_dec[s], precision) for s in segments]
+    W_dec, segments = situation.lowered("W_dec", sae.W_dec), _segments(sae)
+    parts = [product(acts[:, s], W_dec[s]) for s in segments]
     mse, outputs, residual = _output_gradients(parts, encoded.x_tilde, sae.b_dec, situation)
-    d_acts = torch.cat([product(h, sae.W_dec[s].T, precision) for h, s in zip(outputs, segments, strict=True)], dim=1)
+    outputs = [lowered(output, situation.precision) for output in outputs]
+    d_acts = _joined([product(h, W_dec[s].T, is_rounded=True) for h, s in zip(outputs, segments, strict=True)], dim=1)
     active = acts > 0
     losses = {"mse": mse, "l0": active.sum() / situation.n_tokens}
     small: dict[str, Tensor] = {}
     if config.architecture == "l1":
         weight = config.l1_coeff * situation.sparsity_share / situation.n_tokens
-        losses["sparsity"] = acts.sum() * weight
+        losses["sparsity"] = pre_acts.relu().sum() * weight
         d_acts += weight
     if config.architecture == "jumprelu":
         weight = config.l0_coeff * situation.sparsity_share / situation.n_tokens
         losses["sparsity"] = active.sum() * weight
         small["threshold"] = _threshold_gradient(sae, pre_acts, d_acts, weight)
-    d_pre = d_acts.mul_(active)
-    small |= {"b_enc": d_pre.sum(0), "b_dec": outputs[0].sum(0)}
+    d_pre, centred = d_acts.mul_(active), lowered(encoded.centred, situation.precision)
+    small |= {"b_enc": _column_sums(d_pre, sae.b_enc), "b_dec": _column_sums(outputs[0], sae.b_dec)}
 
     def weight_rows(rows: slice) -> tuple[Tensor, Tensor]:
-        for_encoder = product(d_pre[:, rows].T, encoded.centred, precision)
-        parts = [
-            product(acts[:, _overlap(rows, s)].T, h, precision)
-            for h, s in zip(outputs, segments, strict=True)
-            if _overlap(rows, s).start < _overlap(rows, s).stop
-        ]
-        return for_encoder, parts[0] if len(parts) == 1 else torch.cat(parts)
+        overlaps = [(h, _overlap(rows, s)) for h, s in zip(outputs, segments, strict=True)]
+        parts = [product(acts[:, part].T, h) for h, part in overlaps if part.start < part.stop]
+        return product(d_pre[:, rows].T, centred), _joined(parts, dim=0)
 
     return BatchGradients(losses, active.any(0), small, weight_rows, smallest), residual
+
+
+def _joined(parts: list[Tensor], *, dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+
+def _column_sums(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.sum(0, dtype=like.dtype)
 
 
 def _overlap(a: slice, b: slice) -> slice:
@@ -197,12 +229,14 @@ def _sparse_gradients(sae: SparseAutoencoder, encoded: _Encoded, situation: Situ
     values, flat = values.relu().reshape(-1), indices.reshape(-1)
     starts = torch.arange(0, flat.numel(), sae.config.k, device=flat.device)
     tokens = torch.arange(n_tokens, device=flat.device).repeat_interleave(sae.config.k)
-    x_parts = [bag_sums(values, flat, starts, sae.W_dec)]
+    W_dec = situation.gathered("W_dec", sae.W_dec)
+    x_parts = [bag_sums(values, flat, starts, W_dec)]
     mse, (output,), residual = _output_gradients(x_parts, encoded.x_tilde, sae.b_dec, situation)
+    output, centred = situation.gathered("output", output), situation.gathered("centred", encoded.centred)
     pairs = PairsByFeature(tokens, flat, n_features)
     values = values[pairs.order]
     active = values > 0
-    d_pre = pair_products(output, pairs.tokens, sae.W_dec, pairs.features).mul_(active)
+    d_pre = pair_products(output, pairs.tokens, W_dec, pairs.features).mul_(active)
     fired = torch.zeros(n_features, dtype=torch.int64, device=flat.device).scatter_add_(
         0, pairs.features, active.long()
     )
@@ -210,35 +244,38 @@ def _sparse_gradients(sae: SparseAutoencoder, encoded: _Encoded, situation: Situ
     b_enc = torch.zeros_like(sae.b_enc).scatter_add_(0, pairs.features, d_pre)
 
     def weight_rows(rows: slice) -> tuple[Tensor, Tensor]:
-        for_encoder = pairs.feature_sums(d_pre, encoded.centred, rows, pairs.tokens)
+        for_encoder = pairs.feature_sums(d_pre, centred, rows, pairs.tokens)
         return for_encoder, pairs.feature_sums(values, output, rows, pairs.tokens)
 
-    return BatchGradients(losses, fired > 0, {"b_enc": b_enc, "b_dec": output.sum(0)}, weight_rows), residual
+    return BatchGradients(
+        losses, fired > 0, {"b_enc": b_enc, "b_dec": _column_sums(output, sae.b_dec)}, weight_rows
+    ), residual
 
 
 def _add_auxiliary_loss(
     result: BatchGradients, sae: SparseAutoencoder, encoded: _Encoded, residual: Tensor, situation: Situation
 ) -> None:
     """AuxK (Gao et al. 2024, appendix A.2): the dead features' top ones explain the residual, which is held fixed."""
-    dead, config, precision = situation.dead, sae.config, situation.precision
+    dead, config = situation.dead, sae.config
     assert dead is not None
     wanted = config.auxk or max(1, config.d_model // 2)
     width = min(wanted, len(dead))
     scale = config.auxk_coeff * width / wanted / (situation.n_tokens * config.d_model)
-    values, indices = topk(encoded.pre_acts[:, dead], width)
-    acts = torch.zeros_like(encoded.pre_acts[:, dead]).scatter_(1, indices, values.relu())
-    directions = sae.W_dec[dead]
-    error = product(acts, directions, precision).sub_(residual)
+    acts = lowered(topk_acts(encoded.pre_acts[:, dead], width), situation.precision)
+    directions = lowered(sae.W_dec[dead], situation.precision)
+    error = product(acts, directions).sub_(residual)
     result.losses["auxk"] = error.square().sum() * scale
-    output = error.mul_(2 * scale)
-    d_pre = product(output, directions.T, precision).mul_(acts > 0)
-    result.small["b_enc"].index_add_(0, dead, d_pre.sum(0))
-    for_decoder, for_encoder = product(acts.T, output, precision), product(d_pre.T, encoded.centred, precision)
+    output, centred = (lowered(t, situation.precision) for t in (error.mul_(2 * scale), encoded.centred))
+    d_pre = product(output, directions.T, is_rounded=True).mul_(acts > 0)
+    result.small["b_enc"].index_add_(0, dead, _column_sums(d_pre, sae.b_enc))
+    for_encoder, for_decoder = product(d_pre.T, centred), product(acts.T, output)
     inner = result.weight_rows
 
     def weight_rows(rows: slice) -> tuple[Tensor, Tensor]:
         encoder_rows, decoder_rows = inner(rows)
-        low, high = (int(i) for i in torch.searchsorted(dead, dead.new_tensor([rows.start, rows.stop])))
+        low, high = 0, len(dead)
+        if (rows.start, rows.stop) != (0, config.n_features):
+            low, high = (int(i) for i in torch.searchsorted(dead, dead.new_tensor([rows.start, rows.stop])))
         encoder_rows.index_add_(0, dead[low:high] - rows.start, for_encoder[low:high])
         decoder_rows.index_add_(0, dead[low:high] - rows.start, for_decoder[low:high])
         return encoder_rows, decoder_rows

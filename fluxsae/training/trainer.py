@@ -1,7 +1,6 @@
 """One SAE in training: weights, Adam's moments, and one step."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -9,20 +8,11 @@ from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.kernels import Precision, default_precision, sparse_pays
+from fluxsae.kernels.adam import AdamStep, adam_
 from fluxsae.sae import SaeConfig, SparseAutoencoder
 from fluxsae.training.config import TrainConfig
-from fluxsae.training.gradients import BatchGradients, RowGradients, Situation, batch_gradients
+from fluxsae.training.gradients import BatchGradients, Situation, batch_gradients
 from fluxsae.training.processes import Processes
-
-
-@dataclass(frozen=True)
-class _AdamStep:
-    rate: float
-    divisor: Tensor | None
-    """What gradients are divided by, for clipping."""
-    is_skipped: Tensor
-    """1.0 where nothing may change."""
-
 
 _BLOCK_BYTES = 4 << 20
 _THRESHOLD_DECAY = 0.98
@@ -62,6 +52,7 @@ class SaeTrainer:
         self.smallest_act_weight = torch.zeros((), device=self.device)
         self.n_skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._gradients: tuple[Tensor, Tensor] | None = None
+        self._scratch: dict[str, Tensor] = {}
 
     def step(self, x_tilde: Float[Tensor, "tokens d_model"], step: int) -> dict[str, Tensor]:
         """One optimiser step on this process's share of a batch; what happened, as tensors on the device.
@@ -87,10 +78,11 @@ class SaeTrainer:
             n_tokens=n_tokens,
             precision=self.precision,
             is_sparse=self.is_sparse,
-            sparsity_share=self.config.sparsity_share(step),
+            sparsity_share=self.config.sparsity_share(step, self.n_steps),
             dead=self.dead,
             selection_floor=floor if selects and step > 0 else None,
             processes=self.processes,
+            scratch=self._scratch,
         )
 
     def _refresh_dead(self, step: int) -> None:
@@ -115,65 +107,42 @@ class SaeTrainer:
         """Adam on every weight; whether it was skipped, and the gradient's norm (NaN where it was not needed)."""
         for gradient in gradients.small.values():
             self.processes.sum_(gradient)
-        norm, divisor = torch.full((), torch.nan, device=self.device), None
+        norm, divisor = torch.full((), torch.nan, device=self.device), torch.ones((), device=self.device)
         if self.config.grad_clip is not None or self.processes.world_size > 1:
-            gradients.weight_rows = self._whole_gradients(gradients)
-            norm = self._norm(gradients)
+            norm = self._gather_whole_gradients(gradients)
             is_skipped = is_skipped | ~torch.isfinite(norm)
-            if self.config.grad_clip is not None:
-                divisor = (norm / self.config.grad_clip).clamp(min=1.0)
+        if self.config.grad_clip is not None:
+            divisor = (norm / self.config.grad_clip).clamp(min=1.0)
         if self.device.type == "cpu" and bool(is_skipped):
             return is_skipped, norm
-        adam = _AdamStep(rate, divisor, is_skipped.float())
-        self.step_count += 1 - adam.is_skipped
+        config = self.config
+        step = AdamStep(self.step_count, rate, config.beta1, config.beta2, config.adam_eps, divisor, is_skipped.float())
+        self.step_count += 1 - step.is_skipped
         for name, gradient in gradients.small.items():
-            self._adam(name, slice(None), gradient, adam)
+            adam_(self.sae.get_parameter(name), gradient, *self.moments[name], step=step)
         for rows in self._blocks():
-            for_encoder, for_decoder = gradients.weight_rows(rows)
-            if self._gradients is None:
-                self._remove_parallel_part(rows, for_decoder)
-            self._adam("W_enc", rows, for_encoder, adam)
-            self._adam("W_dec", rows, for_decoder, adam)
-            directions = self.sae.W_dec[rows]
-            directions /= directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            for name, gradient in zip(("W_enc", "W_dec"), gradients.weight_rows(rows), strict=True):
+                mean, square = (moment[rows] for moment in self.moments[name])
+                weights = self.sae.get_parameter(name)[rows]
+                adam_(weights, gradient, mean, square, step=step, is_unit=name == "W_dec")
         if self.sae.config.architecture == "jumprelu":
             self.sae.threshold.clamp_(min=0)
         return is_skipped, norm
 
-    def _adam(self, name: str, rows: slice, gradient: Tensor, adam: _AdamStep) -> None:
-        mean, square = self.moments[name]
-        torch._fused_adam_(
-            [self.sae.get_parameter(name)[rows]], [gradient], [mean[rows]], [square[rows]], [], [self.step_count],
-            lr=adam.rate, beta1=self.config.beta1, beta2=self.config.beta2, weight_decay=0.0, eps=self.config.adam_eps,
-            amsgrad=False, maximize=False, grad_scale=adam.divisor, found_inf=adam.is_skipped,
-        )  # fmt: skip
-
-    def _whole_gradients(self, gradients: BatchGradients) -> RowGradients:
-        """Both weight gradients in full, summed over all processes, in memory that is kept from step to step."""
+    def _gather_whole_gradients(self, gradients: BatchGradients) -> Tensor:
+        """Makes both weight gradients in full, summed over all processes, in memory that is kept; the whole norm."""
         if self._gradients is None:
             self._gradients = (torch.empty_like(self.sae.W_enc), torch.empty_like(self.sae.W_dec))
-        for_encoder, for_decoder = self._gradients
-        for rows in self._blocks():
-            encoder_rows, decoder_rows = gradients.weight_rows(rows)
-            for_encoder[rows], for_decoder[rows] = encoder_rows, decoder_rows
-            if self.processes.world_size == 1:
-                self._remove_parallel_part(rows, for_decoder[rows])
-        if self.processes.world_size > 1:
-            self.processes.sum_(for_encoder)
-            self.processes.sum_(for_decoder)
-            for rows in self._blocks():
-                self._remove_parallel_part(rows, for_decoder[rows])
-        return lambda rows: (for_encoder[rows], for_decoder[rows])
-
-    def _remove_parallel_part(self, rows: slice, for_decoder: Tensor) -> None:
-        """Leaves of each decoder row's gradient what turns the row; the rest would only change its length."""
-        directions = self.sae.W_dec[rows]
-        for_decoder.addcmul_((for_decoder * directions).sum(1, keepdim=True), directions, value=-1)
-
-    def _norm(self, gradients: BatchGradients) -> Tensor:
-        assert self._gradients is not None
+        kept = self._gradients
         squares = [part.square().sum() for part in gradients.small.values()]
-        squares += [part[rows].square().sum() for part in self._gradients for rows in self._blocks()]
+        for rows in self._blocks():
+            for whole, part in zip(kept, gradients.weight_rows(rows), strict=True):
+                whole[rows] = part
+                if self.processes.world_size == 1:
+                    squares.append(torch.linalg.vector_norm(part).square())
+        if self.processes.world_size > 1:
+            squares += [torch.linalg.vector_norm(self.processes.sum_(whole)).square() for whole in kept]
+        gradients.weight_rows = lambda rows: (kept[0][rows], kept[1][rows])
         return torch.stack(squares).sum().sqrt()
 
     def _blocks(self) -> Iterator[slice]:
@@ -244,6 +213,8 @@ def _is_sparse(config: TrainConfig, sae: SaeConfig, device: torch.device) -> boo
     """Only topk has a fixed number of active features, so only it has a sparse path."""
     if sae.architecture != "topk" or sae.k is None:
         if config.products == "sparse":
-            raise FluxSaeError(f"products is sparse, but {sae.architecture} only trains on the dense path. Use products auto.")
+            raise FluxSaeError(
+                f"products is sparse, but {sae.architecture} only trains on the dense path. Use products auto."
+            )
         return False
     return config.products == "sparse" or (config.products == "auto" and sparse_pays(sae.k, sae.n_features, device))
