@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from test_steering import DOUBLE, SAES, SINGLE, n_hooks
 from tiny_flux import SETTINGS
 
+import train.benchmark_steering
 from fluxsae.edits import Recipe, SteeringEdit
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, block_hooks, generate
@@ -21,6 +22,7 @@ from fluxsae.sweeps import (
     sweep,
     with_strength,
 )
+from train.benchmark_steering import BenchmarkConfig
 
 PROMPT, SEED = "a red circle on a black background", 3
 HOW = replace(SETTINGS, num_inference_steps=6)
@@ -157,3 +159,17 @@ def test_less_memory_gives_smaller_batches_but_never_none(tiny_flux: FluxPipelin
     sizes = [batch_within_memory(tiny_flux, HOW, free_bytes=free) for free in (0, 10**6, 10**7, 10**12)]
     assert sizes == sorted(sizes)
     assert sizes[0] == 1 < sizes[-1]
+
+
+def test_the_benchmark_reports_sweeps_and_edits(tiny_flux: FluxPipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    config = BenchmarkConfig(n_strengths=2, repeats=1)
+    speed = train.benchmark_steering.main(config, pipe=tiny_flux)
+    assert speed.floor == pytest.approx((2 + 3 * 2) / (3 * 4))
+    assert speed.sweep_ratio > 0
+    assert "target 0.62" in capsys.readouterr().out
+
+
+@pytest.mark.bench
+def test_a_sweep_of_six_strengths_from_halfway_takes_at_most_0_62_of_separate_runs(miniature: FluxPipeline) -> None:
+    speed = train.benchmark_steering.main(BenchmarkConfig(), pipe=miniature)
+    assert speed.sweep_ratio <= 0.62

@@ -14,7 +14,8 @@ import tyro
 from tqdm import tqdm
 
 from fluxsae.artifacts import RunFolder
-from fluxsae.evaluation import MINIATURE, Evaluation, EvaluationConfig, Part, evaluate
+from fluxsae.evaluation import MINIATURE, PARTS, Evaluation, EvaluationConfig, Part, evaluate
+from fluxsae.evaluation.steering_tables import laboratory_text
 from fluxsae.evaluation.tables import concepts_text, flow_text, reconstruction_text, transfer_text
 from fluxsae.flux import flux_identity, load_flux
 from fluxsae.hookpoints import HookPoint
@@ -34,6 +35,8 @@ class EvaluateConfig:
     """Flow loss recovered, splice error and velocity FVU."""
     concepts: bool = False
     """Features against true concepts, beside channels, PCA, random directions and linear probes (miniature only)."""
+    steering: bool = False
+    """The steering laboratory: edits of matched features, read back from the pictures (miniature only)."""
     hookpoints: tuple[str, ...] = ()
     """Hook points; left out, all that have an SAE."""
     flux: str | None = None
@@ -77,9 +80,9 @@ def _revision(run: RunFolder) -> str | None:
 
 
 def _parts(config: EvaluateConfig, *, is_miniature: bool) -> list[Part]:
-    names: tuple[Part, ...] = ("reconstruction", "transfer", "flow", "concepts")
-    asked: list[Part] = [name for name in names if getattr(config, name)]
-    return asked or [name for name in names if name != "concepts" or is_miniature]
+    asked: list[Part] = [name for name in PARTS if getattr(config, name)]
+    usual: list[Part] = [name for name in PARTS if name != "steering" and (name != "concepts" or is_miniature)]
+    return asked or usual
 
 
 def _sections(evaluation: Evaluation) -> list[str]:
@@ -92,6 +95,8 @@ def _sections(evaluation: Evaluation) -> list[str]:
         sections.append(f"Flow\n{flow_text(evaluation.flow)}")
     if evaluation.concepts is not None:
         sections.append(f"Concepts\n{concepts_text(evaluation.concepts)}")
+    if evaluation.steering is not None:
+        sections.append(f"Steering\n{laboratory_text(evaluation.steering)}")
     return sections
 
 

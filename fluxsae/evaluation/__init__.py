@@ -1,7 +1,7 @@
 """Scores of a run's SAEs: reconstruction, transfer, flow loss and concepts, measured on images of their own."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from fluxsae.artifacts import RunFolder
@@ -15,6 +15,7 @@ from fluxsae.evaluation.reconstruction import (
     evaluate_reconstruction,
     transfer_table,
 )
+from fluxsae.evaluation.steering import LaboratoryConfig, LaboratoryReport, candidate_features, run_laboratory
 from fluxsae.evaluation.stream import ImageSet, OnProgress, trained_steps
 from fluxsae.flux import FluxPipeline, flux_identity
 from fluxsae.hookpoints import HookPoint
@@ -22,7 +23,7 @@ from fluxsae.sae import SparseAutoencoder
 from fluxsae.scores import ScoreMatrix
 from fluxsae.settings import GenerationSettings
 
-Part = Literal["reconstruction", "transfer", "flow", "concepts"]
+Part = Literal["reconstruction", "transfer", "flow", "concepts", "steering"]
 PARTS: tuple[Part, ...] = get_args(Part)
 MINIATURE = "miniature"
 
@@ -45,6 +46,8 @@ class EvaluationConfig:
     """Decides noise, halves, random directions and resamples."""
     steps: tuple[int, ...] = ()
     """Steps to look at; left out, those that each SAE was trained on (for the concepts: that S was scored at)."""
+    laboratory: LaboratoryConfig = field(default_factory=LaboratoryConfig)
+    """How much the steering laboratory tries."""
     sizes: tuple[tuple[int, int], ...] = ()
     """Sizes (height, width) of the transfer table, pixels; left out, a smaller one, the trained one and a wider one."""
 
@@ -62,6 +65,8 @@ class Evaluation:
     transfer: tuple[TransferCell, ...] | None = None
     flow: FlowReport | None = None
     concepts: ConceptReport | None = None
+    steering: LaboratoryReport | None = None
+    """One laboratory for all hook points, since it chooses among them."""
 
     def metrics(self) -> dict[str, Any]:
         """The keys that this evaluation gives metrics.json."""
@@ -74,6 +79,8 @@ class Evaluation:
             found |= self.flow.to_dict()
         if self.concepts is not None:
             found["concepts"] = self.concepts.to_dict()
+        if self.steering is not None:
+            found["steering"] = self.steering.to_dict()
         return found
 
 
@@ -89,7 +96,8 @@ def evaluate(
 ) -> dict[HookPoint, Evaluation]:
     """Measures the run's SAEs and writes the results into the metrics.json of each.
 
-    `concepts` needs a run of the miniature, whose scenes can be read back from its images.
+    `concepts` and `steering` need a run of the miniature, whose scenes can be read back from its images; `steering`
+    also needs the concepts. Each part is written as soon as it stands.
 
     Raises:
         FluxSaeError: an unknown part, a hook point without an SAE, another FLUX than the SAEs were trained on.
@@ -98,11 +106,13 @@ def evaluate(
     if unknown or not parts:
         raise FluxSaeError(f"parts is {list(parts)}; allowed are {', '.join(PARTS)}, at least one.")
     work = _Work.plan(run, pipe, hookpoints, config or EvaluationConfig(), allow_mismatch=allow_mismatch)
-    found: dict[Part, Mapping[HookPoint, Any]] = {part: getattr(work, part)(on_progress) for part in parts}
-    evaluations = {h: Evaluation(**{part: reports[h] for part, reports in found.items()}) for h in work.saes}
-    for hookpoint, evaluation in evaluations.items():
-        run.update_metrics(hookpoint, evaluation.metrics())
-    return evaluations
+    found: dict[Part, Mapping[HookPoint, Any]] = {}
+    for part in sorted(parts, key=PARTS.index):
+        found[part] = getattr(work, part)(on_progress)
+        for hookpoint, report in found[part].items():
+            alone: dict[str, Any] = {part: report}
+            run.update_metrics(hookpoint, Evaluation(**alone).metrics())
+    return {h: Evaluation(**{part: reports[h] for part, reports in found.items()}) for h in work.saes}
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +246,25 @@ class _Work:
             return self.steps[hookpoint]
         return list(ScoreMatrix.load(path).steps)
 
+    def steering(self, on_progress: OnProgress | None) -> dict[HookPoint, LaboratoryReport]:
+        features = {}
+        for hookpoint in self.saes:
+            concepts = self.run.load_metrics(hookpoint).get("concepts")
+            if concepts is None:
+                raise FluxSaeError(
+                    f"Which features of {hookpoint} match which concept is not known yet. Evaluate the concepts first."
+                )
+            features[hookpoint] = candidate_features(concepts, limit=self.config.laboratory.n_features)
+        report = run_laboratory(
+            self.pipe,
+            self.saes,
+            features,
+            settings=self.settings,
+            config=self.config.laboratory,
+            on_progress=on_progress,
+        )
+        return dict.fromkeys(self.saes, report)
+
     def _labels(self, hookpoint: HookPoint) -> list[str | None] | None:
         if not self.run.features_path(hookpoint).is_file():
             return None
@@ -243,4 +272,13 @@ class _Work:
         return list(features.column("label")) if "label" in features else None
 
 
-__all__ = ["PARTS", "ConceptReport", "Evaluation", "EvaluationConfig", "FlowReport", "Part", "evaluate"]
+__all__ = [
+    "PARTS",
+    "ConceptReport",
+    "Evaluation",
+    "EvaluationConfig",
+    "FlowReport",
+    "LaboratoryReport",
+    "Part",
+    "evaluate",
+]

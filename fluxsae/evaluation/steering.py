@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fluxsae.edits import MAX_STRENGTH, SteeringEdit
+from fluxsae.edits import IDENTITY, MAX_STRENGTH, SteeringEdit
 from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation.outcomes import Outcome, Subject, Tally, compare_scenes, draw_subject
 from fluxsae.evaluation.probes import TokenMoments
@@ -68,24 +68,24 @@ class EditSettings:
 class LaboratoryConfig:
     """How much is tried."""
 
-    n_select: int = 8
+    n_select: int = 4
     """Pictures a concept and direction on which hook point, mode, strength, window and feature are chosen."""
-    n_report: int = 16
+    n_report: int = 8
     """Further pictures a concept and direction on which the chosen settings are reported."""
-    amplify: tuple[tuple[str, tuple[float, ...]], ...] = (("add", (0.5, 1.0, 2.0)), ("clamp", (1.0, 2.0)))
+    amplify: tuple[tuple[str, tuple[float, ...]], ...] = (("add", (0.5, 1.0, 2.0)),)
     """Modes and strengths that turn a feature up."""
-    suppress: tuple[tuple[str, tuple[float, ...]], ...] = (("scale", (0.0, -1.0, -2.0)), ("project_out", (1.0,)))
+    suppress: tuple[tuple[str, tuple[float, ...]], ...] = (("scale", (0.0, -1.0)),)
     """Modes and strengths that turn a feature down."""
-    starts: tuple[float, ...] = (0.0, 0.1, 0.3)
+    starts: tuple[float, ...] = (0.0, 0.3)
     """Where windows start, as fractions of the schedule."""
     stop: float = 1.0
     """Where they end."""
-    n_features: int = 3
+    n_features: int = 2
     """Matched features of a concept that are tried, the best by AUC first."""
-    n_moment_images: int = 128
+    n_moment_images: int = 96
     """Pictures from which the difference-of-means directions come."""
-    curve: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
-    """Multiples of the chosen strength (of its distance from no change) on the dose-response curve."""
+    curve: tuple[float, ...] = (0.25, 0.5, 2.0, 4.0)
+    """Multiples of the chosen strength's distance from no change, beside 1, on the dose-response curve."""
     batch_size: int = 64
     """Pictures generated together."""
     readers: int = 0
@@ -111,7 +111,6 @@ class ConceptResult:
     concept: Concept
     direction: Direction
     feature: int
-    strengths: tuple[float, ...]
     arms: dict[str, Tally]
     """feature (at the default settings), random direction, random feature, difference of means, prompt."""
     curve: dict[float, Tally]
@@ -434,7 +433,7 @@ class _Bench:
         wanted = direction == "amplify"
         strengths = self._curve(chosen)
         arms = [
-            *(Arm("feature", (chosen.edit(feature, strength=strength),)) for strength in strengths),
+            *(Arm(f"strength {strength:g}", (chosen.edit(feature, strength=strength),)) for strength in strengths),
             Arm("feature", (chosen.edit(feature),)),
             Arm("random direction", (chosen.edit(feature),), "random direction"),
             Arm("random feature", (chosen.edit(feature),), "random feature"),
@@ -443,11 +442,15 @@ class _Bench:
         tallies = {arm.name: Tally.of(o, wanted=wanted) for arm, o in zip(arms, outcomes, strict=True) if o}
         tallies |= self._difference_of_means(concept, direction, chosen, moments[chosen.hookpoint])
         tallies |= self._prompt_editing(concept, direction)
-        curve = {s: Tally.of(o, wanted=wanted) for s, o in zip(strengths, outcomes, strict=False) if o}
-        return ConceptResult(concept, direction, feature, strengths, tallies, curve)
+        on_curve = [*strengths, chosen.strength]
+        curve = {s: Tally.of(o, wanted=wanted) for s, o in zip(on_curve, outcomes, strict=False) if o}
+        centre = _no_change(chosen.mode)
+        ordered = dict(sorted(curve.items(), key=lambda point: abs(point[0] - centre)))
+        named = {name: tally for name, tally in tallies.items() if not name.startswith("strength")}
+        return ConceptResult(concept, direction, feature, named, ordered)
 
     def _curve(self, chosen: EditSettings) -> tuple[float, ...]:
-        centre = 1.0 if chosen.mode == "scale" else 0.0
+        centre = _no_change(chosen.mode)
         values = [centre + factor * (chosen.strength - centre) for factor in self.config.curve]
         top = 1.0 if chosen.mode in ("ablate", "project_out") else MAX_STRENGTH
         return tuple(round(value, 6) for value in values if value <= top)
@@ -510,6 +513,10 @@ class _Bench:
             yield thing
             if self.on_progress is not None:
                 self.on_progress(doing, done + 1, len(things))
+
+
+def _no_change(mode: str) -> float:
+    return IDENTITY[mode] or 0.0
 
 
 def _means(outcomes: Sequence[Outcome], *, wanted: bool) -> tuple[float, float, float]:
