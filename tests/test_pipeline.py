@@ -1,0 +1,230 @@
+"""The stages in one process: done once, skipped when complete, refused when they would become something else."""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fluxsae.artifacts import RunFolder, RunInfo
+from fluxsae.errors import FluxSaeError
+from fluxsae.scores import ScoreMatrix
+from fluxsae.settings import GenerationSettings
+from train import analyze, collect, score
+from train.flux_options import FluxOptions
+from train.pipeline import (
+    MINIATURE_RECIPE,
+    PIPELINE_STAGES,
+    PipelineConfig,
+    build_recipe,
+    build_stage_config,
+    choose_stages,
+    main,
+    parse_arguments,
+)
+from train.stages import STAGES, StageResult, format_table, run_stage
+
+OPTIONS = (
+    "collect.n_images=12", "collect.images_per_shard=5", "collect.batch_size=4", "fit.epochs=2", "fit.batch_size=64",
+    "fit.n_features=48", "fit.k=4", "score.n_images=10", "score.images_per_part=4", "score.batch_size=4",
+    "analyze.features.n_top_images=3", "directions.perplexity=5",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(f"a {colour} star" for colour in ("red", "blue", "green", "pink", "cyan")))
+    return path
+
+
+def config_for(folder: Path, run: Path, prompts: Path, **changes: object) -> PipelineConfig:
+    config = PipelineConfig(
+        flux=str(folder),
+        run=run,
+        prompts=prompts,
+        steps=(1, 3),
+        set=OPTIONS,
+        skip=("embed", "select", "render", "demos"),
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def words(results: Sequence[StageResult]) -> dict[str, str]:
+    return {result.name: result.word for result in results}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_flux_folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
+    config = config_for(tiny_flux_folder, tmp_path_factory.mktemp("runs") / "run", prompts)
+    results = main(config)
+    assert words(results) == dict.fromkeys(("collect", "fit", "score", "analyze", "directions"), "done")
+    return config
+
+
+def test_the_run_holds_what_browsing_needs(finished: PipelineConfig) -> None:
+    assert finished.run is not None
+    run = RunFolder(finished.run)
+    assert [str(place) for place in run.hookpoints()] == ["transformer_blocks.0.ff", "transformer_blocks.2.ff"]
+    assert len(run.load_images()) == 10
+    for place in run.hookpoints():
+        assert run.has_sae(place)
+        assert len(run.load_features(place)) == 48
+        assert ScoreMatrix.load(run.scores_path(place)).steps == (1, 3)
+        assert run.load_directions(place)["positions"].shape == (48, 2)
+        assert run.load_metrics(place)["fvu"] < 1
+    index = json.loads(run.index_path.read_text())
+    assert set(index["saes"]) == {str(place) for place in run.hookpoints()}
+    assert not run.work_path("score").exists()
+
+
+def test_a_second_time_everything_is_skipped_and_says_so(
+    finished: PipelineConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FluxOptions, "open", lambda _: pytest.fail("FLUX was opened for nothing"))
+    assert set(words(main(finished)).values()) == {"skipped"}
+    printed = capsys.readouterr().out
+    assert "score: complete, skipped" in printed
+    assert "stage" in printed
+    assert "total" in printed
+
+
+def test_other_options_for_a_complete_stage_are_refused_with_both_values(finished: PipelineConfig) -> None:
+    with pytest.raises(FluxSaeError, match=r"n_images was 10, now 11\. Pass --force"):
+        main(replace(finished, set=(*OPTIONS, "score.n_images=11"), only=("score",)))
+
+
+def test_a_stage_done_again_makes_the_later_ones_run_again(finished: PipelineConfig) -> None:
+    assert words(main(replace(finished, only=("analyze",), force=True))) == {"analyze": "done"}
+    assert words(main(replace(finished, from_="score"))) == {
+        "score": "skipped", "analyze": "skipped", "directions": "done"
+    }  # fmt: skip
+
+
+def test_the_saved_run_toml_gives_the_same_run(finished: PipelineConfig) -> None:
+    assert finished.run is not None
+    path = RunFolder(finished.run).toml_path
+    again = PipelineConfig.from_file(path, run=finished.run)
+    assert set(words(main(again)).values()) == {"skipped"}
+    assert tomllib.loads(path.read_text())["fit"]["k"] == 4
+
+
+def test_scoring_with_an_sae_of_another_size_is_refused(finished: PipelineConfig) -> None:
+    with pytest.raises(FluxSaeError, match="trained elsewhere"):
+        main(replace(finished, only=("score",), force=True, guidance_scale=1.0))
+
+
+def test_one_step_alone_can_be_scored_where_the_sae_was_trained(finished: PipelineConfig) -> None:
+    with pytest.raises(FluxSaeError, match="steps go from 0 to 3"):
+        main(replace(finished, set=(*OPTIONS, "score.step=9"), only=("score",), force=True))
+
+
+# Options
+
+
+def test_flags_override_the_file_and_set_overrides_its_tables(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[flux]\nflux = "a/b"\nseed = 5\n[pipeline]\nsteps = [1]\n[fit]\nk = 8\nepochs = 3\n')
+    config = parse_arguments(["--config", str(path), "--seed", "0", "--set", "fit.k=16", "score.step=3"])
+    assert (config.flux, config.seed, config.steps) == ("a/b", 0, (1,))
+    recipe = build_recipe(config)
+    fit = build_stage_config("fit", recipe, RunFolder("r"))
+    assert (fit.k, fit.epochs, fit.seed, fit.flux) == ((16,), 3, 0, "a/b")
+    assert build_stage_config("collect", recipe, RunFolder("r")).steps == (1,)
+    assert build_stage_config("score", recipe, RunFolder("r")).step == 3
+
+
+def test_the_bundled_recipe_is_valid() -> None:
+    config = parse_arguments(["--flux", "miniature"])
+    recipe = build_recipe(config)
+    for stage in PIPELINE_STAGES:
+        build_stage_config(stage, recipe, RunFolder("r"))
+    assert PipelineConfig.from_file(MINIATURE_RECIPE).flux == "miniature"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("fit", "no stage.option=value"),
+        ("fit.k", "no stage.option=value"),
+        ("cook.k=1", r"names cook, which does not exist. Allowed: collect, fit"),
+        ("fit.kk=1", "names kk, which does not exist"),
+        ("fit.epochs=many", "fit.epochs is 'many', a str. It must be int"),
+        ("fit.epochs=true", "fit.epochs is True, a bool. It must be int"),
+        ("fit.arch=relu", "fit.arch is 'relu'. Allowed: 'l1'"),
+        ("fit.seed=3", "fit.seed belongs to all stages"),
+        ("analyze.features.rare_below=2", "rare_below is 2.0"),
+        ("analyze.features.rarely=2", "names rarely"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(assignment: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(FluxSaeError, match=message):
+        main(PipelineConfig(run=tmp_path / "run", set=(assignment,)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[flux", "not valid TOML"), ("seed = 1", "must stand in a table"), ("[flux]\nsead = 1", "names sead")],
+)
+def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(FluxSaeError, match=message):
+        PipelineConfig.from_file(tmp_path / "run.toml")
+
+
+def test_from_and_only_choose_the_stages() -> None:
+    assert choose_stages(PipelineConfig(only=("render", "fit"))) == ["fit", "render"]
+    assert choose_stages(PipelineConfig(from_="directions", skip=("demos",))) == ["directions", "render"]
+    with pytest.raises(FluxSaeError, match="contradict"):
+        choose_stages(PipelineConfig(only=("fit",), from_="fit"))
+
+
+def test_every_stage_of_the_pipeline_is_known_in_its_order() -> None:
+    assert [stage for stage in STAGES if stage in PIPELINE_STAGES] == list(PIPELINE_STAGES)
+
+
+# Single scripts
+
+
+def test_scripts_say_which_stage_is_missing(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.save_info(RunInfo(flux_id="tiny", settings=GenerationSettings(), hookpoints=("transformer_blocks.1.ff",)))
+    with pytest.raises(FluxSaeError, match=r"has no SAE at transformer_blocks\.1\.ff. Train it first"):
+        score.main(score.ScoreConfig(run=run.path))
+    with pytest.raises(FluxSaeError, match=r"has no scores\. Score images first"):
+        analyze.main(analyze.AnalyzeConfig(run=run.path))
+
+
+def test_a_run_of_another_flux_is_not_written_into(tiny_flux_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.save_info(RunInfo(flux_id="other", settings=GenerationSettings(), hookpoints=("transformer_blocks.1.ff",)))
+    with pytest.raises(FluxSaeError, match="is a run of something else: it has flux_id other"):
+        collect.main(collect.CollectConfig(flux=str(tiny_flux_folder), run=tmp_path, prompts=prompts, n_images=2))
+
+
+def test_a_cached_flux_is_refused_unless_asked_for(tiny_flux_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxsae.flux.why_inexact", lambda _: "a step cache is enabled")
+    with pytest.raises(FluxSaeError, match="not the model's own: a step cache is enabled"):
+        FluxOptions(flux=str(tiny_flux_folder)).open()
+    FluxOptions(flux=str(tiny_flux_folder), allow_inexact=True).open()
+
+
+def test_the_table_sums_what_was_spent(tmp_path: Path) -> None:
+    table = format_table([StageResult("fit", "done", 3.0, 1.5), StageResult("score", "skipped", 9.0, 2.0)])
+    assert table.splitlines()[-1].split() == ["total", "3.0", "3.5"]
+
+
+def test_a_stage_whose_files_were_deleted_runs_again(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.save_info(RunInfo(flux_id="tiny", settings=GenerationSettings(), hookpoints=()))
+    output = tmp_path / "out.txt"
+
+    def run_it() -> str:
+        return run_stage(run, "fit", {"k": (1, 2)}, output.touch, outputs=lambda: [output]).word
+
+    assert [run_it(), run_it()] == ["done", "skipped"]
+    output.unlink()
+    assert run_it() == "done"
