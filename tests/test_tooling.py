@@ -1,11 +1,13 @@
 """The repository as a newcomer meets it: requirements, make, the wheel, what is committed."""
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -41,10 +43,37 @@ def test_what_the_space_runs_lies_in_the_ranges_of_the_wheel() -> None:
 
 
 def test_the_installed_versions_are_the_pinned_ones() -> None:
-    from importlib.metadata import version
-
     pins = pinned("requirements.txt") | pinned("requirements-dev.txt")
     assert {name: version(name) for name in pins} == pins
+
+
+OPTIONAL = {"bitsandbytes", "torchao", "trackio", "triton"}
+"""Imported inside a function, for those who have them; the message says how to install them."""
+
+
+def imported_packages() -> set[str]:
+    """The packages outside the standard library that the app, the library and the scripts import anywhere."""
+    sources = [ROOT / "app.py", *(ROOT / "fluxsae").rglob("*.py"), *(ROOT / "train").rglob("*.py")]
+    names: set[str] = set()
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add((node.module or "").partition(".")[0])
+    return names - set(sys.stdlib_module_names) - {"fluxsae", "train"}
+
+
+def test_every_package_that_is_imported_is_required_directly() -> None:
+    distributions = packages_distributions()
+    pins = pinned("requirements.txt")
+    required = {name.replace("_", "-") for name in pins}
+    missing = {
+        package
+        for package in imported_packages() - OPTIONAL
+        if not required & {name.lower().replace("_", "-") for name in distributions.get(package, [package])}
+    }
+    assert missing == set()
 
 
 def test_no_requirement_is_named_twice() -> None:
