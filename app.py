@@ -1,17 +1,22 @@
 """Serves the page: `python app.py`. FLUXSAE_RUN picks the run; Gradio's own environment variables apply."""
 
 import importlib.util
+import logging
 
 if importlib.util.find_spec("spaces") is not None:
     import spaces  # noqa: F401 - on ZeroGPU this must come before torch
 
 from fluxsae.ui.build import build_app, launch_options
 from fluxsae.ui.session import open_workbench
+from fluxsae.ui.zero import is_zero_gpu, serve
 
 
 def main() -> None:
     """Builds and launches; FLUX warms up in the background once the page is there (loading it starves a start-up)."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     bench = open_workbench()
+    if is_zero_gpu():
+        serve(bench)
     app = build_app(bench)
     app.launch(**launch_options(), prevent_thread_lock=True)
     bench.warm_up()

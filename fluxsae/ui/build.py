@@ -4,9 +4,10 @@ from typing import Any
 
 import gradio as gr
 
-from fluxsae.ui.header import header_html
+from fluxsae.ui.about import build_about_tab
 from fluxsae.ui.directions import add_directions_endpoints, build_directions_tab
 from fluxsae.ui.gallery import add_gallery_endpoints, build_gallery_tab
+from fluxsae.ui.header import header_html
 from fluxsae.ui.heatmap import add_heatmap_endpoints, build_heatmap_tab
 from fluxsae.ui.session import Workbench, open_workbench
 from fluxsae.ui.shell import Shell
@@ -35,6 +36,8 @@ def build_app(bench: Workbench | None = None) -> gr.Blocks:
                 build_directions_tab(bench, shell, directions)
             with gr.Tab("Steer", id="steer"):
                 build_steer_tab(bench, shell)
+            with gr.Tab("About and API", id="about"):
+                build_about_tab(bench)
         add_heatmap_endpoints(bench)
         add_gallery_endpoints(bench)
         add_directions_endpoints(bench)

@@ -184,7 +184,9 @@ def draw_plot(cards: CardIndex, feature: int, near: list[int]) -> Any:
     positions = cards.directions["positions"].numpy()
     names = [f"feature {index}{f': {label}' if label else ''}" for index, label in enumerate(cards.labels)]
     others = [index for index in range(len(cards)) if index != feature and index not in set(near)]
-    figure = go.Figure(layout={"template": "plotly_white", "showlegend": False, "margin": {"l": 8, "r": 8, "t": 40, "b": 8}})
+    figure = go.Figure(
+        layout={"template": "plotly_white", "showlegend": False, "margin": {"l": 8, "r": 8, "t": 40, "b": 8}}
+    )
     for members, size, opacity in ((others, 5, 0.25), (near, 10, 0.95), ([feature], 17, 1.0)):
         figure.add_scatter(
             x=positions[members, 0],

@@ -48,7 +48,7 @@ class GalleryDesk:
         hits = cards.search(request.query, limit=request.limit, embedder=embedder)
         return [{**views.summary(cards, hit.feature), "reason": hit.reason, "score": hit.score} for hit in hits]
 
-    def gallery(
+    def gallery(  # noqa: PLR0917 - the order of the tab's inputs
         self, query: Any, hookpoint: Any, feature_class: Any, coherent_only: Any, sort: Any, shown: Any = PAGE
     ) -> dict[str, Any]:
         """The page's cards for a query and its filters."""
@@ -72,9 +72,7 @@ class GalleryDesk:
         """One feature's page."""
         if not isinstance(chosen, Mapping):
             raise FluxSaeError("Choose a feature first: its hook point and number are missing.")
-        request = FeatureRequest.parse(
-            self.limits, hookpoint=chosen.get("hookpoint"), feature=chosen.get("feature")
-        )
+        request = FeatureRequest.parse(self.limits, hookpoint=chosen.get("hookpoint"), feature=chosen.get("feature"))
         cards = self.bench.cards[request.hookpoint]
         card = cards[request.feature]
         return {

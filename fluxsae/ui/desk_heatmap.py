@@ -7,7 +7,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.ui import views
 from fluxsae.ui.lane import Done, StepDone
 from fluxsae.ui.reading import Reading
-from fluxsae.ui.requests import FeaturesAtRequest, HeatmapRequest
+from fluxsae.ui.requests import FeatureRequest, FeaturesAtRequest, HeatmapRequest
 from fluxsae.ui.session import Workbench
 from fluxsae.ui.snippets import snippets
 
@@ -28,11 +28,10 @@ class HeatmapDesk:
 
     def example(self, hookpoint: str) -> dict[str, Any] | None:
         """The ready example, from the run folder."""
-        cards = self.bench.cards[hookpoint]
-        example = views.example_lab(cards, limit=SHOWN, word=self.bench.word(hookpoint), code={})
-        if example:
-            example["code"] = self._code(example["prompt"], hookpoint, example["seed"], self.limits.default_steps)
-        return example
+        example = views.example_lab(self.bench.cards[hookpoint], limit=SHOWN)
+        if example is None:
+            return None
+        return {**example, **self._frame(example["prompt"], hookpoint, example["seed"], self.limits.default_steps)}
 
     def example_request(self) -> dict[str, Any]:
         """The example's values, for questions about its patches."""
@@ -43,30 +42,69 @@ class HeatmapDesk:
         values = self._values(prompt, hookpoint, seed, steps)
         request = HeatmapRequest.parse(self.limits, **values, step=None, limit=SHOWN)
         for event in self.bench.read(request.prompt, request.seed, request.num_inference_steps):
-            yield Done({"lab": self._lab(event.value, request.hookpoint), "request": values}) if isinstance(
-                event, Done
-            ) else event
+            yield (
+                Done({"lab": self._lab(event.value, request.hookpoint), "request": values})
+                if isinstance(event, Done)
+                else event
+            )
 
     def change_hookpoint(self, hookpoint: Any, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The same image at another hook point: the reading on screen, or the example where none is."""
         request = HeatmapRequest.parse(
-            self.limits, **self._values(values["prompt"], hookpoint, values["seed"], values["num_inference_steps"]),
-            step=None, limit=SHOWN,
+            self.limits,
+            **self._values(values["prompt"], hookpoint, values["seed"], values["num_inference_steps"]),
+            step=None,
+            limit=SHOWN,
         )
         changed = {**values, "hookpoint": request.hookpoint}
-        reading = self.bench.cache.get(("read", request.prompt, request.seed, request.num_inference_steps))
+        reading = self.bench.kept_reading(request.prompt, request.seed, request.num_inference_steps)
         return (self._lab(reading, request.hookpoint) if reading else self.example(request.hookpoint)), changed
+
+    def pin(self, chosen: Any, values: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The image on screen with a feature that was chosen elsewhere among its cards; None where that cannot be."""
+        request = FeatureRequest.parse(self.limits, hookpoint=chosen.get("hookpoint"), feature=chosen.get("feature"))
+        reading = self.bench.kept_reading(values["prompt"], values["seed"], values["num_inference_steps"])
+        if reading is None or values["hookpoint"] != request.hookpoint:
+            return None
+        return self._lab(reading, request.hookpoint, pinned=request.feature)
+
+    def linked(self, view: Mapping[str, Any]) -> tuple[str, str, int, int]:
+        """Prompt, hook point, seed and steps of a link."""
+        names = ("prompt", "hookpoint", "seed", "num_inference_steps")
+        request = HeatmapRequest.parse(self.limits, **{name: view.get(name) for name in names}, step=None, limit=SHOWN)
+        return request.prompt, request.hookpoint, request.seed, request.num_inference_steps
 
     def patch(self, values: Mapping[str, Any], place: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
         """Steps (where the image is made again), then what fires at a patch of the image on screen."""
         if not isinstance(place, Mapping):
             raise FluxSaeError("Choose a patch of the image: its row and column are missing.")
         request = FeaturesAtRequest.parse(
-            self.limits, **self._values(**values), step=place.get("step"), row=place.get("row"),
-            column=place.get("column"), limit=PATCH_SHOWN,
+            self.limits,
+            **self._values(**values),
+            step=place.get("step"),
+            row=place.get("row"),
+            column=place.get("column"),
+            limit=PATCH_SHOWN,
         )
         for event in self.features_at(request):
             yield Done(self._patch(request, event.value)) if isinstance(event, Done) else event
+
+    def compare(
+        self, prompt: Any, other: Any, hookpoint: Any, seed: Any, steps: Any
+    ) -> Iterator[StepDone | Done[dict[str, Any]]]:
+        """Steps of two images, then what fires in one and not in the other."""
+        first, second = (
+            HeatmapRequest.parse(self.limits, **self._values(text, hookpoint, seed, steps), step=None, limit=SHOWN)
+            for text in (prompt, other)
+        )
+        readings = []
+        for request in (first, second):
+            for event in self.bench.read(request.prompt, request.seed, request.num_inference_steps):
+                if isinstance(event, Done):
+                    readings.append(event.value)
+                else:
+                    yield event
+        yield Done(views.diff(readings[0], readings[1], self.bench.cards[first.hookpoint], limit=SHOWN + 2))
 
     def heatmap(self, request: HeatmapRequest) -> Iterator[StepDone | Done[tuple[Any, Any, Any]]]:
         """Steps, then image, ranked features and overlays."""
@@ -96,10 +134,18 @@ class HeatmapDesk:
         features = views.ranked_features(maps, cards, step=request.step, limit=request.limit)
         return reading.image, features, views.overlays(reading, cards, features, step=request.step)
 
-    def _lab(self, reading: Reading, hookpoint: str) -> dict[str, Any]:
-        code = self._code(reading.prompt, hookpoint, reading.seed, reading.settings.num_inference_steps)
-        word = self.bench.word(hookpoint)
-        return views.lab(reading, self.bench.cards[hookpoint], step=None, limit=SHOWN, code=code, word=word)
+    def _lab(self, reading: Reading, hookpoint: str, pinned: int | None = None) -> dict[str, Any]:
+        steps = reading.settings.num_inference_steps
+        page = views.lab(reading, self.bench.cards[hookpoint], step=None, limit=SHOWN, pinned=pinned)
+        return {**page, **self._frame(reading.prompt, hookpoint, reading.seed, steps)}
+
+    def _frame(self, prompt: str, hookpoint: str, seed: int, steps: int) -> dict[str, Any]:
+        return {
+            "hookpoint_word": self.bench.word(hookpoint),
+            "code": self._code(prompt, hookpoint, seed, steps),
+            "link": views.encode_view({"tab": "heatmap", **self._values(prompt, hookpoint, seed, steps)}),
+            "versions": dict(self.bench.versions),
+        }
 
     def _patch(self, request: FeaturesAtRequest, features: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fluxsae.edits import Recipe, SaeSource, SteeringEdit, load_recipes, png_bytes
 from fluxsae.errors import FluxSaeError
+from fluxsae.heatmaps import feature_colour
 from fluxsae.hookpoints import HookPoint, TokenGrid
 from fluxsae.ui import views
 from fluxsae.ui.lane import Done, OnStep, StepDone
@@ -40,6 +41,86 @@ class Steered:
     def n_bytes(self) -> int:
         """Memory held, roughly."""
         return sum(image.width * image.height * 3 for image in self.images) + 4096
+
+
+@dataclass(frozen=True)
+class SteerJob:
+    """Make an image in several variants, the first one unedited, and measure what each edit did."""
+
+    variants: tuple[tuple[SteeringEdit, ...], ...]
+    prompt: str
+    seed: int
+    num_inference_steps: int
+    control: int = -1
+    """The variant that writes random directions in place of the features' own; -1 for none."""
+
+    @property
+    def seconds(self) -> float:
+        """GPU seconds it may need."""
+        return 15 + 0.6 * self.num_inference_steps * len(self.variants)
+
+    def run(self, bench: Workbench, on_step: OnStep) -> Steered:
+        """The images, their recipes and measurements."""
+        from fluxsae.flux import unknown_words
+        from fluxsae.measurements import EditRecorder
+        from fluxsae.sweeps import sweep
+
+        saes = {HookPoint.parse(name): sae for name, sae in bench.saes.items()}
+        recorder = EditRecorder(bench.pipe, saes, self.variants, limits=bench.token_limits)
+        with recorder.watch():
+            found = sweep(
+                bench.pipe,
+                saes,
+                self.variants,
+                prompt=self.prompt,
+                seed=self.seed,
+                settings=bench.settings(self.num_inference_steps),
+                origin=run_origin(bench),
+                direction_of=self._direction_of(bench, saes) if self.control >= 0 else None,
+                on_edit=recorder.record,
+                on_progress=lambda done, total: on_step(done - 1, total),
+            )
+        measured = self._measured(bench, [variant.image for variant in found], recorder.recorded)
+        recipes = tuple(variant.recipe for variant in found)
+        images = tuple(variant.image for variant in found)
+        return Steered(images, recipes, measured, tuple(unknown_words(bench.pipe, self.prompt)))
+
+    def _direction_of(self, bench: Workbench, saes: Mapping[HookPoint, Any]) -> Any:
+        from fluxsae.measurements import random_directions
+
+        def direction_of(edit: SteeringEdit, item: int) -> torch.Tensor | None:
+            if item != self.control:
+                return None
+            width = saes[edit.hookpoint].config.d_model
+            return random_directions(width, 1, seed=CONTROL_SEED + edit.feature)[0].to(bench.device)
+
+        return direction_of
+
+    def _measured(
+        self, bench: Workbench, images: Sequence[Image.Image], recorded: Sequence[Any]
+    ) -> tuple[dict[str, Any] | None, ...]:
+        from fluxsae.measurements import measure_edit
+
+        grid = TokenGrid(bench.limits.rows, bench.limits.cols)
+        values: list[dict[str, Any] | None] = [None]
+        for image, seen in zip(images[1:], recorded[1:], strict=True):
+            measured = measure_edit(
+                images[0], image, seen, grid=grid, distance=bench.distance, embedder=bench.embedder, prompt=self.prompt
+            )
+            values.append(measured.to_dict())
+        return tuple(values)
+
+
+def run_origin(bench: Workbench) -> Any:
+    """Where the models of this page's recipes come from."""
+    from fluxsae.sweeps import Origin
+
+    repo, _, revision = bench.source.partition("@")
+    saes = tuple(
+        SaeSource(HookPoint.parse(name), repo, bench.run.sae_subfolder(name), revision or None)
+        for name in bench.hookpoints
+    )
+    return Origin(bench.info.flux_id, bench.info.flux_revision, saes)
 
 
 class SteerDesk:
@@ -128,7 +209,9 @@ class SteerDesk:
         from fluxsae.ui.requests import SearchRequest
 
         hookpoint = self.limits.default_hookpoint
-        found = GalleryDesk(self.bench).search(SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=1))
+        found = GalleryDesk(self.bench).search(
+            SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=1)
+        )
         if not found:
             raise FluxSaeError(f"No feature matches {query!r}; search for a colour, a shape or a number.")
         return self.add(found[0], state)
@@ -171,82 +254,10 @@ class SteerDesk:
     # How it is done
 
     def _run(
-        self, variants: list[tuple[SteeringEdit, ...]], request: SteerRequest | SweepRequest, *, control: int = -1
+        self, variants: Sequence[Sequence[SteeringEdit]], request: SteerRequest | SweepRequest, *, control: int = -1
     ) -> Iterator[StepDone | Done[Steered]]:
-        texts = tuple(tuple(edit.to_json() for edit in edits) for edits in variants)
-        key = ("steer", texts, request.prompt, request.seed, request.num_inference_steps, control)
-        return self.bench.cached(
-            key,
-            lambda on_step: self._work(variants, request, control, on_step),
-            size=lambda steered: steered.n_bytes,
-        )
-
-    def _work(
-        self,
-        variants: list[tuple[SteeringEdit, ...]],
-        request: SteerRequest | SweepRequest,
-        control: int,
-        on_step: OnStep,
-    ) -> Steered:
-        from fluxsae.flux import unknown_words
-        from fluxsae.measurements import EditRecorder, measure_edit, random_directions
-        from fluxsae.sweeps import sweep
-
-        bench = self.bench
-        saes = {HookPoint.parse(name): sae for name, sae in bench.saes.items()}
-        recorder = EditRecorder(bench.pipe, saes, variants, limits=bench.token_limits)
-
-        def direction_of(edit: SteeringEdit, item: int) -> torch.Tensor | None:
-            if item != control:
-                return None
-            width = saes[edit.hookpoint].config.d_model
-            return random_directions(width, 1, seed=CONTROL_SEED + edit.feature)[0].to(bench.device)
-
-        with recorder.watch():
-            found = sweep(
-                bench.pipe,
-                saes,
-                variants,
-                prompt=request.prompt,
-                seed=request.seed,
-                settings=bench.settings(request.num_inference_steps),
-                origin=self._origin(),
-                direction_of=direction_of if control >= 0 else None,
-                on_edit=recorder.record,
-                on_progress=lambda done, total: on_step(done - 1, total),
-            )
-        grid = TokenGrid(self.limits.rows, self.limits.cols)
-        measured = [
-            None
-            if not place
-            else measure_edit(
-                found[0].image,
-                variant.image,
-                recorder.recorded[place],
-                grid=grid,
-                distance=bench.distance,
-                embedder=bench.embedder,
-                prompt=request.prompt,
-            ).to_dict()
-            for place, variant in enumerate(found)
-        ]
-        return Steered(
-            tuple(variant.image for variant in found),
-            tuple(variant.recipe for variant in found),
-            tuple(measured),
-            tuple(unknown_words(bench.pipe, request.prompt)),
-        )
-
-    def _origin(self) -> Any:
-        from fluxsae.sweeps import Origin
-
-        run, info = self.bench.run, self.bench.info
-        repo, _, revision = self.bench.source.partition("@")
-        saes = tuple(
-            SaeSource(HookPoint.parse(name), repo, run.sae_subfolder(name), revision or None)
-            for name in self.bench.hookpoints
-        )
-        return Origin(info.flux_id, info.flux_revision, saes)
+        edits = tuple(map(tuple, variants))
+        return self.bench.cached(SteerJob(edits, request.prompt, request.seed, request.num_inference_steps, control))
 
     def _frame(self) -> dict[str, Any]:
         return {
@@ -351,10 +362,10 @@ class SteerDesk:
         return {
             "hookpoint": slider["hookpoint"],
             "feature": slider["feature"],
-            "colour": views.feature_colour(int(slider["feature"])),
+            "colour": feature_colour(int(slider["feature"])),
             "label": slider.get("label"),
             "cells": cells,
-            "safe": safe_turns([(cell["turn"], cell["safe"]) for cell in cells]),
+            "safe": safe_turns([(turn, bool(cell["safe"])) for turn, cell in zip(STRIP, cells, strict=True)]),
         }
 
     def _starter(self, hookpoint: str, demo: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -393,4 +404,3 @@ def safe_turns(points: Sequence[tuple[float, bool]]) -> list[float] | None:
                 break
             low, high = min(low, turn), max(high, turn)
     return [low, high] if low < high else None
-

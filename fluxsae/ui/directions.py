@@ -32,7 +32,9 @@ def build_directions_tab(bench: Workbench, shell: Shell, tab: gr.Tab) -> None:
                 elem_id="directions-near",
             )
     if len(bench.hookpoints) > 1:
-        with gr.Accordion("Compare two hook points: what survives, what is new", open=False, elem_id="directions-compare"):
+        with gr.Accordion(
+            "Compare two hook points: what survives, what is new", open=False, elem_id="directions-compare"
+        ):
             with gr.Row():
                 first = gr.Dropdown(bench.hookpoint_choices(), value=bench.hookpoints[0], label="One")
                 second = gr.Dropdown(bench.hookpoint_choices(), value=bench.hookpoints[-1], label="The other")
@@ -75,4 +77,4 @@ def add_directions_endpoints(bench: Workbench) -> None:
         return desk.directions(request)
 
     outputs = [gr.JSON(label="neighbours", visible=False), gr.Plot(label="plot", visible=False)]
-    add_endpoint(directions, schema=DirectionsRequest, limits=limits, outputs=outputs, uses_flux=False)
+    add_endpoint(directions, schema=DirectionsRequest, bench=bench, outputs=outputs, uses_flux=False)

@@ -8,7 +8,8 @@ import gradio as gr
 from gradio.components.api_component import Api
 
 from fluxsae.ui.guard import guarded, validator
-from fluxsae.ui.requests import Limits, Request
+from fluxsae.ui.requests import Request
+from fluxsae.ui.session import Workbench
 
 LANE = "flux"
 """Concurrency group of everything that needs FLUX: one at a time."""
@@ -20,7 +21,7 @@ def add_endpoint(
     handler: Callable[..., Any],
     *,
     schema: type[Request],
-    limits: Limits,
+    bench: Workbench,
     outputs: Sequence[gr.components.Component],
     uses_flux: bool,
 ) -> None:
@@ -33,13 +34,13 @@ def add_endpoint(
     defaults = inspect.signature(handler).parameters
     gr.on(
         triggers=[],
-        fn=guarded(handler),
+        fn=guarded(handler, bench.visitors if uses_flux else None),
         inputs=[Api(_default(defaults[name]), properties[name], name) for name in names],
         outputs=list(outputs),
         api_name=handler.__name__,
         preprocess=False,
         queue=True,
-        validator=validator(schema, limits, names),
+        validator=validator(schema, bench.limits, names),
         show_progress="hidden",
         concurrency_id=LANE if uses_flux else "browse",
         concurrency_limit=1 if uses_flux else BROWSING,

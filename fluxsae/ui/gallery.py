@@ -24,7 +24,11 @@ def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
             elem_id="gallery-query",
         )
         hookpoint = gr.Radio(
-            bench.hookpoint_choices(), value=bench.limits.default_hookpoint, label="Where", scale=3, elem_id="gallery-hook"
+            bench.hookpoint_choices(),
+            value=bench.limits.default_hookpoint,
+            label="Where",
+            scale=3,
+            elem_id="gallery-hook",
         )
     with gr.Row(elem_classes="fs-settings"):
         kind = gr.Dropdown([(text, key) for key, text in CLASSES.items()], value="any", label="How often it fires")
@@ -45,6 +49,9 @@ def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
     )
     shown = gr.State(PAGE)
 
+    def more(shown: int, *values: Any) -> Any:
+        return desk.gallery(*values[:5], shown=shown + PAGE), shown + PAGE
+
     gr.on(
         [query.input, hookpoint.change, kind.change, coherent.change, sort.change],
         guarded(lambda *values: (desk.gallery(*values), PAGE)),
@@ -54,7 +61,7 @@ def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
         **QUIET,
     )
     gallery.expand(
-        guarded(lambda shown, *values: (desk.gallery(*values, shown=shown + PAGE), shown + PAGE)),
+        guarded(more),
         [shown, *inputs],
         [gallery, shown],
         **QUIET,
@@ -96,10 +103,16 @@ def add_gallery_endpoints(bench: Workbench) -> None:
         return desk.feature(FeatureRequest.parse(limits, hookpoint=hookpoint, feature=feature))
 
     add_endpoint(
-        search_features, schema=SearchRequest, limits=limits, uses_flux=False,
+        search_features,
+        schema=SearchRequest,
+        bench=bench,
+        uses_flux=False,
         outputs=[gr.JSON(label="features", visible=False)],
     )
     add_endpoint(
-        feature, schema=FeatureRequest, limits=limits, uses_flux=False,
+        feature,
+        schema=FeatureRequest,
+        bench=bench,
+        uses_flux=False,
         outputs=[gr.JSON(label="card", visible=False), gr.Gallery(label="top_images", format="png", visible=False)],
     )

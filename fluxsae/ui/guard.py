@@ -1,39 +1,62 @@
 """Errors as visitors meet them: their own mistakes in words, ours as an apology with a reference to the log."""
 
 import functools
+import html
 import inspect
 import logging
+import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
+from gradio.context import LocalContext
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.requests import Limits, Request, RequestError
+from fluxsae.ui.visitors import VisitorLimits
 
 log = logging.getLogger("fluxsae.app")
+
+
+def visitor_of(request: gr.Request | None) -> str:
+    """Who asks: the address that the Space's proxy passes on, or the connection's own."""
+    if request is None or request.client is None:
+        return "unknown"
+    forwarded = request.headers.get("x-forwarded-for", "") if os.environ.get("SPACE_ID") else ""
+    return forwarded.split(",")[0].strip() or str(request.client.host)
 
 
 def as_gradio_error(error: BaseException) -> BaseException:
     """What the visitor sees of an exception."""
     if isinstance(error, FluxSaeError):
-        return gr.Error(str(error), print_exception=False, title="That did not work", duration=12)
+        return _gradio_error(str(error), title="That did not work")
     if isinstance(error, gr.Error) or not isinstance(error, Exception):
         return error
     reference = secrets.token_hex(4)
     log.error("reference %s", reference, exc_info=error)
     text = f"Sorry, something failed on our side. Please try again; if it stays, report the reference {reference}."
-    return gr.Error(text, print_exception=False, title="Our mistake", duration=12)
+    return _gradio_error(text, title="Our mistake")
 
 
-def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """The handler, with every exception turned into what a visitor may see. Generators stay generators."""
+def _gradio_error(text: str, *, title: str) -> BaseException:
+    # Gradio's page shows messages as HTML: what a visitor typed must stay text
+    error: BaseException = gr.Error(html.escape(text, quote=False), print_exception=False, title=title, duration=12)
+    return error
+
+
+def guarded(handler: Callable[..., Any], visitors: VisitorLimits | None = None) -> Callable[..., Any]:
+    """The handler, with every exception turned into what a visitor may see. Generators stay generators.
+
+    With `visitors` each call counts against the visitor's share of FLUX.
+    """
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
         def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
             try:
+                if visitors is not None:
+                    visitors.take(visitor_of(LocalContext.request.get(None)))
                 yield from handler(*args, **kwargs)
             except Exception as error:
                 raise as_gradio_error(error) from error

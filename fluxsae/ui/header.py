@@ -5,7 +5,8 @@ from html import escape
 from fluxsae.ui.session import Workbench
 
 LOGO = (
-    '<svg width="40" height="40" viewBox="0 0 40 40" aria-hidden="true"><rect width="40" height="40" rx="10" fill="#1b1033"/>'
+    '<svg width="40" height="40" viewBox="0 0 40 40" aria-hidden="true">'
+    '<rect width="40" height="40" rx="10" fill="#1b1033"/>'
     + "".join(
         f'<circle cx="{8 + 8 * x}" cy="{8 + 8 * y}" r="2.6" fill="{fill}"/>'
         for y, row in enumerate(("aaaa", "abca", "acdc", "aaca"))
@@ -19,7 +20,7 @@ def header_html(bench: Workbench) -> str:
     """Name, one sentence, and the facts: FLUX, hook points, run, device."""
     facts = {
         "FLUX": flux_words(bench),
-        "Hook points": ", ".join(f"{bench.word(name)} = {name}" for name in bench.hookpoints),
+        "Looking at": ", ".join(f"{bench.word(name)} = {name}" for name in bench.hookpoints),
         "Run": bench.source,
         "Device": "GPU" if bench.device == "cuda" else "CPU",
     }

@@ -5,9 +5,9 @@ from typing import Any
 
 import gradio as gr
 
+from fluxsae.ui.desk_heatmap import HeatmapDesk
 from fluxsae.ui.endpoints import LANE, add_endpoint
 from fluxsae.ui.guard import guarded
-from fluxsae.ui.desk_heatmap import HeatmapDesk
 from fluxsae.ui.lane import StepDone
 from fluxsae.ui.requests import FeaturesAtRequest, HeatmapRequest
 from fluxsae.ui.session import Workbench
@@ -26,9 +26,14 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         stop = gr.Button("Stop", scale=0, min_width=80, elem_id="heatmap-stop")
     with gr.Row(elem_classes="fs-settings"):
         hookpoint = gr.Radio(
-            bench.hookpoint_choices(), value=bench.limits.default_hookpoint, label="Where to look", elem_id="heatmap-hook"
+            bench.hookpoint_choices(),
+            value=bench.limits.default_hookpoint,
+            label="Where to look",
+            elem_id="heatmap-hook",
         )
-        seed = gr.Number(desk.example_seed, label="Seed", precision=0, minimum=0, min_width=110, info="same seed, same image")
+        seed = gr.Number(
+            desk.example_seed, label="Seed", precision=0, minimum=0, min_width=110, info="same seed, same image"
+        )
         steps = gr.Slider(
             1, bench.limits.max_steps, bench.limits.default_steps, step=1, label="Denoising steps", min_width=160
         )
@@ -39,9 +44,21 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         js_on_load=mount(select="select", patch="submit"),
         elem_id="heatmap-lab",
     )
-    patch = gr.HTML(
-        None, html_template=element("fs-patch"), js_on_load=mount(select="select"), elem_id="heatmap-patch"
-    )
+    patch = gr.HTML(None, html_template=element("fs-patch"), js_on_load=mount(select="select"), elem_id="heatmap-patch")
+    with gr.Accordion("Compare with another prompt: what differs?", open=False, elem_id="heatmap-compare"):
+        with gr.Row():
+            other = gr.Textbox(
+                label="The other prompt, same seed",
+                max_lines=3,
+                scale=5,
+                elem_id="heatmap-other",
+                placeholder="the same words with one changed",
+            )
+            compare_go = gr.Button("Compare", scale=1, min_width=110, elem_id="heatmap-compare-go")
+        diff = gr.HTML(
+            None, html_template=element("fs-diff"), js_on_load=mount(select="select"), elem_id="heatmap-diff"
+        )
+    follow = gr.HTML(None, html_template=element("fs-follow"), js_on_load=mount(need="select"))
     current = gr.State(desk.example_request())
 
     def show(prompt: Any, hookpoint: Any, seed: Any, steps: Any) -> Iterator[Any]:
@@ -55,9 +72,13 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         for event in desk.patch(values, place._data):
             yield (working(event), gr.skip()) if isinstance(event, StepDone) else (IDLE, event.value)
 
+    def compare(*values: Any) -> Iterator[Any]:
+        for event in desk.compare(*values):
+            yield (working(event), gr.skip()) if isinstance(event, StepDone) else (IDLE, event.value)
+
     running = gr.on(
         [go.click, prompt.submit],
-        guarded(show),
+        guarded(show, bench.visitors),
         [prompt, hookpoint, seed, steps],
         [status, lab, patch, current],
         show_progress="minimal",
@@ -66,7 +87,17 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         concurrency_limit=1,
         api_visibility="private",
     )
-    stop.click(lambda: IDLE, None, status, cancels=[running], queue=False, api_visibility="private")
+    comparing = gr.on(
+        [compare_go.click, other.submit],
+        guarded(compare, bench.visitors),
+        [prompt, other, hookpoint, seed, steps],
+        [status, diff],
+        show_progress="minimal",
+        show_progress_on=status,
+        concurrency_id=LANE,
+        api_visibility="private",
+    )
+    stop.click(lambda: IDLE, None, status, cancels=[running, comparing], **QUIET)
     hookpoint.change(
         guarded(desk.change_hookpoint),
         [hookpoint, current],
@@ -74,16 +105,33 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         **QUIET,
     )
     lab.submit(
-        guarded(ask), current, [status, patch], show_progress="hidden", concurrency_id=LANE, api_visibility="private"
+        guarded(ask, bench.visitors),
+        current,
+        [status, patch],
+        show_progress="hidden",
+        concurrency_id=LANE,
+        api_visibility="private",
     )
-    shell.remember(lab, patch)
+    shell.remember(lab, patch, diff)
+    shell.follow(lambda chosen: chosen, [], follow)
+    follow.select(
+        guarded(lambda chosen, values: desk.pin(chosen, values) or gr.skip()), [shell.selection, current], lab, **QUIET
+    )
+    shell.open_link("heatmap", desk.linked, [prompt, hookpoint, seed, steps]).change(
+        guarded(show, bench.visitors),
+        [prompt, hookpoint, seed, steps],
+        [status, lab, patch, current],
+        show_progress_on=status,
+        concurrency_id=LANE,
+        api_visibility="private",
+    )
 
 
 def add_heatmap_endpoints(bench: Workbench) -> None:
     """/heatmap and /features_at."""
     desk, limits = HeatmapDesk(bench), bench.limits
 
-    def heatmap(
+    def heatmap(  # noqa: PLR0917 - the order of the endpoint's arguments
         prompt: str,
         hookpoint: str = limits.default_hookpoint,
         seed: int = 0,
@@ -104,12 +152,19 @@ def add_heatmap_endpoints(bench: Workbench) -> None:
         Returns:
             The image; the ranked features (JSON); one overlay a feature.
         """
-        request = HeatmapRequest.parse(limits, prompt=prompt, hookpoint=hookpoint, seed=seed,
-                                       num_inference_steps=num_inference_steps, step=step, limit=limit)
+        request = HeatmapRequest.parse(
+            limits,
+            prompt=prompt,
+            hookpoint=hookpoint,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            step=step,
+            limit=limit,
+        )
         for event in desk.heatmap(request):
             yield (gr.skip(), gr.skip(), gr.skip()) if isinstance(event, StepDone) else event.value
 
-    def features_at(
+    def features_at(  # noqa: PLR0917 - the order of the endpoint's arguments
         prompt: str,
         hookpoint: str = limits.default_hookpoint,
         seed: int = 0,
@@ -134,15 +189,33 @@ def add_heatmap_endpoints(bench: Workbench) -> None:
         Returns:
             The ranked features at that patch (JSON).
         """
-        request = FeaturesAtRequest.parse(limits, prompt=prompt, hookpoint=hookpoint, seed=seed,
-                                          num_inference_steps=num_inference_steps, step=step, row=row, column=column,
-                                          limit=limit)
+        request = FeaturesAtRequest.parse(
+            limits,
+            prompt=prompt,
+            hookpoint=hookpoint,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            step=step,
+            row=row,
+            column=column,
+            limit=limit,
+        )
         for event in desk.features_at(request):
             yield gr.skip() if isinstance(event, StepDone) else event.value
 
     image = gr.Image(label="image", format="png", visible=False)
     overlays = gr.Gallery(label="overlays", format="png", visible=False)
-    add_endpoint(heatmap, schema=HeatmapRequest, limits=limits, uses_flux=True,
-                 outputs=[image, gr.JSON(label="features", visible=False), overlays])
-    add_endpoint(features_at, schema=FeaturesAtRequest, limits=limits, uses_flux=True,
-                 outputs=[gr.JSON(label="features", visible=False)])
+    add_endpoint(
+        heatmap,
+        schema=HeatmapRequest,
+        bench=bench,
+        uses_flux=True,
+        outputs=[image, gr.JSON(label="features", visible=False), overlays],
+    )
+    add_endpoint(
+        features_at,
+        schema=FeaturesAtRequest,
+        bench=bench,
+        uses_flux=True,
+        outputs=[gr.JSON(label="features", visible=False)],
+    )

@@ -5,10 +5,23 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 OnStep = Callable[[int, int], None]
+
+
+class Job(Protocol):
+    """Work for FLUX as plain data, so that it can be sent to another process."""
+
+    @property
+    def seconds(self) -> float:
+        """GPU seconds it may need."""
+        ...
+
+    def run(self, bench: Any, on_step: OnStep) -> Any:
+        """Does the work, calling `on_step(step, n_steps)` after each step; the call may raise to cancel."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,70 +44,60 @@ class Cancelled(BaseException):
 
 
 class FluxLane:
-    """Runs work on one long-lived thread, so that requests never share the model and never mix.
+    """Runs jobs on one long-lived thread, so that requests never share the model and never mix.
 
     The thread outlives requests: a new thread a request would give every one its own pool of compute threads.
     """
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flux")
-        self._waiting = 0
-        self._lock = threading.Lock()
+        self.stream_job: Callable[[Job], Iterator[Any]] | None = None
+        """Set where jobs run in another process (ZeroGPU)."""
 
-    @property
-    def n_waiting(self) -> int:
-        """Requests in the lane, the running one included."""
-        return self._waiting
+    def stream(self, job: Job, bench: Any) -> Iterator[StepDone | Done[Any]]:
+        """Yields a `StepDone` after each step and then the `Done` result of the job.
 
-    def stream(self, work: Callable[[OnStep], T]) -> Iterator[StepDone | Done[T]]:
-        """Yields a `StepDone` after each step and then the `Done` result of `work(on_step)`.
-
-        Closing the iterator cancels the work at its next step; the lane serves the next request once it has ended.
+        Closing the iterator cancels the job at its next step; the lane serves the next request once it has ended.
         """
-        events: queue.SimpleQueue[StepDone | Done[T] | BaseException] = queue.SimpleQueue()
-        cancelled = threading.Event()
-
-        def on_step(step: int, n_steps: int) -> None:
-            if cancelled.is_set():
-                raise Cancelled
-            events.put(StepDone(step + 1, n_steps))
-
-        self._submit(lambda: _run(work, on_step, events, cancelled))
-        try:
-            while not isinstance(event := events.get(), Done):
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-            yield event
-        finally:
-            cancelled.set()
+        if self.stream_job is not None:
+            yield from self.stream_job(job)
+            return
+        yield from in_thread(lambda on_step: job.run(bench, on_step), submit=self._executor.submit)
 
     def call(self, work: Callable[[], T]) -> T:
         """The result of work that has no steps, done in the lane."""
-        for event in self.stream(lambda on_step: work()):
-            if isinstance(event, Done):
-                return event.value
-        raise AssertionError("the lane ended without a result")
-
-    def _submit(self, job: Callable[[], None]) -> None:
-        with self._lock:
-            self._waiting += 1
-        self._executor.submit(job).add_done_callback(self._leave)
-
-    def _leave(self, _: Any) -> None:
-        with self._lock:
-            self._waiting -= 1
+        return self._executor.submit(work).result()
 
 
-def _run(
-    work: Callable[[OnStep], T],
-    on_step: OnStep,
-    events: "queue.SimpleQueue[StepDone | Done[T] | BaseException]",
-    cancelled: threading.Event,
-) -> None:
-    if cancelled.is_set():
-        return
+def in_thread(
+    work: Callable[[OnStep], T], *, submit: Callable[[Callable[[], None]], Any] | None = None
+) -> Iterator[StepDone | Done[T]]:
+    """Runs `work(on_step)` on another thread and yields its steps and result; closing it cancels at the next step."""
+    events: queue.SimpleQueue[StepDone | Done[T] | BaseException] = queue.SimpleQueue()
+    cancelled = threading.Event()
+
+    def on_step(step: int, n_steps: int) -> None:
+        if cancelled.is_set():
+            raise Cancelled
+        events.put(StepDone(step + 1, n_steps))
+
+    def run() -> None:
+        if cancelled.is_set():
+            return
+        try:
+            events.put(Done(work(on_step)))
+        except BaseException as error:  # handed to whoever waits; the lane itself must go on
+            events.put(error)
+
+    if submit is None:
+        threading.Thread(target=run, daemon=True).start()
+    else:
+        submit(run)
     try:
-        events.put(Done(work(on_step)))
-    except BaseException as error:  # handed to whoever waits; the lane itself must go on
-        events.put(error)
+        while not isinstance(event := events.get(), Done):
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+        yield event
+    finally:
+        cancelled.set()

@@ -35,8 +35,9 @@ class SparseMaps:
     def acts(self, feature: int, step: int | None) -> Float[np.ndarray, " tokens"]:
         """One feature's activation on every token: at a step, or the most over the SAE's own steps."""
         chosen = self._chosen(step)
-        fired: Float[np.ndarray, "..."] = np.where(self.indices[chosen] == feature, self.values[chosen], 0)
-        return fired.max(axis=(0, 2)).astype(np.float32)
+        fired = np.where(self.indices[chosen] == feature, self.values[chosen], 0)
+        acts: Float[np.ndarray, " tokens"] = fired.max(axis=(0, 2)).astype(np.float32)
+        return acts
 
     def peaks(self, step: int | None) -> Float[np.ndarray, " n_features"]:
         """Each feature's highest activation over the image."""
@@ -49,9 +50,7 @@ class SparseMaps:
         """Feature -> activation at one token, of those that fire there."""
         chosen = self._chosen(step)
         found: dict[int, float] = {}
-        for feature, value in zip(
-            self.indices[chosen, token].ravel(), self.values[chosen, token].ravel(), strict=True
-        ):
+        for feature, value in zip(self.indices[chosen, token].ravel(), self.values[chosen, token].ravel(), strict=True):
             if value > 0:
                 found[int(feature)] = max(found.get(int(feature), 0.0), float(value))
         return found
@@ -127,12 +126,13 @@ def read_image(
 
     steps = sorted({step for recorder in recorders.values() for step in recorder.steps})
     with capture(pipe, [HookPoint.parse(name) for name in saes], steps=steps, sink=sink):
-        image = generate(pipe, prompt, seeds=seed, settings=settings, on_step=on_step)[0]
+        images = generate(pipe, prompt, seeds=seed, settings=settings, on_step=on_step)
+    assert isinstance(images, list)
     return Reading(
         prompt=prompt,
         seed=seed,
         settings=settings,
-        image=image,
+        image=images[0],
         grid=token_grid(pipe, settings),
         maps={name: recorder.maps() for name, recorder in recorders.items()},
         unknown_words=tuple(unknown_words(pipe, prompt)),

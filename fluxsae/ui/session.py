@@ -5,10 +5,10 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import replace
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,8 +23,8 @@ from fluxsae.settings import GenerationSettings
 from fluxsae.ui.lane import Done, FluxLane, OnStep, StepDone
 from fluxsae.ui.reading import Reading, read_image
 from fluxsae.ui.requests import Limits
+from fluxsae.ui.visitors import VisitorLimits
 
-T = TypeVar("T")
 log = logging.getLogger("fluxsae.app")
 
 CACHE_BYTES = 64 * 2**20
@@ -63,6 +63,27 @@ class ResultCache:
         return sum(n_bytes for _, n_bytes in self._entries.values())
 
 
+@dataclass(frozen=True)
+class ReadJob:
+    """Make an image and read every hook point on the way."""
+
+    prompt: str
+    seed: int
+    num_inference_steps: int
+
+    @property
+    def seconds(self) -> float:
+        """GPU seconds it may need."""
+        return 10 + 0.6 * self.num_inference_steps
+
+    def run(self, bench: "Workbench", on_step: OnStep) -> Reading:
+        """The reading."""
+        settings = bench.settings(self.num_inference_steps)
+        return read_image(
+            bench.pipe, bench.saes, prompt=self.prompt, seed=self.seed, settings=settings, on_step=on_step
+        )
+
+
 class Workbench:
     """One run opened for visitors. Browsing reads the run folder only; FLUX is loaded by the first generation."""
 
@@ -81,6 +102,7 @@ class Workbench:
         )
         self._embedder_lock = threading.Lock()
         self.lane = FluxLane()
+        self.visitors = VisitorLimits.from_environment()
         self.cache = ResultCache()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -107,7 +129,7 @@ class Workbench:
 
     def hookpoint_choices(self) -> list[tuple[str, str]]:
         """Hook points in words with their path, for menus."""
-        return [(f"{self.word(name)} ({name})", name) for name in self.hookpoints]
+        return [(f"{self.word(name)} (block {HookPoint.parse(name).block_index})", name) for name in self.hookpoints]
 
     @functools.cached_property
     def saes(self) -> dict[str, SparseAutoencoder]:
@@ -174,25 +196,27 @@ class Workbench:
 
     def read(self, prompt: str, seed: int, num_inference_steps: int) -> Iterator[StepDone | Done[Reading]]:
         """An image and what fires in it at every hook point; repeated requests are answered at once."""
-        settings = self.settings(num_inference_steps)
+        return self.cached(ReadJob(prompt, seed, num_inference_steps))
 
-        def work(on_step: OnStep) -> Reading:
-            return read_image(self.pipe, self.saes, prompt=prompt, seed=seed, settings=settings, on_step=on_step)
+    def kept_reading(self, prompt: str, seed: int, num_inference_steps: int) -> Reading | None:
+        """The reading of an image that was made lately, without making it again."""
+        found: Reading | None = self.cache.get(ReadJob(prompt, seed, num_inference_steps))
+        return found
 
-        return self.cached(("read", prompt, seed, num_inference_steps), work, size=lambda reading: reading.n_bytes)
-
-    def cached(
-        self, key: Hashable, work: Callable[[OnStep], T], *, size: Callable[[T], int]
-    ) -> Iterator[StepDone | Done[T]]:
-        """The lane's events for `work`, or only its result where it is still kept."""
-        found = self.cache.get(key)
+    def cached(self, job: Any) -> Iterator[StepDone | Done[Any]]:
+        """The steps and result of a job (hashable data), or only its result where that is still kept."""
+        found = self.cache.get(job)
         if found is not None:
             yield Done(found)
             return
-        for event in self.lane.stream(work):
+        for event in self.lane.stream(job, self):
             if isinstance(event, Done):
-                self.cache.put(key, event.value, n_bytes=size(event.value))
+                self.cache.put(job, event.value, n_bytes=event.value.n_bytes)
             yield event
+
+    def load_models(self) -> None:
+        """FLUX and the autoencoders, ready to use."""
+        _ = (self.pipe, self.saes)
 
     def warm_up(self) -> None:
         """Loads what the first visitor would wait for, in the background: CLIP first, then FLUX in its lane."""
@@ -202,7 +226,7 @@ class Workbench:
         try:
             _ = self.embedder
             if self.has_local_flux or self.device != "cpu":
-                self.lane.call(lambda: (self.pipe, self.saes))
+                self.lane.call(self.load_models)
         except Exception:  # the visitor who needs it gets the same error, in words
             log.exception("warming up failed")
 

@@ -24,7 +24,13 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
         )
         seed = gr.Number(0, label="Seed, kept while you turn", precision=0, minimum=0, min_width=120, scale=1)
         steps = gr.Slider(
-            1, bench.limits.max_steps, bench.limits.default_steps, step=1, label="Denoising steps", min_width=160, scale=2
+            1,
+            bench.limits.max_steps,
+            bench.limits.default_steps,
+            step=1,
+            label="Denoising steps",
+            min_width=160,
+            scale=2,
         )
     status = gr.HTML(IDLE, html_template=element("fs-status"), js_on_load=mount(), elem_id="steer-status")
     with gr.Row(elem_classes="fs-steer"):
@@ -37,7 +43,10 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
             )
             with gr.Row():
                 find = gr.Textbox(
-                    show_label=False, placeholder="Find a feature: striped, red, 12", container=False, scale=3,
+                    show_label=False,
+                    placeholder="Find a feature: striped, red, 12",
+                    container=False,
+                    scale=3,
                     elem_id="steer-find",
                 )
                 upload = gr.UploadButton(
@@ -77,20 +86,22 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
     }
     turned = edits.input(guarded(set_edits), None, state, **CHOOSING)
     runs = [
-        turned.success(guarded(turn), asked, [status, result], trigger_mode="always_last", **lane),
-        gr.on([go.click, prompt.submit], guarded(turn), asked, [status, result], **lane),
-        strip_go.click(guarded(seven), asked, [status, strip], **lane),
+        turned.success(guarded(turn, bench.visitors), asked, [status, result], trigger_mode="always_last", **lane),
+        gr.on([go.click, prompt.submit], guarded(turn, bench.visitors), asked, [status, result], **lane),
+        strip_go.click(guarded(seven, bench.visitors), asked, [status, strip], **lane),
     ]
     stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
     edits.select(guarded(add), state, [edits, state], **QUIET)
-    find.submit(guarded(lambda query, state: _with_state(desk.find(query, state))), [find, state], [edits, state], **QUIET)
+    find.submit(
+        guarded(lambda query, state: _with_state(desk.find(query, state))), [find, state], [edits, state], **QUIET
+    )
     loaded = upload.upload(
         guarded(lambda path: _page(*desk.loaded(path))), upload, [prompt, seed, steps, edits, state], **QUIET
     )
-    loaded.success(guarded(turn), asked, [status, result], **lane)
+    loaded.success(guarded(turn, bench.visitors), asked, [status, result], **lane)
     shell.follow(lambda chosen, state: _with_state(desk.follow(chosen, state)), [state], [edits, state])
     shell.open_link("steer", lambda view: _page(*desk.linked(view)), [prompt, seed, steps, edits, state]).change(
-        guarded(turn), asked, [status, result], **lane
+        guarded(turn, bench.visitors), asked, [status, result], **lane
     )
 
 
@@ -123,12 +134,13 @@ def add_steer_endpoints(bench: Workbench) -> None:
         Returns:
             The image before; the image after; the recipe and the measurements (JSON).
         """
-        request = SteerRequest.parse(limits, prompt=prompt, edits=edits, seed=seed,
-                                     num_inference_steps=num_inference_steps)
+        request = SteerRequest.parse(
+            limits, prompt=prompt, edits=edits, seed=seed, num_inference_steps=num_inference_steps
+        )
         for event in desk.steer(request):
             yield (gr.skip(), gr.skip(), gr.skip()) if isinstance(event, StepDone) else event.value
 
-    def sweep(
+    def sweep(  # noqa: PLR0917 - the order of the endpoint's arguments
         prompt: str,
         hookpoint: str = limits.default_hookpoint,
         feature: int | None = None,
@@ -155,16 +167,35 @@ def add_steer_endpoints(bench: Workbench) -> None:
         Returns:
             One image a strength (gallery); the measurements of each (JSON).
         """
-        request = SweepRequest.parse(limits, prompt=prompt, hookpoint=hookpoint, feature=feature, mode=mode,
-                                     strengths=strengths, steps=steps, region=region, seed=seed,
-                                     num_inference_steps=num_inference_steps)
+        request = SweepRequest.parse(
+            limits,
+            prompt=prompt,
+            hookpoint=hookpoint,
+            feature=feature,
+            mode=mode,
+            strengths=strengths,
+            steps=steps,
+            region=region,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+        )
         for event in desk.sweep(request):
             yield (gr.skip(), gr.skip()) if isinstance(event, StepDone) else event.value
 
     before = gr.Image(label="before", format="png", visible=False)
     after = gr.Image(label="after", format="png", visible=False)
     grid = gr.Gallery(label="grid", format="png", visible=False)
-    add_endpoint(steer, schema=SteerRequest, limits=limits, uses_flux=True,
-                 outputs=[before, after, gr.JSON(label="recipe_and_measurements", visible=False)])
-    add_endpoint(sweep, schema=SweepRequest, limits=limits, uses_flux=True,
-                 outputs=[grid, gr.JSON(label="measurements", visible=False)])
+    add_endpoint(
+        steer,
+        schema=SteerRequest,
+        bench=bench,
+        uses_flux=True,
+        outputs=[before, after, gr.JSON(label="recipe_and_measurements", visible=False)],
+    )
+    add_endpoint(
+        sweep,
+        schema=SweepRequest,
+        bench=bench,
+        uses_flux=True,
+        outputs=[grid, gr.JSON(label="measurements", visible=False)],
+    )

@@ -48,7 +48,8 @@ def webp_url(data: bytes) -> str:
 def byte_map(acts: np.ndarray, maximum: float) -> np.ndarray:
     """Activations as bytes, 255 standing for `maximum`."""
     scaled = np.clip(acts / maximum if maximum > 0 else np.zeros_like(acts), 0, 1)
-    return np.rint(scaled * 255).astype(np.uint8)
+    scaled_bytes: np.ndarray = np.rint(scaled * 255).astype(np.uint8)
+    return scaled_bytes
 
 
 def encode_view(values: Mapping[str, Any]) -> str:
@@ -107,7 +108,8 @@ def telling(peaks: np.ndarray, cards: CardIndex) -> np.ndarray:
     maxima = cards.features.column("max_act").astype(np.float64)
     shares = np.divide(peaks, maxima, out=np.zeros(len(maxima)), where=maxima > 0)
     rarity = 1 - cards.features.column("image_density").astype(np.float64)
-    return np.minimum(shares, 1.0) * np.clip(rarity, 0.02, 1.0)
+    scores: np.ndarray = np.minimum(shares, 1.0) * np.clip(rarity, 0.02, 1.0)
+    return scores
 
 
 def ranked_features(maps: SparseMaps, cards: CardIndex, *, step: int | None, limit: int) -> list[dict[str, Any]]:
@@ -179,11 +181,14 @@ def chip(feature: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lab(
-    reading: Reading, cards: CardIndex, *, step: int | None, limit: int, code: Mapping[str, str], word: str
+    reading: Reading, cards: CardIndex, *, step: int | None, limit: int, pinned: int | None = None
 ) -> dict[str, Any]:
     """The heatmap tab: image, ranked features with their maps at every step, and what fires at each patch."""
     maps = reading.maps[str(cards.hookpoint)]
     features = ranked_features(maps, cards, step=step, limit=limit)
+    if pinned is not None and pinned not in {feature["feature"] for feature in features}:
+        peak = float(maps.acts(pinned, step).max())
+        features = [{**summary(cards, pinned), **_activation(cards, pinned, peak)}, *features]
     patches, values = _patches(maps, cards, step)
     known = sorted({int(feature) for feature in np.unique(patches)})
     return {
@@ -193,7 +198,6 @@ def lab(
         "seed": reading.seed,
         "num_inference_steps": reading.settings.num_inference_steps,
         "hookpoint": str(cards.hookpoint),
-        "hookpoint_word": word,
         "rows": reading.grid.rows,
         "cols": reading.grid.cols,
         "steps": list(maps.steps),
@@ -204,7 +208,7 @@ def lab(
         "labels": {str(feature): cards.labels[feature] for feature in known if cards.labels[feature]},
         "colours": {str(feature): feature_colour(feature) for feature in known},
         "notices": notices(reading),
-        "code": dict(code),
+        "selected": pinned,
     }
 
 
@@ -222,6 +226,33 @@ def unknown_words_notice(unknown: Sequence[str]) -> list[str]:
         f"The miniature does not know {words}, so the image ignores it. It speaks of shapes, colours, textures, "
         "sizes, places and backgrounds: “a large red striped circle on the left on a black background”."
     ]
+
+
+def diff(first: Reading, second: Reading, cards: CardIndex, *, limit: int) -> dict[str, Any]:
+    """Two images and the features whose peaks differ most between them, with their maps on both."""
+    pair = [reading.maps[str(cards.hookpoint)] for reading in (first, second)]
+    maxima = cards.features.column("max_act").astype(np.float64)
+    shares = [
+        np.minimum(1, np.divide(m.peaks(None), maxima, out=np.zeros(len(maxima)), where=maxima > 0)) for m in pair
+    ]
+    change = np.abs(shares[1] - shares[0])
+    rarity = np.clip(1 - cards.features.column("image_density").astype(np.float64), 0.02, 1.0)
+    order = [int(f) for f in np.argsort(-change * rarity, kind="stable")[:limit] if change[f] > 0]
+    return {
+        "hookpoint": str(cards.hookpoint),
+        "rows": first.grid.rows,
+        "cols": first.grid.cols,
+        "images": [{"image": image_url(reading.image), "prompt": reading.prompt} for reading in (first, second)],
+        "features": [
+            {
+                **chip(summary(cards, f)),
+                "relatives": [float(share[f]) for share in shares],
+                "maps": [base64_text(byte_map(m.acts(f, None), float(maxima[f]))) for m in pair],
+            }
+            for f in order
+        ],
+        "notices": [*notices(first), *notices(second)],
+    }
 
 
 def _planes(maps: SparseMaps, feature: int, maximum: float, step: int | None) -> str:
@@ -245,7 +276,7 @@ def _patches(maps: SparseMaps, cards: CardIndex, step: int | None) -> tuple[np.n
     return patches, values
 
 
-def example_lab(cards: CardIndex, *, limit: int, word: str, code: Mapping[str, str]) -> dict[str, Any] | None:
+def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
     """A ready heatmap from the run folder alone: the image that most of the best features have a map of."""
     image_id, features = _best_example(cards, limit)
     if image_id is None:
@@ -266,7 +297,6 @@ def example_lab(cards: CardIndex, *, limit: int, word: str, code: Mapping[str, s
         "seed": row.seed,
         "num_inference_steps": cards.info.settings.num_inference_steps,
         "hookpoint": str(cards.hookpoint),
-        "hookpoint_word": word,
         "rows": cards.info.rows,
         "cols": cards.info.cols,
         "steps": [],
@@ -277,7 +307,6 @@ def example_lab(cards: CardIndex, *, limit: int, word: str, code: Mapping[str, s
         "labels": {str(feature): cards.labels[feature] for feature in features if cards.labels[feature]},
         "colours": {str(feature): feature_colour(feature) for feature in features},
         "notices": [],
-        "code": dict(code),
     }
 
 

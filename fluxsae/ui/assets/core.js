@@ -145,7 +145,7 @@ FS.sure = (confidence) => {
   return confidence >= 0.8 ? "sure" : confidence >= 0.5 ? "fairly sure" : "a guess";
 };
 
-FS.title = (feature) => feature.label || "no name yet";
+FS.title = (feature) => feature.label || "unnamed";
 
 FS.bar = (fraction, colour, text) =>
   FS.el("span", { class: "fs-bar", role: "img", "aria-label": text },
@@ -179,7 +179,7 @@ FS.code = (snippets) => {
   const pre = FS.el("pre", { class: "fs-code", tabindex: 0, "aria-label": "Code for what is on screen" });
   const tabs = FS.el("div", { class: "fs-row", role: "group", "aria-label": "Language" });
   const show = (name) => {
-    pre.textContent = snippets[name];
+    pre.textContent = snippets[name].replaceAll("__ORIGIN__", location.origin);
     for (const tab of tabs.children) tab.setAttribute("aria-pressed", String(tab.textContent === name));
   };
   for (const name of names) {

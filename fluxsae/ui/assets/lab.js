@@ -153,6 +153,15 @@ FS.define("fs-lab", (root, data) => {
     steps = FS.el("div", { class: "fs-row fs-steps" }, steps, play);
   }
 
+  const link = () => `${location.origin}${location.pathname}?view=${data.link}`;
+  const report = () => {
+    const shown = features.get(view.feature);
+    const picture = shown ? [`feature ${shown.feature}: ${FS.title(shown)}`, canvas.toDataURL("image/png")] : [];
+    FS.saveReport({ title: `What fires in “${data.prompt}”`, link: link(), prompt: data.prompt, seed: data.seed, versions: data.versions,
+      pictures: [["image", data.image], picture].filter((pair) => pair.length),
+      recipe: { prompt: data.prompt, seed: data.seed, num_inference_steps: data.num_inference_steps, hookpoint: data.hookpoint,
+        features: data.features.map(({ feature, label, relative, activation }) => ({ feature, label, relative, activation })) } });
+  };
   const notices = (data.notices || []).map((text) => FS.el("p", { class: "fs-notice", text }));
   root.append(FS.el("div", { class: "fs-lab" },
     FS.el("section", { class: "fs-main", "aria-label": "Image and heatmap" },
@@ -165,7 +174,22 @@ FS.define("fs-lab", (root, data) => {
       FS.el("h2", { class: "fs-h", text: "What fires here" }),
       FS.el("p", { class: "fs-quiet", text: "A feature is one direction the autoencoder (SAE) learned. Most telling first; choose one to see where it fires." }),
       list)),
+  FS.el("div", { class: "fs-row fs-wrap fs-tight" },
+    FS.copyButton(link, "Copy link"),
+    FS.el("button", { class: "fs-button fs-small", type: "button", text: "Save report", onclick: report })),
   FS.code(data.code));
+  root.choose = (feature) => {
+    if (!features.has(feature)) return false;
+    if (view.feature !== feature) select(feature, true);
+    return true;
+  };
   if (!data.features.length) list.append(FS.el("p", { class: "fs-quiet", text: "No feature fires in this image at this step." }));
   draw();
+});
+
+// Takes the feature that was chosen on another tab into this one; asks for its map where it is not among the cards.
+FS.define("fs-follow", (root, data) => {
+  const lab = document.querySelector("fs-lab");
+  if (!lab || !lab.data || data.feature === null || lab.data.hookpoint !== data.hookpoint) return;
+  if (!lab.choose(data.feature) && lab.data.kind === "live") FS.emit(root, "need", data);
 });

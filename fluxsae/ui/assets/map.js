@@ -12,7 +12,7 @@ FS.define("fs-map", (root, data) => {
   const view = { x: 0, y: 0, zoom: 1, hover: null, chosen: data.selected ?? null };
   let size = 600;
   const place = (feature) => [size * (0.5 + 0.46 * view.zoom * (positions[2 * feature] - view.x)), size * (0.5 - 0.46 * view.zoom * (positions[2 * feature + 1] - view.y))];
-  const name = (feature) => data.labels[feature] || "no name yet";
+  const name = (feature) => data.labels[feature] || "unnamed";
   const paint = () => {
     const ratio = window.devicePixelRatio || 1, styles = getComputedStyle(root);
     size = stage.clientWidth || 600;
