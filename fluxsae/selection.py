@@ -22,7 +22,7 @@ class SelectionConfig:
     """With fewer such images a feature gets no coherence."""
     null_draws: int = 20_000
     """Random sets of images that the coherence is compared with."""
-    max_p: float = 0.05
+    max_q: float = 0.05
     """Share of false discoveries allowed among the features called coherent (Benjamini & Hochberg 1995)."""
     label_images: int = 48
     """Images a label is drawn from: the highest scores that reach `label_floor`."""
@@ -97,15 +97,17 @@ def top_unique(scores: Float[Tensor, " images"], groups: Int[Tensor, " images"],
     """
     active = (scores > 0).nonzero().flatten()
     order = active[torch.argsort(scores[active], descending=True, stable=True)]
-    kept: list[int] = []
-    seen: set[int] = set()
+    best = _first_of_groups(order[: 8 * n], groups, n)  # nearly always enough, and much shorter
+    return best if len(best) == n else _first_of_groups(order, groups, n)
+
+
+def _first_of_groups(order: Int[Tensor, " images"], groups: Int[Tensor, " all"], n: int) -> Int[Tensor, " first"]:
+    kept: dict[int, int] = {}
     for image, group in zip(order.tolist(), groups[order].tolist(), strict=True):
-        if group not in seen:
-            seen.add(group)
-            kept.append(image)
-            if len(kept) == n:
-                break
-    return torch.tensor(kept, dtype=torch.long)
+        kept.setdefault(group, image)
+        if len(kept) == n:
+            break
+    return torch.tensor(list(kept.values()), dtype=torch.long)
 
 
 def prompt_groups(prompts: Sequence[str]) -> Int[Tensor, " images"]:
@@ -270,12 +272,13 @@ def rank_features(
 ) -> list[int]:
     """All features for browsing: the selected ones first, then those with a label, then what fires, the dead last.
 
-    NaN stands for what was not measured. Within a rank by merit, then by how often they fire.
+    NaN stands for what was not measured. Within a rank by merit, and where nothing was measured by how often they fire.
     """
     is_selected = np.nan_to_num(q_values, nan=1.0) <= max_q
     sure = np.nan_to_num(label_confidence, nan=0.0)
     merit = np.nan_to_num(coherences, nan=0.0) * (1.0 + sure) + sure
-    order = np.lexsort((-image_density, -merit, ~is_selected, image_density <= 0))
+    often = np.where(merit > 0, 0.0, image_density)
+    order = np.lexsort((-often, -merit, ~is_selected, image_density <= 0))
     return [int(feature) for feature in order]
 
 

@@ -114,7 +114,7 @@ def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], con
         for column in scores.T.contiguous()
     ]
     columns = {
-        **_coherence_columns(judged, config.selection.max_p),
+        **_coherence_columns(judged, config.selection.max_q),
         "label": [label.text if label else None for label in best],
         "label_confidence": [label.confidence if label else None for label in best],
         "caption_words": [[label.text for label in labels[0]] for labels in named],
@@ -122,7 +122,7 @@ def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], con
         "silent_images": [images[: config.n_silent] for images in silent],
     }
     run.save_features(hookpoint, run.load_features(hookpoint).with_columns(columns))
-    _report(hookpoint, judged, best, config.selection.max_p)
+    _report(hookpoint, judged, best, config.selection.max_q)
 
 
 def _coherence_columns(judged: FeatureCoherence, max_q: float) -> dict[str, list[Any]]:
