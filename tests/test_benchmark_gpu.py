@@ -43,7 +43,7 @@ def test_a_fault_in_one_group_is_reported_and_costs_no_other(tmp_path, monkeypat
 
 
 def test_an_unknown_group_and_a_missing_gpu_are_refused(tmp_path):
-    with pytest.raises(FluxSaeError, match="Unknown groups speed. Allowed are steps, "):
+    with pytest.raises(FluxSaeError, match=r"Unknown groups speed\. Allowed are steps, "):
         main(Config(out=tmp_path, tiny=True, only=("speed",)))
     if not torch.cuda.is_available():
         with pytest.raises(FluxSaeError, match="CUDA device"):
