@@ -43,9 +43,10 @@ class StageClock:
         return min(1.0, max(self.step / self.steps, by_clock))
 
     def learning_rate(self, peak: float, *, warmup: int = 300, decay: float = 0.5) -> float:
-        """Linear warm-up, a plateau, and a cosine fall to zero over the last `decay` of the stage."""
+        """Linear warm-up (`warmup` steps or 5 % of the stage), a plateau, a cosine fall over the last `decay` of it."""
         fall = max(0.0, (self.progress - (1 - decay)) / decay)
-        return peak * min(1.0, self.step / warmup) * 0.5 * (1 + math.cos(math.pi * fall))
+        rise = min(1.0, max(self.step / warmup, self.progress / 0.05))
+        return peak * rise * 0.5 * (1 + math.cos(math.pi * fall))
 
     def ticks(self) -> Iterator[int]:
         """The steps that are left."""
