@@ -49,8 +49,8 @@ def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
     )
     shown = gr.State(PAGE)
 
-    def more(shown: int, *values: Any) -> Any:
-        return desk.gallery(*values[:5], shown=shown + PAGE), shown + PAGE
+    def more(shown: int, query: Any, place: Any, kind: Any, coherent: Any, sort: Any) -> Any:  # noqa: PLR0917 - inputs
+        return desk.gallery(query, place, kind, coherent, sort, shown + PAGE), shown + PAGE
 
     gr.on(
         [query.input, hookpoint.change, kind.change, coherent.change, sort.change],

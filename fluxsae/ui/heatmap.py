@@ -117,7 +117,7 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
     follow.select(
         guarded(lambda chosen, values: desk.pin(chosen, values) or gr.skip()), [shell.selection, current], lab, **QUIET
     )
-    shell.open_link("heatmap", desk.linked, [prompt, hookpoint, seed, steps]).change(
+    shell.open_link("heatmap", desk.linked, [prompt, hookpoint, seed, steps]).submit(
         guarded(show, bench.visitors),
         [prompt, hookpoint, seed, steps],
         [status, lab, patch, current],

@@ -10,6 +10,7 @@ import gradio as gr
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.guard import guarded
 from fluxsae.ui.lane import StepDone
+from fluxsae.ui.theme import element, mount
 from fluxsae.ui.views import view_of
 
 IDLE: Final[Mapping[str, Any]] = {"state": "idle"}
@@ -57,16 +58,16 @@ class Shell:
         """Shows the chosen feature whenever it changes: `show(selection, *inputs)`."""
         self.selection.change(guarded(show), [self.selection, *inputs], outputs, **QUIET)
 
-    def open_link(self, tab: str, show: Callable[[Mapping[str, Any]], Any], outputs: list[Any]) -> gr.State:
-        """Fills a tab from a link to it when the page loads; the state that is returned changes after that."""
-        arrived = gr.State(0)
+    def open_link(self, tab: str, show: Callable[[Mapping[str, Any]], Any], outputs: list[Any]) -> gr.HTML:
+        """Fills a tab from a link to it when the page loads; what is returned then submits."""
+        arrived = gr.HTML(None, html_template=element("fs-arrived"), js_on_load=mount(arrive="submit"))
 
         def open_page(request: gr.Request) -> Any:
             view = view_of(request.query_params)
             if view.get("tab") != tab:
                 return tuple(gr.skip() for _ in range(len(outputs) + 2))
             shown = show(view)
-            return (gr.Tabs(selected=tab), 1, *(shown if isinstance(shown, tuple) else (shown,)))
+            return (gr.Tabs(selected=tab), {"tab": tab}, *(shown if isinstance(shown, tuple) else (shown,)))
 
         self.app.load(guarded(open_page), None, [self.tabs, arrived, *outputs], **CHOOSING)
         return arrived

@@ -100,7 +100,7 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
     )
     loaded.success(guarded(turn, bench.visitors), asked, [status, result], **lane)
     shell.follow(lambda chosen, state: _with_state(desk.follow(chosen, state)), [state], [edits, state])
-    shell.open_link("steer", lambda view: _page(*desk.linked(view)), [prompt, seed, steps, edits, state]).change(
+    shell.open_link("steer", lambda view: _page(*desk.linked(view)), [prompt, seed, steps, edits, state]).submit(
         guarded(turn, bench.visitors), asked, [status, result], **lane
     )
 

@@ -12,3 +12,6 @@ FS.define("fs-status", (root, data) => {
     FS.bar(data.step / data.n_steps, "var(--fs-accent)", "progress"),
     FS.el("span", { class: "fs-quiet fs-num", text: time })));
 });
+
+// Says that a link has filled the tab.
+FS.define("fs-arrived", (root, data) => setTimeout(() => FS.emit(root, "arrive", data), 50));
