@@ -328,6 +328,8 @@ def test_every_figure_of_the_card_is_one_of_the_run(run: RunFolder) -> None:
     card = build_card(run, "user/name", revision="v1", tables_repo="user/name-tables")
     assert "| share of variance not explained (FVU) | 0.0625 (0.05 to 0.075) |" in card
     assert "| features active on a token (L0) | 7.5 |" in card
+    assert "| tells true concepts, as a share of a linear probe (AUC above chance): SAE feature | 0.938 |" in card
+    assert "splice error" not in card, "it was not measured"
     assert f"topk, {whole_run.N_FEATURES} features of width {whole_run.D_MODEL}, k = 4" in card
     assert f"{whole_run.N_FEATURES} features: {whole_run.N_FEATURES - 1} common, 1 dead." in card
     assert "128 x 128 px, 20 steps" in card

@@ -32,7 +32,8 @@ def build(path: Path, *, flux_id: str = "miniature", n_images: int = 24) -> RunF
         _write_directions(run, hookpoint)
         _write_pictures(run, hookpoint)
         metrics = {"fvu": {"value": 0.0625, "low": 0.05, "high": 0.075}, "l0": 7.5, "steps": [1, 2]}
-        run.save_metrics(hookpoint, metrics | {"dead_share": 0.03125, "note": "text"})
+        concepts = {"ratio": {"SAE feature": {"value": 0.9375, "low": None, "high": None}}, "matches": {"3": "red"}}
+        run.save_metrics(hookpoint, metrics | {"dead_share": 0.03125, "concepts": concepts, "splice_error": None})
     run.save_index(run.load_info().hookpoints)
     return run
 
