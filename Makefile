@@ -20,6 +20,9 @@ APP_STAMP := $(VENV)/.app-$(shell cat requirements.txt | cksum | tr ' ' '-')
 DEV_STAMP := $(VENV)/.dev-$(shell cat requirements.txt requirements-dev.txt | cksum | tr ' ' '-')
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --progress-bar off --quiet
 
+# Tests that are marked bench and run long; the others of that mark measure.
+SOAK := $(wildcard tests/test_survival.py tests/test_load.py tests/test_soak*.py)
+
 # One thread a process: the processes are what fills the cores. CUDA stays out of tests that do not ask for it.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False
 
@@ -47,11 +50,13 @@ browser: $(DEV_STAMP)
 tests: $(DEV_STAMP)
 	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope --durations 15 -q $(TESTS)
 
-bench: $(DEV_STAMP) ## measured speed: training against other tools, collection, sweeps, load on the page
-	$(PY) -m pytest -m bench -n 0 -s $(TESTS)
+bench: $(DEV_STAMP) ## measured speed: training against other tools, steering, scale (an hour)
+	$(PY) -m train.benchmark_training
+	$(PY) -m train.benchmark_steering
+	$(PY) -m pytest -m bench --timeout 0 -s $(addprefix --ignore=,$(SOAK)) tests
 
-soak: $(DEV_STAMP) ## long runs: kill and resume, memory over a thousand requests
-	$(PY) -m pytest -m soak -n 0 -s $(TESTS)
+soak: $(DEV_STAMP) ## long runs: killed at random and resumed, load on the page (an hour)
+	$(PY) -m pytest -m bench --timeout 0 -s $(SOAK)
 
 screenshots: $(DEV_STAMP) browser ## pictures of every tab, for the README
 	$(PY) -m tests.screenshots
