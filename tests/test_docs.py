@@ -1,0 +1,64 @@
+"""What the README says is so: its commands exist, its snippets run, its pictures are there."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "train" / "LOG.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES if page.is_file()}
+
+
+def snippets(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT.get(page, ""), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_every_script_that_is_named_exists(page: str) -> None:
+    named = set(re.findall(r"python -m (train\.[a-z_]+)", TEXT[page]))
+    assert {name for name in named if importlib.util.find_spec(name) is None} == set()
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_every_make_target_that_is_named_exists(page: str) -> None:
+    named = set(re.findall(r"(?:^\s*|`)make ([a-z]+)", TEXT[page], re.MULTILINE))
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert named <= targets
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_every_local_link_and_picture_is_there(page: str) -> None:
+    linked = re.findall(r"\]\(([^)#\s]+)[^)]*\)", TEXT[page])
+    local = [link for link in linked if "://" not in link and not link.startswith("mailto:")]
+    assert [link for link in local if not ((ROOT / page).parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_every_python_snippet_is_python(page: str) -> None:
+    for snippet in snippets(page, "python"):
+        ast.parse(snippet)
+
+
+def test_every_flag_in_the_readme_is_one_of_its_script() -> None:
+    calls = re.findall(r"python -m (train\.[a-z_]+)((?:[^\n`]|\\\n)*)", TEXT["README.md"])
+    for script, arguments in calls:
+        flags = set(re.findall(r"--([a-z][a-z0-9-]*)", arguments))
+        if not flags:
+            continue
+        spec = importlib.util.find_spec(script)
+        assert spec is not None
+        assert spec.origin is not None
+        sources = [Path(spec.origin), *Path(spec.origin).parent.glob("__main__.py"), ROOT / "train" / "flux_options.py"]
+        fields = " ".join(source.read_text() for source in sources)
+        assert {flag for flag in flags if f"{flag.replace('-', '_')}:" not in fields} == set(), script
+
+
+def test_the_first_snippet_of_the_readme_runs_as_it_is() -> None:
+    code = snippets("README.md", "python")[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
