@@ -1,6 +1,7 @@
 """The geometry of decoder directions: neighbours, a map, alignment; and layers compared by what their features do."""
 
 from collections.abc import Mapping, Sequence
+from colorsys import hls_to_rgb
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -122,12 +123,13 @@ class Neighbourhood:
 
     name: str
     x: float
+    """Place of its most central feature."""
     y: float
     features: tuple[int, ...]
 
 
 def find_neighbourhoods(
-    positions: Float[np.ndarray, "features 2"], labels: Sequence[str | None], *, n: int = 16, seed: int = 0
+    positions: Float[np.ndarray, "features 2"], labels: Sequence[str | None], *, n: int = 24, seed: int = 0
 ) -> list[Neighbourhood]:
     """Up to `n` regions of the map (k-means on the labelled features), named by their most telling label word.
 
@@ -147,7 +149,8 @@ def find_neighbourhoods(
         shares = _word_shares([labels[i] or "" for i in members])
         common = {word: share - overall[word] for word, share in shares.items() if share * len(members) >= 2}
         if common:
-            x, y = positions[members].mean(axis=0)
+            middle = positions[members].mean(axis=0)
+            x, y = positions[members[np.linalg.norm(positions[members] - middle, axis=1).argmin()]]
             name = max(sorted(common), key=lambda word: common[word])
             found.append(Neighbourhood(name, float(x), float(y), tuple(int(i) for i in members)))
     return found
@@ -167,14 +170,17 @@ def draw_map(
     *,
     is_alive: Sequence[bool],
     title: str,
-    colours: Sequence[str],
 ) -> Image.Image:
-    """The map as a picture: a dot a feature, the dead ones faint, neighbourhoods named."""
+    """The map as a picture: a dot a feature, coloured by named neighbourhood, without a label grey, the dead faint."""
     figure, axes = _figure(8.4, 8.0)
     alive = np.asarray(is_alive, dtype=bool)
-    axes.scatter(*positions[~alive].T, s=5, c="#d7d7dc", linewidths=0)
-    axes.scatter(*positions[alive].T, s=22, c=np.asarray(colours)[alive], linewidths=0.3, edgecolors="white")
-    for place in find_neighbourhoods(positions, labels):
+    axes.scatter(*positions[~alive].T, s=5, c="#dfdfe4", linewidths=0)
+    axes.scatter(*positions[alive].T, s=16, c="#a9a9b2", linewidths=0)
+    places = find_neighbourhoods(positions, labels)
+    for number, place in enumerate(places):
+        colour = hls_to_rgb(number / len(places), 0.5, 0.6)
+        axes.scatter(*positions[list(place.features)].T, s=22, color=colour, linewidths=0.3, edgecolors="white")
+    for place in places:
         text = axes.text(place.x, place.y, place.name, fontsize=10, weight="bold", ha="center", va="center")
         text.set_path_effects([_halo()])
     axes.set_title(title, loc="left", fontsize=13, weight="bold")

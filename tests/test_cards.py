@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from synthetic_run import CONCEPTS, FEATURES, HOOKPOINT, SceneEmbedder, Synthetic, build
 
@@ -15,6 +16,7 @@ import train.render
 import train.select
 from fluxsae.cards import CardIndex, FeatureCard, build_cards, silencing_words
 from fluxsae.errors import FluxSaeError
+from fluxsae.labels import Label
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +207,22 @@ def test_render_writes_sheets_of_the_best_features_and_overlays(selected: Synthe
 def test_rendering_a_dead_feature_is_refused(selected: Synthetic) -> None:
     with pytest.raises(FluxSaeError, match="never fire"):
         train.render.main(train.render.RenderConfig(run=selected.run.path, features=(0, 3)))
+
+
+class _FixedLabeller:
+    """Another source of names, as a user may bring one."""
+
+    name = "mine"
+
+    def label(self, scores: torch.Tensor) -> list[Label]:
+        return [Label("my name", 1.0, 0.0, 1.0, self.name)] if scores.max() > 0 else []
+
+
+def test_another_labeller_can_name_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = build(tmp_path / "named", n_images=30).run
+    monkeypatch.setattr(train.select, "load_embedder", lambda *_, **__: SceneEmbedder())
+    train.select.main(train.select.SelectConfig(run=run.path), labellers=[_FixedLabeller()])
+    labels = CardIndex(run, HOOKPOINT).labels
+    assert labels[0] is None
+    assert set(labels[1:]) <= {"my name", None}
+    assert "my name" in labels

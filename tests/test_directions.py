@@ -125,9 +125,7 @@ def test_a_comparison_survives_its_file(tmp_path: Path) -> None:
 def test_maps_and_comparisons_become_pictures() -> None:
     first, second, _ = permuted_pair()
     W_dec = directions()
-    drawn = draw_map(
-        feature_map(W_dec), ["red"] * 30 + [None] * 30, is_alive=[True] * 60, title="map", colours=["#336699"] * 60
-    )
+    drawn = draw_map(feature_map(W_dec), ["red"] * 30 + [None] * 30, is_alive=[True] * 60, title="map")
     plot = draw_comparison(compare_layers(first, second), first="early", second="late")
     for picture in (drawn, plot):
         assert min(picture.size) > 400

@@ -19,7 +19,6 @@ from fluxsae.artifacts import RunFolder
 from fluxsae.cards import CardIndex
 from fluxsae.directions import draw_map, encoder_decoder_alignment, feature_map, nearest_features
 from fluxsae.errors import FluxSaeError
-from fluxsae.heatmaps import feature_colour
 from fluxsae.hookpoints import HookPoint
 from fluxsae.sae import SparseAutoencoder
 from train import compare_layers
@@ -99,7 +98,6 @@ def _draw(run: RunFolder, hookpoint: HookPoint, positions: Float[np.ndarray, "fe
         index.labels,
         is_alive=[maximum > 0 for maximum in index.features.column("max_act")],
         title=f"Decoder directions of {hookpoint}",
-        colours=[feature_colour(feature) for feature in range(len(index))],
     )
     png = io.BytesIO()
     picture.save(png, format="PNG", optimize=True)

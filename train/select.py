@@ -3,6 +3,7 @@
 python -m train.select --run runs/miniature
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,11 @@ class SelectConfig:
     """Do it again, also where it is complete."""
 
 
-def main(config: SelectConfig) -> StageResult:
-    """Adds coherence, p-values, labels and silent images to features.parquet of each hook point."""
+def main(config: SelectConfig, *, labellers: Sequence[Labeller] = ()) -> StageResult:
+    """Adds coherence, p-values, labels and silent images to features.parquet of each hook point.
+
+    `labellers` are further sources of names, asked before the captions and CLIP.
+    """
     run = RunFolder(config.run)
     hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.features_path(hookpoint).is_file()]
     if not hookpoints or not run.embeddings_path.is_file():
@@ -66,14 +70,14 @@ def main(config: SelectConfig) -> StageResult:
         run,
         "select",
         settings,
-        lambda: _select_all(run, hookpoints, config),
+        lambda: _select_all(run, hookpoints, config, labellers),
         outputs=lambda: [run.features_path(hookpoint) for hookpoint in hookpoints],
         force=config.force,
     )
 
 
-def _select_all(run: RunFolder, hookpoints: list[HookPoint], config: SelectConfig) -> None:
-    labellers = _labellers(run, config)
+def _select_all(run: RunFolder, hookpoints: list[HookPoint], config: SelectConfig, others: Sequence[Labeller]) -> None:
+    labellers = [*others, *_labellers(run, config)]
     for hookpoint in hookpoints:
         _select(run, hookpoint, labellers, config)
 
@@ -117,8 +121,8 @@ def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], con
         **_coherence_columns(judged, config.selection.max_q),
         "label": [label.text if label else None for label in best],
         "label_confidence": [label.confidence if label else None for label in best],
-        "caption_words": [[label.text for label in labels[0]] for labels in named],
-        "clip_phrases": [[label.text for label in labels[1]] for labels in named],
+        "caption_words": [[label.text for label in labels[-2]] for labels in named],
+        "clip_phrases": [[label.text for label in labels[-1]] for labels in named],
         "silent_images": [images[: config.n_silent] for images in silent],
     }
     run.save_features(hookpoint, run.load_features(hookpoint).with_columns(columns))
