@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -33,6 +34,8 @@ class RowReader(Protocol):
     """Where a mixing buffer gets its rows: shards on disk, or FLUX itself."""
 
     d_model: int
+    reads_ahead: bool
+    """Whether the next shards may be loaded in another thread while the last ones are in use."""
 
     def n_rows(self) -> list[int]:
         """Rows of each shard."""
@@ -43,6 +46,8 @@ class RowReader(Protocol):
 
 class DiskReader:
     """Rows of the shards of one folder that belong to a split and to some of the captured steps."""
+
+    reads_ahead = True
 
     def __init__(self, folder: ShardFolder, *, split: Split = "train", steps: Sequence[int] | None = None) -> None:
         self.folder = folder
@@ -78,9 +83,10 @@ def _positions(captured: tuple[int, ...], wanted: Sequence[int] | None) -> list[
 class MixingBuffer:
     """Batches of token rows; batch `cursor` of epoch `epoch` is a pure function of (seed, epoch, cursor).
 
-    Shards are drawn in a random order into groups of at most `buffer_bytes`, and rows are shuffled within a group; data
-    that fits is one group, kept in memory. The last rows of an epoch that fill no batch are left out. Under several
-    processes `batch_size` counts the rows of all of them together, and each gets its own slice of every batch.
+    Shards are drawn in a random order into groups, and rows are shuffled within a group. Data that fits into
+    `buffer_bytes` is one group, kept in memory; otherwise the next group is read while one is in use, and both fit.
+    The last rows of an epoch that fill no batch are left out. Under several processes `batch_size` counts the rows of
+    all of them together, and each gets its own slice of every batch.
 
     Raises:
         FluxSaeError: there is not one full batch, or `batch_size` does not divide by the number of processes.
@@ -103,7 +109,7 @@ class MixingBuffer:
         self.seed = seed
         self._buffer_rows = max(buffer_bytes, _FEWEST_SHUFFLE_BYTES) // (2 * reader.d_model)
         self._slice = _rank_slice(batch_size, rank, world_size)
-        self._resident: tuple[tuple[int, ...], Tensor] | None = None
+        self._resident: Tensor | None = None
         if self.n_batches < 1:
             raise FluxSaeError(
                 f"There are {self.n_rows} token rows, fewer than one batch of {batch_size}. "
@@ -129,14 +135,14 @@ class MixingBuffer:
     def batches(self, epoch: int, *, cursor: int = 0) -> Iterator[BFloat16[Tensor, "rows d_model"]]:
         """The batches `cursor`, `cursor` + 1, ... of an epoch, in main memory, in the dtype they are stored in."""
         skip = cursor * self.batch_size
+        groups = self._groups(epoch)
+        first = 0
+        while first < len(groups) and skip >= self._size(groups[first]):
+            skip -= self._size(groups[first])
+            first += 1
         pending: list[Tensor] = []
-        for position, group in enumerate(self._groups(epoch)):
-            n_rows = sum(self._shard_rows[shard] for shard in group)
-            if skip >= n_rows:
-                skip -= n_rows
-                continue
-            rows = self._load(group, epoch)
-            order = torch.randperm(n_rows, generator=self._generator(epoch, "rows", position))[skip:]
+        for position, rows in self._iter_loaded(groups, epoch, first=first):
+            order = torch.randperm(len(rows), generator=self._generator(epoch, "rows", position))[skip:]
             skip = 0
             start = 0
             while len(order) - start + sum(map(len, pending)) >= self.batch_size:
@@ -148,26 +154,44 @@ class MixingBuffer:
     def _groups(self, epoch: int) -> list[tuple[int, ...]]:
         if self.n_rows <= self._buffer_rows:
             return [tuple(range(len(self._shard_rows)))]
+        # While one group is in use the next is in memory too, so each may take half of the buffer.
+        budget = self._buffer_rows // 2 if self._reader.reads_ahead else self._buffer_rows
         groups: list[list[int]] = [[]]
-        room = self._buffer_rows
+        room = budget
         for shard in torch.randperm(len(self._shard_rows), generator=self._generator(epoch, "shards")).tolist():
             if groups[-1] and self._shard_rows[shard] > room:
                 groups.append([])
-                room = self._buffer_rows
+                room = budget
             groups[-1].append(shard)
             room -= self._shard_rows[shard]
         return [tuple(group) for group in groups]
 
-    def _load(self, group: tuple[int, ...], epoch: int) -> Tensor:
-        is_everything = len(group) == len(self._shard_rows)
-        if is_everything and isinstance(self._reader, DiskReader):
-            if self._resident is None or self._resident[0] != group:
-                self._resident = (group, self._read(group, epoch))
-            return self._resident[1]
-        return self._read(group, epoch)
+    def _size(self, group: tuple[int, ...]) -> int:
+        return sum(self._shard_rows[shard] for shard in group)
+
+    def _iter_loaded(
+        self, groups: list[tuple[int, ...]], epoch: int, *, first: int
+    ) -> Iterator[tuple[int, BFloat16[Tensor, "rows d_model"]]]:
+        """(position, rows) of the groups from `first` on, the next one read ahead where the reader allows it."""
+        if not self._reader.reads_ahead:
+            yield from ((position, self._read(groups[position], epoch)) for position in range(first, len(groups)))
+        elif len(groups) == 1 and first == 0:
+            if self._resident is None:
+                self._resident = self._read(groups[0], epoch)
+            yield 0, self._resident
+        else:
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                ahead = pool.submit(self._read, groups[first], epoch) if first < len(groups) else None
+                for position in range(first, len(groups)):
+                    assert ahead is not None
+                    rows = ahead.result()
+                    if position + 1 < len(groups):
+                        ahead = pool.submit(self._read, groups[position + 1], epoch)
+                    yield position, rows
+                    del rows
 
     def _read(self, group: tuple[int, ...], epoch: int) -> Tensor:
-        rows = torch.empty(sum(self._shard_rows[s] for s in group), self.d_model, dtype=torch.bfloat16)
+        rows = torch.empty(self._size(group), self.d_model, dtype=torch.bfloat16)
         start = 0
         for shard in group:
             if self._shard_rows[shard]:

@@ -243,6 +243,8 @@ def collect(
 class LiveReader:
     """Rows straight from FLUX: shard i is generated when it is asked for, with fresh noise in every epoch."""
 
+    reads_ahead = False
+
     def __init__(
         self,
         pipe: Any,

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -221,6 +222,16 @@ def _map(path: Path, offset: int, dtype: str, shape: tuple[int, ...], *, mode: s
         return np.zeros(shape, _NUMPY_DTYPES[dtype])
     mapped: np.ndarray = np.memmap(path, dtype=_NUMPY_DTYPES[dtype], mode=mode, offset=offset, shape=shape)  # type: ignore[call-overload]
     return mapped
+
+
+def release_pages(array: np.ndarray) -> None:
+    """Lets go of the memory behind a mapped array; its values stay on disk and are paged in again when used."""
+    mapping = getattr(array, "_mmap", None)
+    if mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    if isinstance(array, np.memmap) and array.mode != "r":
+        array.flush()
+    mapping.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.files import load_tensors, map_array, mapped_tensors, read_header
+from fluxsae.files import load_tensors, map_array, mapped_tensors, read_header, release_pages
 from fluxsae.hookpoints import TokenGrid
 from fluxsae.sae import SparseActs
 from fluxsae.stats import HISTOGRAM_EDGES, PLACE_SIDE, FeatureStats, coarse_cells
@@ -99,6 +99,7 @@ class ScoreMatrix:
         for start in range(0, self.n_images, block):
             part = torch.from_numpy(np.asarray(self.values[start : start + block], dtype=np.float32))
             best = best.updated(torch.arange(start, start + len(part)), part)
+            release_pages(self.values)
         return best
 
 
@@ -256,6 +257,8 @@ def write_scores(path: str | Path, parts: Sequence[Path], *, steps: Sequence[int
             arrays["S"][start:stop] = _stored(tensors["S"].numpy(), arrays["S"].dtype)
             arrays["argmax_token"][start:stop] = tensors["argmax_token"].numpy()
             start = stop
+            for array in arrays.values():
+                release_pages(array)
 
 
 def _stored(scores: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -55,6 +55,11 @@ class ScoreRequest:
         start = part * self.images_per_part
         return range(start, min(start + self.images_per_part, len(self.plan)))
 
+    def bytes_on_disk(self, n_features: int) -> int:
+        """Room that the parts and the files made of them take at most, for `n_features` over all SAEs."""
+        # An image and feature: S and token in the part (8 bytes), in the file (up to 8), half as much for map entries.
+        return len(self.plan) * (20 * n_features + self.thumbnail_side**2)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything that decides the bytes of a part, as plain JSON values."""
         return {

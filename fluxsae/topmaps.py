@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fluxsae.files import load_tensors, mapped_tensors
+from fluxsae.files import load_tensors, mapped_tensors, release_pages
 from fluxsae.hookpoints import TokenGrid
 from fluxsae.sae import SparseActs
 from fluxsae.scores import TopImages, max_over_tokens
@@ -94,6 +94,7 @@ def write_heatmaps(
             for features, ranks, tokens, values in _iter_wanted(load_tensors(part), top):
                 levels = (values / scale[features] * 255).round().clamp(1, 255).to(torch.uint8)
                 arrays["values"][position[features].numpy(), ranks.numpy(), tokens.numpy()] = levels.numpy()
+            release_pages(arrays["values"])
 
 
 def _iter_wanted(entries: dict[str, Tensor], top: TopImages) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -61,9 +61,9 @@ def main(config: CollectConfig, *, open_flux: Callable[[], Any] | None = None) -
         return run_stage(
             run,
             "collect",
-            stage_config(config),
+            stage_config(config, run),
             lambda: _collect(config, run, peers, (open_flux or config.open)()),
-            outputs=lambda: [activations_path(config)],
+            outputs=lambda: _outputs(config),
             force=config.force,
             processes=peers,
         )
@@ -74,11 +74,19 @@ def activations_path(config: CollectConfig) -> Path:
     return config.activations or RunFolder(config.run).activations_path
 
 
-def stage_config(config: CollectConfig) -> dict[str, Any]:
-    """The values that decide the stage's result."""
-    names = ("n_images", "tokens_per_image", "images_per_shard", "held_out_every", "batch_size")
-    values = {name: getattr(config, name) for name in names}
-    return {**config.identity(), **values, "hookpoints": [*config.hookpoints], "steps": [*config.steps]}
+def _outputs(config: CollectConfig) -> list[Path]:
+    folder = activations_path(config)
+    return [folder / str(HookPoint.parse(name)) for name in config.hookpoints] or [folder]
+
+
+def stage_config(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
+    """The values that decide the result, for each hook point, beside those of hook points collected before."""
+    deciding = ("n_images", "tokens_per_image", "images_per_shard", "held_out_every", "batch_size")
+    values = {name: getattr(config, name) for name in deciding}
+    own = {**config.identity(), **values, "steps": [*config.steps]}
+    before = run.load_info().stages.get("collect") if run.exists() else None
+    names = [str(HookPoint.parse(name)) for name in config.hookpoints] or ["early and late"]
+    return {**(before.config if before else {}), **dict.fromkeys(names, own)}
 
 
 def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any) -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from fluxsae.artifacts import RunFolder
 from fluxsae.collection import CaptureRequest, ImagePlan
 from fluxsae.errors import FluxSaeError
+from fluxsae.files import check_free_space
 from fluxsae.hookpoints import HookPoint
 from fluxsae.sae import SparseAutoencoder
 from fluxsae.training.processes import Processes
@@ -132,6 +133,8 @@ def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, 
     if peers.rank == 0:
         if config.force:
             forget_parts(run)
+        n_features = sum(sae.config.n_features for sae in saes.values())
+        check_free_space(run.path, request.bytes_on_disk(n_features), purpose=f"Scoring {len(plan)} images")
         all_steps = tuple(sorted({step for chosen in steps.values() for step in chosen}))
         capture = CaptureRequest(tuple(hookpoints), all_steps, settings)
         save_run(run, describe_run(pipe, capture, plan, hookpoints=hookpoints))
