@@ -36,7 +36,7 @@ def build_app(bench: Workbench | None = None) -> gr.Blocks:
                 build_directions_tab(bench, shell, directions)
             with gr.Tab("Steer", id="steer"):
                 build_steer_tab(bench, shell)
-            with gr.Tab("About and API", id="about"):
+            with gr.Tab("About", id="about"):
                 build_about_tab(bench)
         add_heatmap_endpoints(bench)
         add_gallery_endpoints(bench)

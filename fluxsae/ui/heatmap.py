@@ -170,8 +170,8 @@ def add_heatmap_endpoints(bench: Workbench) -> None:
         seed: int = 0,
         num_inference_steps: int = limits.default_steps,
         step: int | None = None,
-        row: int = 0,
-        column: int = 0,
+        row: int | None = None,
+        column: int | None = None,
         limit: int = 8,
     ) -> Iterator[Any]:
         """Tells which features fire at one patch of an image, most telling first.

@@ -1,0 +1,71 @@
+"""The page as its visitors meet it: `python app.py` in a process of its own, on a free port."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+
+ROOT = Path(__file__).parent.parent
+START_SECONDS = 150
+
+
+@dataclass(frozen=True)
+class Page:
+    """A served page."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+    seconds: float
+    """From the command to the first answer."""
+
+
+@contextmanager
+def serve(**environment: str) -> Iterator[Page]:
+    """Starts the app and stops it again; `environment` is added to its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = Path(tempfile.mkdtemp(prefix="fluxsae-page-")) / "log.txt"
+    settings = {
+        **os.environ,
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_TEMP_DIR": str(log.parent / "files"),
+        "HF_HUB_OFFLINE": "1",
+        **environment,
+    }
+    started = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=ROOT, env=settings, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            _wait(f"http://127.0.0.1:{port}", process, log, started)
+            yield Page(f"http://127.0.0.1:{port}", process, log, time.monotonic() - started)
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path, started: float) -> None:
+    while time.monotonic() - started < START_SECONDS:
+        if process.poll() is not None:
+            raise AssertionError(f"app.py ended with {process.returncode}:\n{log.read_text()[-3000:]}")
+        try:
+            if requests.get(f"{url}/config", timeout=10).ok:
+                return
+        except requests.ConnectionError:
+            time.sleep(0.2)
+    raise AssertionError(f"app.py did not answer within {START_SECONDS} s:\n{log.read_text()[-3000:]}")
