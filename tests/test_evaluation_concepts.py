@@ -10,8 +10,10 @@ from PIL import Image
 from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation import concepts as module
 from fluxsae.evaluation.concept_report import ConceptReport
-from fluxsae.evaluation.concepts import evaluate_concepts, label_names, split_by_prompt
+from fluxsae.evaluation.concepts import evaluate_concepts
+from fluxsae.evaluation.halves import split_by_prompt
 from fluxsae.evaluation.localisation import best_threshold, intersection_over_union, pointing
+from fluxsae.evaluation.matching import label_names
 from fluxsae.evaluation.stream import ActivationBatch, ImageSet
 from fluxsae.evaluation.tables import concepts_text
 from fluxsae.evaluation.truths import CONCEPTS, Concept, coverage, truth_table
