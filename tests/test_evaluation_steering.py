@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -5,11 +6,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from test_steering import DOUBLE, SAES
+from tiny_flux import SETTINGS
 
+from fluxsae.edits import SteeringEdit
+from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation.outcomes import OBJECT_ATTRIBUTES, Outcome, Tally, compare_scenes, draw_subject
 from fluxsae.evaluation.probes import TokenMoments
-from fluxsae.evaluation.steering import EditSettings, TrialResult, candidate_features, mean_difference
+from fluxsae.evaluation.steering import (
+    DIRECTIONS,
+    EditSettings,
+    LaboratoryConfig,
+    TrialResult,
+    candidate_features,
+    mean_difference,
+    run_laboratory,
+)
+from fluxsae.evaluation.steering_tables import laboratory_text
 from fluxsae.evaluation.truths import CONCEPTS, Concept
+from fluxsae.flux import FluxPipeline
 from fluxsae.hookpoints import HookPoint
 from fluxsae.miniature.scenes import ATTRIBUTES, Scene, prompted_attributes, sample_scene
 from fluxsae.sae import SaeConfig, SparseAutoencoder
@@ -142,3 +158,40 @@ def test_the_mean_difference_is_that_of_tokens_of_the_same_kind() -> None:
 
 def test_every_attribute_but_the_background_belongs_to_objects() -> None:
     assert set(OBJECT_ATTRIBUTES) == set(ATTRIBUTES) - {"background"}
+
+
+def read_parity(picture: Image.Image) -> Scene:
+    """A stand-in for the reader on the random tiny FLUX: red or orange by the sum of the pixels."""
+    total = int(np.asarray(picture, dtype=np.int64).sum())
+    return scene(colour=("red", "orange")[total % 2])
+
+
+def test_the_laboratory_chooses_on_some_pictures_and_reports_on_others(
+    tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fluxsae.evaluation.steering.read_scene", read_parity)
+    orange = Concept("colour", "orange")
+    report = run_laboratory(
+        tiny_flux,
+        {DOUBLE: SAES[DOUBLE]},
+        {DOUBLE: {RED: [3, 5], orange: [7]}},
+        settings=SETTINGS,
+        config=LaboratoryConfig(n_select=2, n_report=2, add=(5.0,), scale=(-3.0,), starts=(0.5,), curve=(0.5, 2.0)),
+    )
+    assert set(report.defaults) == {"amplify", "suppress"}
+    assert report.defaults["amplify"].edit(3) == SteeringEdit(DOUBLE, 3, "add", 5.0, steps=(2, 4))
+    assert {(r.concept, r.direction) for r in report.results} == {(c, d) for c in (RED, orange) for d in DIRECTIONS}
+    for result in report.results:
+        assert result.feature in ((3, 5) if result.concept == RED else (7,))
+        assert {"feature", "random direction", "random feature", "prompt"} <= set(result.arms)
+        assert all(tally.n == 2 for tally in result.arms.values())
+        assert len(result.curve) == 3
+    assert json.loads(json.dumps(report.to_dict()))["defaults"]["suppress"]["mode"] == "scale"
+    text = laboratory_text(report)
+    assert "amplify: add 5 at transformer_blocks.1.ff, steps 2 to 3" in text
+    assert "colour orange" in text
+
+
+def test_a_laboratory_without_matches_is_refused(tiny_flux: FluxPipeline) -> None:
+    with pytest.raises(FluxSaeError, match="nothing to steer"):
+        run_laboratory(tiny_flux, {DOUBLE: SAES[DOUBLE]}, {DOUBLE: {}}, settings=SETTINGS)

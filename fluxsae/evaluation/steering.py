@@ -72,10 +72,14 @@ class LaboratoryConfig:
     """Pictures a concept and direction on which hook point, mode, strength, window and feature are chosen."""
     n_report: int = 8
     """Further pictures a concept and direction on which the chosen settings are reported."""
-    amplify: tuple[tuple[str, tuple[float, ...]], ...] = (("add", (0.5, 1.0, 2.0)),)
-    """Modes and strengths that turn a feature up."""
-    suppress: tuple[tuple[str, tuple[float, ...]], ...] = (("scale", (0.0, -1.0)),)
-    """Modes and strengths that turn a feature down."""
+    add: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Strengths of mode add that are tried to turn a feature up."""
+    clamp: tuple[float, ...] = ()
+    """Strengths of mode clamp that are tried to turn a feature up."""
+    scale: tuple[float, ...] = (0.0, -1.0)
+    """Strengths of mode scale that are tried to turn a feature down."""
+    project_out: tuple[float, ...] = ()
+    """Strengths of mode project_out that are tried to turn a feature down."""
     starts: tuple[float, ...] = (0.0, 0.3)
     """Where windows start, as fractions of the schedule."""
     stop: float = 1.0
@@ -92,6 +96,11 @@ class LaboratoryConfig:
     """Processes that read pictures back; 0 reads in this one."""
     seed: int = 0
     """Decides subjects and control directions."""
+
+    def modes(self, direction: Direction) -> list[tuple[str, float]]:
+        """(mode, strength) pairs that are tried in one direction."""
+        names = ("add", "clamp") if direction == "amplify" else ("scale", "project_out")
+        return [(name, strength) for name in names for strength in getattr(self, name)]
 
 
 @dataclass(frozen=True)
@@ -372,7 +381,7 @@ class _Bench:
 
     def _choose(self, direction: Direction) -> tuple[list[TrialResult], dict[EditSettings, dict[Concept, int]]]:
         """Every candidate setting with its result, and each concept's best feature at it."""
-        modes = self.config.amplify if direction == "amplify" else self.config.suppress
+        modes = self.config.modes(direction)
         groups = [(place, concept) for place, matched in sorted(self.features.items()) for concept in matched]
         scores: dict[EditSettings, dict[Concept, dict[int, list[Outcome]]]] = {}
         for place, concept in self._with_progress(f"choosing to {direction}", groups):
@@ -381,8 +390,7 @@ class _Bench:
             tried = [
                 (EditSettings(place, mode, strength, window), feature)
                 for window in self._windows()
-                for mode, strengths in modes
-                for strength in strengths
+                for mode, strength in modes
                 for feature in self.features[place][concept]
                 if self._is_possible(place, feature, mode)
             ]
