@@ -195,10 +195,10 @@ class SaeSource:
     revision: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The source as JSON values."""
+        """The source as JSON values; the key is not "path", which Gradio's clients would try to download."""
         return {
             "hookpoint": str(self.hookpoint),
-            "path": self.path,
+            "source": self.path,
             "subfolder": self.subfolder,
             "revision": self.revision,
         }
@@ -206,7 +206,8 @@ class SaeSource:
     @classmethod
     def from_dict(cls, values: Any) -> "SaeSource":
         """Inverse of `to_dict`."""
-        fields = _checked_keys(values, "saes", ("hookpoint", "path"), ("subfolder", "revision"))
+        fields = _checked_keys(values, "saes", ("hookpoint", "source"), ("subfolder", "revision"))
+        fields["path"] = fields.pop("source")
         _checked_texts(fields, ("path", "subfolder"), ("revision",))
         return cls(**{**fields, "hookpoint": _hookpoint(fields["hookpoint"])})
 
