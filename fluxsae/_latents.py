@@ -142,6 +142,6 @@ def decode_latents(
     """Packed latents as PIL images, as FluxPipeline decodes them."""
     unpacked = pipe._unpack_latents(latents, settings.height, settings.width, pipe.vae_scale_factor)
     unpacked = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    pixels = pipe.vae.decode(unpacked.to(pipe.vae.dtype), return_dict=False)[0]
+    pixels = pipe.vae.decode(unpacked.to(pipe._execution_device, pipe.vae.dtype), return_dict=False)[0]
     images: list[Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
     return images

@@ -36,6 +36,7 @@ from fluxsae.flux import (
     velocity,
 )
 from fluxsae.hookpoints import HookPoint, TokenGrid
+from fluxsae.miniature import miniature_path
 
 PROMPTS = ["a red circle", "a small blue star"]
 WIDE = replace(SETTINGS, height=32, width=48)
@@ -689,3 +690,71 @@ def test_public_functions_have_no_positional_flags():
     for function in (generate, denoise_to, generate_from, load_flux, velocity):
         kinds = [p.kind for p in inspect.signature(function).parameters.values()]
         assert sum(kind is not inspect.Parameter.KEYWORD_ONLY for kind in kinds) <= 3
+
+
+# The miniature
+
+
+def test_a_plain_call_of_the_miniature_makes_its_picture(miniature):
+    counts = count_calls(miniature, lambda: miniature("a red circle"))
+    assert counts["double0"] == 20
+    generator = torch.Generator("cpu").manual_seed(3)
+    [image] = miniature("a red circle", generator=generator).images
+    assert image.size == (128, 128)
+    [same] = generate(miniature, "a red circle", seeds=3)
+    assert np.array_equal(np.asarray(image), np.asarray(same))
+
+
+def test_diffusers_alone_makes_the_miniatures_picture(miniature):
+    settings = default_settings(miniature)
+    pipe = diffusers.FluxPipeline.from_pretrained(miniature_path("flux"), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    [image] = pipe(
+        "a red circle",
+        height=128,
+        width=128,
+        num_inference_steps=20,
+        guidance_scale=settings.guidance_scale,
+        max_sequence_length=settings.max_sequence_length,
+        generator=torch.Generator("cpu").manual_seed(3),
+    ).images
+    [same] = generate(miniature, "a red circle", seeds=3)
+    assert np.array_equal(np.asarray(image), np.asarray(same))
+
+
+def test_the_miniature_has_the_shape_that_everything_else_expects(miniature):
+    settings = default_settings(miniature)
+    assert token_grid(miniature, settings) == TokenGrid(16, 16)
+    assert len(miniature.transformer.transformer_blocks) >= 4
+    assert len(miniature.transformer.single_transformer_blocks) >= 4
+    assert miniature.transformer.config.guidance_embeds
+    assert flux_identity(miniature).flux_id == "miniature"
+    assert unknown_words(miniature, "a large red striped circle on the left and a Small blue star") == []
+    assert unknown_words(miniature, "a red unicorn") == ["unicorn"]
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_in_bfloat16_clock_capture_and_restart_hold():
+    pipe = build_tiny_flux().to("cuda", torch.bfloat16)
+    calls = record(pipe, "layer1", lambda: pixels(pipe, settings=CFG))
+    assert [(call.step, call.is_conditional) for call in calls[:4]] == [(0, True), (0, False), (1, True), (1, False)]
+    whole = pixels(pipe, settings=WIDE)
+    with capture(pipe, list(ROWS), [2]) as captured:
+        assert np.array_equal(pixels(pipe, settings=WIDE), whole)
+    assert captured.get("layer1", 2).device.type == "cuda"
+    snapshot = denoise_to(pipe, PROMPTS, seeds=[1, 2], settings=WIDE, step=2)
+    assert np.array_equal(generate_from(pipe, snapshot, output_type="np"), whole)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_compiled_blocks_keep_hooks_working():
+    pipe = build_tiny_flux().to("cuda")
+    plain = pixels(pipe)
+    compile_blocks(pipe)
+    np.testing.assert_allclose(pixels(pipe), plain, atol=1e-3)
+    with capture(pipe, ["layer1"]) as captured:
+        pixels(pipe)
+    assert captured.steps == [0, 1, 2, 3]
