@@ -111,6 +111,22 @@ def test_the_saved_run_toml_gives_the_same_run(finished: PipelineConfig) -> None
     assert tomllib.loads(path.read_text())["fit"]["k"] == 4
 
 
+def test_an_export_holds_what_the_hub_would_have_and_replaces_an_older_run(
+    finished: PipelineConfig, tmp_path: Path
+) -> None:
+    assert finished.run is not None
+    run, copy = RunFolder(finished.run), RunFolder(tmp_path / "copy")
+    for _ in range(2):
+        main(replace(finished, export=copy.path))
+        assert copy.published_files() == run.published_files()
+        assert not copy.activations_path.exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "diary.txt").write_text("dear")
+    with pytest.raises(FluxSaeError, match="holds something that is no run"):
+        main(replace(finished, export=tmp_path / "other"))
+
+
 def test_scoring_with_an_sae_of_another_size_is_refused(finished: PipelineConfig) -> None:
     with pytest.raises(FluxSaeError, match="trained elsewhere"):
         main(replace(finished, only=("score",), force=True, guidance_scale=1.0))

@@ -19,6 +19,7 @@ the run as run.toml; a file of that form goes in by --config:
 import argparse
 import functools
 import json
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -89,6 +90,8 @@ class PipelineConfig(FluxOptions):
     """Run these stages alone."""
     force: bool = False
     """Do the chosen stages again, also where they are complete."""
+    export: Path | None = None
+    """Folder that becomes a copy of the finished run without activations and unfinished work."""
 
     @classmethod
     def from_file(cls, path: Path, **changes: Any) -> "PipelineConfig":
@@ -123,6 +126,8 @@ def main(config: PipelineConfig) -> list[StageResult]:
     """Runs the chosen stages and prints one line for each."""
     recipe = build_recipe(config)
     chosen = choose_stages(config)
+    if config.export is not None:
+        check_export(config.export)
     run = RunFolder(config.run or Path("runs") / Path(config.flux).name)
     configs = {stage: build_stage_config(stage, recipe, run, force=config.force) for stage in chosen}
     if not config.only and config.from_ is None:
@@ -134,7 +139,38 @@ def main(config: PipelineConfig) -> list[StageResult]:
         result = _MAINS[stage](configs[stage], **extra)
         results += [result] if result is not None else []
     print("\n" + format_table(results))
+    if config.export is not None:
+        export_run(run, config.export)
     return results
+
+
+def check_export(target: Path) -> None:
+    """Refuses to replace a folder that holds something other than a run.
+
+    Raises:
+        FluxSaeError: it does.
+    """
+    if target.exists() and any(target.iterdir()) and not RunFolder(target).exists():
+        raise FluxSaeError(f"{target} holds something that is no run. Name a new folder, or one that holds a run.")
+
+
+def export_run(run: RunFolder, target: Path) -> None:
+    """Makes `target` a copy of what the Hub would have of the run; an older run there is replaced as a whole.
+
+    Raises:
+        FluxSaeError: `target` holds something that is no run.
+    """
+    check_export(target)
+    fresh = target.with_name(f".{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    for name in run.published_files():
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run.path / name, fresh / name)
+    if target.exists():
+        shutil.rmtree(target)
+    fresh.rename(target)
+    megabytes = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
+    print(f"exported {len(run.published_files())} files, {megabytes:.1f} MB, to {target}")
 
 
 def choose_stages(config: PipelineConfig) -> list[StageName]:
