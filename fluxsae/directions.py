@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from colorsys import hls_to_rgb
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -153,7 +153,23 @@ def find_neighbourhoods(
             x, y = positions[members[np.linalg.norm(positions[members] - middle, axis=1).argmin()]]
             name = max(sorted(common), key=lambda word: common[word])
             found.append(Neighbourhood(name, float(x), float(y), tuple(int(i) for i in members)))
-    return found
+    return _joined(found)
+
+
+def _joined(places: Sequence[Neighbourhood], *, apart: float = 0.3) -> list[Neighbourhood]:
+    """Regions of one name that lie nearer than `apart` as one, at the place of the largest."""
+    joined: list[Neighbourhood] = []
+    for place in sorted(places, key=lambda place: -len(place.features)):
+        near = [
+            i
+            for i, other in enumerate(joined)
+            if other.name == place.name and np.hypot(other.x - place.x, other.y - place.y) < apart
+        ]
+        if near:
+            joined[near[0]] = replace(joined[near[0]], features=joined[near[0]].features + place.features)
+        else:
+            joined.append(place)
+    return joined
 
 
 def _word_shares(labels: Sequence[str]) -> dict[str, float]:
