@@ -697,7 +697,7 @@ def test_public_functions_have_no_positional_flags():
 
 def test_a_plain_call_of_the_miniature_makes_its_picture(miniature):
     counts = count_calls(miniature, lambda: miniature("a red circle"))
-    assert counts["double0"] == 20
+    assert counts["double0"] == default_settings(miniature).num_inference_steps == 20
     generator = torch.Generator("cpu").manual_seed(3)
     [image] = miniature("a red circle", generator=generator).images
     assert image.size == (128, 128)
@@ -724,7 +724,8 @@ def test_diffusers_alone_makes_the_miniatures_picture(miniature):
 
 def test_the_miniature_has_the_shape_that_everything_else_expects(miniature):
     settings = default_settings(miniature)
-    assert token_grid(miniature, settings) == TokenGrid(16, 16)
+    assert (settings.height, settings.width) == (128, 128)
+    assert token_grid(miniature, settings).n_tokens >= 64
     assert len(miniature.transformer.transformer_blocks) >= 4
     assert len(miniature.transformer.single_transformer_blocks) >= 4
     assert miniature.transformer.config.guidance_embeds

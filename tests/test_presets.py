@@ -222,9 +222,9 @@ from huggingface_hub import HfApi
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import flux_identity, load_flux
 
-for name in ("user/open", "user/gated"):
+for name in ("user/gated", "user/open"):
     HfApi().create_repo(name)
-commit = HfApi().upload_folder(repo_id="user/open", folder_path=sys.argv[1]).oid
+    commit = HfApi().upload_folder(repo_id=name, folder_path=sys.argv[1]).oid
 print(*flux_identity(load_flux("user/open")), commit)
 print(sys.stdin.readline().strip())
 del os.environ["HF_TOKEN"]
