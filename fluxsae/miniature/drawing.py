@@ -5,7 +5,7 @@ distance gives the mask that heatmaps are later judged by.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -53,7 +53,8 @@ Pixels = Float[np.ndarray, "rows cols"]
 
 def _box(x: Pixels, y: Pixels, half_width: float, half_height: float) -> Pixels:
     dx, dy = np.abs(x) - half_width, np.abs(y) - half_height
-    return np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
+    distance: Pixels = np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
+    return distance
 
 
 def _polygon(x: Pixels, y: Pixels, corners: Float[np.ndarray, "corners 2"]) -> Pixels:
@@ -82,7 +83,8 @@ _HEART = np.stack([16 * np.sin(_HEART_TURN) ** 3 / 17, -_HEART_HEIGHT / 17 - 0.1
 
 
 def _circle(x: Pixels, y: Pixels) -> Pixels:
-    return np.hypot(x, y) - 0.94
+    distance: Pixels = np.hypot(x, y) - 0.94
+    return distance
 
 
 def _square(x: Pixels, y: Pixels) -> Pixels:
@@ -98,11 +100,13 @@ def _star(x: Pixels, y: Pixels) -> Pixels:
 
 
 def _ring(x: Pixels, y: Pixels) -> Pixels:
-    return np.abs(np.hypot(x, y) - 0.73) - 0.23
+    distance: Pixels = np.abs(np.hypot(x, y) - 0.73) - 0.23
+    return distance
 
 
 def _cross(x: Pixels, y: Pixels) -> Pixels:
-    return np.minimum(_box(x, y, 0.92, 0.3), _box(x, y, 0.3, 0.92)) - 0.03
+    distance: Pixels = np.minimum(_box(x, y, 0.92, 0.3), _box(x, y, 0.3, 0.92)) - 0.03
+    return distance
 
 
 def _diamond(x: Pixels, y: Pixels) -> Pixels:
@@ -187,7 +191,7 @@ def is_held_out(thing: SceneObject) -> bool:
 
 def place_object(rng: np.random.Generator, *, position: str, **attributes: str) -> SceneObject:
     """An object at `position`, its exact place and radius drawn from `rng`; attributes left out are drawn too."""
-    values = {
+    values: dict[str, Any] = {
         name: attributes.get(name) or str(rng.choice(ATTRIBUTES[name]))
         for name in ("shape", "colour", "texture", "size")
     }
@@ -229,15 +233,16 @@ def texture_weight(thing: SceneObject, *, image_size: int = IMAGE_SIZE) -> Pixel
     """How much of the second tint each pixel shows, 0 to 1: stripes rise to the right, dots sit on a square lattice."""
     rows, cols = np.mgrid[0:image_size, 0:image_size] + 0.5
     x, y = cols - thing.x, rows - thing.y
+    weight: Pixels = np.zeros_like(x)
     if thing.texture == "striped":
         across = (x + y) / np.sqrt(2)
         stripe = np.abs((across / TEXTURE_PERIOD + 0.25) % 1.0 - 0.5) * TEXTURE_PERIOD
-        return np.clip(TEXTURE_PERIOD / 4 - stripe + 0.5, 0, 1)
+        weight = np.clip(TEXTURE_PERIOD / 4 - stripe + 0.5, 0, 1)
     if thing.texture == "dotted":
         lattice_x = (x / TEXTURE_PERIOD + 0.5) % 1.0 - 0.5
         lattice_y = (y / TEXTURE_PERIOD + 0.5) % 1.0 - 0.5
-        return np.clip(2.6 - np.hypot(lattice_x, lattice_y) * TEXTURE_PERIOD + 0.5, 0, 1)
-    return np.zeros_like(x)
+        weight = np.clip(2.6 - np.hypot(lattice_x, lattice_y) * TEXTURE_PERIOD + 0.5, 0, 1)
+    return weight
 
 
 def object_tints(colour: str, texture: str) -> tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"]]:
@@ -252,7 +257,8 @@ def _object_pixels(thing: SceneObject, distance: Pixels, image_size: int) -> Flo
     rows, cols = np.mgrid[0:image_size, 0:image_size] + 0.5
     light = 1.0 - 0.10 * ((cols - thing.x) + (rows - thing.y)) / (2 * thing.radius)
     rim = 1.0 - 0.16 * np.clip(1.0 + distance / 2.5, 0, 1)
-    return (base * (1 - weight) + second * weight) * (light * rim)[..., None]
+    lit: Float[np.ndarray, "rows cols 3"] = (base * (1 - weight) + second * weight) * (light * rim)[..., None]
+    return lit
 
 
 def render_scene(scene: Scene, *, image_size: int = IMAGE_SIZE) -> UInt8[np.ndarray, "rows cols 3"]:
@@ -264,4 +270,5 @@ def render_scene(scene: Scene, *, image_size: int = IMAGE_SIZE) -> UInt8[np.ndar
         distance = signed_distance(thing, image_size=image_size)
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
         pixels = pixels * (1 - cover) + _object_pixels(thing, distance, image_size) * cover
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    rounded: UInt8[np.ndarray, "rows cols 3"] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    return rounded

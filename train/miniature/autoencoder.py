@@ -36,7 +36,8 @@ def _whole_images(bank: SceneBank, batch_size: int, generator: torch.Generator) 
 
 def encode_mean(autoencoder: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
     """Latents before scaling, (batch, 16, 16, 16)."""
-    return autoencoder.encode(images).latents
+    latents: torch.Tensor = autoencoder.encode(images).latents
+    return latents
 
 
 def train_autoencoder(

@@ -31,7 +31,8 @@ def exam_prompts(count: int, *, seed: int = 90_000) -> list[str]:
 
 
 def _generate_all(pipe: FluxPipeline, prompts: list[str], batch_size: int) -> list[Image.Image]:
-    settings, images = default_settings(pipe), []
+    settings = default_settings(pipe)
+    images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         images += generate(pipe, part, seeds=list(range(start, start + len(part))), settings=settings)
@@ -41,7 +42,8 @@ def _generate_all(pipe: FluxPipeline, prompts: list[str], batch_size: int) -> li
 
 def take_exam(pipe: FluxPipeline, *, n_prompts: int = 500, batch_size: int = 25) -> Tally:
     """Generate one image per held-out prompt and compare what was asked with what is read."""
-    prompts, tally = exam_prompts(n_prompts), defaultdict(list)
+    prompts = exam_prompts(n_prompts)
+    tally: Tally = defaultdict(list)
     for prompt, image in zip(prompts, _generate_all(pipe, prompts, batch_size), strict=True):
         n_objects = 2 if " and " in prompt else 1
         for attribute, is_right in score_prompt(prompt, read_scene(image)):

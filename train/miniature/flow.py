@@ -61,7 +61,7 @@ def predict_velocity(
     side = int(noisy.shape[1] ** 0.5)
     pooled = model["text_encoder"](tokens).pooler_output
     embeds = model["text_encoder_2"](tokens)[0]
-    return model["transformer"](
+    velocity: torch.Tensor = model["transformer"](
         hidden_states=noisy,
         timestep=time,
         guidance=guidance,
@@ -71,6 +71,7 @@ def predict_velocity(
         img_ids=image_ids(side, side, noisy.device),
         return_dict=False,
     )[0]
+    return velocity
 
 
 def empty_tokens(like: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> torch.Tensor:
     """Token ids (captions, TEXT_TOKENS) as uint8, padded as the pipeline pads them."""
     ids = tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
-    return ids.input_ids.to(torch.uint8)
+    padded: torch.Tensor = ids.input_ids
+    return padded.to(torch.uint8)
 
 
 def build_text_encoder(vocab_size: int) -> CLIPTextModel:

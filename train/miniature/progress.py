@@ -108,7 +108,7 @@ class Checkpoint:
         finished: bool,
     ) -> None:
         """Write everything that is needed to go on."""
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         memory = {
             f"{names[parameter]}|{key}": torch.as_tensor(value)
             for optimizer in optimizers
