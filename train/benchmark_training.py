@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from fluxsae.files import write_json
 from fluxsae.kernels import sparse_pays
 from fluxsae.sae import SaeConfig, SparseAutoencoder
 from fluxsae.training.config import TrainConfig
@@ -122,7 +124,7 @@ def main(config: BenchmarkConfig) -> list[Measurement]:
         print(format_table(shape, measured), flush=True)
         results += measured
     if config.output is not None:
-        config.output.write_text(json.dumps([{**asdict(m), "median": m.median} for m in results], indent=2) + "\n")
+        write_json(config.output, [asdict(measurement) for measurement in results])
     return results
 
 
@@ -363,10 +365,9 @@ def _in_environment() -> bool:
     return Path(sys.prefix).resolve() == ENVIRONMENT.resolve()
 
 
-def _run_in_environment(config: BenchmarkConfig) -> list[Measurement]:
-    """Builds the environment of the other tools, on top of this one's packages, and measures there."""
-    python = ENVIRONMENT / "bin" / "python"
-    stamp = ENVIRONMENT / ".complete"
+def build_environment() -> Path:
+    """The Python of an environment with the other tools, on top of this one's packages; built on first use."""
+    python, stamp = ENVIRONMENT / "bin" / "python", ENVIRONMENT / ".complete"
     if not stamp.exists():
         print(f"Building {ENVIRONMENT} with {', '.join(REQUIREMENTS)}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
@@ -376,8 +377,22 @@ def _run_in_environment(config: BenchmarkConfig) -> list[Measurement]:
         pins = [f"torch=={torch.__version__.partition('+')[0]}", *REQUIREMENTS]
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *pins], check=True)
         stamp.touch()
-    subprocess.run([str(python), "-m", "train.benchmark_training", *sys.argv[1:]], check=True)
-    return []
+    return python
+
+
+def _run_in_environment(config: BenchmarkConfig) -> list[Measurement]:
+    """The same benchmark among the other tools' packages; its results come back through a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "results.json"
+        command = [str(build_environment()), "-m", "train.benchmark_training", "--output", str(output)]
+        command += ["--device", config.device, "--repetitions", str(config.repetitions), "--steps", str(config.steps)]
+        command += ["--budget-seconds", str(config.budget_seconds)]
+        command += ["--only", *map(str, config.only)] if config.only else []
+        subprocess.run(command, check=True)
+        rows = json.loads(output.read_text())
+    if config.output is not None:
+        write_json(config.output, rows)
+    return [Measurement(**{**row, "shape": Shape(**row["shape"])}) for row in rows]
 
 
 def calibrate(config: BenchmarkConfig) -> None:
