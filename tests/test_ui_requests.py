@@ -1,5 +1,6 @@
 """What the page refuses, in which words, and the plain services behind it."""
 
+import contextlib
 import math
 import pickle
 import subprocess
@@ -134,7 +135,7 @@ def test_a_refusal_names_field_value_and_allowed_range(field: str, value: Any, w
     ],
 )
 def test_every_endpoint_refuses_what_is_out_of_range(schema: type[Request], values: Any, words: str) -> None:
-    with pytest.raises(RequestError, match=".") as refused:
+    with pytest.raises(RequestError) as refused:
         schema.parse(LIMITS, **values)
     assert words in str(refused.value)
 
@@ -151,10 +152,8 @@ JSON = st.recursive(
 def test_no_json_value_gets_past_a_schema_as_anything_but_a_refusal(data: Any, case: Any, value: Any) -> None:
     schema, good = case
     field = data.draw(st.sampled_from(sorted(good)))
-    try:
-        schema.parse(LIMITS, **{**good, field: value})
-    except RequestError as refused:
-        assert str(refused)
+    with contextlib.suppress(RequestError):
+        assert schema.parse(LIMITS, **{**good, field: value})
 
 
 def test_short_names_and_integral_floats_are_understood() -> None:
@@ -336,7 +335,9 @@ def test_browsing_never_imports_diffusers(bench: Workbench) -> None:
         "loaded = [name for name in sys.modules if name.split('.')[0] == 'diffusers']\n"
         "assert not loaded, loaded[:3]\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent.parent, capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
@@ -385,7 +386,7 @@ def test_snippets_carry_the_values_on_screen() -> None:
     code = snippets("heatmap", {"prompt": "it's <b>", "seed": 3, "step": None}, "image, features, overlays")
     compile(code["Python"], "snippet", "exec")
     assert "seed=3" in code["Python"]
-    assert '"it\'\\\'\'s <b>", 3, null' in code["curl"]
+    assert "\"it'\\''s <b>\", 3, null" in code["curl"]
     assert '"fluxsae_heatmap"' in code["MCP"]
 
 

@@ -26,6 +26,7 @@ STRIP = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0)
 MAX_PAGE_EDITS = 6
 SUGGESTED = 14
 CONTROL_SEED = 0
+EMBEDDED_RUN = "fluxsae/miniature/run"
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +116,7 @@ def run_origin(bench: Workbench) -> Any:
     """Where the models of this page's recipes come from."""
     from fluxsae.sweeps import Origin
 
-    repo, _, revision = bench.source.partition("@")
+    repo, _, revision = (EMBEDDED_RUN if bench.source == "embedded" else bench.source).partition("@")
     saes = tuple(
         SaeSource(HookPoint.parse(name), repo, bench.run.sae_subfolder(name), revision or None)
         for name in bench.hookpoints

@@ -104,12 +104,26 @@ def summary(cards: CardIndex, feature: int) -> dict[str, Any]:
 
 
 def telling(peaks: np.ndarray, cards: CardIndex) -> np.ndarray:
-    """How telling each feature is for an image: its peak as a share of its maximum, less the more images fire it."""
+    """How telling each feature is for an image: its peak as a share of its maximum, times its weight."""
     maxima = cards.features.column("max_act").astype(np.float64)
     shares = np.divide(peaks, maxima, out=np.zeros(len(maxima)), where=maxima > 0)
-    rarity = 1 - cards.features.column("image_density").astype(np.float64)
-    scores: np.ndarray = np.minimum(shares, 1.0) * np.clip(rarity, 0.02, 1.0)
+    scores: np.ndarray = np.minimum(shares, 1.0) * weights(cards)
     return scores
+
+
+def weights(cards: CardIndex) -> np.ndarray:
+    """What a feature has to say: more the fewer images fire it, twice as much with a sure label as without any."""
+    rarity = 1 - cards.features.column("image_density").astype(np.float64)
+    known: np.ndarray = np.clip(rarity, 0.02, 1.0) * (1 + np.array([confidence(cards, f) for f in range(len(cards))]))
+    return known
+
+
+def confidence(cards: CardIndex, feature: int) -> float:
+    """How sure a feature's label is, from 0 (none, or chance) to 1."""
+    if not cards.labels[feature]:
+        return 0.0
+    row = cards.features.table["label_confidence"][feature].as_py() if "label_confidence" in cards.features else None
+    return float(row or 0.0)
 
 
 def ranked_features(maps: SparseMaps, cards: CardIndex, *, step: int | None, limit: int) -> list[dict[str, Any]]:
@@ -236,8 +250,7 @@ def diff(first: Reading, second: Reading, cards: CardIndex, *, limit: int) -> di
         np.minimum(1, np.divide(m.peaks(None), maxima, out=np.zeros(len(maxima)), where=maxima > 0)) for m in pair
     ]
     change = np.abs(shares[1] - shares[0])
-    rarity = np.clip(1 - cards.features.column("image_density").astype(np.float64), 0.02, 1.0)
-    order = [int(f) for f in np.argsort(-change * rarity, kind="stable")[:limit] if change[f] > 0]
+    order = [int(f) for f in np.argsort(-change * weights(cards), kind="stable")[:limit] if change[f] > 0]
     return {
         "hookpoint": str(cards.hookpoint),
         "rows": first.grid.rows,
@@ -266,11 +279,11 @@ def _patches(maps: SparseMaps, cards: CardIndex, step: int | None) -> tuple[np.n
     patches = np.zeros((n_tokens, PER_PATCH), dtype=np.int64)
     values = np.zeros((n_tokens, PER_PATCH), dtype=np.uint8)
     maxima = cards.features.column("max_act").astype(np.float64)
-    rarity = np.clip(1 - cards.features.column("image_density").astype(np.float64), 0.02, 1.0)
+    known = weights(cards)
     for token in range(n_tokens):
         found = maps.at(token, step)
         shares = {f: min(1.0, value / maxima[f]) if maxima[f] > 0 else 0.0 for f, value in found.items()}
-        best = sorted(shares, key=lambda f: -shares[f] * rarity[f])[:PER_PATCH]
+        best = sorted(shares, key=lambda f: -shares[f] * known[f])[:PER_PATCH]
         patches[token, : len(best)] = best
         values[token, : len(best)] = [max(1, round(shares[f] * 255)) for f in best]
     return patches, values
@@ -311,19 +324,21 @@ def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
 
 
 def _best_example(cards: CardIndex, limit: int) -> tuple[int | None, list[int]]:
-    """The image with the most distinct labels among its features, and those features, strongest first."""
-    by_image: dict[int, dict[str, tuple[int, float]]] = {}
+    """The image about which the best features say most, each label once, and those features, most telling first."""
+    by_image: dict[int, dict[str, tuple[float, int]]] = {}
     for feature in cards.ranked[:200]:
         row = cards.features[feature]
         if not row.label:
             continue
         for image, score in zip(row.top_images, row.top_scores, strict=True):
-            by_image.setdefault(image, {}).setdefault(row.label, (feature, score / row.max_act))
+            said = score / row.max_act * (0.1 + (row.label_confidence or 0.0)) * (1 - row.image_density)
+            found = by_image.setdefault(image, {})
+            found[row.label] = max(found.get(row.label, (0.0, feature)), (said, feature))
     if not by_image:
         return None, []
-    best = max(by_image, key=lambda image: (min(limit, len(by_image[image])), -image))
-    found = sorted(by_image[best].values(), key=lambda item: -item[1])[:limit]
-    return best, [feature for feature, _ in found]
+    ranked = {image: sorted(found.values(), reverse=True)[:limit] for image, found in by_image.items()}
+    best = max(ranked, key=lambda image: (sum(said for said, _ in ranked[image]), -image))
+    return best, [feature for _, feature in ranked[best]]
 
 
 def _example_patches(planes: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

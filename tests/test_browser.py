@@ -1,0 +1,330 @@
+"""Each tab's main story in a real browser: desktop and phone, light and dark, mouse, keyboard and screen reader."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import browser
+import page_server
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+pytestmark = pytest.mark.browser
+
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 812}
+TABS = ("Heatmap", "Gallery", "Directions", "Steer", "About")
+WAIT = 90_000
+PROMPT = "a large red circle on a black background"
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[page_server.Page]:
+    with page_server.serve() as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    found = browser.find_chromium()
+    assert found is not None, "no Chromium: run `python -m browser`"
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=str(found), args=list(browser.ARGUMENTS))
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def visit(served: page_server.Page, chromium: Browser) -> Iterator[Open]:
+    """Opens the page; afterwards no script may have failed."""
+    pages: list[Page] = []
+    failures: list[str] = []
+
+    def open_page(*, viewport: Any = DESKTOP, dark: bool = False, query: str = "") -> Page:
+        page = chromium.new_page(viewport=viewport, color_scheme="dark" if dark else "light")
+        page.set_default_timeout(WAIT)
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        pages.append(page)
+        theme = "dark" if dark else "light"
+        page.goto(f"{served.url}/?__theme={theme}{query}")
+        page.wait_for_selector("fs-lab canvas")
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert not failures
+
+
+def canvas_pixels(page: Page) -> str:
+    page.wait_for_timeout(250)
+    return str(page.locator(".fs-stage canvas").evaluate("canvas => canvas.toDataURL()"))
+
+
+def go_to(page: Page, tab: str) -> None:
+    found = page.get_by_role("tab", name=tab)
+    if not found.is_visible():
+        page.locator(".overflow-menu > button").click()
+        page.locator(".overflow-dropdown").get_by_text(tab).click()
+        return
+    found.click()
+
+
+def generate(page: Page, prompt: str = PROMPT) -> None:
+    page.locator("#heatmap-prompt textarea").fill(prompt)
+    page.locator("#heatmap-go").click()
+    page.wait_for_function("prompt => document.querySelector('fs-lab').data.prompt === prompt", arg=prompt)
+    page.wait_for_function("document.querySelector('fs-lab').data.kind === 'live'")
+
+
+def chosen(page: Page) -> int:
+    return int(page.locator("fs-lab .fs-card[aria-pressed=true]").get_attribute("data-feature") or -1)
+
+
+def add_feature(page: Page) -> None:
+    page.get_by_role("group", name="Add a feature").get_by_role("button").first.click()
+    page.wait_for_selector(".fs-turn")
+
+
+def turn(page: Page, value: float) -> None:
+    slider = page.locator(".fs-turn").first
+    slider.evaluate(
+        "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')); "
+        "input.dispatchEvent(new Event('change')) }",
+        value,
+    )
+
+
+def test_the_page_opens_on_a_ready_example_without_generating(visit: Open, served: page_server.Page) -> None:
+    page = visit()
+    assert page.evaluate("document.querySelector('fs-lab').data.kind") == "example"
+    expect(page.locator("fs-lab .fs-card").first).to_be_visible()
+    assert page.locator("fs-lab .fs-card").count() >= 3
+
+
+def test_a_prompt_shows_overlays_that_change_with_the_chosen_feature(visit: Open) -> None:
+    page = visit()
+    generate(page)
+    first, feature = canvas_pixels(page), chosen(page)
+    page.locator("fs-lab .fs-card").nth(1).click()
+    assert chosen(page) != feature
+    assert canvas_pixels(page) != first
+    page.locator("fs-lab .fs-card").nth(0).click()
+    assert canvas_pixels(page) == first
+
+
+def test_opacity_threshold_scale_and_steps_redraw_the_heat(visit: Open) -> None:
+    page = visit()
+    generate(page)
+    seen = [canvas_pixels(page)]
+    page.get_by_label("Heat", exact=True).fill("0.3")
+    seen.append(canvas_pixels(page))
+    page.get_by_label("Hide below").fill("0.6")
+    seen.append(canvas_pixels(page))
+    page.get_by_role("button", name="this image").click()
+    seen.append(canvas_pixels(page))
+    page.get_by_role("button", name="patches").click()
+    seen.append(canvas_pixels(page))
+    assert len(set(seen)) == len(seen)
+    slider = page.get_by_label("Denoising step", exact=True)
+    frames = set()
+    for value in range(int(slider.get_attribute("max") or 0) + 1):
+        slider.fill(str(value))
+        frames.add(canvas_pixels(page))
+    assert len(frames) > 1
+
+
+def test_a_patch_answers_to_mouse_and_keyboard(visit: Open) -> None:
+    page = visit()
+    generate(page)
+    page.locator(".fs-stage").hover(position={"x": 200, "y": 200})
+    expect(page.locator(".fs-stage .fs-tip")).to_contain_text("patch")
+    page.locator(".fs-stage").click(position={"x": 200, "y": 200})
+    page.wait_for_selector("fs-patch section")
+    before = page.locator("fs-patch h3").inner_text()
+    page.locator(".fs-stage").focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(page.locator("fs-patch h3")).not_to_have_text(before)
+
+
+def test_unknown_words_are_named_and_a_blank_prompt_is_refused_keeping_the_result(visit: Open) -> None:
+    page = visit()
+    generate(page, "a red zebra")
+    expect(page.locator("fs-lab .fs-notice")).to_contain_text("zebra")
+    page.locator("#heatmap-prompt textarea").fill("   ")
+    page.locator("#heatmap-go").click()
+    expect(page.locator(".toast-body").first).to_contain_text("prompt is blank")
+    assert page.evaluate("document.querySelector('fs-lab').data.prompt") == "a red zebra"
+
+
+def test_html_in_a_prompt_stays_text(visit: Open) -> None:
+    page = visit()
+    prompt = '<img src=x onerror="window.hacked=1"> red circle'
+    generate(page, prompt)
+    expect(page.locator("fs-lab .fs-prompt")).to_contain_text("<img src=x")
+    assert page.evaluate("window.hacked") is None
+
+
+def test_two_prompts_are_compared(visit: Open) -> None:
+    page = visit()
+    generate(page)
+    page.locator("#heatmap-compare").get_by_role("button").first.click()
+    page.locator("#heatmap-other textarea").fill("a large blue circle on a black background")
+    page.locator("#heatmap-compare-go").click()
+    page.wait_for_selector("fs-diff li")
+    page.locator("fs-diff li button").first.click()
+    expect(page.locator("fs-diff li button").first).to_have_attribute("aria-pressed", "true")
+
+
+def test_the_gallery_finds_opens_and_sends_a_feature_through_the_tabs(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Gallery")
+    page.wait_for_selector("fs-gallery .fs-card")
+    label = page.locator("fs-gallery .fs-label").first.inner_text()
+    page.locator("#gallery-query textarea").press_sequentially(label, delay=30)
+    expect(page.locator("fs-gallery p").first).to_contain_text("match")
+    card = page.locator("fs-gallery .fs-card").first
+    feature = card.get_attribute("data-feature")
+    card.click()
+    expect(page.locator("fs-feature article")).to_have_attribute("aria-label", f"Feature {feature}")
+    page.get_by_role("button", name="Show in map").click()
+    expect(page.locator("fs-near article")).to_have_attribute("aria-label", f"Feature {feature}")
+    page.locator("fs-near").get_by_role("button", name="Steer with this").click()
+    expect(page.locator(".fs-edit")).to_contain_text(f"#{feature},")
+
+
+def test_the_map_is_clicked_through_and_walked_by_keyboard(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Directions")
+    page.wait_for_selector("fs-map canvas")
+    page.wait_for_timeout(300)
+    page.locator(".fs-mapstage").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("fs-near article")
+    first = page.locator("fs-near article").get_attribute("aria-label")
+    page.locator("fs-near .fs-rank button").first.click()
+    expect(page.locator("fs-near article")).not_to_have_attribute("aria-label", str(first))
+
+
+def test_hook_points_are_compared(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Directions")
+    page.locator("#directions-compare").get_by_role("button").first.click()
+    page.locator("#directions-compare-go").click()
+    expect(page.locator("fs-compared h3").first).to_contain_text("Live on")
+
+
+def test_steering_turns_a_feature_and_a_link_opens_the_same(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    page.locator("#steer-prompt textarea").fill(PROMPT)
+    add_feature(page)
+    turn(page, 0.75)
+    page.wait_for_selector("fs-result section")
+    result = page.evaluate(
+        "(({before, after, link}) => ({before, after, link}))(document.querySelector('fs-result').data)"
+    )
+    assert result["before"] != result["after"]
+    page.get_by_role("slider", name="Before and after").fill("20")
+    page.get_by_role("button", name="a random direction").click()
+    other = visit(query=f"&view={result['link']}")
+    other.wait_for_selector("fs-result section")
+    opened = other.evaluate("(({before, after}) => ({before, after}))(document.querySelector('fs-result').data)")
+    assert opened == {"before": result["before"], "after": result["after"]}
+    expect(other.locator(".fs-edit output")).to_contain_text("usual strength added")
+
+
+def test_the_strip_shows_seven_strengths_and_draws_the_safe_range(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    add_feature(page)
+    page.locator("#steer-strip-go").click()
+    expect(page.locator("fs-strip li")).to_have_count(7)
+    expect(page.locator(".fs-edit .fs-hint").first).to_be_visible()
+
+
+def test_a_painted_region_is_sent_with_the_edit(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    add_feature(page)
+    turn(page, 0.5)
+    page.wait_for_selector("fs-result section")
+    page.get_by_role("button", name="Paint where it acts").click()
+    box = page.locator(".fs-paint").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.3)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.3, steps=8)
+    page.mouse.up()
+    page.get_by_role("button", name="Use this region").click()
+    page.wait_for_function(
+        "(document.querySelector('fs-result').data || {recipe: {batch: [[], []]}}).recipe.batch[1][0].region"
+    )
+    region = page.evaluate("document.querySelector('fs-result').data.recipe.batch[1][0].region")
+    assert 1 <= sum(map(sum, region)) < 60
+
+
+def test_image_and_recipe_are_downloaded_and_the_recipe_loads_again(visit: Open, tmp_path: Path) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    add_feature(page)
+    turn(page, -1)
+    page.wait_for_selector("fs-result section")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Image with recipe").click()
+    picture = tmp_path / "steered.png"
+    download.value.save_as(picture)
+    with page.expect_download() as report:
+        page.locator("fs-result").get_by_role("button", name="Save report").click()
+    report.value.save_as(tmp_path / "report.html")
+    assert "Measurements" in (tmp_path / "report.html").read_text()
+    other = visit()
+    go_to(other, "Steer")
+    other.locator("input[type=file]").first.set_input_files(picture)
+    expect(other.locator(".fs-edit output")).to_contain_text("100 % taken away")
+
+
+def test_the_about_tab_has_code_for_every_endpoint(visit: Open, served: page_server.Page) -> None:
+    page = visit()
+    go_to(page, "About")
+    expect(page.locator("fs-endpoints summary")).to_have_count(7)
+    page.locator("fs-endpoints summary").first.click()
+    expect(page.locator("fs-endpoints pre").first).to_contain_text(served.url)
+
+
+def prepare(page: Page, tab: str) -> None:
+    if tab == "Heatmap":
+        generate(page)
+    go_to(page, tab)
+    if tab == "Gallery":
+        page.locator("fs-gallery .fs-card").first.click()
+        page.wait_for_selector("fs-feature article")
+    elif tab == "Directions":
+        page.wait_for_selector("fs-map canvas")
+    elif tab == "Steer":
+        add_feature(page)
+        turn(page, 0.5)
+        page.wait_for_selector("fs-result section")
+    page.wait_for_timeout(500)
+
+
+@pytest.mark.parametrize("tab", TABS)
+@pytest.mark.parametrize(("viewport", "dark"), [(DESKTOP, False), (PHONE, True)], ids=["desktop-light", "phone-dark"])
+def test_every_tab_fits_its_screen_and_axe_finds_nothing_serious(
+    visit: Open, tab: str, viewport: Any, dark: bool
+) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = visit(viewport=viewport, dark=dark)
+    prepare(page, tab)
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    found = Axe().run(page).response["violations"]
+    serious = [
+        {"rule": item["id"], "nodes": [node["html"][:160] for node in item["nodes"]][:3]}
+        for item in found
+        if item["impact"] in {"serious", "critical"}
+    ]
+    assert not serious, json.dumps(serious, indent=1)
