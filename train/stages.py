@@ -46,6 +46,8 @@ def run_stage(
     """
     peers = processes or Processes()
     config = json.loads(json.dumps(config, default=str))
+    if peers.rank == 0:
+        run.remove_leftovers()
     record = run.load_info().stages.get(name) if run.exists() else None
     if record is not None and not force and all(path.exists() for path in outputs()):
         if record.config == config:
@@ -90,3 +92,28 @@ def format_table(results: Sequence[StageResult]) -> str:
     spent = sum(r.seconds for r in results if r.word == "done")
     lines.append(f"{'total':<12}{'':<10}{spent:>10.1f}{sum(r.megabytes for r in results):>10.1f}")
     return "\n".join(lines)
+
+
+def check_push(repo_id: str | None) -> None:
+    """Refuses a Hub repository that cannot be meant, before hours of work.
+
+    Raises:
+        FluxSaeError: not of the form user/name.
+    """
+    if repo_id is not None:
+        from fluxsae.hub import check_repo_id
+
+        check_repo_id(repo_id)
+
+
+def push_complete(run: RunFolder, repo_id: str | None) -> None:
+    """Publishes the run, where `--push-to` asks for it.
+
+    Raises:
+        FluxSaeError: the Hub refuses it; the stage itself is complete and kept.
+    """
+    if repo_id is not None:
+        from fluxsae.publish import push_run
+
+        made = push_run(run, repo_id)
+        print(f"{made.n_files} files at {made.url}")
