@@ -94,6 +94,16 @@ def is_repo_id(text: str) -> bool:
     return bool(_REPO_ID.fullmatch(text)) and ".." not in text and "--" not in text
 
 
+def check_repo_id(text: str) -> None:
+    """Refuses what is not of the form `user/name`.
+
+    Raises:
+        FluxSaeError: it is not.
+    """
+    if not is_repo_id(text):
+        raise FluxSaeError(f"{text[:120]!r} is no repository id. Write user/name.")
+
+
 def sha256(content: Path | bytes) -> str:
     """The SHA-256 of a file or of bytes, in hex."""
     return _digest(hashlib.sha256(), content)

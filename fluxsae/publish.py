@@ -153,8 +153,8 @@ def push_tables(
 
 def _check_repo_ids(repo_id: str, tables_repo: str | None) -> None:
     for name in (repo_id, tables_repo):
-        if name is not None and not hub.is_repo_id(name):
-            raise FluxSaeError(f"{name[:120]!r} is no repository id. Write user/name.")
+        if name is not None:
+            hub.check_repo_id(name)
     if repo_id == tables_repo:
         raise FluxSaeError(f"The tables cannot go to {repo_id} itself. Name a dataset repository, as {repo_id}-tables.")
 

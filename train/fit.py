@@ -32,7 +32,7 @@ from fluxsae.training import Processes, Source, TrainConfig, measure_held_out, t
 from fluxsae.training.checkpoints import CHECKPOINT_NAME
 from train.flux_options import FluxOptions
 from train.processes import processes
-from train.stages import StageResult, run_stage
+from train.stages import StageResult, check_push, push_complete, run_stage
 
 _DEAD_TOKENS_AT_MOST = 1_000_000
 
@@ -104,6 +104,7 @@ class _Data:
 def main(config: FitConfig, *, pipe: Any = None) -> StageResult:
     """Runs the stage; `pipe` is an already opened FLUX, for `from_flux`."""
     config.training()
+    check_push(config.push_to)
     run = RunFolder(config.run)
     with processes() as peers:
         if config.from_flux:
@@ -120,10 +121,8 @@ def main(config: FitConfig, *, pipe: Any = None) -> StageResult:
             force=config.force,
             processes=peers,
         )
-        if config.push_to and peers.rank == 0:
-            from fluxsae.publish import push_run
-
-            print(f"Pushed to {push_run(run, config.push_to)}")
+        if peers.rank == 0:
+            push_complete(run, config.push_to)
         return result
 
 

@@ -34,7 +34,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.files import write_text
 from train import analyze, collect, directions, embed, find_demos, fit, render, score, select
 from train.flux_options import FluxOptions
-from train.stages import StageResult, format_table
+from train.stages import StageResult, check_push, format_table, push_complete
 
 StageName = Literal["collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos"]
 PIPELINE_STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -90,6 +90,8 @@ class PipelineConfig(FluxOptions):
     """Run these stages alone."""
     force: bool = False
     """Do the chosen stages again, also where they are complete."""
+    push_to: str | None = None
+    """Hub repository (user/name) that gets the run when all chosen stages are complete."""
     export: Path | None = None
     """Folder that becomes a copy of the finished run without activations and unfinished work."""
 
@@ -128,6 +130,7 @@ def main(config: PipelineConfig) -> list[StageResult]:
     chosen = choose_stages(config)
     if config.export is not None:
         check_export(config.export)
+    check_push(config.push_to)
     run = RunFolder(config.run or Path("runs") / Path(config.flux).name)
     configs = {stage: build_stage_config(stage, recipe, run, force=config.force) for stage in chosen}
     if not config.only and config.from_ is None:
@@ -141,6 +144,7 @@ def main(config: PipelineConfig) -> list[StageResult]:
     print("\n" + format_table(results))
     if config.export is not None:
         export_run(run, config.export)
+    push_complete(run, config.push_to)
     return results
 
 

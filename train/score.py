@@ -26,7 +26,7 @@ from fluxsae.training.processes import Processes
 from train.collect import describe_run, save_run
 from train.flux_options import FluxOptions
 from train.processes import processes
-from train.stages import StageResult, run_stage
+from train.stages import StageResult, check_push, push_complete, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,8 @@ class ScoreConfig(FluxOptions):
     """Longest side of the thumbnails, pixels."""
     allow_mismatch: bool = False
     """Score with SAEs that were trained on another model, size, guidance or noise level."""
+    push_to: str | None = None
+    """Hub repository (user/name) that gets the run when the stage is complete."""
     force: bool = False
     """Score again, also where it is complete."""
 
@@ -59,8 +61,9 @@ def main(config: ScoreConfig, *, open_flux: Callable[[], Any] | None = None) -> 
     """Runs the stage; `open_flux` gives FLUX where it is open already."""
     run = RunFolder(config.run)
     hookpoints = _hookpoints(config, run)
+    check_push(config.push_to)
     with processes() as peers:
-        return run_stage(
+        result = run_stage(
             run,
             "score",
             _stage_config(config, run, hookpoints),
@@ -69,6 +72,9 @@ def main(config: ScoreConfig, *, open_flux: Callable[[], Any] | None = None) -> 
             force=config.force,
             processes=peers,
         )
+        if peers.rank == 0:
+            push_complete(run, config.push_to)
+        return result
 
 
 def _hookpoints(config: ScoreConfig, run: RunFolder) -> list[HookPoint]:
