@@ -1,7 +1,16 @@
 """`train.deploy_space` against the local Hub: what it puts there is the app, and it starts."""
 
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import whole_run
@@ -117,6 +126,32 @@ def test_what_a_visitor_would_see_broken_is_refused_before_anything_is_sent(
     assert not [entry for entry in server.log() if entry["method"] == "POST"]
     with pytest.raises(FluxSaeError, match="is no checkout of fluxsae"):
         deploy_space.main(DeployConfig(repo="user/bad", source=tmp_path))
+
+
+def test_what_was_deployed_serves_the_page(machine: HubProcess, tmp_path: Path) -> None:
+    """Everything that the app needs is in the Space: it starts in a folder that holds nothing else."""
+    deploy(machine, repo="user/served", source=ROOT)
+    space = machine.call("fluxsae.hub:download", "user/served", repo_type="space", cache="space")
+    shutil.copytree(space["folder"], tmp_path / "space")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "FLUXSAE_", "PYTHON"))}
+    environment = kept | {"GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    process = subprocess.Popen([sys.executable, "app.py"], cwd=tmp_path / "space", env=environment)
+    try:
+        page = ""
+        while not page:
+            assert process.poll() is None, "the app ended"
+            with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{port}/", timeout=30) as response:
+                page = response.read().decode()
+            time.sleep(0.2)
+        assert "<title>" in page
+        with urlopen(f"http://127.0.0.1:{port}/gradio_api/info", timeout=60) as response:
+            assert {"/heatmap", "/feature", "/steer"} <= set(json.load(response)["named_endpoints"])
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
 
 
 def test_this_checkout_is_ready_for_a_space() -> None:

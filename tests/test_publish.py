@@ -1,5 +1,6 @@
 """A run to the Hub and back, over HTTP, between separate processes, with the unmodified client."""
 
+import importlib
 import json
 import re
 import shutil
@@ -287,6 +288,23 @@ def test_a_repository_without_a_run_and_bad_names_are_refused_in_words(machine: 
         push_run(run, "user/x", tables_repo="user/x")
     with pytest.raises(FluxSaeError, match="needs a folder of its own"):
         pull_run("user/x", hookpoints=[LATE])
+
+
+@pytest.mark.parametrize("stage", ["fit", "score", "pipeline"])
+def test_push_to_a_name_that_cannot_be_meant_is_refused_before_the_work(
+    run: RunFolder, stage: str, tmp_path: Path
+) -> None:
+    module = importlib.import_module(f"train.{stage}")
+    config = next(value for name, value in vars(module).items() if name.lower() == f"{stage}config")
+    before = contents(run)
+    with pytest.raises(FluxSaeError, match=r"'no-owner' is no repository id. Write user/name"):
+        module.main(config(run=run.path, push_to="no-owner"))
+    assert contents(run) == before
+
+
+def test_push_to_publishes_a_complete_stage(server: LocalHub, machine: HubProcess, run: RunFolder) -> None:
+    machine.call("upload_files:push_complete", run.path, "user/staged")
+    assert "run.json" in server.repo("user/staged")["commits"][-1]["files"]
 
 
 def test_a_repository_changed_by_hand_is_noticed(machine: HubProcess, run: RunFolder, tmp_path: Path) -> None:

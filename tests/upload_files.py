@@ -9,8 +9,9 @@ from unittest import mock
 import torch
 
 from fluxsae import hub
+from fluxsae.artifacts import RunFolder
 from fluxsae.sae import SparseAutoencoder
-from train import deploy_space, verify
+from train import deploy_space, stages, verify
 
 
 def upload_paths(repo_id: str, paths: dict[str, str], **options: Any) -> hub.Commit:
@@ -61,3 +62,8 @@ def push_to_hub(folder: str, repo_id: str, **options: Any) -> str:
 def deploy(*, source: str, **config: Any) -> hub.Commit:
     """`train.deploy_space` of a checkout."""
     return deploy_space.main(deploy_space.DeployConfig(source=Path(source), **config))
+
+
+def push_complete(run: str, repo_id: str) -> None:
+    """What `--push-to` does when a stage is complete."""
+    stages.push_complete(RunFolder(run), repo_id)
