@@ -251,7 +251,7 @@ def test_missing_files_and_folders_say_what_to_give(tmp_path: Path) -> None:
         SparseAutoencoder.from_pretrained(tmp_path)
     with pytest.raises(FluxSaeError, match="neither a folder nor a Hub repository"):
         SparseAutoencoder.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(FluxSaeError, match="No SAE could be read from someone/something"):
+    with pytest.raises(FluxSaeError, match="Could not download someone/something"):
         SparseAutoencoder.from_pretrained("someone/something", subfolder="sae/x")
 
 

@@ -14,16 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from fluxsae.artifacts import RunFolder, RunInfo
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import load_tensors
 from fluxsae.metrics import fvu
 from fluxsae.sae import ARCHITECTURES, Architecture, SaeConfig, SparseAutoencoder
+from fluxsae.settings import GenerationSettings
+from fluxsae.shards import ActivationManifest, ShardWriter
 from fluxsae.training import TrainConfig, measure_held_out, train
 from fluxsae.training.checkpoints import CHECKPOINT_NAME, LOG_NAME
 from fluxsae.training.gradients import Situation, _batch_topk, batch_gradients
 from fluxsae.training.initial import resample_dead
 from fluxsae.training.processes import Processes
 from fluxsae.training.trainer import SaeTrainer
+from train.fit import FitConfig, main
 
 D_MODEL, N_FEATURES, K = 12, 40, 4
 
@@ -470,3 +474,73 @@ def test_two_processes_train_what_one_process_trains(tmp_path: Path) -> None:
                 together[architecture][name], tensor, atol=1e-3, rtol=1e-3,
                 msg=lambda text, at=(architecture, name): f"{at}: {text}",
             )  # fmt: skip
+
+
+# The command that a user runs
+
+
+@pytest.fixture
+def collected_run(tmp_path: Path) -> Path:
+    """A run folder with the activations of 40 images, 16 tokens each, at two steps of one hook point."""
+    generation = GenerationSettings(height=64, width=64, num_inference_steps=20, max_sequence_length=32)
+    manifest = ActivationManifest(
+        hookpoint="transformer_blocks.3.ff", d_model=D_MODEL, flux_id="tiny", flux_revision=None, settings=generation,
+        steps=(2, 6), sigmas=(0.9, 0.7), n_tokens=16, tokens_per_image=16, n_images=40, images_per_shard=20,
+        prompts_hash="p", seed=0,
+    )  # fmt: skip
+    run = RunFolder(tmp_path / "run")
+    writer = ShardWriter(run.activations_path / manifest.hookpoint, manifest)
+    for shard in range(manifest.n_shards):
+        tokens = sparse_rows(20 * 2 * 16, seed=shard).reshape(20, 2, 16, D_MODEL).bfloat16()
+        writer.write(shard, tokens, torch.arange(16).expand(20, 2, 16))
+    run.save_info(RunInfo(flux_id="tiny", settings=generation, hookpoints=(manifest.hookpoint,)))
+    return run.path
+
+
+def test_fit_writes_an_sae_that_knows_its_ground_and_skips_what_is_complete(collected_run: Path) -> None:
+    config = FitConfig(
+        run=collected_run, hookpoint=("layer3",), step=(6,), k=(3, 5), batch_size=64, epochs=3, device="cpu"
+    )
+    assert main(config).word == "done"
+    sae = SparseAutoencoder.from_pretrained(collected_run, subfolder="sae/transformer_blocks.3.ff")
+    assert sae.config.k == 3
+    assert (sae.reference_acts > 0).any()
+    ground = sae.config.trained_on
+    assert ground is not None
+    assert (ground.flux_id, ground.steps, ground.sigmas, ground.n_tokens) == ("tiny", (6,), (0.7,), 16)
+    measured = RunFolder(collected_run).load_metrics("layer3")
+    assert measured["n_images"] == 4, "every tenth image is held out"
+    assert measured["n_tokens"] == 64, "one step of the two"
+    assert measured["l0"] == 3
+    assert main(config).word == "skipped"
+    with pytest.raises(FluxSaeError, match="other settings"):
+        main(replace(config, lr=0.1))
+
+
+def test_fit_refuses_what_cannot_be_trained(collected_run: Path) -> None:
+    config = FitConfig(run=collected_run, batch_size=64, device="cpu")
+    with pytest.raises(FluxSaeError, match="k is 500"):
+        main(replace(config, k=(500,)))
+    with pytest.raises(FluxSaeError, match="13"):
+        main(replace(config, step=(13,)))
+    with pytest.raises(FluxSaeError, match="l1 has no k"):
+        main(replace(config, arch="l1", k=(5,)))
+    with pytest.raises(FluxSaeError, match="collect"):
+        main(replace(config, hookpoint=("layer2",)))
+    with pytest.raises(FluxSaeError, match="no activations"):
+        main(replace(config, run=collected_run.parent / "elsewhere"))
+
+
+@pytest.mark.bench
+def test_training_is_faster_than_every_other_tool(tmp_path: Path) -> None:
+    from train.benchmark_training import BenchmarkConfig, Shape
+    from train.benchmark_training import main as benchmark
+
+    results = benchmark(BenchmarkConfig(output=tmp_path / "results.json"))
+    best: dict[tuple[Shape, bool], float] = {}
+    for result in results:
+        key = (result.shape, result.tool == "fluxsae")
+        best[key] = min(best.get(key, float("inf")), result.median)
+    ratios = {shape: best[shape, False] / best[shape, True] for shape, _ in best}
+    print("\n".join(f"{shape}: {ratio:.2f} times the fastest other tool" for shape, ratio in ratios.items()))
+    assert all(ratio > 1 for ratio in ratios.values())
