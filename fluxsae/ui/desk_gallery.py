@@ -1,5 +1,6 @@
 """What the Gallery tab and its endpoints ask for, from the run folder alone."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,9 +54,17 @@ class GalleryDesk:
     ) -> dict[str, Any]:
         """The page's cards for a query and its filters."""
         request = SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=100)
+        chosen_class = feature_class if feature_class in CLASSES else "any"
+        chosen_sort = sort if sort in SORTS else "best"
+        n_shown = int(shown) if isinstance(shown, int) else PAGE
+        return self._gallery(request, chosen_class, bool(coherent_only), chosen_sort, n_shown)
+
+    @functools.lru_cache(maxsize=32)  # noqa: B019 - one desk a page, for as long as it is served
+    def _gallery(
+        self, request: SearchRequest, feature_class: str, coherent_only: bool, sort: str, shown: int
+    ) -> dict[str, Any]:
         cards = self.bench.cards[request.hookpoint]
-        found = self._found(cards, request)
-        kept = [f for f in found if _passes(cards, f, feature_class, coherent_only)]
+        kept = _passing(cards, self._found(cards, request), feature_class, coherent_only)
         chosen = _sorted(cards, kept, sort)
         page = chosen[: min(int(shown), 20 * PAGE)]
         left = len(chosen) - len(page)
@@ -122,17 +131,21 @@ def needs_clip(query: str) -> bool:
     return bool(query.strip()) and not query.strip().lstrip("#").isdigit()
 
 
-def _passes(cards: CardIndex, feature: int, feature_class: Any, coherent_only: Any) -> bool:
-    row = cards.features[feature]
-    return (feature_class in ("any", None) or row.feature_class == feature_class) and (
-        not coherent_only or bool(row.is_coherent)
-    )
+def _passing(cards: CardIndex, features: list[int], feature_class: str, coherent_only: bool) -> list[int]:
+    table = cards.features
+    if feature_class != "any":
+        classes = table.column("feature_class")
+        features = [feature for feature in features if classes[feature] == feature_class]
+    if coherent_only:
+        coherent = table.column("is_coherent") if "is_coherent" in table else [False] * len(table)
+        features = [feature for feature in features if coherent[feature]]
+    return features
 
 
 def _sorted(cards: CardIndex, features: list[int], sort: Any) -> list[int]:
-    density = cards.features.column("image_density")
+    density, strength = cards.features.column("image_density"), cards.features.column("max_act")
     keys: dict[Any, Any] = {
-        "strongest": lambda f: -float(cards.features[f].max_act),
+        "strongest": lambda f: -float(strength[f]),
         "frequent": lambda f: -float(density[f]),
         "rare": lambda f: (density[f] == 0, float(density[f])),
         "number": lambda f: f,

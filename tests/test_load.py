@@ -1,0 +1,123 @@
+"""Many visitors at once, and a thousand requests: `make bench` and `make soak` run these."""
+
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import page_server
+import psutil
+import pytest
+import requests
+from gradio_client import Client
+
+PROMPT = "a large red circle on a black background"
+VISITORS = 50
+QUEUED = 200
+P95_MS = 300
+GROWTH_MB = 50
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[page_server.Page]:
+    with page_server.serve() as served:
+        client = Client(served.url, verbose=False)
+        client.predict(prompt=PROMPT, limit=1, api_name="/heatmap")
+        client.predict(query="striped", limit=5, api_name="/search_features")
+        yield served
+
+
+def gallery_events(url: str) -> tuple[int, list[Any]]:
+    """The page's own gallery event: its number and what a visitor's browser sends."""
+    config = requests.get(f"{url}/config", timeout=30).json()
+    event = next(
+        e for e in config["dependencies"] if {name for _, name in e["targets"]} == {"input", "change"}
+        and len(e["inputs"]) == 5
+    )  # fmt: skip
+    values = {component["id"]: component["props"].get("value") for component in config["components"]}
+    return event["id"], [values[number] for number in event["inputs"]]
+
+
+def browse(  # noqa: PLR0917 - a thread's arguments
+    url: str, event: int, inputs: list[Any], stop: float, times: list[float], errors: list[str]
+) -> None:
+    session = requests.Session()
+    words = ("", "striped", "red", "7", "circle", "black")
+    for turn in range(10_000):
+        if time.monotonic() > stop:
+            return
+        values = [words[turn % len(words)], *inputs[1:]]
+        started = time.perf_counter()
+        answer = session.post(
+            f"{url}/gradio_api/run/predict",
+            json={"data": values, "fn_index": event, "session_hash": "load"},
+            timeout=60,
+        )
+        times.append(1000 * (time.perf_counter() - started))
+        if not answer.ok or "cards" not in answer.text:
+            errors.append(answer.text[:200])
+        time.sleep(2.5)
+
+
+@pytest.mark.bench
+def test_fifty_visitors_browse_while_one_generates(page: page_server.Page) -> None:
+    event, inputs = gallery_events(page.url)
+    times: list[float] = []
+    errors: list[str] = []
+    stop = time.monotonic() + 20
+    visitors = [
+        threading.Thread(target=browse, args=(page.url, event, inputs, stop, times, errors)) for _ in range(VISITORS)
+    ]
+    for place, visitor in enumerate(visitors):
+        threading.Timer(2.5 * place / VISITORS, visitor.start).start()
+    client, made = Client(page.url, verbose=False), 0
+    while time.monotonic() < stop:
+        client.predict(prompt=PROMPT, seed=made, limit=1, api_name="/heatmap")
+        made += 1
+    time.sleep(3)
+    for visitor in visitors:
+        visitor.join(60)
+    p95 = statistics.quantiles(times, n=20)[-1]
+    print(f"\n{len(times)} gallery requests of {VISITORS} visitors beside {made} generations: "
+          f"median {statistics.median(times):.0f} ms, p95 {p95:.0f} ms, {len(errors)} errors")  # fmt: skip
+    assert not errors
+    assert p95 < P95_MS
+
+
+@pytest.mark.bench
+def test_two_hundred_queued_requests_are_all_answered_to_the_right_visitor(page: page_server.Page) -> None:
+    def place(seed: int) -> str:
+        body = {"data": [PROMPT, None, seed % 20, 20, None, 1]}
+        return str(requests.post(f"{page.url}/gradio_api/call/heatmap", json=body, timeout=60).json()["event_id"])
+
+    def answer(event: str) -> str:
+        text = requests.get(f"{page.url}/gradio_api/call/heatmap/{event}", timeout=900, stream=False).text
+        return text.split("event: complete\ndata: ")[1].split("/image.png")[0].rsplit("/", 1)[1]
+
+    started = time.monotonic()
+    events = [place(seed) for seed in range(QUEUED)]
+    found: list[str] = [""] * QUEUED
+    threads = [threading.Thread(target=lambda at=at: found.__setitem__(at, answer(events[at]))) for at in range(QUEUED)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(900)
+    print(f"\n{QUEUED} queued requests answered in {time.monotonic() - started:.0f} s")
+    assert all(found)
+    assert [found[at % 20] for at in range(QUEUED)] == found
+    assert len(set(found)) == 20
+
+
+@pytest.mark.bench
+def test_memory_after_a_thousand_requests_is_as_after_a_hundred(page: page_server.Page) -> None:
+    client = Client(page.url, verbose=False)
+    process = psutil.Process(page.process.pid)
+    marks = {}
+    for number in range(1, 1001):
+        client.predict(prompt=PROMPT, seed=number, limit=2, api_name="/heatmap")
+        client.predict(hookpoint=None, feature=number % 200, api_name="/feature")
+        if number in {100, 1000}:
+            marks[number] = process.memory_info().rss / 2**20
+            print(f"\nafter {number} requests: {marks[number]:.0f} MB")
+    assert marks[1000] - marks[100] < GROWTH_MB
