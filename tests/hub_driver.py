@@ -93,7 +93,7 @@ def hub_process(hub: LocalHub, home: Path) -> Iterator[HubProcess]:
     finally:
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(timeout=20)
+        process.wait(timeout=200)
 
 
 def main() -> None:

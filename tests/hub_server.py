@@ -503,7 +503,7 @@ def served_hub(token: str = "hf_LocalTestTokenLocalTestToken0000") -> Iterator[L
         yield LocalHub(process.stdout.readline().strip(), token)
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.wait(timeout=100)
 
 
 def main() -> None:

@@ -151,7 +151,7 @@ def test_what_was_deployed_serves_the_page(machine: HubProcess, tmp_path: Path) 
             assert {"/heatmap", "/feature", "/steer"} <= set(json.load(response)["named_endpoints"])
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=100)
 
 
 def test_this_checkout_is_ready_for_a_space() -> None:
