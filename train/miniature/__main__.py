@@ -38,7 +38,7 @@ class MiniatureConfig:
     """Examine the written miniature instead of training."""
     sheet: Path | None = None
     """With `evaluate`: also write a sheet of 64 samples here (png)."""
-    checkpoints: Path = Path("runs/miniature")
+    checkpoints: Path = Path("runs/miniature-training")
     """Folder of the checkpoints; training resumes from what lies there."""
     output: Path = miniature_path("flux").parent
     """Folder that receives `flux/` and `clip/`."""

@@ -162,8 +162,8 @@ def build_clip() -> CLIP:
 
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Euler steps over evenly spaced noise levels; at 128 px no shift is needed."""
-    return FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
+    """Euler steps, their noise levels shifted up as FLUX shifts them for large images: the words decide there."""
+    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False)
 
 
 def assemble_pipeline(generator: nn.ModuleDict, autoencoder: AutoencoderTiny) -> FluxPipeline:
