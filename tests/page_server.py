@@ -14,7 +14,7 @@ from pathlib import Path
 import requests
 
 ROOT = Path(__file__).parent.parent
-START_SECONDS = 150
+START_SECONDS = 240
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import browser
-import page_server
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
+
+from tests import browser, page_server
 
 DOCS = Path(__file__).parent.parent / "docs"
 DESKTOP, PHONE = {"width": 1280, "height": 1000}, {"width": 375, "height": 812}
@@ -51,7 +51,8 @@ def steer(page: Page) -> None:
     page.get_by_role("group", name="Add a feature").get_by_role("button").first.click()
     page.wait_for_selector(".fs-turn")
     page.locator(".fs-turn").first.evaluate(
-        "input => { input.value = 0.6; input.dispatchEvent(new Event('input')); input.dispatchEvent(new Event('change')) }"
+        "input => { input.value = 0.6; "
+        "input.dispatchEvent(new Event('input')); input.dispatchEvent(new Event('change')) }"
     )
     page.wait_for_selector("fs-result section")
     page.locator("#steer-strip-go").click()

@@ -1,6 +1,7 @@
 """What the Steer tab and its endpoints ask for: edits from sliders, images before and after, strips and recipes."""
 
 import base64
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ STRIP = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0)
 """Slider positions of the strip, from "taken away" to the right end."""
 MAX_PAGE_EDITS = 6
 SUGGESTED = 14
+MAX_STARTERS = 6
 CONTROL_SEED = 0
 EMBEDDED_RUN = "fluxsae/miniature/run"
 
@@ -164,7 +166,8 @@ class SteerDesk:
 
     def start(self) -> dict[str, Any]:
         """The tab's first sight: no edit yet, good features to begin with."""
-        return {**self._frame(), "edits": []}
+        starters = [{key: starter[key] for key in ("title", "image")} for starter in self.starters()]
+        return {**self._frame(), "edits": [], "starters": starters}
 
     def prompt(self) -> str:
         """A prompt to begin with."""
@@ -174,14 +177,26 @@ class SteerDesk:
         images = self.bench.cards[self.limits.default_hookpoint].images
         return images.prompts[0] if len(images) else ""
 
+    @functools.cache  # noqa: B019 - one desk a page, for as long as it is served
     def starters(self) -> list[dict[str, Any]]:
-        """Recipes that work, from the run's steering demos."""
-        found = []
-        for name in self.bench.hookpoints:
+        """Recipes that work, from the run's steering demos: turned up and turned down in turn, each label once."""
+        found: dict[str, dict[str, Any]] = {}
+        for name in reversed(self.bench.hookpoints):
             for demo in self.bench.run.load_demos(name):
-                if starter := self._starter(name, demo):
-                    found.append(starter)
-        return found[:8]
+                starter = self._starter(name, demo, "less" if len(found) % 2 else "more")
+                if starter and len(found) < MAX_STARTERS:
+                    found.setdefault(starter["label"], starter)
+        return list(found.values())
+
+    def begin(self, chosen: Any) -> tuple[str, int, int, dict[str, Any]]:
+        """Prompt, seed, steps and sliders of a starter."""
+        place = chosen.get("starter") if isinstance(chosen, Mapping) else None
+        starters = self.starters()
+        if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(starters):
+            raise FluxSaeError(f"starter is {str(place)[:40]}; give a whole number from 0 to {len(starters) - 1}.")
+        starter = starters[place]
+        page = {**self._frame(), "edits": [dict(edit) for edit in starter["edits"]]}
+        return starter["prompt"], starter["seed"], starter["num_inference_steps"], page
 
     def add(self, chosen: Any, state: Any) -> dict[str, Any]:
         """The sliders with a feature added; a feature that is there is kept as it is."""
@@ -369,16 +384,18 @@ class SteerDesk:
             "safe": safe_turns([(turn, bool(cell["safe"])) for turn, cell in zip(STRIP, cells, strict=True)]),
         }
 
-    def _starter(self, hookpoint: str, demo: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _starter(self, hookpoint: str, demo: Mapping[str, Any], way: str) -> dict[str, Any] | None:
         try:
-            recipe = Recipe.from_dict(demo["recipe"])
+            recipe = Recipe.from_dict(demo["recipes"][way])
             sliders = [self._slider_of(edit) for edit in recipe.edits]
+            picture = self.bench.run.demo_image_path(hookpoint, demo["image"])
         except (KeyError, FluxSaeError):
             return None
         label = ", ".join(str(slider["label"] or f"#{slider['feature']}") for slider in sliders)
-        verb = "less" if sliders and sliders[0]["turn"] < 0 else "more"
         return {
-            "title": f"{verb} {label}",
+            "title": f"{way} {label}",
+            "label": label,
+            "image": views.webp_url(picture.read_bytes()) if picture.is_file() else None,
             "prompt": recipe.prompt,
             "seed": recipe.seed,
             "num_inference_steps": recipe.settings.num_inference_steps,

@@ -38,7 +38,7 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
             edits = gr.HTML(
                 desk.start(),
                 html_template=element("fs-edits"),
-                js_on_load=mount(turn="input", add="select"),
+                js_on_load=mount(turn="input", add="select", begin="submit"),
                 elem_id="steer-edits",
             )
             with gr.Row():
@@ -74,6 +74,9 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
         page = desk.add(chosen._data, state)
         return page, {"edits": page["edits"]}
 
+    def begin(starter: gr.EventData) -> Any:
+        return _page(*desk.begin(starter._data))
+
     def set_edits(turned: gr.EventData) -> Any:
         return {"edits": turned._data["edits"]}
 
@@ -95,6 +98,8 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
     find.submit(
         guarded(lambda query, state: _with_state(desk.find(query, state))), [find, state], [edits, state], **QUIET
     )
+    begun = edits.submit(guarded(begin), None, [prompt, seed, steps, edits, state], **QUIET)
+    begun.success(guarded(turn, bench.visitors), asked, [status, result], **lane)
     loaded = upload.upload(
         guarded(lambda path: _page(*desk.loaded(path))), upload, [prompt, seed, steps, edits, state], **QUIET
     )

@@ -56,6 +56,9 @@ FS.define("fs-edits", (root, data) => {
   const draw = () => {
     root.replaceChildren(FS.el("section", { class: "fs-editor", "aria-label": "Features being turned" },
       FS.el("h2", { class: "fs-h", text: "Turn features" }),
+      !state.edits.length && (data.starters || []).length ? FS.el("div", { class: "fs-starters", role: "group", "aria-label": "Begin with one that works" },
+        data.starters.map((starter, at) => FS.el("button", { class: "fs-starter", type: "button", onclick: () => FS.emit(root, "begin", { starter: at }) },
+          starter.image ? FS.el("img", { src: starter.image, alt: "" }) : null, FS.el("span", { text: starter.title })))) : null,
       state.edits.length ? FS.el("ul", { class: "fs-edits" }, state.edits.map(row))
         : FS.el("p", { class: "fs-quiet", text: "Choose a feature to turn. Left of the middle takes it away, right adds it; in the middle nothing changes." }),
       FS.el("div", { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": "Add a feature" },
