@@ -1,6 +1,7 @@
 """One feature's page as data, from the run folder alone; search; and why an image does or does not fire a feature."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -185,13 +186,19 @@ class CardIndex:
 
     @functools.cached_property
     def ranked(self) -> list[int]:
-        """All features, those that mean something first: coherent and labelled, then alive, then dead."""
-        return rank_features(
+        """All features, those that mean something first: coherent and labelled, then alive, then dead.
+
+        Among the coherent ones the best of each label comes before the second of any, so that a page shows variety.
+        """
+        ranked = rank_features(
             self._floats("coherence"),
             self._floats("q_value"),
             self._floats("label_confidence"),
             self._floats("image_density"),
         )
+        is_coherent = [bool(value) for value in self._column("is_coherent")]
+        coherent = [feature for feature in ranked if is_coherent[feature]]
+        return [*_varied(coherent, self.labels), *(feature for feature in ranked if not is_coherent[feature])]
 
     @property
     def grid(self) -> TokenGrid:
@@ -323,6 +330,18 @@ class CardIndex:
 
     def _floats(self, name: str) -> Float[np.ndarray, " features"]:
         return np.array([np.nan if value is None else value for value in self._column(name)], dtype=np.float64)
+
+
+def _varied(features: Sequence[int], labels: Sequence[str | None]) -> list[int]:
+    """The first feature of every label, then the second of each, and so on; those without a label at the end."""
+    turns: dict[str, int] = {}
+    turn_of: dict[int, float] = {}
+    for feature in features:
+        label = labels[feature]
+        turn_of[feature] = math.inf if label is None else turns.get(label, 0)
+        if label is not None:
+            turns[label] = turns.get(label, 0) + 1
+    return sorted(features, key=lambda feature: turn_of[feature])
 
 
 def build_cards(run: RunFolder, hookpoint: HookPoint | str, features: Sequence[int] | None = None) -> list[FeatureCard]:
