@@ -261,7 +261,7 @@ def test_a_painted_region_is_sent_with_the_edit(visit: Open) -> None:
     page.mouse.up()
     page.get_by_role("button", name="Use this region").click()
     page.wait_for_function(
-        "(document.querySelector('fs-result').data || {recipe: {batch: [[], []]}}).recipe.batch[1][0].region"
+        "((document.querySelector('fs-result').data.recipe || {batch: [[], [{}]]}).batch[1][0] || {}).region"
     )
     region = page.evaluate("document.querySelector('fs-result').data.recipe.batch[1][0].region")
     assert 1 <= sum(map(sum, region)) < 60

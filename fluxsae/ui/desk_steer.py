@@ -169,13 +169,29 @@ class SteerDesk:
         starters = [{key: starter[key] for key in ("title", "image")} for starter in self.starters()]
         return {**self._frame(), "edits": [], "starters": starters}
 
-    def prompt(self) -> str:
-        """A prompt to begin with."""
-        starter = next(iter(self.starters()), None)
-        if starter:
-            return str(starter["prompt"])
-        images = self.bench.cards[self.limits.default_hookpoint].images
-        return images.prompts[0] if len(images) else ""
+    @functools.cache  # noqa: B019 - one desk a page, for as long as it is served
+    def first(self) -> dict[str, Any] | None:
+        """A picture to begin with, from the run alone: a demo that was searched, or an image that says much."""
+        starters = [starter for starter in self.starters() if starter["image"]]
+        if starters:
+            return {
+                **starters[0],
+                "kind": "example",
+                "words": f"{starters[0]['title']}: before and after, and the way back",
+            }
+        cards = self.bench.cards[self.limits.default_hookpoint]
+        image_id, _ = views.best_example(cards, SUGGESTED)
+        if image_id is None:
+            return None
+        row = cards.images[image_id]
+        words = "Choose a feature: this image is made again with it turned."
+        return {
+            "kind": "example",
+            "image": views.webp_url(row.thumbnail),
+            "prompt": row.prompt,
+            "seed": row.seed,
+            "words": words,
+        }
 
     @functools.cache  # noqa: B019 - one desk a page, for as long as it is served
     def starters(self) -> list[dict[str, Any]]:

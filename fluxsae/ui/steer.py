@@ -18,11 +18,12 @@ from fluxsae.ui.theme import element, mount
 def build_steer_tab(bench: Workbench, shell: Shell) -> None:
     """The tab's components and events."""
     desk = SteerDesk(bench)
+    first = desk.first() or {}
     with gr.Row(equal_height=True, elem_classes="fs-ask"):
         prompt = gr.Textbox(
-            desk.prompt(), label="What should the image show?", max_lines=3, scale=6, elem_id="steer-prompt"
+            first.get("prompt", ""), label="What should the image show?", max_lines=3, scale=6, elem_id="steer-prompt"
         )
-        seed = gr.Number(0, label="Seed, kept while you turn", precision=0, minimum=0, min_width=120, scale=1)
+        seed = gr.Number(first.get("seed", 0), label="Seed, kept", precision=0, minimum=0, min_width=120, scale=1)
         steps = gr.Slider(
             1,
             bench.limits.max_steps,
@@ -57,7 +58,9 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
                 strip_go = gr.Button("Seven strengths", elem_id="steer-strip-go")
                 stop = gr.Button("Stop", elem_id="steer-stop", min_width=70)
         with gr.Column(scale=6, min_width=300):
-            result = gr.HTML(None, html_template=element("fs-result"), js_on_load=mount(), elem_id="steer-result")
+            result = gr.HTML(
+                first or None, html_template=element("fs-result"), js_on_load=mount(), elem_id="steer-result"
+            )
     strip = gr.HTML(None, html_template=element("fs-strip"), js_on_load=mount(), elem_id="steer-strip")
     state = gr.State({"edits": []})
     asked = [prompt, seed, steps, state]

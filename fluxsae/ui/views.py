@@ -291,7 +291,7 @@ def _patches(maps: SparseMaps, cards: CardIndex, step: int | None) -> tuple[np.n
 
 def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
     """A ready heatmap from the run folder alone: the image that most of the best features have a map of."""
-    image_id, features = _best_example(cards, limit)
+    image_id, features = best_example(cards, limit)
     if image_id is None:
         return None
     row = cards.images[image_id]
@@ -323,7 +323,7 @@ def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
     }
 
 
-def _best_example(cards: CardIndex, limit: int) -> tuple[int | None, list[int]]:
+def best_example(cards: CardIndex, limit: int) -> tuple[int | None, list[int]]:
     """The image about which the best features say most, each label once, and those features, most telling first."""
     by_image: dict[int, dict[str, tuple[float, int]]] = {}
     for feature in cards.ranked[:200]:

@@ -75,6 +75,11 @@ FS.define("fs-edits", (root, data) => {
 });
 
 FS.define("fs-result", (root, data) => {
+  if (data.kind === "example") {
+    root.append(FS.el("figure", { class: "fs-first" }, FS.el("img", { src: data.image, alt: data.prompt }),
+      FS.el("figcaption", {}, FS.el("span", { class: "fs-badge", text: "example" }), FS.el("span", { text: data.words }))));
+    return;
+  }
   const images = { before: data.before, after: data.after, random: data.random };
   const view = { right: "after", cut: 50, painting: false };
   const left = FS.el("img", { class: "fs-shot", src: images.before, alt: `Before: ${data.prompt}` });
