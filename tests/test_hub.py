@@ -50,8 +50,9 @@ def make_repo(machine: HubProcess, repo_id: str, folder: Path, files: dict[str, 
 
 
 @pytest.fixture(scope="module")
-def faulty_repo(machine: HubProcess, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def faulty_repo(server: LocalHub, machine: HubProcess, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """What a.bin of user/faulty holds."""
+    server.faults()  # this runs before no_faults does
     content = b"content" * 99
     make_repo(machine, "user/faulty", tmp_path_factory.mktemp("faulty"), {"a.bin": content})
     return content
