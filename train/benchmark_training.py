@@ -10,6 +10,7 @@ the tools turns from one repetition to the next.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -281,6 +282,10 @@ def _sae_lens(shape: Shape, device: torch.device, precision: str) -> Step:
 
 
 def _overcomplete(shape: Shape, device: torch.device, precision: str) -> Step:
+    import matplotlib
+
+    if not hasattr(matplotlib.cm, "get_cmap"):  # overcomplete 0.3 asks for it by the name it had before matplotlib 3.9
+        matplotlib.cm.get_cmap = matplotlib.colormaps.get_cmap
     from overcomplete.sae import TopKSAE  # type: ignore[import-not-found]
 
     sae = TopKSAE(shape.d_model, nb_concepts=shape.n_features, top_k=shape.k, device=str(device))
@@ -388,7 +393,9 @@ def _run_in_environment(config: BenchmarkConfig) -> list[Measurement]:
         command += ["--device", config.device, "--repetitions", str(config.repetitions), "--steps", str(config.steps)]
         command += ["--budget-seconds", str(config.budget_seconds)]
         command += ["--only", *map(str, config.only)] if config.only else []
-        subprocess.run(command, check=True)
+        # sparsify chooses its kernels at import, and its Triton kernels need a GPU.
+        without_triton = {"SPARSIFY_DISABLE_TRITON": "1"} if config.device == "cpu" else {}
+        subprocess.run(command, check=True, env=os.environ | without_triton)
         rows = json.loads(output.read_text())
     if config.output is not None:
         write_json(config.output, rows)
