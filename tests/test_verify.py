@@ -15,6 +15,7 @@ from fluxsae.artifacts import RunFolder
 from fluxsae.checksums import read_checksums, write_checksums
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import load_tensors, read_header, save_tensors
+from fluxsae.miniature import miniature_path
 from fluxsae.tables import Embeddings
 from fluxsae.verification import verify_run
 from train import verify
@@ -243,3 +244,7 @@ def test_checksums_are_those_of_sha256sum_and_stay_in_the_folder(whole: RunFolde
         (tmp_path / "sums").write_text(line + "\n")
         with pytest.raises(FluxSaeError, match="Line 1 of"):
             read_checksums(tmp_path / "sums")
+
+
+def test_the_committed_run_is_whole() -> None:
+    assert verify_run(miniature_path("run")).problems == ()
