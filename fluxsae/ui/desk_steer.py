@@ -240,7 +240,7 @@ class SteerDesk:
         from fluxsae.ui.desk_gallery import GalleryDesk
         from fluxsae.ui.requests import SearchRequest
 
-        hookpoint = self.limits.default_hookpoint
+        hookpoint = self._turned_hookpoint()
         found = GalleryDesk(self.bench).search(
             SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=1)
         )
@@ -301,13 +301,18 @@ class SteerDesk:
         }
 
     def _suggestions(self) -> list[dict[str, Any]]:
-        cards = self.bench.cards[self.limits.default_hookpoint]
+        cards = self.bench.cards[self._turned_hookpoint()]
         found: dict[str, dict[str, Any]] = {}
         for feature in cards.ranked[:120]:
             label = cards.labels[feature]
             if label and label not in found and cards.features[feature].max_act > 0:
                 found[label] = views.chip(views.summary(cards, feature))
         return list(found.values())[:SUGGESTED]
+
+    def _turned_hookpoint(self) -> str:
+        """Where the run's demos turn features; without any the earliest hook point, whose edits have blocks to act in."""
+        demos = [name for name in self.bench.hookpoints if self.bench.run.load_demos(name)]
+        return (demos or self.bench.hookpoints)[0]
 
     def _slider(self, hookpoint: str, feature: int) -> dict[str, Any]:
         summary = views.chip(views.summary(self.bench.cards[hookpoint], feature))
