@@ -203,9 +203,16 @@ def _hookpoint_section(run: RunFolder, info: RunInfo, hookpoint: HookPoint) -> s
         parts.append(_features(FeatureTable.load(path)))
     parts += [
         f"![{sheet.stem} of {hookpoint}]({sheet.relative_to(run.path).as_posix()})"
-        for sheet in run.sheets(hookpoint)[:_MOST_SHEETS]
+        for sheet in _best_sheets(run, hookpoint)
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _best_sheets(run: RunFolder, hookpoint: HookPoint) -> list[Path]:
+    """The pictures worth a place on the card: features on their images first, then grids and maps."""
+    return sorted(run.sheets(hookpoint), key=lambda sheet: (not sheet.stem.startswith("features"), sheet.stem))[
+        :_MOST_SHEETS
+    ]
 
 
 def _facts(run: RunFolder, info: RunInfo, hookpoint: HookPoint) -> str:
