@@ -310,7 +310,7 @@ class SteerDesk:
         return list(found.values())[:SUGGESTED]
 
     def _turned_hookpoint(self) -> str:
-        """Where the run's demos turn features; without any the earliest, behind which most blocks can act on the edit."""
+        """Where the run's demos turn features; without any the earliest: most blocks then act on the edit."""
         demos = [name for name in self.bench.hookpoints if self.bench.run.load_demos(name)]
         return (demos or self.bench.hookpoints)[0]
 
