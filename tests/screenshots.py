@@ -89,7 +89,7 @@ def main() -> int:
             raw = DOCS / f"{name}.png"
             page.screenshot(path=raw, full_page=viewport is DESKTOP)
             with Image.open(raw) as picture:
-                picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=256).save(raw, optimize=True)
+                picture.convert("RGB").save(raw, optimize=True)
             print(f"{raw} ({raw.stat().st_size // 1024} KB)")
             page.close()
         chromium.close()

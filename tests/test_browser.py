@@ -184,7 +184,7 @@ def test_the_gallery_finds_opens_and_sends_a_feature_through_the_tabs(visit: Ope
     page.wait_for_selector("fs-gallery .fs-card")
     label = page.locator("fs-gallery .fs-label").first.inner_text()
     page.locator("#gallery-query textarea").press_sequentially(label, delay=30)
-    expect(page.locator("fs-gallery p").first).to_contain_text("match")
+    expect(page.locator("fs-gallery p").first).to_contain_text(f"match “{label}”")
     card = page.locator("fs-gallery .fs-card").first
     feature = card.get_attribute("data-feature")
     card.click()

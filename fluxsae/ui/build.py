@@ -16,7 +16,7 @@ from fluxsae.ui.theme import build_theme, page_css, page_head
 
 TITLE = "fluxsae: what fires where inside FLUX"
 MAX_QUEUE = 256
-MAX_FILE_SIZE = "2mb"
+MAX_FILE_SIZE = "8mb"
 DAY = 86_400
 
 
