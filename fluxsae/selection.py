@@ -25,9 +25,9 @@ class SelectionConfig:
     max_q: float = 0.05
     """Share of false discoveries allowed among the features called coherent (Benjamini & Hochberg 1995)."""
     label_images: int = 48
-    """Images a label is drawn from: the highest scores that reach `label_floor`."""
+    """Images a label is drawn from: the top images, and further ones that reach `label_floor`."""
     label_floor: float = 0.3
-    """Fraction of the feature's maximum below which an image says nothing about its label."""
+    """Fraction of the feature's maximum below which an image beyond the top ones says nothing about its label."""
     seed: int = 0
     """Seed of the random sets."""
 
@@ -243,9 +243,11 @@ def benjamini_hochberg(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarra
 def label_images(
     scores: Float[Tensor, " images"], groups: Int[Tensor, " images"], *, config: SelectionConfig
 ) -> Int[Tensor, " top"]:
-    """The images that speak for a feature: unique prompts, highest first, none under the floor."""
+    """The images that speak for a feature: unique prompts, best first; beyond the top images none under the floor."""
     top = top_unique(scores, groups, n=config.label_images)
-    return top[scores[top] >= config.label_floor * scores.max()]
+    speaks = scores[top] >= config.label_floor * scores.max()
+    speaks[: config.top_images] = True  # one outlier must not silence the rest
+    return top[speaks]
 
 
 def select_features(

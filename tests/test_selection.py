@@ -161,8 +161,11 @@ def test_a_word_in_every_top_caption_and_in_no_other_is_the_label() -> None:
 
 
 def test_weak_images_say_nothing_about_a_label() -> None:
-    scores = torch.tensor([1.0, 0.9, 0.1, 0.0])
-    assert label_images(scores, torch.arange(4), config=SelectionConfig(label_floor=0.3)).tolist() == [0, 1]
+    scores = torch.tensor([1.0, 0.2, 0.9, 0.1, 0.0])
+    config = SelectionConfig(label_floor=0.3, top_images=2, min_images=2)
+    assert label_images(scores, torch.arange(5), config=config).tolist() == [0, 2]
+    outlier = torch.tensor([9.0, 1.0, 1.0, 0.0])
+    assert label_images(outlier, torch.arange(4), config=config).tolist() == [0, 1]
 
 
 def test_two_labellers_that_agree_are_surer_than_one() -> None:
