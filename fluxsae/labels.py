@@ -3,12 +3,13 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
-from scipy.stats import hypergeom, norm
+from scipy.special import gammaln, logsumexp
+from scipy.stats import norm
 from torch import Tensor
 
 from fluxsae.selection import SelectionConfig, label_images, prompt_groups
@@ -92,7 +93,7 @@ class CaptionLabeller:
         in_top = np.asarray(self.presence[self.groups[top].numpy()].sum(axis=0)).ravel()
         seen = np.flatnonzero(in_top)
         in_top, in_all = in_top[seen], self.counts[seen]
-        log_p = hypergeom.logsf(in_top - 1, n_top + n_rest, in_all, n_top)
+        log_p = enrichment_log_p(in_top, in_all, n_top, n_top + n_rest)
         p_values = np.minimum(np.exp(log_p) * len(self.terms), 1.0)
         prior = self.prior * in_all / (n_top + n_rest)
         delta = _log_odds(in_top, n_top, prior=prior, total=self.prior)
@@ -101,6 +102,24 @@ class CaptionLabeller:
         found = [self.terms[term] for term in seen]
         order = sorted(np.flatnonzero(p_values < 0.05), key=lambda i: (round(float(log_p[i]), 6), -len(found[i])))
         return [Label(found[i], float(lift[i]), float(p_values[i]), float(delta[i]), self.name) for i in order[:8]]
+
+
+def enrichment_log_p(
+    in_top: Int[np.ndarray, " terms"], in_all: Int[np.ndarray, " terms"], n_top: int, n_all: int
+) -> Float[np.ndarray, " terms"]:
+    """Log of the chance that at least `in_top` of `n_top` captions drawn from `n_all` hold a term that `in_all` hold.
+
+    The upper tail of the hypergeometric distribution, for all terms at once (scipy's own is a loop over the terms).
+    """
+    drawn, have = np.arange(n_top + 1)[None], in_all[:, None]
+    is_possible = (drawn >= in_top[:, None]) & (drawn <= have) & (n_top - drawn <= n_all - have)
+    log_pmf = _log_choose(have, drawn) + _log_choose(n_all - have, n_top - drawn) - _log_choose(n_all, n_top)
+    log_p: Float[np.ndarray, " terms"] = logsumexp(np.where(is_possible, log_pmf, -np.inf), axis=1)
+    return log_p
+
+
+def _log_choose(n: Any, k: Any) -> Any:
+    return gammaln(n + 1) - gammaln(k + 1) - gammaln(np.maximum(n - k, 0) + 1)
 
 
 def _presence(found: Sequence[set[str]], terms: Sequence[str]) -> csr_array:

@@ -3,11 +3,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, false_discovery_control
+from scipy.stats import binom, false_discovery_control, hypergeom
 from synthetic_run import CONCEPTS, FEATURES, SceneEmbedder, Synthetic, build
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.labels import CaptionLabeller, Label, PhraseLabeller, caption_terms, combined_label
+from fluxsae.labels import CaptionLabeller, Label, PhraseLabeller, caption_terms, combined_label, enrichment_log_p
 from fluxsae.selection import (
     SelectionConfig,
     benjamini_hochberg,
@@ -137,6 +137,12 @@ def test_labels_from_captions_name_the_true_concepts(synthetic: Synthetic) -> No
     ]
     assert np.mean(right) >= 0.9
     assert sum(bool(labels) for labels, concept in zip(named, FEATURES, strict=True) if concept is None) <= 2
+
+
+def test_the_chance_of_an_enrichment_is_scipys() -> None:
+    in_top, in_all = np.array([0, 1, 5, 10, 10, 3]), np.array([1, 60, 12, 10, 95, 98])
+    expected = hypergeom.logsf(in_top - 1, 100, in_all, 10)
+    assert enrichment_log_p(in_top, in_all, 10, 100) == pytest.approx(expected, abs=1e-9)
 
 
 def test_clip_phrases_name_the_true_concepts(synthetic: Synthetic) -> None:
