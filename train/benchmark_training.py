@@ -285,7 +285,7 @@ def _overcomplete(shape: Shape, device: torch.device, precision: str) -> Step:
     import matplotlib
 
     if not hasattr(matplotlib.cm, "get_cmap"):  # overcomplete 0.3 asks for it by the name it had before matplotlib 3.9
-        matplotlib.cm.get_cmap = matplotlib.colormaps.get_cmap
+        setattr(matplotlib.cm, "get_cmap", matplotlib.colormaps.get_cmap)  # noqa: B010 - mypy knows that it is gone
     from overcomplete.sae import TopKSAE  # type: ignore[import-not-found]
 
     sae = TopKSAE(shape.d_model, nb_concepts=shape.n_features, top_k=shape.k, device=str(device))
