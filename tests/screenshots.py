@@ -61,10 +61,8 @@ def steer(page: Page) -> None:
 
 SHOTS: list[tuple[str, Callable[[Page], None], dict[str, int], bool]] = [
     ("heatmap", heatmap, DESKTOP, False),
-    ("heatmap-dark", heatmap, DESKTOP, True),
     ("heatmap-phone", heatmap, PHONE, False),
     ("gallery", gallery, DESKTOP, False),
-    ("feature", feature, DESKTOP, False),
     ("directions", directions, DESKTOP, False),
     ("steer", steer, DESKTOP, False),
 ]
