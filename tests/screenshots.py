@@ -27,13 +27,6 @@ def gallery(page: Page) -> None:
     page.wait_for_selector("fs-gallery .fs-card")
 
 
-def feature(page: Page) -> None:
-    """The first feature's page."""
-    gallery(page)
-    page.locator("fs-gallery .fs-card").first.click()
-    page.wait_for_selector("fs-feature article")
-
-
 def directions(page: Page) -> None:
     """The map with a feature chosen by keyboard."""
     page.get_by_role("tab", name="Directions").click()
