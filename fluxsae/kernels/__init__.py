@@ -43,6 +43,9 @@ def topk(
         values = rows
     elif cuda.can_find_topk(rows):
         values, indices = cuda.topk(rows, k)
+    elif rows.dtype == torch.bfloat16 and n_features <= 1 << 16:
+        indices = _topk_by_index_bits(rows, k)
+        values = rows.gather(1, indices)
     else:
         values, indices = _topk_by_repair(rows, k)
     return values.reshape(*pre_acts.shape[:-1], k), indices.reshape(*pre_acts.shape[:-1], k)
@@ -57,6 +60,18 @@ def topk_acts(
         return cuda.topk_acts(pre_acts.reshape(-1, pre_acts.shape[-1]), k, dtype).reshape(pre_acts.shape)
     values, indices = topk(pre_acts, k)
     return torch.zeros_like(pre_acts, dtype=dtype).scatter_(-1, indices, values.relu().to(dtype))
+
+
+def _topk_by_index_bits(rows: Tensor, k: int) -> Tensor:
+    """The k largest where almost every boundary is a tie: the index fills the 16 bits that bfloat16 leaves free.
+
+    Among equal entries the lower index then is the larger float32 number. Negative numbers run backwards.
+    """
+    bits = (rows + 0.0).view(torch.int16).to(torch.int32)  # -0 and 0 are equal, so their bits must be
+    backwards = bits.bitwise_right_shift(31).bitwise_and_(0xFFFF)
+    descending = 0xFFFF - torch.arange(rows.shape[1], dtype=torch.int32, device=rows.device)
+    keys = bits.bitwise_left_shift_(16).bitwise_xor_(backwards).bitwise_xor_(descending).view(torch.float32)
+    return keys.topk(k, dim=-1, sorted=False).indices
 
 
 def _topk_by_repair(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ def batch_gradients(
     """Loss and gradients of this process's tokens of a batch."""
     with torch.no_grad():
         centred = x_tilde - sae.b_dec
-        pre_acts = exact_sum_product(centred, sae.W_enc.T, situation.precision).add_(sae.b_enc)
+        pre_acts = _pre_acts(sae, centred, situation)
         encoded = _Encoded(x_tilde, centred, pre_acts)
         run = _sparse_gradients if situation.is_sparse else _dense_gradients
         result, residual = run(sae, encoded, situation)
@@ -97,6 +97,15 @@ def batch_gradients(
         # b_dec is subtracted before the encoder: its gradient passes through every pre-activation.
         result.small["b_dec"] -= result.small["b_enc"] @ sae.W_enc
         return result
+
+
+def _pre_acts(sae: SparseAutoencoder, centred: Tensor, situation: Situation) -> Tensor:
+    """Pre-activations with float32 sums; on a CPU's sparse path rounded to bfloat16, which halves the time."""
+    if situation.is_sparse and centred.device.type == "cpu":
+        encoder = situation.lowered("W_enc", sae.W_enc)
+        bias = lowered(sae.b_enc, situation.precision)
+        return torch.addmm(bias, lowered(centred, situation.precision), encoder.T)
+    return exact_sum_product(centred, sae.W_enc.T, situation.precision).add_(sae.b_enc)
 
 
 def select(sae: SparseAutoencoder, pre_acts: Tensor, situation: Situation) -> tuple[Tensor, Tensor | None]:
@@ -163,7 +172,7 @@ def _output_gradients(
     for part in partial_sums:
         total = part.add_(total)
         errors.append(total - x_tilde)
-        mse = mse + errors[-1].square().sum() * scale
+        mse = mse + torch.dot(errors[-1].flatten(), errors[-1].flatten()) * scale
     residual = -errors[-1]
     for error in errors:
         error.mul_(2 * scale)
@@ -226,7 +235,7 @@ def _sparse_gradients(sae: SparseAutoencoder, encoded: _Encoded, situation: Situ
     assert sae.config.k is not None
     n_tokens, n_features = encoded.pre_acts.shape
     values, indices = topk(encoded.pre_acts, sae.config.k)
-    values, flat = values.relu().reshape(-1), indices.reshape(-1)
+    values, flat = values.relu().to(sae.b_enc.dtype).reshape(-1), indices.reshape(-1)
     starts = torch.arange(0, flat.numel(), sae.config.k, device=flat.device)
     tokens = torch.arange(n_tokens, device=flat.device).repeat_interleave(sae.config.k)
     W_dec = situation.gathered("W_dec", sae.W_dec)
