@@ -130,7 +130,8 @@ def test_large_models_take_the_half_precision_that_the_device_has_and_small_ones
 
 
 def test_free_memory_is_measured_on_this_machine_and_on_an_apple_one(monkeypatch):
-    assert 0 < measure_machine(CPU).free == measure_machine(CPU).host_free
+    own = measure_machine(CPU)
+    assert 0 < own.free == own.host_free
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 20 * GB)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * GB)
     machine = measure_machine(MPS)
