@@ -11,6 +11,10 @@ from train.miniature.models import build_tokenizer, tokenize
 
 CAPTIONS_PER_SCENE = 6
 CHUNK = 500
+PAIRS = 0.6
+"""Share of scenes with two objects: which words belong together is the hardest to learn."""
+COMPLETE_CAPTIONS = 0.6
+"""Share of captions that leave nothing out."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,14 @@ class SceneBank:
 
 
 def _training_caption(scene: Scene, rng: np.random.Generator) -> str:
-    keep = 1.0 if rng.random() < 0.4 else rng.uniform(0.3, 1.0)
+    keep = 1.0 if rng.random() < COMPLETE_CAPTIONS else rng.uniform(0.3, 1.0)
     return caption_scene(scene, rng, keep=keep, terse=rng.random() < 0.15)
 
 
 def _draw_chunk(task: tuple[int, int, int]) -> tuple[np.ndarray, list[str], np.ndarray]:
     seed, chunk, count = task
     rng = np.random.default_rng([seed, chunk])
-    scenes = [sample_scene(rng, held_out=False) for _ in range(count)]
+    scenes = [sample_scene(rng, n_objects=1 + int(rng.random() < PAIRS), held_out=False) for _ in range(count)]
     images = np.stack([render_scene(scene) for scene in scenes])
     captions = [_training_caption(scene, rng) for scene in scenes for _ in range(CAPTIONS_PER_SCENE)]
     centres = np.array([[(thing.x, thing.y) for thing in (scene.objects * 2)[:2]] for scene in scenes])
