@@ -10,10 +10,13 @@ from PIL import Image
 from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation import concepts as module
 from fluxsae.evaluation.concept_report import ConceptReport
-from fluxsae.evaluation.concepts import evaluate_concepts
-from fluxsae.evaluation.halves import split_by_prompt
+from fluxsae.evaluation.concepts import _Gathered, evaluate_concepts
+from fluxsae.evaluation.halves import Halves, fold_by_prompt, split_by_prompt
+from fluxsae.evaluation.intervals import auc_table
 from fluxsae.evaluation.localisation import best_threshold, intersection_over_union, pointing
-from fluxsae.evaluation.matching import label_names
+from fluxsae.evaluation.matching import find_matches, label_names
+from fluxsae.evaluation.probes import TokenMoments, pooled_probe
+from fluxsae.evaluation.readouts import principal_components
 from fluxsae.evaluation.stream import ActivationBatch, ImageSet
 from fluxsae.evaluation.tables import concepts_text
 from fluxsae.evaluation.truths import CONCEPTS, Concept, coverage, truth_table
@@ -153,6 +156,45 @@ def test_images_of_one_prompt_stay_in_one_half() -> None:
         assert len({bool(is_first[i]) for i, one in enumerate(prompts) if one == prompt}) == 1
 
 
+def test_folds_cut_the_first_half_by_prompt() -> None:
+    prompts = [f"prompt {index % 20}" for index in range(100)]
+    is_first = split_by_prompt(prompts)
+    folds = fold_by_prompt(prompts, is_first, n=3)
+    assert set(folds[~is_first]) == {-1}
+    assert set(folds[is_first]) == {0, 1, 2}
+    for prompt in set(prompts):
+        assert len({int(folds[i]) for i, one in enumerate(prompts) if one == prompt}) == 1
+
+
+def test_a_probe_of_noise_is_no_better_than_chance_by_cross_validation() -> None:
+    rng = np.random.default_rng(0)
+    noise, truth = rng.normal(size=(80, 40)), np.arange(80) % 2
+    assert 0.25 < pooled_probe(noise, truth, noise).validated_auc < 0.75
+    one = _Gathered(planted_sae(), [TokenMoments(planted_sae()) for _ in range(3)], 0)
+    x = torch.randn(60, 1, 4, D, generator=torch.Generator().manual_seed(0))
+    folds, shown = np.arange(60) % 3, np.arange(60) // 3 % 2
+    for image, fold, shows in zip(x, folds, shown, strict=True):
+        one.moments[fold].update(image, np.full((len(CONCEPTS), 4), float(shows)))
+    one.finish_probe()
+    held_out = auc_table(one.held_out_scores(x, folds), shown[:, None])[0, 0]
+    fitted = auc_table(one.readouts["token probe"].pooled(x).amax(1).numpy(), shown[:, None])[0, 0]
+    assert fitted > 0.7 > held_out
+
+
+def test_merged_moments_are_those_of_all_tokens() -> None:
+    parts = [TokenMoments(planted_sae()) for _ in range(2)]
+    whole = TokenMoments(planted_sae())
+    generator = torch.Generator().manual_seed(0)
+    for part in parts:
+        x, covers = torch.randn(2, 8, D, generator=generator), np.random.default_rng(1).random((len(CONCEPTS), 8))
+        part.update(x, covers)
+        whole.update(x, covers)
+    merged = TokenMoments.merged(parts)
+    assert merged.count == whole.count
+    torch.testing.assert_close(merged.product, whole.product)
+    torch.testing.assert_close(merged.concept_total, whole.concept_total)
+
+
 def a_thing(**changes: object) -> SceneObject:
     values = dict(
         shape="square", colour="red", texture="solid", size="large", position="left", x=32.0, y=64.0, radius=25.0
@@ -186,6 +228,7 @@ def test_overlap_and_pointing_on_hand_computed_maps() -> None:
     # above 0.5: {0, 1} against {0} is 1/2; {2} against {0, 1} is 0
     np.testing.assert_allclose(intersection_over_union(maps, covers, threshold=0.5), [0.5, 0.0])
     np.testing.assert_allclose(pointing(maps, covers), [1.0, 0.0])
+    np.testing.assert_allclose(pointing(np.zeros_like(maps), covers), [0.0, 0.0])  # a silent feature points nowhere
     assert np.isnan(intersection_over_union(maps, np.zeros_like(covers), threshold=0.5)).all()
 
 
@@ -195,6 +238,40 @@ def test_the_best_threshold_separates_the_concept_where_it_can() -> None:
     maps = covers * 2 + rng.random((30, 64))
     threshold = best_threshold(maps, covers, everywhere=maps)
     assert intersection_over_union(maps, covers, threshold=threshold).mean() > 0.9
+
+
+def test_a_concept_on_most_of_the_picture_has_its_threshold_too() -> None:
+    covers = np.tile(np.arange(64) < 60, (30, 1)).astype(float)
+    maps = covers + 0.5 * np.random.default_rng(0).random((30, 64))
+    threshold = best_threshold(maps, covers, everywhere=maps)
+    assert intersection_over_union(maps, covers, threshold=threshold).mean() > 0.95
+
+
+def test_principal_components_come_from_the_first_half_however_the_images_are_batched() -> None:
+    gathered = [_Gathered(planted_sae(), [TokenMoments(planted_sae())], 0) for _ in range(2)]
+    x = torch.randn(12, 1, 8, D, generator=torch.Generator().manual_seed(0))
+    is_first = np.arange(12) % 2 == 0
+    x[~is_first] *= 100
+    for one, size in zip(gathered, (3, 12), strict=True):
+        for start in range(0, 12, size):
+            one.add(x[start : start + size], is_first[start : start + size])
+        one.finish()
+    some, all_at_once = (one.scores("PCA component") for one in gathered)
+    np.testing.assert_allclose(some, all_at_once, rtol=1e-3)
+    basis = principal_components(planted_sae(), x[is_first].flatten(0, 2)).pooled(x)[:, 0]
+    np.testing.assert_allclose(some, basis.numpy(), rtol=1e-3)
+
+
+def test_matches_come_the_surest_first() -> None:
+    halves = Halves.plan(
+        [Scene((a_thing(),), "gray"), Scene((a_thing(colour="blue"),), "gray")] * 20, np.arange(40) % 4 < 2,
+        draws=2, seed=0,
+    )  # fmt: skip
+    is_red = np.tile([1.0, 0.0], 20)
+    unsure = is_red.copy()
+    unsure[:8:2] = 0.0
+    matches, _ = find_matches(halves, np.stack([unsure, is_red], axis=1))
+    assert list(matches) == [1, 0]
 
 
 @pytest.mark.parametrize(

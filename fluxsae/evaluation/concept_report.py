@@ -76,7 +76,7 @@ class ConceptReport:
     step_auc: dict[int, float]
     """Mean AUC of the best features over the headline attributes when only one step is looked at."""
     matches: dict[int, Concept] = field(default_factory=dict)
-    """Matched feature -> its concept."""
+    """Matched feature -> its concept, the surest first."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""

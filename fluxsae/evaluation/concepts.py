@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from fluxsae.evaluation.concept_report import (
     BASELINES,
@@ -21,11 +21,11 @@ from fluxsae.evaluation.concept_report import (
     ConceptScore,
     MethodScore,
 )
-from fluxsae.evaluation.halves import LEAST_CONFIDENCE, Halves, split_by_prompt
+from fluxsae.evaluation.halves import LEAST_CONFIDENCE, Halves, fold_by_prompt, split_by_prompt
 from fluxsae.evaluation.intervals import Estimate, auc_table, interval, weighted_mean
 from fluxsae.evaluation.localisation import best_threshold, intersection_over_union, pointing
 from fluxsae.evaluation.matching import find_matches, label_accuracy
-from fluxsae.evaluation.probes import TokenMoments, pooled_probe_scores
+from fluxsae.evaluation.probes import N_FOLDS, TokenMoments, pooled_probe
 from fluxsae.evaluation.readouts import Readout, SaeReadout, channels, principal_components, random_directions
 from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
 from fluxsae.evaluation.truths import CONCEPTS, HEADLINE_ATTRIBUTES, attribute_mean, coverage
@@ -37,7 +37,7 @@ from fluxsae.settings import GenerationSettings
 
 POOLED_PROBE, TOKEN_PROBE = "pooled probe", "token probe"
 PCA_TOKENS = 20_000
-"""Tokens that the principal components are fitted on, at most."""
+"""Tokens of the first half that the principal components are fitted on, where there are as many."""
 
 
 @dataclass(eq=False)
@@ -45,20 +45,59 @@ class _Gathered:
     """What one pass over the images keeps of them at one hook point."""
 
     sae: SparseAutoencoder
-    moments: TokenMoments
+    moments: Sequence[TokenMoments]
+    """One for each fold of the first half."""
+    seed: int
     readouts: dict[str, Readout] = field(default_factory=dict)
+    fold_probes: list[Readout] = field(default_factory=list)
+    token_scores: list[Float[np.ndarray, "images concepts"]] = field(default_factory=list)
+    """The token probe's scores of every image, by a probe that was not fitted on it."""
     pooled: dict[str, list[Float[np.ndarray, "images steps candidates"]]] = field(default_factory=dict)
+    _waiting: list[Float[torch.Tensor, "images steps tokens d"]] = field(default_factory=list)
+    _to_fit: list[Float[torch.Tensor, "tokens d"]] = field(default_factory=list)
 
-    def add(self, x: torch.Tensor, *, seed: int) -> None:
+    def add(self, x: Float[torch.Tensor, "images steps tokens d"], is_first: Bool[np.ndarray, " images"]) -> None:
+        """Takes some images; they wait until the first half has given tokens enough for principal components."""
+        self._waiting.append(x)
+        if self.readouts:
+            self._pool()
+            return
+        self._to_fit.append(
+            rearrange(x[torch.from_numpy(is_first)], "images steps tokens d -> (images steps tokens) d")
+        )
+        if sum(map(len, self._to_fit)) >= PCA_TOKENS:
+            self.finish()
+
+    def finish(self) -> None:
+        """Takes in what still waits, when no more images come."""
         if not self.readouts:
-            tokens = rearrange(x, "images steps tokens d -> (images steps tokens) d")
-            every = max(1, len(tokens) // PCA_TOKENS)
-            basis = principal_components(self.sae, tokens[::every])
-            random = random_directions(self.sae, seed=seed)
+            basis = principal_components(self.sae, torch.cat(self._to_fit))
+            random = random_directions(self.sae, seed=self.seed)
             self.readouts = {r.name: r for r in (SaeReadout(self.sae), channels(self.sae), basis, random)}
             self.pooled = {name: [] for name in self.readouts}
-        for name, readout in self.readouts.items():
-            self.pooled[name].append(readout.pooled(x).cpu().numpy())
+            self._to_fit.clear()
+        self._pool()
+
+    def _pool(self) -> None:
+        for x in self._waiting:
+            for name, readout in self.readouts.items():
+                self.pooled[name].append(readout.pooled(x).cpu().numpy())
+        self._waiting.clear()
+
+    def finish_probe(self) -> None:
+        """Makes the token probe of the first half, and for each of its folds the one of the other folds."""
+        self.readouts[TOKEN_PROBE] = TokenMoments.merged(self.moments).readout()
+        for fold in range(N_FOLDS):
+            others = [part for number, part in enumerate(self.moments) if number != fold]
+            self.fold_probes.append(TokenMoments.merged(others).readout())
+
+    def held_out_scores(
+        self, x: Float[torch.Tensor, "images steps tokens d"], folds: Int[np.ndarray, " images"]
+    ) -> Float[np.ndarray, "images concepts"]:
+        """The token probe's pooled scores of images that it was not fitted on: other folds' in the first half."""
+        probes = [*self.fold_probes, self.readouts[TOKEN_PROBE]]  # fold -1, the second half, is the last
+        values = [probes[fold].pooled(image[None]).amax(1)[0] for fold, image in zip(folds, x, strict=True)]
+        return torch.stack(values).cpu().numpy()
 
     def scores(self, method: str, *, steps: slice | int = slice(None)) -> Float[np.ndarray, "images candidates"]:
         values = np.concatenate(self.pooled[method])[:, steps]
@@ -87,7 +126,8 @@ def evaluate_concepts(
         FluxSaeError: too few images show scenes that can be read.
     """
     is_first = split_by_prompt(images.prompts, seed=seed)
-    gathered = {hookpoint: _Gathered(sae, TokenMoments(sae)) for hookpoint, sae in saes.items()}
+    folds = fold_by_prompt(images.prompts, is_first, n=N_FOLDS, seed=seed)
+    gathered = {h: _Gathered(sae, [TokenMoments(sae) for _ in range(N_FOLDS)], seed) for h, sae in saes.items()}
     scenes: list[Scene] = []
     grid = token_grid(pipe, settings)
     batches = iter_activations(
@@ -98,16 +138,25 @@ def evaluate_concepts(
         read = [read_scene(picture) for picture in batch.pictures]
         scenes += read
         for hookpoint, one in gathered.items():
-            one.add(batch.tokens[hookpoint], seed=seed)
+            one.add(batch.tokens[hookpoint], is_first[batch.rows.start : batch.rows.stop])
             for row, scene, x in zip(batch.rows, read, batch.tokens[hookpoint], strict=True):
                 if is_first[row] and scene.confidence >= LEAST_CONFIDENCE:
-                    one.moments.update(x, coverage(scene, grid))
+                    one.moments[folds[row]].update(x, coverage(scene, grid))
     halves = Halves.plan(scenes, is_first, draws=draws, seed=seed)
     for one in gathered.values():
-        one.readouts[TOKEN_PROBE] = one.moments.readout()
+        one.finish()
+        one.finish_probe()
     chosen = {hookpoint: _choose(halves, one) for hookpoint, one in gathered.items()}
     maps = _gather_maps(
-        pipe, images, steps, gathered, chosen, settings=settings, batch_size=batch_size, on_progress=on_progress
+        pipe,
+        images,
+        steps,
+        gathered,
+        chosen,
+        folds=folds,
+        settings=settings,
+        batch_size=batch_size,
+        on_progress=on_progress,
     )
     covers = np.stack([coverage(scene, grid) for scene in scenes])
     return {
@@ -144,10 +193,12 @@ def _gather_maps(
     gathered: Mapping[HookPoint, _Gathered],
     chosen: Mapping[HookPoint, Chosen],
     *,
+    folds: Int[np.ndarray, " images"],
     settings: GenerationSettings,
     batch_size: int,
     on_progress: OnProgress | None,
 ) -> dict[HookPoint, TokenMaps]:
+    """The maps of all chosen candidates; by the way the token probe's held-out scores."""
     parts: dict[HookPoint, dict[str, list[np.ndarray]]] = {h: {m: [] for m in chosen[h]} for h in gathered}
     batches = iter_activations(
         pipe, images, steps, settings=settings, batch_size=batch_size, on_progress=on_progress, doing="localisation"
@@ -157,6 +208,8 @@ def _gather_maps(
             for method, candidates in chosen[hookpoint].items():
                 values = one.readouts[method].maps(batch.tokens[hookpoint], candidates.tolist())
                 parts[hookpoint][method].append(values.cpu().numpy())
+            here = folds[batch.rows.start : batch.rows.stop]
+            one.token_scores.append(one.held_out_scores(batch.tokens[hookpoint], here))
     return {h: {m: np.concatenate(values) for m, values in per.items()} for h, per in parts.items()}
 
 
@@ -171,8 +224,8 @@ def _report(
     steps: Sequence[int],
     labels: Sequence[str | None] | None,
 ) -> ConceptReport:
-    aucs = _auc_draws(halves, gathered, chosen, maps)
-    probe_kind = _stronger_probe(aucs)
+    aucs, validated = _auc_draws(halves, gathered, chosen)
+    probe_kind = _stronger_probe(validated)
     kinds = [probe_kind[concept.attribute] for concept in CONCEPTS]
     aucs[PROBE] = np.stack([aucs[kind][row] for row, kind in enumerate(kinds)])
     places = {method: _localise(halves, maps[method], covers) for method in maps}
@@ -212,31 +265,40 @@ def _report(
 
 
 def _auc_draws(
-    halves: Halves, gathered: _Gathered, chosen: Chosen, maps: TokenMaps
-) -> dict[str, Float[np.ndarray, "concepts draws"]]:
-    """AUC on the second half of each method's choice and of both probes, for the sample and each resample."""
+    halves: Halves, gathered: _Gathered, chosen: Chosen
+) -> tuple[dict[str, Float[np.ndarray, "concepts draws"]], dict[str, Float[np.ndarray, " concepts"]]]:
+    """AUC on the second half of each method's choice and of both probes, for the sample and each resample.
+
+    Beside it the AUC of both probes by cross-validation within the first half.
+    """
     aucs = {}
     for method in (FEATURE, *BASELINES):
         scores, best = gathered.scores(method), chosen[method]
         aucs[method] = halves.over_concepts(lambda c, s=scores, b=best: halves.auc_draws(s[:, b[c]], c))  # type: ignore[misc]
-    token_scores = maps[TOKEN_PROBE].max(axis=2)
+    token_scores = np.concatenate(gathered.token_scores)
     aucs[TOKEN_PROBE] = halves.over_concepts(lambda c: halves.auc_draws(token_scores[:, c], c))
     pooled = gathered.scores("raw channel")
+    validated = {
+        TOKEN_PROBE: auc_table(token_scores[halves.first], halves.truth[halves.first]).diagonal(),
+        POOLED_PROBE: np.full(len(CONCEPTS), np.nan),
+    }
 
     def probe_draws(concept: int) -> Float[np.ndarray, " draws"]:
-        scores = np.zeros(len(pooled))
         truth = halves.truth[halves.first, concept]
-        scores[halves.second] = pooled_probe_scores(pooled[halves.first], truth, pooled[halves.second])
+        probe = pooled_probe(pooled[halves.first], truth, pooled[halves.second])
+        validated[POOLED_PROBE][concept] = probe.validated_auc
+        scores = np.zeros(len(pooled))
+        scores[halves.second] = probe.scores
         return halves.auc_draws(scores, concept)
 
     aucs[POOLED_PROBE] = halves.over_concepts(probe_draws)
-    return aucs
+    return aucs, {kind: np.where(halves.usable, values, np.nan) for kind, values in validated.items()}
 
 
-def _stronger_probe(aucs: Mapping[str, Float[np.ndarray, "concepts draws"]]) -> dict[str, str]:
-    """Attribute -> the probe with the larger mean AUC on the second half: the ceiling is never put too low."""
+def _stronger_probe(validated: Mapping[str, Float[np.ndarray, " concepts"]]) -> dict[str, str]:
+    """Attribute -> the probe with the larger mean AUC by cross-validation within the first half."""
     return {
-        name: max((POOLED_PROBE, TOKEN_PROBE), key=lambda kind: attribute_mean(aucs[kind][:, 0], name))
+        name: max((POOLED_PROBE, TOKEN_PROBE), key=lambda kind: attribute_mean(validated[kind], name))
         for name in ATTRIBUTES
     }
 

@@ -24,6 +24,15 @@ def split_by_prompt(prompts: Sequence[str], *, seed: int = 0) -> Bool[np.ndarray
     return np.array([prompt in first for prompt in prompts], dtype=bool)
 
 
+def fold_by_prompt(
+    prompts: Sequence[str], is_first: Bool[np.ndarray, " images"], *, n: int, seed: int = 0
+) -> Int[np.ndarray, " images"]:
+    """A number below `n` for each image of the first half, one for all images of a prompt; -1 in the second half."""
+    distinct = sorted({prompt for prompt, first in zip(prompts, is_first, strict=True) if first})
+    fold = {prompt: place % n for place, prompt in enumerate(np.random.default_rng(seed).permutation(distinct))}
+    return np.array([fold[prompt] if first else -1 for prompt, first in zip(prompts, is_first, strict=True)])
+
+
 @dataclass(frozen=True, eq=False)
 class Halves:
     """The two halves, what is true in them, and how the second is resampled."""

@@ -5,8 +5,8 @@ from jaxtyping import Float
 
 from fluxsae.evaluation.truths import COVERED
 
-LEVELS = np.concatenate([np.linspace(0.5, 0.9, 5), np.linspace(0.92, 0.99, 8)])
-"""Thresholds tried, as quantiles of a candidate's values on all tokens of the images it is fitted on."""
+LEVELS = np.concatenate([np.linspace(0.0, 0.9, 19), np.linspace(0.92, 0.99, 8)])
+"""Thresholds tried, as quantiles of a candidate's values on all tokens, and on those of the images with the concept."""
 
 Maps = Float[np.ndarray, "images tokens"]
 
@@ -28,7 +28,11 @@ def intersection_over_union(maps: Maps, covers: Maps, *, threshold: float) -> Fl
 
 
 def pointing(maps: Maps, covers: Maps) -> Float[np.ndarray, " images"]:
-    """1 where the token with the largest value touches the concept, else 0 (pointing game, Zhang et al. 2016)."""
+    """1 where the token with the largest value touches the concept, else 0 (pointing game, Zhang et al. 2016).
+
+    A map of one value everywhere, as that of a silent feature, points nowhere.
+    """
     highest = maps.argmax(axis=1)
-    hits: Float[np.ndarray, " images"] = (covers[np.arange(len(maps)), highest] > 0).astype(np.float64)
+    points = maps.max(axis=1) > maps.min(axis=1)
+    hits: Float[np.ndarray, " images"] = (points & (covers[np.arange(len(maps)), highest] > 0)).astype(np.float64)
     return hits

@@ -17,7 +17,8 @@ MATCH = 0.75
 def find_matches(halves: Halves, scores: Float[np.ndarray, "images candidates"]) -> tuple[dict[int, Concept], int]:
     """Matched candidates with their concepts, and the number of candidates that are ever different from 0.
 
-    A candidate's concept is the one it tells best on the first half; it matches where it tells it on both.
+    A candidate's concept is the one it tells best on the first half; it matches where it tells it on both. Ordered by
+    the AUC on the first half, the best first.
     """
     first, second = (auc_table(scores[half], halves.truth[half]) for half in (halves.first, halves.second))
     first[~halves.usable] = np.nan
@@ -25,7 +26,9 @@ def find_matches(halves: Halves, scores: Float[np.ndarray, "images candidates"])
     places = np.arange(scores.shape[1])
     is_alive = (scores != 0).any(axis=0)
     is_match = is_alive & (first[best, places] >= MATCH) & (second[best, places] >= MATCH)
-    return {int(place): CONCEPTS[best[place]] for place in np.flatnonzero(is_match)}, int(is_alive.sum())
+    matched = np.flatnonzero(is_match)
+    matched = matched[np.argsort(-first[best[matched], matched], kind="stable")]
+    return {int(place): CONCEPTS[best[place]] for place in matched}, int(is_alive.sum())
 
 
 def label_names(label: str | None, concept: Concept) -> bool:

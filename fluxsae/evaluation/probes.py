@@ -1,7 +1,9 @@
 """Linear probes on the activations: the ceiling that single features are measured against."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ RIDGE = 1e-3
 """Added to the covariance, as a share of its mean variance."""
 STRENGTHS = (0.003, 0.03, 0.3)
 """Inverse penalties that the pooled probe chooses from, by cross-validation."""
+N_FOLDS = 3
+"""Parts of the first half for cross-validation."""
 
 
 @dataclass
@@ -50,6 +54,16 @@ class TokenMoments:
         self.concept_count += member.sum(1) * len(x)
         self.concept_total += member @ by_token
 
+    @classmethod
+    def merged(cls, parts: Sequence["TokenMoments"]) -> "TokenMoments":
+        """The sums over the tokens of all parts, which are of one SAE."""
+        together = cls(parts[0].sae)
+        for part in parts:
+            together.count += part.count
+            for name in ("total", "product", "concept_count", "concept_total"):
+                getattr(together, name).add_(getattr(part, name))
+        return together
+
     def readout(self) -> LinearReadout:
         """One direction a concept, in the order of `CONCEPTS`."""
         mean = self.total / self.count
@@ -62,26 +76,31 @@ class TokenMoments:
         return LinearReadout("token probe", torch.nn.functional.normalize(directions, dim=1).float(), sae=self.sae)
 
 
-def pooled_probe_scores(
+class PooledProbe(NamedTuple):
+    """What a probe on pooled channels gives."""
+
+    scores: Float[np.ndarray, " reported"]
+    """Its scores of images that it was not fitted on."""
+    validated_auc: float
+    """Its area under the ROC curve by cross-validation within the images that it was fitted on."""
+
+
+def pooled_probe(
     fit_on: Float[np.ndarray, "fitted channels"],
     truth: Int[np.ndarray, " fitted"],
     report_on: Float[np.ndarray, "reported channels"],
-) -> Float[np.ndarray, " reported"]:
-    """Scores of a logistic regression on pooled channels, its penalty chosen by cross-validation within `fit_on`."""
+) -> PooledProbe:
+    """A logistic regression on pooled channels, its penalty chosen by cross-validation within `fit_on`."""
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.model_selection import StratifiedKFold
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    folds = StratifiedKFold(3, shuffle=True, random_state=0)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200, tol=1e-3))
+    folds = StratifiedKFold(N_FOLDS, shuffle=True, random_state=0)
+    search = GridSearchCV(probe, {"logisticregression__C": list(STRENGTHS)}, cv=folds, scoring="roc_auc")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        probe = make_pipeline(
-            StandardScaler(),
-            LogisticRegressionCV(Cs=list(STRENGTHS), cv=folds, scoring="roc_auc", max_iter=200, tol=1e-3),
-        )
-        probe.fit(fit_on, truth)
-    scores: Float[np.ndarray, " reported"] = probe.decision_function(report_on)
-    return scores
+        search.fit(fit_on, truth)
+    return PooledProbe(search.decision_function(report_on), float(search.best_score_))

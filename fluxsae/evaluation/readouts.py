@@ -69,7 +69,8 @@ class LinearReadout:
     ) -> None:
         self.name = name
         self._sae = sae
-        self._directions = torch.cat([directions, -directions]) if both_signs else directions
+        both = torch.cat([directions, -directions]) if both_signs else directions
+        self._directions = both.to(sae.W_enc.device)
         self.n_candidates = len(self._directions)
 
     @torch.no_grad()
