@@ -1,14 +1,14 @@
 """Serves the page: `python app.py`. FLUXSAE_RUN picks the run; Gradio's own environment variables apply."""
 
-import importlib.util
 import logging
 
-if importlib.util.find_spec("spaces") is not None:
-    import spaces  # noqa: F401 - on ZeroGPU this must come before torch
+from fluxsae.ui.zero import is_zero_gpu, serve
+
+if is_zero_gpu():
+    import spaces  # noqa: F401 - this must come before torch
 
 from fluxsae.ui.build import build_app, launch_options
 from fluxsae.ui.session import open_workbench
-from fluxsae.ui.zero import is_zero_gpu, serve
 
 
 def main() -> None:

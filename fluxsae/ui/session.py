@@ -219,14 +219,14 @@ class Workbench:
         _ = (self.pipe, self.saes)
 
     def warm_up(self) -> None:
-        """Loads what the first visitor would wait for, in the background: CLIP first, then FLUX in its lane."""
+        """Loads what the first visitor would wait for, in the background: FLUX in its lane first, then CLIP."""
         threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
 
     def _warm_up(self) -> None:
         try:
-            _ = self.embedder
             if self.has_local_flux or self.device != "cpu":
                 self.lane.call(self.load_models)
+            _ = self.embedder
         except Exception:  # the visitor who needs it gets the same error, in words
             log.exception("warming up failed")
 

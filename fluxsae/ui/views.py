@@ -1,6 +1,7 @@
 """What the page's elements draw, as plain JSON values computed from cards and readings."""
 
 import base64
+import functools
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,6 @@ from fluxsae.ui.reading import Reading, SparseMaps
 
 PER_PATCH = 4
 """Features a patch tells about without asking the server."""
-MAX_CELLS = 64
-"""Longest side of the heatmaps sent to the page; larger grids are pooled."""
 OVERLAY_SIDE = 512
 MAX_VIEW_BYTES = 400_000
 """Longest view that a link may unpack to."""
@@ -111,19 +110,14 @@ def telling(peaks: np.ndarray, cards: CardIndex) -> np.ndarray:
     return scores
 
 
+@functools.lru_cache(maxsize=64)
 def weights(cards: CardIndex) -> np.ndarray:
     """What a feature has to say: more the fewer images fire it, twice as much with a sure label as without any."""
     rarity = 1 - cards.features.column("image_density").astype(np.float64)
-    known: np.ndarray = np.clip(rarity, 0.02, 1.0) * (1 + np.array([confidence(cards, f) for f in range(len(cards))]))
+    sure = cards.features.column("label_confidence") if "label_confidence" in cards.features else [None] * len(cards)
+    confidence = [value or 0.0 if label else 0.0 for label, value in zip(cards.labels, sure, strict=True)]
+    known: np.ndarray = np.clip(rarity, 0.02, 1.0) * (1 + np.array(confidence))
     return known
-
-
-def confidence(cards: CardIndex, feature: int) -> float:
-    """How sure a feature's label is, from 0 (none, or chance) to 1."""
-    if not cards.labels[feature]:
-        return 0.0
-    row = cards.features.table["label_confidence"][feature].as_py() if "label_confidence" in cards.features else None
-    return float(row or 0.0)
 
 
 def ranked_features(maps: SparseMaps, cards: CardIndex, *, step: int | None, limit: int) -> list[dict[str, Any]]:
