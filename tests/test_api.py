@@ -16,6 +16,7 @@ from PIL import Image
 
 from fluxsae.artifacts import RunFolder
 from fluxsae.edits import Recipe
+from fluxsae.ui.snippets import tool_name
 
 ENDPOINTS = {"/heatmap", "/features_at", "/search_features", "/feature", "/directions", "/steer", "/sweep"}
 PROMPT = "a large red circle on a black background"
@@ -186,6 +187,17 @@ def test_raw_http_numbers_that_are_none_are_refused(page: page_server.Page, numb
     assert answer.status_code != 422 or "seed" in answer.text or "json" in answer.text.lower()
 
 
+@pytest.mark.parametrize(
+    ("body", "words"), [({}, "required argument: prompt"), ({"prompt": PROMPT, "sed": 1}, "`sed` is not a valid")]
+)
+def test_a_missing_or_unknown_argument_by_name_is_refused_in_words(
+    page: page_server.Page, body: dict[str, Any], words: str
+) -> None:
+    answer = requests.post(f"{page.url}/gradio_api/call/v2/heatmap", json=body, timeout=30)
+    assert answer.status_code == 422
+    assert words in answer.json()["detail"]
+
+
 def test_the_app_still_serves_after_all_that(client: Client) -> None:
     assert client.predict(prompt=PROMPT, limit=1, api_name="/heatmap")[1]
 
@@ -259,6 +271,7 @@ def test_mcp_offers_every_endpoint_as_a_typed_tool(page: page_server.Page) -> No
         tool = next(tool for key, tool in tools.items() if key.endswith(name.strip("/")))
         assert tool["description"]
         assert tool["inputSchema"]["properties"]
+        assert tool["name"] == tool_name(name.strip("/"))
 
 
 def test_mcp_answers_and_refuses_like_the_others(page: page_server.Page) -> None:

@@ -9,6 +9,7 @@ from fluxsae.ui.directions import add_directions_endpoints, build_directions_tab
 from fluxsae.ui.gallery import add_gallery_endpoints, build_gallery_tab
 from fluxsae.ui.header import header_html
 from fluxsae.ui.heatmap import add_heatmap_endpoints, build_heatmap_tab
+from fluxsae.ui.refusals import exception_handlers
 from fluxsae.ui.session import Workbench, open_workbench
 from fluxsae.ui.shell import Shell
 from fluxsae.ui.steer import add_steer_endpoints, build_steer_tab
@@ -61,4 +62,5 @@ def launch_options() -> dict[str, Any]:
         "allowed_paths": [],
         "max_file_size": MAX_FILE_SIZE,
         "footer_links": ["api"],
+        "app_kwargs": {"exception_handlers": exception_handlers()},
     }

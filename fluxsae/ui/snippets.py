@@ -1,6 +1,7 @@
 """Every view as code: Python, curl and MCP calls with the very values on screen."""
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,10 +47,16 @@ def curl_call(endpoint: str, arguments: Mapping[str, Any]) -> str:
     )
 
 
+def tool_name(endpoint: str) -> str:
+    """What an endpoint's MCP tool is called: on a Space, Gradio puts the Space's name before it."""
+    space = os.environ.get("SPACE_ID", "").rpartition("/")[2] if os.environ.get("SYSTEM") == "spaces" else ""
+    return f"{space}_{endpoint}" if space else endpoint
+
+
 def mcp_call(endpoint: str, arguments: Mapping[str, Any]) -> str:
     """The server's address for an MCP client, and the tool call it makes."""
     server = {"mcpServers": {"fluxsae": {"url": f"{ORIGIN}/gradio_api/mcp/"}}}
-    call = {"method": "tools/call", "params": {"name": f"fluxsae_{endpoint}", "arguments": dict(arguments)}}
+    call = {"method": "tools/call", "params": {"name": tool_name(endpoint), "arguments": dict(arguments)}}
     return (
         "// in the client's settings\n"
         + json.dumps(server, indent=2)
