@@ -361,6 +361,22 @@ class WordEffect:
     """(S without - S with) / S with: -1 where the feature falls silent."""
 
 
+def prompts_without_words(prompt: str) -> dict[str, str]:
+    """Each content word of a prompt, in order -> the prompt without it; never a blank prompt.
+
+    Raises:
+        FluxSaeError: the prompt has no content word, or nothing else.
+    """
+    words = dict.fromkeys(w for w in re.findall(r"[\w'-]+", prompt) if w.lower() not in STOP_WORDS)
+    left = {word: " ".join(re.sub(rf"(?<![\w'-]){re.escape(word)}(?![\w'-])", " ", prompt).split()) for word in words}
+    variants = {word: text for word, text in left.items() if text}
+    if not variants:
+        raise FluxSaeError(
+            f"the prompt {prompt!r} has no word to take away; give one with a content word and something beside it"
+        )
+    return variants
+
+
 def silencing_words(prompt: str, score: Callable[[Sequence[str]], Sequence[float]]) -> list[WordEffect]:
     """Each content word of a prompt and what is left of a feature without it, the most silencing first.
 
@@ -368,14 +384,11 @@ def silencing_words(prompt: str, score: Callable[[Sequence[str]], Sequence[float
     the whole prompt first.
 
     Raises:
-        FluxSaeError: the prompt has no content word, or the feature does not fire on it to begin with.
+        FluxSaeError: there is no word to take away, or the feature does not fire on the prompt to begin with.
     """
-    words = list(dict.fromkeys(w for w in re.findall(r"[\w'-]+", prompt) if w.lower() not in STOP_WORDS))
-    if not words:
-        raise FluxSaeError(f"the prompt {prompt!r} has no word to take away; give a prompt with a content word")
-    variants = [" ".join(re.sub(rf"(?<![\w'-]){re.escape(word)}(?![\w'-])", " ", prompt).split()) for word in words]
-    whole, *without = score([prompt, *variants])
+    variants = prompts_without_words(prompt)
+    whole, *without = score([prompt, *variants.values()])
     if whole <= 0:
         raise FluxSaeError("the feature is silent on this prompt and seed; choose one of its top images")
-    effects = [WordEffect(word, left, (left - whole) / whole) for word, left in zip(words, without, strict=True)]
+    effects = [WordEffect(word, left, (left - whole) / whole) for word, left in zip(variants, without, strict=True)]
     return sorted(effects, key=lambda effect: effect.change)

@@ -195,6 +195,32 @@ def test_the_gallery_finds_opens_and_sends_a_feature_through_the_tabs(visit: Ope
     expect(page.locator(".fs-edit")).to_contain_text(f"#{feature},")
 
 
+def test_a_feature_goes_from_the_heatmap_to_its_page_and_to_the_sliders(visit: Open) -> None:
+    page = visit()
+    feature = chosen(page)
+    page.locator("fs-lab").get_by_role("button", name="Open its page").click()
+    expect(page.locator("fs-feature article")).to_have_attribute("aria-label", f"Feature {feature}")
+    with page.expect_download() as report:
+        page.locator("fs-feature").get_by_role("button", name="Save report").click()
+    assert f"Feature {feature}" in report.value.path().read_text()
+    go_to(page, "Heatmap")
+    page.locator("fs-lab").get_by_role("button", name="Steer with this").click()
+    expect(page.locator(".fs-edit")).to_contain_text(f"#{feature},")
+
+
+def test_the_word_that_silences_a_feature_is_told_and_goes_with_the_feature(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Gallery")
+    page.locator("fs-gallery .fs-card").first.click()
+    page.get_by_role("button", name="Which word silences it?").click()
+    page.wait_for_selector("fs-silence section")
+    prompt = page.evaluate("document.querySelector('fs-silence').data.prompt")
+    words = page.locator("fs-silence figure").count() - 1
+    assert 1 <= words <= len(prompt.split())
+    page.locator("fs-gallery .fs-card").nth(1).click()
+    expect(page.locator("fs-silence section")).to_have_count(0)
+
+
 def test_the_map_is_clicked_through_and_walked_by_keyboard(visit: Open) -> None:
     page = visit()
     go_to(page, "Directions")

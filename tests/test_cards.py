@@ -184,6 +184,8 @@ def test_a_feature_that_is_silent_anyway_cannot_be_silenced() -> None:
         silencing_words("a red star", lambda prompts: [0.0] * len(prompts))
     with pytest.raises(FluxSaeError, match="no word"):
         silencing_words("on the", lambda prompts: [1.0] * len(prompts))
+    with pytest.raises(FluxSaeError, match="no word to take away"):
+        silencing_words("star", lambda prompts: [1.0] * len(prompts))
 
 
 def test_select_without_embeddings_says_what_to_run(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fluxsae.cards import prompts_without_words
 from fluxsae.edits import SteeringEdit
 from fluxsae.errors import FluxSaeError
 from fluxsae.hookpoints import HookPoint, TokenGrid
@@ -26,6 +27,7 @@ from fluxsae.settings import GenerationSettings
 from fluxsae.ui.desk_gallery import GalleryDesk
 from fluxsae.ui.desk_heatmap import HeatmapDesk
 from fluxsae.ui.desk_steer import SteerDesk, SteerJob, safe_turns
+from fluxsae.ui.desk_words import WordsDesk
 from fluxsae.ui.guard import guarded, validator
 from fluxsae.ui.lane import Cancelled, Done, FluxLane, StepDone
 from fluxsae.ui.reading import Reading, SparseMaps
@@ -319,6 +321,33 @@ def test_the_gallery_filters_and_counts(bench: Workbench) -> None:
         desk.page({"hookpoint": LATE, "feature": None})
 
 
+def test_the_word_that_silences_a_feature_is_told_with_what_is_left(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def read(prompt: str, seed: int, num_inference_steps: int) -> Any:
+        asked.append((prompt, seed))
+        values = np.zeros((2, 4, 2), np.float32)
+        values[0, 0, 0] = 2.0 if "circle" in prompt else 0.5
+        maps = SparseMaps((4, 8), (0.8, 0.6), (4, 8), values, np.full((2, 4, 2), 1), len(bench.cards[LATE]))
+        yield StepDone(1, 2)
+        yield Done(replace(reading(), prompt=prompt, seed=seed, maps={LATE: maps}))
+
+    monkeypatch.setattr(bench, "read", read)
+    best = bench.cards[LATE][1].top_images[0]
+    assert "circle" in best.prompt
+    *steps, done = WordsDesk(bench).silence({"hookpoint": LATE, "feature": 1})
+    variants = prompts_without_words(best.prompt)
+    assert asked == [(prompt, best.seed) for prompt in (best.prompt, *variants.values())]
+    assert steps == [StepDone(1 + 2 * place, 2 * len(asked)) for place in range(len(asked))]
+    left = {item["word"]: item["left"] for item in done.value["without"]}
+    assert left == {word: 0.25 if word == "circle" else 1.0 for word in variants}
+    assert next(iter(left)) == "circle"
+    with pytest.raises(FluxSaeError, match="Feature 0 never fired in this run"):
+        list(WordsDesk(bench).silence({"hookpoint": LATE, "feature": 0}))
+
+
 def test_browsing_never_imports_diffusers(bench: Workbench) -> None:
     program = (
         "import sys\n"
@@ -387,7 +416,7 @@ def test_snippets_carry_the_values_on_screen() -> None:
     compile(code["Python"], "snippet", "exec")
     assert "seed=3" in code["Python"]
     assert "\"it'\\''s <b>\", 3, null" in code["curl"]
-    assert '"fluxsae_heatmap"' in code["MCP"]
+    assert '"name": "heatmap"' in code["MCP"]
 
 
 # What cannot be served

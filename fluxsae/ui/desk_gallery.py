@@ -101,6 +101,8 @@ class GalleryDesk:
             "neighbours": [_other(other) for other in card.neighbours[:10]],
             "coactive": [_other(other) for other in card.coactive[:10]],
             "code": snippets("feature", request.model_dump(), "card, top_images"),
+            "link": views.encode_view({"tab": "gallery", **request.model_dump()}),
+            "versions": dict(self.bench.versions),
         }
 
     def feature(self, request: FeatureRequest) -> tuple[dict[str, Any], list[tuple[Image.Image, str]]]:

@@ -1,21 +1,24 @@
 """The Gallery tab: features that mean something, served from the run folder; /search_features and /feature."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from fluxsae.ui.desk_gallery import CLASSES, PAGE, SORTS, GalleryDesk
-from fluxsae.ui.endpoints import add_endpoint
+from fluxsae.ui.desk_words import WordsDesk
+from fluxsae.ui.endpoints import LANE, add_endpoint
 from fluxsae.ui.guard import guarded
+from fluxsae.ui.lane import StepDone
 from fluxsae.ui.requests import FeatureRequest, SearchRequest
 from fluxsae.ui.session import Workbench
-from fluxsae.ui.shell import QUIET, Shell
+from fluxsae.ui.shell import IDLE, QUIET, Shell, working
 from fluxsae.ui.theme import element, mount
 
 
 def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
     """The tab's components and events."""
-    desk = GalleryDesk(bench)
+    desk, words = GalleryDesk(bench), WordsDesk(bench)
     with gr.Row(elem_classes="fs-ask"):
         query = gr.Textbox(
             label="Search",
@@ -37,9 +40,11 @@ def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
     page = gr.HTML(
         None,
         html_template=element("fs-feature"),
-        js_on_load=mount(select="select", steer="edit", map="expand", close="clear"),
+        js_on_load=mount(select="select", steer="edit", map="expand", close="clear", why="submit"),
         elem_id="gallery-feature",
     )
+    status = gr.HTML(IDLE, html_template=element("fs-status"), js_on_load=mount(), elem_id="gallery-status")
+    silence = gr.HTML(None, html_template=element("fs-silence"), js_on_load=mount(), elem_id="gallery-silence")
     inputs = [query, hookpoint, kind, coherent, sort]
     gallery = gr.HTML(
         desk.gallery("", bench.limits.default_hookpoint, "any", False, "best"),
@@ -51,6 +56,10 @@ def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
 
     def more(shown: int, query: Any, place: Any, kind: Any, coherent: Any, sort: Any) -> Any:  # noqa: PLR0917 - inputs
         return desk.gallery(query, place, kind, coherent, sort, shown + PAGE), shown + PAGE
+
+    def why(chosen: gr.EventData) -> Iterator[Any]:
+        for event in words.silence(chosen._data):
+            yield (working(event), gr.skip()) if isinstance(event, StepDone) else (IDLE, event.value)
 
     gr.on(
         [query.input, hookpoint.change, kind.change, coherent.change, sort.change],
@@ -66,10 +75,20 @@ def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
         [gallery, shown],
         **QUIET,
     )
+    asking = page.submit(
+        guarded(why, bench.visitors),
+        None,
+        [status, silence],
+        show_progress="minimal",
+        show_progress_on=status,
+        concurrency_id=LANE,
+        api_visibility="private",
+    )
+    page.clear(lambda: (IDLE, None), None, [status, silence], cancels=[asking], **QUIET)
     shell.remember(gallery, page)
     shell.open_on(page.edit, "steer")
     shell.open_on(page.expand, "directions")
-    shell.follow(desk.page, [], page)
+    shell.follow(lambda chosen: (desk.page(chosen), None), [], [page, silence])
     shell.open_link("gallery", desk.page, [page])
 
 

@@ -41,7 +41,7 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
     lab = gr.HTML(
         desk.example(bench.limits.default_hookpoint),
         html_template=element("fs-lab"),
-        js_on_load=mount(select="select", patch="submit"),
+        js_on_load=mount(select="select", patch="submit", steer="edit", page="expand"),
         elem_id="heatmap-lab",
     )
     patch = gr.HTML(None, html_template=element("fs-patch"), js_on_load=mount(select="select"), elem_id="heatmap-patch")
@@ -113,6 +113,8 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         api_visibility="private",
     )
     shell.remember(lab, patch, diff)
+    shell.open_on(lab.edit, "steer")
+    shell.open_on(lab.expand, "gallery")
     shell.follow(lambda chosen: chosen, [], follow)
     follow.select(
         guarded(lambda chosen, values: desk.pin(chosen, values) or gr.skip()), [shell.selection, current], lab, **QUIET

@@ -7,7 +7,19 @@ import gradio as gr
 from fluxsae.ui.views import heat_table
 
 ASSETS = Path(__file__).parent / "assets"
-SCRIPTS = ("core.js", "status.js", "lab.js", "patch.js", "gallery.js", "steer.js", "map.js", "diff.js", "about.js")
+SCRIPTS = (
+    "core.js",
+    "status.js",
+    "report.js",
+    "lab.js",
+    "patch.js",
+    "gallery.js",
+    "words.js",
+    "steer.js",
+    "map.js",
+    "diff.js",
+    "about.js",
+)
 ACCENT = gr.themes.Color(
     name="iris",
     c50="#f3f2fd",

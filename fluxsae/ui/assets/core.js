@@ -252,9 +252,10 @@ FS.define = (name, draw) => {
 FS.mount = (root, props, trigger, watch, events) => {
   const update = () => {
     const node = root.querySelector("[data-fs]");
-    if (node && props.value && typeof props.value === "object" && node._fsValue !== props.value) {
-      node._fsValue = props.value;
-      node.data = props.value;
+    const value = props.value && typeof props.value === "object" ? props.value : null;
+    if (node && (node._fsValue || null) !== value) {
+      node._fsValue = value;
+      node.data = value;
     }
   };
   for (const [name, target] of Object.entries(events)) {

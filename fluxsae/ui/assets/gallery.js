@@ -46,6 +46,14 @@ FS.facts = (facts) => FS.el("dl", { class: "fs-stats" }, facts.filter(Boolean).m
 FS.define("fs-feature", (root, data) => {
   const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: data.feature });
   const sure = FS.sure(data.confidence);
+  const link = () => FS.viewLink(data.link);
+  const report = () => {
+    const drawn = [...root.querySelectorAll(".fs-picture")].slice(0, data.pictures.length);
+    FS.saveReport({ title: `Feature ${data.feature}: ${FS.title(data)}`, words: data.sentence, link: link(), versions: data.versions,
+      pictures: drawn.map((canvas, at) => [FS.told(data.pictures[at]), canvas.toDataURL("image/png")]),
+      recipe: { hookpoint: data.hookpoint, feature: data.feature, label: data.label, confidence: data.confidence,
+        ...Object.fromEntries(data.facts.map(([term, value]) => [term, value])) } });
+  };
   const section = (title, help, ...nodes) => FS.el("section", { class: "fs-block" }, FS.el("h3", { class: "fs-h", text: title }),
     help ? FS.el("p", { class: "fs-quiet", text: help }) : null, ...nodes);
   root.append(FS.el("article", { class: "fs-feature", "aria-label": `Feature ${data.feature}`, style: { "--chip": data.colour } },
@@ -68,6 +76,11 @@ FS.define("fs-feature", (root, data) => {
     data.neighbours.length ? section("Writes in a similar direction", "Nearest features by cosine of what they write (1 = the same).", FS.chips(root, data.neighbours, data.hookpoint, (o) => o.similarity.toFixed(2))) : null,
     data.coactive.length ? section("Fires on the same images", null, FS.chips(root, data.coactive, data.hookpoint, (o) => o.similarity.toFixed(2))) : null,
     data.silent.length ? section("Looks alike, but it stays silent", "Images most like its favourites on which it does not fire: what it is not.", FS.pictures(data.silent, { rows: data.rows, cols: data.cols, colour: "var(--fs-line)" })) : null,
+    section("Why this feature?", "Its best image is made again without each word of its caption in turn, at the same seed. The word whose absence silences it is what it answers to.",
+      FS.el("div", { class: "fs-row" }, FS.el("button", { class: "fs-button", type: "button", text: "Which word silences it?", disabled: !data.pictures.length, onclick: () => FS.emit(root, "why", { hookpoint: data.hookpoint, feature: data.feature }) }))),
+    FS.el("div", { class: "fs-row fs-wrap fs-tight" },
+      FS.copyButton(link, "Copy link"),
+      FS.el("button", { class: "fs-button fs-small", type: "button", text: "Save report", onclick: report })),
     FS.code(data.code)));
   root.scrollIntoView({ behavior: "smooth", block: "nearest" });
 });

@@ -23,6 +23,7 @@ FS.define("fs-lab", (root, data) => {
   const legend = FS.el("div", { class: "fs-legend-slot" });
   const list = FS.el("div", { class: "fs-list", role: "group", "aria-label": "Features that fire in this image, strongest first" });
 
+  const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: view.feature });
   const draw = () => {
     const feature = features.get(view.feature);
     legend.replaceChildren();
@@ -36,7 +37,10 @@ FS.define("fs-lab", (root, data) => {
     caption.replaceChildren(
       FS.el("span", { class: "fs-row" }, FS.chip(feature.colour), FS.el("strong", { text: FS.title(feature) }),
         FS.el("span", { class: "fs-quiet fs-num", text: `feature ${feature.feature}` })),
-      FS.el("span", { class: "fs-quiet", text: `peak ${FS.percent(feature.relative)} of its run maximum, fires on ${FS.share(feature.density)} of all patches` }));
+      FS.el("span", { class: "fs-quiet", text: `peak ${FS.percent(feature.relative)} of its run maximum, fires on ${FS.share(feature.density)} of all patches` }),
+      FS.el("span", { class: "fs-row" },
+        FS.el("button", { class: "fs-button fs-small fs-primary", type: "button", text: "Steer with this", onclick: () => go("steer") }),
+        FS.el("button", { class: "fs-button fs-small", type: "button", text: "Open its page", onclick: () => go("page") })));
   };
 
   const select = (feature, silent) => {
@@ -153,11 +157,11 @@ FS.define("fs-lab", (root, data) => {
     steps = FS.el("div", { class: "fs-row fs-steps" }, steps, play);
   }
 
-  const link = () => `${location.origin}${location.pathname}?view=${data.link}`;
+  const link = () => FS.viewLink(data.link);
   const report = () => {
     const shown = features.get(view.feature);
     const picture = shown ? [`feature ${shown.feature}: ${FS.title(shown)}`, canvas.toDataURL("image/png")] : [];
-    FS.saveReport({ title: `What fires in “${data.prompt}”`, link: link(), prompt: data.prompt, seed: data.seed, versions: data.versions,
+    FS.saveReport({ title: `What fires in “${data.prompt}”`, words: FS.told(data), link: link(), versions: data.versions,
       pictures: [["image", data.image], picture].filter((pair) => pair.length),
       recipe: { prompt: data.prompt, seed: data.seed, num_inference_steps: data.num_inference_steps, hookpoint: data.hookpoint,
         features: data.features.map(({ feature, label, relative, activation }) => ({ feature, label, relative, activation })) } });

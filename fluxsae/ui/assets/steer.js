@@ -144,7 +144,7 @@ FS.define("fs-result", (root, data) => {
   } });
   const everywhere = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Everywhere", onclick: () => { mask.fill(0); paint(); if (editor() && editor().applyRegion) editor().applyRegion(null); } });
 
-  const link = () => `${location.origin}${location.pathname}?view=${data.link}`;
+  const link = () => FS.viewLink(data.link);
   const download = (name, href, text) => FS.el("a", { class: "fs-button fs-small", href, download: name, text });
   const recipe = `data:application/json;charset=utf-8,${encodeURIComponent(JSON.stringify(data.recipe, null, 1))}`;
   root.append(FS.el("section", { class: "fs-result", "aria-label": "Before and after" },
@@ -161,7 +161,7 @@ FS.define("fs-result", (root, data) => {
       download("fluxsae.png", `data:image/png;base64,${data.png}`, "Image with recipe"),
       download("recipe.json", recipe, "Recipe"),
       FS.el("button", { class: "fs-button fs-small", type: "button", text: "Save report", onclick: () => FS.saveReport({
-        title: data.words.join("; ") || data.prompt, link: link(), prompt: data.prompt, seed: data.seed, versions: data.versions,
+        title: data.words.join("; ") || data.prompt, words: FS.told(data), link: link(), versions: data.versions,
         pictures: [["before", data.before], ["after", data.after], ["random direction, same strength", data.random]], recipe: data.recipe, measurement: data.measurement }) })),
     FS.code(data.code)));
 });
@@ -177,21 +177,6 @@ FS.measured = (measurement, isRandom) => {
     measurement.relative_size === null ? null : ["Size of the push", FS.percent(measurement.relative_size), "edit behind the block's gate, relative to what flows through FLUX there"],
     measurement.clip_change === null ? null : ["Meaning changed by", FS.number(measurement.clip_change, 2), "1 - CLIP cosine between the two pictures"],
   ]), FS.el("p", { class: "fs-quiet fs-hint", text: isRandom ? "The same push in a random direction: what changes here is no merit of the feature." : `Distance by ${measurement.distance_name}.` })];
-};
-
-FS.saveReport = ({ title, link, prompt, seed, versions, pictures, recipe, measurement }) => {
-  const page = document.implementation.createHTMLDocument(`fluxsae report: ${title}`);
-  page.head.append(FS.el("style", { text: "body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}img{width:256px;image-rendering:pixelated;border-radius:8px}figure{display:inline-block;margin:0 1rem 1rem 0}pre{background:#f4f4f7;padding:1rem;overflow:auto;border-radius:8px}" }));
-  const json = (value) => FS.el("pre", { text: JSON.stringify(value, null, 2) });
-  page.body.append(FS.el("h1", { text: title }), FS.el("p", { text: `“${prompt}”, seed ${seed}` }),
-    FS.el("div", {}, pictures.filter(([, src]) => src).map(([caption, src]) => FS.el("figure", {}, FS.el("img", { src, alt: caption }), FS.el("figcaption", { text: caption })))),
-    FS.el("p", {}, FS.el("a", { href: link, text: "Open this view" })),
-    ...(measurement ? [FS.el("h2", { text: "Measurements" }), json(measurement)] : []),
-    ...(recipe ? [FS.el("h2", { text: "Recipe" }), json(recipe)] : []), FS.el("h2", { text: "Versions" }), json(versions));
-  const blob = new Blob([`<!doctype html>${page.documentElement.outerHTML}`], { type: "text/html" });
-  const anchor = FS.el("a", { href: URL.createObjectURL(blob), download: "fluxsae-report.html" });
-  anchor.click();
-  setTimeout(() => URL.revokeObjectURL(anchor.href), 10000);
 };
 
 FS.define("fs-strip", (root, data) => {
