@@ -326,6 +326,9 @@ class _Search:
                 demos.append(self._demo(feature, best, self.done[feature, best]))
         demos.sort(key=lambda demo: -demo.score.score)
         self.run.save_demos(self.place, [json.dumps(demo.to_dict()) for demo in demos])
+        named = {self.run.demo_image_path(self.place, demo.image) for demo in demos}
+        for old in set(self.run.demos_path(self.place).parent.glob("*.webp")) - named:
+            old.unlink()
         return demos
 
     def _images_of(self, feature: int) -> list[int]:
@@ -427,7 +430,7 @@ class _Search:
     def _identity(self) -> str:
         """Changes whenever an earlier measurement would not be comparable."""
         asked = replace(self.config, n_candidates=1, picture_side=1)
-        weights = {name: float(getattr(self.sae, name).detach().double().sum()) for name in ("W_enc", "W_dec", "b_enc")}
+        weights = {name: float(tensor.double().sum()) for name, tensor in self.sae.state_dict().items()}
         parts = [asdict(asked), self.settings.to_dict(), weights, self.distance.name, list(flux_identity(self.pipe))]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

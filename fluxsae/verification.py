@@ -241,6 +241,9 @@ class _AboutHookpoint:
             yield from self._top_images(table)
         if "neighbours" in table:
             yield from self._dangling("neighbours", table.column("neighbours"), self.n_features, "features")
+        if "silent_images" in table:
+            silent = table.column("silent_images")
+            yield from self._dangling("silent_images", silent, self.checker.n_images, "images")
 
     def _top_images(self, table: FeatureTable) -> Iterator[str]:
         top = table.column("top_images")
@@ -285,12 +288,11 @@ class _AboutHookpoint:
             feature = demo.get("feature")
             if isinstance(feature, int) and self.n_features is not None and not 0 <= feature < self.n_features:
                 yield f"line {number} is about feature {feature}, which does not exist."
-            for name in _picture_names(demo):
-                picture = path.parent / name
-                if not picture.is_file():
-                    yield f"line {number} names {name}, which is not there."
-                elif fault := _picture_fault(picture.read_bytes()):
-                    yield f"line {number} names {name}, which cannot be shown ({fault})."
+            picture = self.run.demo_image_path(self.hookpoint, demo["image"])
+            if not picture.is_file():
+                yield f"line {number} names the picture {picture.name}, which is not there."
+            elif fault := _picture_fault(picture.read_bytes()):
+                yield f"line {number} names the picture {picture.name}, which cannot be shown ({fault})."
 
     def sheet(self, path: Path) -> Iterator[str]:
         if fault := _picture_fault(path.read_bytes()):
@@ -316,11 +318,3 @@ def _picture_fault(data: bytes) -> str | None:
     except (OSError, ValueError, SyntaxError) as error:
         return str(error) or type(error).__name__
     return None
-
-
-def _picture_names(value: Any) -> Iterator[str]:
-    """Names of picture files anywhere in a JSON value."""
-    if isinstance(value, str) and value.endswith((".webp", ".png")) and "/" not in value:
-        yield value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _picture_names(item)

@@ -98,7 +98,7 @@ def test_an_unknown_name_is_refused_with_what_there_is() -> None:
 
 
 def test_a_script_tells_a_fault_that_the_user_can_mend_as_one_sentence() -> None:
-    arguments = [sys.executable, "-m", "train.verify", "--run", "no/run/here"]
+    arguments = [sys.executable, "-m", "train.verify", "no/run/here"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("Error: There is no folder no/run/here")

@@ -157,10 +157,10 @@ DAMAGES: dict[str, tuple[Callable[[RunFolder], None], str, str]] = {
     "a demo without its picture": (
         lambda run: run.demo_image_path(LATE, "demo-3").unlink(),
         f"demos/{LATE}/demos.jsonl",
-        "line 1 names demo-3.webp, which is not there",
+        "line 1 names the picture demo-3.webp, which is not there",
     ),
     "a demo of a missing feature": (
-        lambda run: run.save_demos(LATE, [json.dumps({"feature": 999})]),
+        lambda run: run.save_demos(LATE, [json.dumps({"feature": 999, "image": "demo-3"})]),
         f"demos/{LATE}/demos.jsonl",
         "line 1 is about feature 999, which does not exist",
     ),

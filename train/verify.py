@@ -1,7 +1,7 @@
 """Say what is wrong with a run folder or a Hub repository: schema, shapes, finite values, hashes, dangling ids.
 
-python -m train.verify --run runs/mine
-python -m train.verify --run user/name@v1
+python -m train.verify runs/mine
+python -m train.verify user/name@v1
 """
 
 import sys
@@ -21,7 +21,7 @@ from fluxsae.verification import Verdict, verify_run
 class VerifyConfig:
     """What to check."""
 
-    run: str
+    run: tyro.conf.Positional[str]
     """A run folder, or a Hub repository as user/name or user/name@revision."""
 
 
