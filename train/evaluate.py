@@ -17,8 +17,9 @@ from fluxsae.artifacts import RunFolder
 from fluxsae.evaluation import MINIATURE, PARTS, Evaluation, EvaluationConfig, Part, evaluate
 from fluxsae.evaluation.steering_tables import laboratory_text
 from fluxsae.evaluation.tables import concepts_text, flow_text, reconstruction_text, transfer_text
-from fluxsae.flux import flux_identity, load_flux
+from fluxsae.flux import flux_identity
 from fluxsae.hookpoints import HookPoint
+from train.flux_options import open_flux
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,7 @@ def main(config: EvaluateConfig, *, pipe: Any = None) -> dict[HookPoint, Evaluat
     run = RunFolder(config.run)
     info = run.load_info()
     if pipe is None:
-        pipe = load_flux(
-            config.flux or info.flux_id, revision=None if config.flux else _revision(run), device=config.device
-        )
+        pipe = open_flux(config.flux, info.flux_id, info.flux_revision, device=config.device)
     with _Progress() as progress:
         found = evaluate(
             run,
@@ -71,12 +70,6 @@ def main(config: EvaluateConfig, *, pipe: Any = None) -> dict[HookPoint, Evaluat
         print("\n\n".join(_sections(evaluation)))
         print(f"\nwritten to {run.metrics_path(hookpoint)}")
     return found
-
-
-def _revision(run: RunFolder) -> str | None:
-    """The commit to load from the Hub; a local model's revision is a digest that is checked, not asked for."""
-    info = run.load_info()
-    return info.flux_revision if "/" in info.flux_id else None
 
 
 def _parts(config: EvaluateConfig, *, is_miniature: bool) -> list[Part]:

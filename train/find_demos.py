@@ -82,7 +82,7 @@ def choose_features(run: RunFolder, place: HookPoint, features: tuple[int, ...],
 
 def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDemosConfig) -> None:
     info = run.load_info()
-    pipe = load_flux(info.flux_id, revision=_hub_revision(info), device=config.device)
+    pipe = load_flux(info.flux_id, revision=info.flux_revision, device=config.device)
     saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=pipe.device) for place in features}
     with tqdm(desc="candidates", unit="image") as bar:
         found = find_demos(
@@ -100,10 +100,6 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
         print(f"{place}: {len(demos)} demos of {len(features[place])} features")
         for demo in demos[:8]:
             print(_line(demo))
-
-
-def _hub_revision(info: Any) -> str | None:
-    return info.flux_revision if "/" in info.flux_id and not Path(info.flux_id).exists() else None
 
 
 def _advance(bar: Any, done: int, total: int) -> None:

@@ -108,3 +108,10 @@ def default_hookpoints(pipe: Any) -> list[HookPoint]:
 def default_steps(settings: GenerationSettings) -> list[int]:
     """Five steps spread over the schedule: 2, 6, 10, 14, 18 of 20."""
     return sorted({settings.num_inference_steps * part // 10 for part in (1, 3, 5, 7, 9)})
+
+
+def open_flux(asked: str | None, recorded: str, revision: str | None, *, device: str | None, dtype: Any = None) -> Any:
+    """The FLUX that was asked for, or else the one that a run or recipe records, at the revision it records."""
+    from fluxsae.flux import load_flux
+
+    return load_flux(asked or recorded, revision=None if asked else revision, device=device, dtype=dtype)

@@ -19,13 +19,14 @@ from fluxsae.demos import describe_edit, load_limits, measured_sweep, run_origin
 from fluxsae.edits import Mode, Recipe, SteeringEdit, load_recipes, parse_edits, png_bytes
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import write_bytes, write_text
-from fluxsae.flux import flux_identity, load_flux
+from fluxsae.flux import flux_identity
 from fluxsae.hookpoints import HookPoint
 from fluxsae.measurements import EditMeasurement
 from fluxsae.miniature import miniature_path
 from fluxsae.perceptual import load_distance, load_embedder
 from fluxsae.sae import SparseAutoencoder
 from fluxsae.sweeps import Variant, reproduce
+from train.flux_options import open_flux
 
 EMBEDDED = "miniature"
 
@@ -81,8 +82,7 @@ def main(config: SteerConfig) -> Variant:
     run = RunFolder(config.run or miniature_path("run"))
     edits = _edits(config, run)
     info = run.load_info()
-    name = config.flux or info.flux_id
-    pipe = load_flux(name, revision=_hub_revision(name, info.flux_revision), device=config.device)
+    pipe = open_flux(config.flux, info.flux_id, info.flux_revision, device=config.device)
     saes = load_saes(run, edits, device=pipe.device)
     n_steps = config.num_inference_steps or info.settings.num_inference_steps
     limits = {place: found for place in saes if (found := load_limits(run, place)) is not None}
@@ -138,10 +138,10 @@ def _again(config: SteerConfig, path: Path) -> Variant:
     if not 0 <= config.index < len(recipes):
         raise FluxSaeError(f"index is {config.index}; {path} holds recipes 0 to {len(recipes) - 1}.")
     recipe = recipes[config.index]
-    name = config.flux or recipe.flux_id
-    pipe = load_flux(
-        name,
-        revision=_hub_revision(name, recipe.flux_revision),
+    pipe = open_flux(
+        config.flux,
+        recipe.flux_id,
+        recipe.flux_revision,
         device=config.device or recipe.device,
         dtype=getattr(torch, recipe.dtype),
     )
@@ -188,11 +188,6 @@ def _load_source(source: Any, device: torch.device) -> SparseAutoencoder:
     return SparseAutoencoder.from_pretrained(
         path, subfolder=source.subfolder or None, revision=source.revision, device=device
     )
-
-
-def _hub_revision(flux_id: str, revision: str | None) -> str | None:
-    """The commit to load from the Hub; a local model's revision is a digest that is compared, not asked for."""
-    return revision if "/" in flux_id and not Path(flux_id).exists() else None
 
 
 def _print_measurement(measured: EditMeasurement) -> None:

@@ -5,7 +5,7 @@ python -m train.steering_grids --run runs/miniature --demos
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -65,8 +65,7 @@ def main(config: SteeringGridsConfig) -> list[Path]:
     info = run.load_info()
     places = [run.check_hookpoint(name) for name in config.hookpoints] or run.hookpoints()
     subjects = {place: _subjects(run, place, config) for place in places}
-    is_hub = "/" in info.flux_id and not Path(info.flux_id).exists()
-    pipe = load_flux(info.flux_id, revision=info.flux_revision if is_hub else None, device=config.device)
+    pipe = load_flux(info.flux_id, revision=info.flux_revision, device=config.device)
     painter = _Painter(run, pipe, config)
     return [painter.paint(place, subjects[place]) for place in places]
 
@@ -143,7 +142,7 @@ class _Painter:
             [(), *edits],
             prompt=subject.prompt,
             seed=subject.seed,
-            settings=replace(self.run.load_info().settings),
+            settings=self.run.load_info().settings,
             distance=self.distance,
             limits=None if limits is None else {place: limits},
             origin=self.origin,
