@@ -1,7 +1,5 @@
 """Reconstruction, transfer and flow loss on a random tiny FLUX."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -11,12 +9,12 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation.flow import CleanImages, drawn_images, evaluate_flow, own_images
 from fluxsae.evaluation.intervals import bootstrap_weights
 from fluxsae.evaluation.reconstruction import ImageSums, evaluate_reconstruction, transfer_table
-from fluxsae.evaluation.stream import ImageSet, iter_activations, trained_steps
+from fluxsae.evaluation.stream import ImageSet, iter_activations
 from fluxsae.evaluation.tables import flow_text, reconstruction_text, transfer_text
-from fluxsae.flux import FluxPipeline, capture, generate, schedule_sigmas
+from fluxsae.flux import FluxPipeline, capture, generate
 from fluxsae.hookpoints import HookPoint
 from fluxsae.metrics import fvu, l0
-from fluxsae.sae import SaeConfig, SparseAutoencoder, TrainedOn
+from fluxsae.sae import SaeConfig, SparseAutoencoder
 
 LATE = HookPoint.parse("layer2")
 IMAGES = ImageSet(("a red circle", "a blue star", "a small green ring", "two cats"), (1, 2, 3, 4))
@@ -165,19 +163,6 @@ def test_the_transfer_table_has_every_step_and_size_and_marks_the_trained_ones(t
     assert [(cell.step, cell.width) for cell in cells if cell.is_trained] == [(1, 32)]
     assert all(cell.fvu > 0 and cell.l0 <= 4 for cell in cells)
     assert transfer_text(cells).count("*") == 1
-
-
-def test_steps_come_from_the_noise_levels_the_sae_was_trained_on(tiny_flux: FluxPipeline) -> None:
-    sigmas = schedule_sigmas(tiny_flux, SETTINGS)
-    ground = TrainedOn(
-        flux_id="tiny", hookpoint=str(LATE), steps=(1, 3), sigmas=(sigmas[1], sigmas[3]), height=32, width=32,
-        guidance_scale=3.5, n_tokens=16, dataset_hash="",
-    )  # fmt: skip
-    assert trained_steps(tiny_flux, random_sae(trained_on=ground), SETTINGS) == [1, 3]
-    with pytest.raises(FluxSaeError, match="No step"):
-        trained_steps(tiny_flux, random_sae(trained_on=replace(ground, sigmas=(0.01, 0.02))), SETTINGS)
-    with pytest.raises(FluxSaeError, match="what it was trained on"):
-        trained_steps(tiny_flux, random_sae(), SETTINGS)
 
 
 def test_an_empty_set_of_images_is_refused() -> None:

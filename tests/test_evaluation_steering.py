@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_steering import DOUBLE, SAES
+from test_steering import DOUBLE, SAES, SINGLE
 from tiny_flux import SETTINGS
 
 from fluxsae.edits import SteeringEdit
@@ -15,14 +16,13 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation.outcomes import OBJECT_ATTRIBUTES, Outcome, Tally, compare_scenes, draw_subject
 from fluxsae.evaluation.probes import TokenMoments
 from fluxsae.evaluation.steering import (
-    DIRECTIONS,
-    EditSettings,
     LaboratoryConfig,
-    TrialResult,
+    _control_seed,
     candidate_features,
     mean_difference,
     run_laboratory,
 )
+from fluxsae.evaluation.steering_report import DIRECTIONS, EditSettings, TrialResult
 from fluxsae.evaluation.steering_tables import laboratory_text
 from fluxsae.evaluation.truths import CONCEPTS, Concept
 from fluxsae.flux import FluxPipeline
@@ -122,25 +122,23 @@ def test_a_tally_is_the_mean_with_an_interval_around_it() -> None:
     tally = Tally.of([outcome(has=True), outcome(has=True, unchanged=4), outcome(has=False)], wanted=True)
     assert tally.n == 3
     assert tally.success.value == pytest.approx(2 / 3)
-    assert tally.specificity.value == pytest.approx((1 + 0.8 + 1) / 3)
-    assert tally.strict_specificity.value == pytest.approx(2 / 3)
+    assert tally.specificity.value == pytest.approx(2 / 3)
+    assert tally.unchanged.value == pytest.approx((1 + 0.8 + 1) / 3)
     assert tally.success.low <= tally.success.value <= tally.success.high
 
 
 def test_candidates_are_the_matched_features_the_best_first() -> None:
-    report = {
-        "concepts": [{"attribute": "colour", "value": "red", "methods": {"SAE feature": {"candidate": 9}}}],
-        "matches": {"4": "colour red", "9": "colour red", "11": "colour red", "2": "background black"},
-    }
+    report = {"matches": {"9": "colour red", "2": "background black", "4": "colour red", "11": "colour red"}}
     found = candidate_features(report, limit=2)
     assert found == {RED: [9, 4], Concept("background", "black"): [2]}
 
 
 def test_a_trial_below_the_specificity_target_cannot_win_by_success() -> None:
     place = EditSettings(HookPoint.parse("layer1"), "add", 1.0, (0, 20))
-    careful = TrialResult(place, "amplify", success=0.6, specificity=0.85, strict_specificity=0.5)
-    wild = TrialResult(place, "amplify", success=1.0, specificity=0.5, strict_specificity=0.0)
-    assert careful.merit > wild.merit
+    careful = TrialResult(place, "amplify", success=0.6, specificity=0.85, unchanged=0.97)
+    wild = TrialResult(place, "amplify", success=1.0, specificity=0.5, unchanged=0.8)
+    timid = TrialResult(place, "amplify", success=0.0, specificity=1.0, unchanged=1.0)
+    assert careful.merit > wild.merit > timid.merit
 
 
 def test_the_mean_difference_is_that_of_tokens_of_the_same_kind() -> None:
@@ -190,6 +188,47 @@ def test_the_laboratory_chooses_on_some_pictures_and_reports_on_others(
     text = laboratory_text(report)
     assert "amplify: add 5 at transformer_blocks.1.ff, steps 2 to 3" in text
     assert "colour orange" in text
+
+
+def test_a_hook_point_does_not_win_by_knowing_few_concepts(
+    tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fluxsae.evaluation.steering.read_scene", read_parity)
+    orange = Concept("colour", "orange")
+    report = run_laboratory(
+        tiny_flux,
+        {DOUBLE: SAES[DOUBLE], SINGLE: SAES[SINGLE]},
+        {DOUBLE: {RED: [3]}, SINGLE: {RED: [3], orange: [7]}},
+        settings=SETTINGS,
+        config=LaboratoryConfig(n_select=2, n_report=2, add=(5.0,), scale=(-3.0,), starts=(0.5,), curve=()),
+    )
+    for trial in report.trials:
+        if trial.settings.hookpoint == DOUBLE:
+            assert trial.success <= 0.5  # of red and orange it knows red only
+    for direction in DIRECTIONS:
+        told = {str(result.concept) for result in report.results if result.direction == direction}
+        untold = [line for line in report.skipped if f"({direction})" in line]
+        assert len(told) + len(untold) == 2
+        assert all("no feature of transformer_blocks.1.ff" in line for line in untold)
+
+
+def test_controls_differ_from_picture_to_picture() -> None:
+    subjects = [draw_subject(concept, has_concept=True, seed=5) for concept in (RED, Concept("texture", "dotted"))]
+    kinds = ("random direction", "random feature")
+    assert len({_control_seed(subject, kind, 0) for subject in subjects for kind in kinds}) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"n_report": 0}, "n_report is 0"),
+        ({"starts": (0.5, 1.2)}, "starts is"),
+        ({"add": (), "clamp": ()}, "No strength is left to amplify"),
+    ],
+)
+def test_a_laboratory_that_cannot_work_is_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(FluxSaeError, match=told):
+        LaboratoryConfig(**changes)
 
 
 def test_a_laboratory_without_matches_is_refused(tiny_flux: FluxPipeline) -> None:

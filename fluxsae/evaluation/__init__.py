@@ -15,12 +15,14 @@ from fluxsae.evaluation.reconstruction import (
     evaluate_reconstruction,
     transfer_table,
 )
-from fluxsae.evaluation.steering import LaboratoryConfig, LaboratoryReport, candidate_features, run_laboratory
-from fluxsae.evaluation.stream import ImageSet, OnProgress, trained_steps
-from fluxsae.flux import FluxPipeline, flux_identity
+from fluxsae.evaluation.steering import LaboratoryConfig, candidate_features, run_laboratory
+from fluxsae.evaluation.steering_report import LaboratoryReport
+from fluxsae.evaluation.stream import ImageSet, OnProgress
+from fluxsae.flux import FluxPipeline, flux_identity, schedule_sigmas
 from fluxsae.hookpoints import HookPoint
 from fluxsae.sae import SparseAutoencoder
 from fluxsae.scores import ScoreMatrix
+from fluxsae.scoring import trained_steps
 from fluxsae.settings import GenerationSettings
 
 Part = Literal["reconstruction", "transfer", "flow", "concepts", "steering"]
@@ -125,6 +127,7 @@ class _Work:
     steps: dict[HookPoint, list[int]]
     settings: GenerationSettings
     config: EvaluationConfig
+    allow_mismatch: bool
 
     @classmethod
     def plan(
@@ -154,8 +157,9 @@ class _Work:
                 width=settings.width,
                 guidance_scale=settings.guidance_scale,
             )
-        steps = {h: list(config.steps) or trained_steps(pipe, sae, settings) for h, sae in saes.items()}
-        return cls(run, pipe, saes, steps, settings, config)
+        sigmas = schedule_sigmas(pipe, settings)
+        steps = {h: list(config.steps or trained_steps(sae, sigmas)) for h, sae in saes.items()}
+        return cls(run, pipe, saes, steps, settings, config, allow_mismatch)
 
     @property
     def is_miniature(self) -> bool:
@@ -261,6 +265,7 @@ class _Work:
             features,
             settings=self.settings,
             config=self.config.laboratory,
+            allow_mismatch=self.allow_mismatch,
             on_progress=on_progress,
         )
         return dict.fromkeys(self.saes, report)

@@ -105,9 +105,9 @@ class Tally:
     n: int
     success: Estimate
     specificity: Estimate
-    """Mean share of the other attributes that read as before."""
-    strict_specificity: Estimate
     """Share of pictures in which all the other attributes read as before."""
+    unchanged: Estimate
+    """Mean share of the other attributes that read as before."""
 
     @classmethod
     def of(cls, outcomes: Sequence[Outcome], *, wanted: bool, draws: int = 500, seed: int = 0) -> "Tally":
@@ -115,8 +115,8 @@ class Tally:
         weights = bootstrap_weights(len(outcomes), draws=draws, seed=seed)
         columns = (
             [float(outcome.is_success(wanted=wanted)) for outcome in outcomes],
-            [outcome.share_unchanged for outcome in outcomes],
             [float(outcome.is_specific) for outcome in outcomes],
+            [outcome.share_unchanged for outcome in outcomes],
         )
         return cls(len(outcomes), *(interval(weighted_mean(np.array(column), weights)) for column in columns))
 
@@ -126,5 +126,5 @@ class Tally:
             "n": self.n,
             "success": self.success.to_dict(),
             "specificity": self.specificity.to_dict(),
-            "strict_specificity": self.strict_specificity.to_dict(),
+            "unchanged": self.unchanged.to_dict(),
         }

@@ -2,14 +2,17 @@
 
 On the miniature every picture can be read back. For each concept that a feature matches, the feature is turned up on
 pictures without the concept and down on pictures with it, beside edits of equal norm in random directions and along
-other features, the difference-of-means direction, and prompt editing. Settings are chosen on some pictures and
-reported on others.
+other features, the difference-of-means direction, and prompt editing. Success: the attribute changed as meant.
+Specificity: all other attributes read as in the unedited picture. Settings are chosen on some pictures and reported
+on others.
 """
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing import get_context
 from typing import Any, Final, Literal
 
@@ -20,10 +23,20 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fluxsae.edits import IDENTITY, MAX_STRENGTH, SteeringEdit
+from fluxsae.edits import IDENTITY, MAX_STRENGTH, NEEDS_REFERENCE, SteeringEdit
 from fluxsae.errors import FluxSaeError
+from fluxsae.evaluation.halves import LEAST_CONFIDENCE
 from fluxsae.evaluation.outcomes import Outcome, Subject, Tally, compare_scenes, draw_subject
 from fluxsae.evaluation.probes import TokenMoments
+from fluxsae.evaluation.steering_report import (
+    DIRECTIONS,
+    TARGET_ATTRIBUTES,
+    ConceptResult,
+    Direction,
+    EditSettings,
+    LaboratoryReport,
+    TrialResult,
+)
 from fluxsae.evaluation.stream import OnProgress
 from fluxsae.evaluation.truths import CONCEPTS, Concept, coverage
 from fluxsae.flux import FluxPipeline, capture, decode_latents, denoise_to, generate, generate_from, token_grid
@@ -35,33 +48,9 @@ from fluxsae.settings import GenerationSettings
 from fluxsae.steering import steer
 from fluxsae.sweeps import first_edited_step
 
-Direction = Literal["amplify", "suppress"]
-DIRECTIONS: Final[tuple[Direction, ...]] = ("amplify", "suppress")
-TARGET_ATTRIBUTES: Final = ("colour", "texture", "background")
-LEAST_SPECIFICITY: Final = 0.8
-LEAST_CONFIDENCE: Final = 0.05
 _REPORT_SEEDS: Final = 1 << 21
 _SELECT_SEEDS: Final = 1 << 20
 _DRAWS_PER_SUBJECT: Final = 4
-
-
-@dataclass(frozen=True)
-class EditSettings:
-    """How a feature is turned in one direction, at one hook point."""
-
-    hookpoint: HookPoint
-    mode: str
-    strength: float
-    steps: tuple[int, int] | None
-
-    def edit(self, feature: int, *, strength: float | None = None) -> SteeringEdit:
-        """The edit of a feature, at these settings or at another strength."""
-        chosen = self.strength if strength is None else strength
-        return SteeringEdit(self.hookpoint, feature, self.mode, chosen, steps=self.steps)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return {**asdict(self), "hookpoint": str(self.hookpoint), "steps": list(self.steps) if self.steps else None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +86,21 @@ class LaboratoryConfig:
     seed: int = 0
     """Decides subjects and control directions."""
 
+    def __post_init__(self) -> None:
+        for name in ("n_select", "n_report", "n_features", "n_moment_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise FluxSaeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.starts or not all(0 <= start < self.stop <= 1 for start in self.starts):
+            raise FluxSaeError(
+                f"starts is {self.starts} and stop {self.stop}; they are fractions of the schedule: "
+                "at least one start, each at least 0 and below stop, and stop at most 1."
+            )
+        for direction in DIRECTIONS:
+            if not self.modes(direction):
+                raise FluxSaeError(
+                    f"No strength is left to {direction} with; give one of add, clamp, scale, project_out."
+                )
+
     def modes(self, direction: Direction) -> list[tuple[str, float]]:
         """(mode, strength) pairs that are tried in one direction."""
         names = ("add", "clamp") if direction == "amplify" else ("scale", "project_out")
@@ -113,105 +117,15 @@ class Arm:
     """In place of the feature's decoder row: a random direction, or another feature's row, of equal norm."""
 
 
-@dataclass(frozen=True)
-class ConceptResult:
-    """One concept in one direction."""
-
-    concept: Concept
-    direction: Direction
-    feature: int
-    arms: dict[str, Tally]
-    """feature (at the default settings), random direction, random feature, difference of means, prompt."""
-    curve: dict[float, Tally]
-    """Strength -> the feature's tally: the dose-response curve."""
-
-    @property
-    def breaking_strength(self) -> float | None:
-        """The weakest strength of the curve at which less than 80 % of the other attributes hold; None if none."""
-        falling = [s for s, tally in self.curve.items() if tally.specificity.value < LEAST_SPECIFICITY]
-        return falling[0] if falling else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as JSON values."""
-        return {
-            "concept": str(self.concept),
-            "direction": self.direction,
-            "feature": self.feature,
-            "arms": {name: tally.to_dict() for name, tally in self.arms.items()},
-            "curve": [{"strength": strength, **tally.to_dict()} for strength, tally in self.curve.items()],
-            "breaking_strength": self.breaking_strength,
-        }
-
-
-@dataclass(frozen=True)
-class TrialResult:
-    """One candidate for the defaults, over the concepts that targets speak of, on the pictures for choosing."""
-
-    settings: EditSettings
-    direction: Direction
-    success: float
-    specificity: float
-    strict_specificity: float
-
-    @property
-    def merit(self) -> float:
-        """Success, held down where specificity misses its target."""
-        return self.success - 3 * max(0.0, LEAST_SPECIFICITY - self.specificity)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The trial as JSON values."""
-        return {**self.settings.to_dict(), "direction": self.direction, "success": self.success,
-                "specificity": self.specificity, "strict_specificity": self.strict_specificity}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LaboratoryReport:
-    """What the laboratory found."""
-
-    defaults: dict[Direction, EditSettings]
-    trials: tuple[TrialResult, ...]
-    results: tuple[ConceptResult, ...]
-    skipped: tuple[str, ...]
-    """Concepts for which too few pictures could be read."""
-
-    def group(self, direction: Direction, attributes: Sequence[str], arm: str) -> tuple[float, float, float] | None:
-        """Mean success, specificity and strict specificity over the concepts of some attributes."""
-        tallies = [
-            result.arms[arm]
-            for result in self.results
-            if result.direction == direction and result.concept.attribute in attributes and arm in result.arms
-        ]
-        if not tallies:
-            return None
-        columns = [(t.success.value, t.specificity.value, t.strict_specificity.value) for t in tallies]
-        mean = np.mean(columns, axis=0)
-        return float(mean[0]), float(mean[1]), float(mean[2])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return {
-            "defaults": {direction: chosen.to_dict() for direction, chosen in self.defaults.items()},
-            "trials": [trial.to_dict() for trial in self.trials],
-            "results": [result.to_dict() for result in self.results],
-            "skipped": list(self.skipped),
-        }
-
-
 CandidateFeatures = Mapping[HookPoint, Mapping[Concept, Sequence[int]]]
 
 
 def candidate_features(concepts: Mapping[str, Any], *, limit: int) -> dict[Concept, list[int]]:
-    """The matched features of each concept, best first, from a concept report's JSON values."""
-    best = {
-        Concept(row["attribute"], row["value"]): row["methods"]["SAE feature"]["candidate"]
-        for row in concepts["concepts"]
-    }
+    """The best matched features of each concept, best first, from a concept report's JSON values."""
     found: dict[Concept, list[int]] = {}
     by_name = {str(concept): concept for concept in CONCEPTS}
     for feature, name in concepts["matches"].items():
         found.setdefault(by_name[name], []).append(int(feature))
-    for concept, features in found.items():
-        features.sort(key=lambda feature: feature != best.get(concept))
     return {concept: features[:limit] for concept, features in sorted(found.items())}
 
 
@@ -223,18 +137,19 @@ def run_laboratory(
     *,
     settings: GenerationSettings,
     config: LaboratoryConfig | None = None,
+    allow_mismatch: bool = False,
     on_progress: OnProgress | None = None,
 ) -> LaboratoryReport:
     """Chooses hook point, mode, strength, window and features on some pictures and reports them on others.
 
     Raises:
-        FluxSaeError: no feature matches any concept.
+        FluxSaeError: no feature matches any concept, or no picture could be read.
     """
     config = config or LaboratoryConfig()
     if not any(features.values()):
         raise FluxSaeError("No feature matches a concept, so there is nothing to steer. Train a better SAE first.")
     with _reading(config.readers) as read:
-        bench = _Bench(pipe, saes, features, settings, config, read, on_progress)
+        bench = _Bench(pipe, saes, features, settings, config, allow_mismatch, read, on_progress)
         return bench.run()
 
 
@@ -255,6 +170,16 @@ class _Case:
     before: Scene
 
 
+def _is_readable(scene: Scene, concept: Concept, *, has_concept: bool) -> bool:
+    """Whether an unedited picture may serve: one object, surely read, with or without the concept as is needed."""
+    is_sure = len(scene.objects) == 1 and scene.confidence >= LEAST_CONFIDENCE
+    return is_sure and ((concept.attribute, concept.value) in scene.concepts()) == has_concept
+
+
+Scores = dict[EditSettings, dict[Concept, dict[int, list[Outcome]]]]
+"""Settings -> concept -> feature -> what the edit did to each picture."""
+
+
 @dataclass(eq=False)
 class _Bench:
     pipe: FluxPipeline
@@ -262,6 +187,7 @@ class _Bench:
     features: CandidateFeatures
     settings: GenerationSettings
     config: LaboratoryConfig
+    allow_mismatch: bool
     read: Callable[[Sequence[Image.Image]], list[Scene]]
     on_progress: OnProgress | None
     _cases: dict[tuple[str, Concept, Direction], list[_Case]] = field(default_factory=dict)
@@ -274,53 +200,59 @@ class _Bench:
         defaults: dict[Direction, EditSettings] = {}
         chosen: dict[tuple[Concept, Direction], int] = {}
         for direction in DIRECTIONS:
-            found, best = self._choose(direction)
-            trials += found
-            defaults[direction] = max(found, key=lambda trial: trial.merit).settings
-            chosen |= {(concept, direction): feature for concept, feature in best[defaults[direction]].items()}
+            tried, defaults[direction], features = self._choose(direction, concepts)
+            trials += tried
+            chosen |= {(concept, direction): feature for concept, feature in features.items()}
         results = [
             self._report(concept, direction, feature, defaults[direction], moments)
             for (concept, direction), feature in self._with_progress("report", list(chosen.items()))
+            if self._cases["report", concept, direction]
         ]
+        reported = {(result.concept, result.direction) for result in results}
         skipped = tuple(
-            f"{concept} ({direction})"
+            f"{concept} ({direction}): {self._reason(concept, direction, defaults[direction])}"
             for concept in concepts
             for direction in DIRECTIONS
-            if not self._cases["report", concept, direction]
+            if (concept, direction) not in reported
         )
         return LaboratoryReport(defaults, tuple(trials), tuple(results), skipped)
+
+    def _reason(self, concept: Concept, direction: Direction, chosen: EditSettings) -> str:
+        """Why a concept is not reported."""
+        if all(self._cases[stage, concept, direction] for stage in ("select", "report")):
+            return f"no feature of {chosen.hookpoint} that can be turned matches it"
+        return "too few pictures could be read"
 
     # Pictures
 
     def _draw_cases(self, concepts: Sequence[Concept]) -> None:
-        wanted = [(concept, direction) for concept in concepts for direction in DIRECTIONS]
-        for concept, direction in self._with_progress("unedited pictures", wanted):
-            for stage, first, count in (
-                ("select", _SELECT_SEEDS, self.config.n_select),
-                ("report", _REPORT_SEEDS, self.config.n_report),
-            ):
-                self._cases[stage, concept, direction] = self._draw(concept, direction, first + self.config.seed, count)
+        """Subjects whose unedited picture shows one object, and the concept only where it is to be turned down.
 
-    def _draw(self, concept: Concept, direction: Direction, first: int, count: int) -> list[_Case]:
-        """Subjects whose unedited picture shows one object, and the concept only where it is to be turned down."""
-        found: list[_Case] = []
-        has = direction == "suppress"
-        seeds = iter(range(first, first + _DRAWS_PER_SUBJECT * count))
-        while len(found) < count:
-            subjects = [
-                draw_subject(concept, has_concept=has, seed=seed) for _, seed in zip(range(count), seeds, strict=False)
-            ]
-            if not subjects:
-                break
-            scenes = self._plain_scenes([s.prompt for s in subjects], [s.seed for s in subjects])
-            found += [
-                _Case(subject, scene)
-                for subject, scene in zip(subjects, scenes, strict=True)
-                if len(scene.objects) == 1
-                and scene.confidence >= LEAST_CONFIDENCE
-                and ((concept.attribute, concept.value) in scene.concepts()) == has
-            ]
-        return found[:count]
+        All that is still lacking is drawn together, so that the batches are full.
+        """
+        stages = (("select", _SELECT_SEEDS, self.config.n_select), ("report", _REPORT_SEEDS, self.config.n_report))
+        wanted: dict[tuple[str, Concept, Direction], tuple[int, Iterator[int]]] = {
+            (stage, concept, direction): (
+                count,
+                iter(range(first + self.config.seed, first + self.config.seed + _DRAWS_PER_SUBJECT * count)),
+            )
+            for concept in concepts
+            for direction in DIRECTIONS
+            for stage, first, count in stages
+        }
+        self._cases = {key: [] for key in wanted}
+        while drawn := [
+            (key, draw_subject(key[1], has_concept=key[2] == "suppress", seed=seed))
+            for key, (count, seeds) in wanted.items()
+            for seed in islice(seeds, count - len(self._cases[key]))
+        ]:
+            scenes = self._plain_scenes([s.prompt for _, s in drawn], [s.seed for _, s in drawn])
+            for (key, subject), scene in zip(drawn, scenes, strict=True):
+                if _is_readable(scene, key[1], has_concept=key[2] == "suppress"):
+                    self._cases[key].append(_Case(subject, scene))
+            if self.on_progress is not None:
+                done = sum(map(len, self._cases.values()))
+                self.on_progress("unedited pictures", done, sum(count for count, _ in wanted.values()))
 
     def _plain_scenes(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Scene]:
         scenes: list[Scene] = []
@@ -334,10 +266,23 @@ class _Bench:
     def _edited_scenes(
         self, cases: Sequence[_Case], arms: Sequence[Arm], saes: Mapping[HookPoint, SparseAutoencoder]
     ) -> list[list[Scene]]:
-        """For each case the scene of each arm; the steps before the first edit run once a case."""
-        first = first_edited_step(self.pipe, saes, [arm.edits for arm in arms], self.settings)
+        """For each arm the scene of each case; the steps before an arm's first edit run once a case."""
+        groups: dict[int, list[int]] = {}
+        for place, arm in enumerate(arms):
+            first = first_edited_step(self.pipe, saes, [arm.edits], self.settings)
+            groups.setdefault(first, []).append(place)
+        found: dict[int, list[Scene]] = {}
+        for first, places in groups.items():
+            columns = self._scenes_from(first, cases, [arms[place] for place in places], saes)
+            found |= dict(zip(places, columns, strict=True))
+        return [found[place] for place in range(len(arms))]
+
+    def _scenes_from(
+        self, first: int, cases: Sequence[_Case], arms: Sequence[Arm], saes: Mapping[HookPoint, SparseAutoencoder]
+    ) -> list[list[Scene]]:
+        """For each arm the scene of each case, where no arm edits before step `first`."""
         per_batch = max(1, self.config.batch_size // len(arms))
-        found: list[list[Scene]] = []
+        scenes: list[Scene] = []
         for start in range(0, len(cases), per_batch):
             part = cases[start : start + per_batch]
             snapshot = denoise_to(
@@ -348,13 +293,18 @@ class _Bench:
                 step=first,
             )
             edits = [arm.edits for _ in part for arm in arms]
-            controls = _Controls(part, arms, saes, self.config.seed)
-            with steer(self.pipe, saes, edits, settings=self.settings, direction_of=controls):
+            with steer(
+                self.pipe,
+                saes,
+                edits,
+                settings=self.settings,
+                allow_mismatch=self.allow_mismatch,
+                direction_of=_Controls(part, arms, saes, self.config.seed),
+            ):
                 latents = generate_from(self.pipe, snapshot, repeat=len(arms), output_type="latent")
             assert isinstance(latents, Tensor)
-            scenes = self.read(decode_latents(self.pipe, latents, self.settings))
-            found += [scenes[row : row + len(arms)] for row in range(0, len(scenes), len(arms))]
-        return found
+            scenes += self.read(decode_latents(self.pipe, latents, self.settings))
+        return [scenes[place :: len(arms)] for place in range(len(arms))]
 
     def _outcomes(
         self,
@@ -368,45 +318,73 @@ class _Bench:
         cases = self._cases[stage, concept, direction]
         scenes = self._edited_scenes(cases, arms, self.saes if saes is None else saes)
         return [
-            [compare_scenes(case.before, row[place], concept) for case, row in zip(cases, scenes, strict=True)]
-            for place in range(len(arms))
+            [compare_scenes(case.before, after, concept) for case, after in zip(cases, column, strict=True)]
+            for column in scenes
         ]
 
     # Choosing
 
-    def _windows(self) -> list[tuple[int, int]]:
+    def _candidates(self, direction: Direction) -> list[EditSettings]:
+        """Every hook point with every mode and strength in every window."""
         n_steps = self.settings.num_inference_steps
         stop = round(self.config.stop * n_steps)
-        return [(round(start * n_steps), stop) for start in self.config.starts]
+        return [
+            EditSettings(place, mode, strength, (round(start * n_steps), stop))
+            for place in sorted(self.features)
+            for start in self.config.starts
+            for mode, strength in self.config.modes(direction)
+        ]
 
-    def _choose(self, direction: Direction) -> tuple[list[TrialResult], dict[EditSettings, dict[Concept, int]]]:
-        """Every candidate setting with its result, and each concept's best feature at it."""
-        modes = self.config.modes(direction)
-        groups = [(place, concept) for place, matched in sorted(self.features.items()) for concept in matched]
-        scores: dict[EditSettings, dict[Concept, dict[int, list[Outcome]]]] = {}
+    def _choose(
+        self, direction: Direction, concepts: Sequence[Concept]
+    ) -> tuple[list[TrialResult], EditSettings, dict[Concept, int]]:
+        """Every candidate with its result, the best one, and each concept's best feature at it.
+
+        Candidates are tried on the concepts that targets speak of; the others only at the best candidate.
+        """
+        known = [concept for concept in concepts if self._cases["select", concept, direction]]
+        if not known:
+            raise FluxSaeError(
+                f"None of the pictures for choosing how to {direction} could be read. Give more pictures (n_select), "
+                "or train the miniature further."
+            )
+        targeted = [concept for concept in known if concept.attribute in TARGET_ATTRIBUTES] or known
+        scores = self._try(direction, targeted, self._candidates(direction))
+        if not scores:
+            raise FluxSaeError(
+                f"None of the matched features can be turned to {direction}: modes add and clamp need a reference "
+                "activation. Score the SAE on more images, or try other modes."
+            )
+        trials = [self._trial(chosen, direction, scores[chosen], targeted) for chosen in scores]
+        best = max(trials, key=lambda trial: trial.merit).settings
+        rest = [concept for concept in known if concept not in targeted]
+        by_concept = scores[best] | self._try(direction, rest, [best]).get(best, {})
+        return trials, best, {concept: self._best_feature(tried, direction) for concept, tried in by_concept.items()}
+
+    def _try(self, direction: Direction, concepts: Sequence[Concept], candidates: Sequence[EditSettings]) -> Scores:
+        """The outcomes of each candidate, concept and feature."""
+        scores: Scores = {}
+        groups = [
+            (place, concept)
+            for place in sorted({chosen.hookpoint for chosen in candidates})
+            for concept in concepts
+            if concept in self.features[place]
+        ]
         for place, concept in self._with_progress(f"choosing to {direction}", groups):
-            if not self._cases["select", concept, direction]:
-                continue
             tried = [
-                (EditSettings(place, mode, strength, window), feature)
-                for window in self._windows()
-                for mode, strength in modes
+                (chosen, feature)
+                for chosen in candidates
                 for feature in self.features[place][concept]
-                if self._is_possible(place, feature, mode)
+                if chosen.hookpoint == place and self._is_possible(place, feature, chosen.mode)
             ]
             arms = [Arm("feature", (chosen.edit(feature),)) for chosen, feature in tried]
-            for (chosen, feature), outcomes in zip(
-                tried, self._outcomes("select", concept, direction, arms), strict=True
-            ):
-                scores.setdefault(chosen, {}).setdefault(concept, {})[feature] = outcomes
-        best = {
-            chosen: {concept: self._best_feature(by_feature, direction) for concept, by_feature in by_concept.items()}
-            for chosen, by_concept in scores.items()
-        }
-        return [self._trial(c, direction, scores[c], best[c]) for c in scores], best
+            outcomes = self._outcomes("select", concept, direction, arms)
+            for (chosen, feature), found in zip(tried, outcomes, strict=True):
+                scores.setdefault(chosen, {}).setdefault(concept, {})[feature] = found
+        return scores
 
     def _is_possible(self, place: HookPoint, feature: int, mode: str) -> bool:
-        return mode not in ("add", "clamp") or float(self.saes[place].reference_acts[feature]) > 0
+        return mode not in NEEDS_REFERENCE or float(self.saes[place].reference_acts[feature]) > 0
 
     def _best_feature(self, by_feature: Mapping[int, Sequence[Outcome]], direction: Direction) -> int:
         def merit(feature: int) -> float:
@@ -421,12 +399,17 @@ class _Bench:
         chosen: EditSettings,
         direction: Direction,
         scores: Mapping[Concept, Mapping[int, Sequence[Outcome]]],
-        best: Mapping[Concept, int],
+        concepts: Sequence[Concept],
     ) -> TrialResult:
-        targeted = [concept for concept in scores if concept.attribute in TARGET_ATTRIBUTES] or list(scores)
-        rows = [_means(scores[concept][best[concept]], wanted=direction == "amplify") for concept in targeted]
-        success, specificity, strict = np.mean(rows, axis=0).tolist()
-        return TrialResult(chosen, direction, success, specificity, strict)
+        wanted = direction == "amplify"
+        rows = [
+            _means(scores[concept][self._best_feature(scores[concept], direction)], wanted=wanted)
+            if concept in scores
+            else (0.0, 1.0, 1.0)
+            for concept in concepts
+        ]
+        success, specificity, unchanged = np.mean(rows, axis=0).tolist()
+        return TrialResult(chosen, direction, success, specificity, unchanged)
 
     # Reporting
 
@@ -447,11 +430,11 @@ class _Bench:
             Arm("random feature", (chosen.edit(feature),), "random feature"),
         ]
         outcomes = self._outcomes("report", concept, direction, arms)
-        tallies = {arm.name: Tally.of(o, wanted=wanted) for arm, o in zip(arms, outcomes, strict=True) if o}
+        tallies = {arm.name: Tally.of(o, wanted=wanted) for arm, o in zip(arms, outcomes, strict=True)}
         tallies |= self._difference_of_means(concept, direction, chosen, moments[chosen.hookpoint])
         tallies |= self._prompt_editing(concept, direction)
         on_curve = [*strengths, chosen.strength]
-        curve = {s: Tally.of(o, wanted=wanted) for s, o in zip(on_curve, outcomes, strict=False) if o}
+        curve = {s: Tally.of(o, wanted=wanted) for s, o in zip(on_curve, outcomes, strict=False)}
         centre = _no_change(chosen.mode)
         ordered = dict(sorted(curve.items(), key=lambda point: abs(point[0] - centre)))
         named = {name: tally for name, tally in tallies.items() if not name.startswith("strength")}
@@ -468,7 +451,7 @@ class _Bench:
     ) -> dict[str, Tally]:
         """The direction from other tokens of its kind to the concept's, as a dictionary of one feature."""
         step = mean_difference(moments, concept)
-        if step is None or not self._cases["report", concept, direction]:
+        if step is None:
             return {}
         d_model = moments.sae.config.d_model
         sae = SparseAutoencoder(SaeConfig(architecture="l1", d_model=d_model, n_features=1), seed=None)
@@ -491,8 +474,6 @@ class _Bench:
 
     def _prompt_editing(self, concept: Concept, direction: Direction) -> dict[str, Tally]:
         cases = self._cases["report", concept, direction]
-        if not cases:
-            return {}
         scenes = self._plain_scenes([c.subject.edited_prompt for c in cases], [c.subject.seed for c in cases])
         outcomes = [compare_scenes(case.before, scene, concept) for case, scene in zip(cases, scenes, strict=True)]
         return {"prompt": Tally.of(outcomes, wanted=direction == "amplify")}
@@ -528,10 +509,10 @@ def _no_change(mode: str) -> float:
 
 
 def _means(outcomes: Sequence[Outcome], *, wanted: bool) -> tuple[float, float, float]:
-    """Success, specificity and strict specificity of some outcomes."""
-    rows = [(o.is_success(wanted=wanted), o.share_unchanged, o.is_specific) for o in outcomes]
-    success, specificity, strict = np.mean(rows, axis=0).tolist()
-    return success, specificity, strict
+    """Success, specificity and share of unchanged attributes of some outcomes."""
+    rows = [(o.is_success(wanted=wanted), o.is_specific, o.share_unchanged) for o in outcomes]
+    success, specificity, unchanged = np.mean(rows, axis=0).tolist()
+    return success, specificity, unchanged
 
 
 def mean_difference(moments: TokenMoments, concept: Concept) -> Float[Tensor, " d"] | None:
@@ -561,7 +542,7 @@ class _Controls:
         key = (item, edit.hookpoint, edit.feature)
         if key not in self._known:
             sae = self.saes[edit.hookpoint]
-            seed = (self.seed + 1) * 1_000_003 + self.cases[case].subject.seed
+            seed = _control_seed(self.cases[case].subject, control, self.seed)
             rows = (
                 random_directions(sae.config.d_model, 1, seed=seed)
                 if control == "random direction"
@@ -569,3 +550,8 @@ class _Controls:
             )
             self._known[key] = rows[0].to(sae.W_dec.device)
         return self._known[key]
+
+
+def _control_seed(subject: Subject, control: str, seed: int) -> int:
+    """Another direction for each picture and kind of control; noise seeds alone recur from concept to concept."""
+    return zlib.crc32(f"{seed} {subject.seed} {control} {subject.prompt}".encode())

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fluxsae.evaluation.outcomes import Tally
-from fluxsae.evaluation.steering import DIRECTIONS, TARGET_ATTRIBUTES, Direction, EditSettings, LaboratoryReport
+from fluxsae.evaluation.steering_report import DIRECTIONS, TARGET_ATTRIBUTES, Direction, EditSettings, LaboratoryReport
 from fluxsae.evaluation.tables import text_table
 from fluxsae.miniature.scenes import ATTRIBUTES
 
@@ -19,14 +19,14 @@ def laboratory_text(report: LaboratoryReport) -> str:
         parts += [_summary_text(report, direction), _concepts_text(report, direction), _curve_text(report, direction)]
         parts.append(_trials_text(report, direction))
     if report.skipped:
-        parts.append(f"too few readable pictures: {', '.join(report.skipped)}")
+        parts.append("\n".join(["not reported:", *report.skipped]))
     return "\n\n".join(part for part in parts if part)
 
 
 def describe_settings(chosen: EditSettings) -> str:
     """Settings in one line."""
-    window = "the trained noise levels" if chosen.steps is None else f"steps {chosen.steps[0]} to {chosen.steps[1] - 1}"
-    return f"{chosen.mode} {chosen.strength:g} at {chosen.hookpoint}, {window}"
+    start, stop = chosen.steps
+    return f"{chosen.mode} {chosen.strength:g} at {chosen.hookpoint}, steps {start} to {stop - 1}"
 
 
 def _defaults_text(report: LaboratoryReport) -> str:
@@ -43,7 +43,7 @@ def _summary_text(report: LaboratoryReport, direction: Direction) -> str:
             rows.append(
                 [name, *("-" if cell is None else " / ".join(f"{value:.2f}" for value in cell) for cell in cells)]
             )
-    head = [f"{direction} (aim {GOALS[direction]:.2f} / 0.80): success / specificity / all others same", *ARMS]
+    head = [f"{direction} (aim {GOALS[direction]:.2f} / 0.80): success / specificity / others unchanged", *ARMS]
     return text_table(head, rows)
 
 
@@ -79,11 +79,10 @@ def _curve_text(report: LaboratoryReport, direction: Direction) -> str:
     for strength in results[0].curve:
         tallies = [result.curve[strength] for result in results if strength in result.curve]
         columns = [
-            [getattr(tally, name).value for tally in tallies]
-            for name in ("success", "specificity", "strict_specificity")
+            [getattr(tally, name).value for tally in tallies] for name in ("success", "specificity", "unchanged")
         ]
         rows.append([f"{strength:g}", *(f"{sum(column) / len(column):.2f}" for column in columns)])
-    return text_table([f"{direction}: strength", "success", "specificity", "all others same"], rows)
+    return text_table([f"{direction}: strength", "success", "specificity", "others unchanged"], rows)
 
 
 def _trials_text(report: LaboratoryReport, direction: Direction) -> str:
@@ -91,8 +90,8 @@ def _trials_text(report: LaboratoryReport, direction: Direction) -> str:
     rows = [
         [
             describe_settings(trial.settings),
-            *(f"{v:.2f}" for v in (trial.success, trial.specificity, trial.strict_specificity)),
+            *(f"{v:.2f}" for v in (trial.success, trial.specificity, trial.unchanged)),
         ]
         for trial in trials
     ]
-    return text_table([f"tried to {direction} (on other pictures)", "success", "specificity", "all others same"], rows)
+    return text_table([f"tried to {direction} (on other pictures)", "success", "specificity", "others unchanged"], rows)

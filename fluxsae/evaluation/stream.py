@@ -9,9 +9,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import FluxPipeline, capture, generate, nearest_step, schedule_sigmas
+from fluxsae.flux import FluxPipeline, capture, generate
 from fluxsae.hookpoints import HookPoint
-from fluxsae.sae import SparseAutoencoder
 from fluxsae.settings import GenerationSettings
 
 OnProgress = Callable[[str, int, int], None]
@@ -89,16 +88,3 @@ def iter_activations(
         yield ActivationBatch(rows, tokens, pictures)
         if on_progress is not None:
             on_progress(doing, rows.stop, len(images))
-
-
-def trained_steps(pipe: FluxPipeline, sae: SparseAutoencoder, settings: GenerationSettings) -> list[int]:
-    """The steps of this schedule at the noise levels that the SAE was trained on.
-
-    Raises:
-        FluxSaeError: the SAE does not say what it was trained on, or the schedule has no step near enough.
-    """
-    ground = sae.config.trained_on
-    if ground is None:
-        raise FluxSaeError("This SAE does not say what it was trained on. Name the steps to evaluate it at.")
-    sigmas = schedule_sigmas(pipe, settings)
-    return sorted({nearest_step(sigmas, sigma, ground.sigma_tolerance) for sigma in ground.sigmas})

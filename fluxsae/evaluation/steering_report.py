@@ -1,0 +1,126 @@
+"""What the steering laboratory reports: the defaults, what was tried, and every concept beside its controls."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from fluxsae.edits import SteeringEdit
+from fluxsae.evaluation.outcomes import Tally
+from fluxsae.evaluation.truths import Concept
+from fluxsae.hookpoints import HookPoint
+
+Direction = Literal["amplify", "suppress"]
+DIRECTIONS: Final[tuple[Direction, ...]] = ("amplify", "suppress")
+TARGET_ATTRIBUTES: Final = ("colour", "texture", "background")
+LEAST_SPECIFICITY: Final = 0.8
+_PENALTY: Final = 2.0
+"""Success that a setting must gain for each unit of specificity that it misses."""
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How a feature is turned in one direction, at one hook point."""
+
+    hookpoint: HookPoint
+    mode: str
+    strength: float
+    steps: tuple[int, int]
+
+    def edit(self, feature: int, *, strength: float | None = None) -> SteeringEdit:
+        """The edit of a feature, at these settings or at another strength."""
+        chosen = self.strength if strength is None else strength
+        return SteeringEdit(self.hookpoint, feature, self.mode, chosen, steps=self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {**asdict(self), "hookpoint": str(self.hookpoint), "steps": list(self.steps)}
+
+
+@dataclass(frozen=True)
+class ConceptResult:
+    """One concept in one direction."""
+
+    concept: Concept
+    direction: Direction
+    feature: int
+    arms: dict[str, Tally]
+    """feature (at the default settings), random direction, random feature, difference of means, prompt."""
+    curve: dict[float, Tally]
+    """Strength -> the feature's tally: the dose-response curve."""
+
+    @property
+    def breaking_strength(self) -> float | None:
+        """The weakest strength of the curve at which fewer than 80 % of the pictures keep all else; None if none."""
+        falling = [s for s, tally in self.curve.items() if tally.specificity.value < LEAST_SPECIFICITY]
+        return falling[0] if falling else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return {
+            "concept": str(self.concept),
+            "direction": self.direction,
+            "feature": self.feature,
+            "arms": {name: tally.to_dict() for name, tally in self.arms.items()},
+            "curve": [{"strength": strength, **tally.to_dict()} for strength, tally in self.curve.items()],
+            "breaking_strength": self.breaking_strength,
+        }
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One candidate for the defaults, on the pictures for choosing.
+
+    Means over the concepts that targets speak of and that a feature of any hook point matches, so that a hook point
+    does not gain by knowing only easy ones: where it has no feature for a concept, nothing is changed there.
+    """
+
+    settings: EditSettings
+    direction: Direction
+    success: float
+    specificity: float
+    unchanged: float
+
+    @property
+    def merit(self) -> float:
+        """Success, held down where specificity misses its target."""
+        return self.success - _PENALTY * max(0.0, LEAST_SPECIFICITY - self.specificity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The trial as JSON values."""
+        return {**self.settings.to_dict(), "direction": self.direction, "success": self.success,
+                "specificity": self.specificity, "unchanged": self.unchanged}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LaboratoryReport:
+    """What the laboratory found."""
+
+    defaults: dict[Direction, EditSettings]
+    trials: tuple[TrialResult, ...]
+    results: tuple[ConceptResult, ...]
+    skipped: tuple[str, ...]
+    """Concepts and directions that are not reported, each with the reason."""
+
+    def group(self, direction: Direction, attributes: Sequence[str], arm: str) -> tuple[float, float, float] | None:
+        """Mean success, specificity and share of unchanged attributes over the concepts of some attributes."""
+        tallies = [
+            result.arms[arm]
+            for result in self.results
+            if result.direction == direction and result.concept.attribute in attributes and arm in result.arms
+        ]
+        if not tallies:
+            return None
+        columns = [(t.success.value, t.specificity.value, t.unchanged.value) for t in tallies]
+        mean = np.mean(columns, axis=0)
+        return float(mean[0]), float(mean[1]), float(mean[2])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {
+            "defaults": {direction: chosen.to_dict() for direction, chosen in self.defaults.items()},
+            "trials": [trial.to_dict() for trial in self.trials],
+            "results": [result.to_dict() for result in self.results],
+            "skipped": list(self.skipped),
+        }
