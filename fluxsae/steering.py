@@ -322,6 +322,12 @@ def _check_edit(pipe: Any, saes: Mapping[HookPoint, SparseAutoencoder], edit: St
             f"{hookpoint} is unknown (it never fired on held-out images). Use scale, ablate or project_out, or score "
             "the SAE again on more images."
         )
+    threshold = edit.region.threshold if isinstance(edit.region, HeatmapRegion) else 0.0
+    if threshold > 0 and not float(saes[hookpoint].reference_acts[edit.feature]) > 0:
+        raise FluxSaeError(
+            f"The region's threshold {threshold:g} is a fraction of the reference activation, and that of "
+            f"feature {edit.feature} at {hookpoint} is unknown. Use threshold 0, every token where the feature fires."
+        )
     if hookpoint.stream == "text" and isinstance(edit.region, tuple):
         raise FluxSaeError(f"{hookpoint} holds text tokens, which have no grid. Leave region out, or use a heatmap.")
     if edit.steps is None:
@@ -366,6 +372,11 @@ def _check_region(edit: SteeringEdit, grid: TokenGrid) -> None:
 
 def _check_ground(hookpoint: HookPoint, ground: TrainedOn, facts: _RunFacts) -> None:
     remedy = "Generate as it was trained, or allow the mismatch explicitly (allow_mismatch=True)."
+    if ground.hookpoint != str(hookpoint):
+        raise FluxSaeError(
+            f"The SAE given for {hookpoint} was trained at {ground.hookpoint}. Use it there, or allow the mismatch "
+            "explicitly (allow_mismatch=True)."
+        )
     if not _is_same_flux(ground, facts):
         raise FluxSaeError(
             f"The SAE at {hookpoint} was trained on {ground.flux_id} ({ground.flux_revision}), "

@@ -107,7 +107,7 @@ def sweep(
     """
     settings = settings or default_settings(pipe)
     _check_variants(pipe, saes, variants, settings, allow_mismatch=allow_mismatch)
-    size = max_batch or batch_within_memory(pipe, settings)
+    size = batch_within_memory(pipe, settings) if max_batch is None else max_batch
     if size < 1:
         raise FluxSaeError(f"max_batch is {max_batch}; it is a whole number of at least 1.")
     first_step = first_edited_step(pipe, saes, variants, settings)

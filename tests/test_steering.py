@@ -386,6 +386,14 @@ def test_a_mode_without_its_reference_is_refused(tiny_flux: FluxPipeline, mode: 
     refused(tiny_flux, [SteeringEdit(DOUBLE, 5, mode, 2.0, steps=ALL)], "reference activation", saes={DOUBLE: sae})
 
 
+def test_a_heatmap_region_of_an_unknown_reference_needs_threshold_zero(tiny_flux: FluxPipeline) -> None:
+    sae = random_sae()
+    sae.reference_acts[5] = 0
+    edits = [SteeringEdit(DOUBLE, 5, "scale", 2.0, steps=ALL, region=HeatmapRegion(part)) for part in (0.5, 0.0)]
+    refused(tiny_flux, edits[:1], "Use threshold 0", saes={DOUBLE: sae})
+    latents(tiny_flux, edits[1:], saes={DOUBLE: sae})
+
+
 def test_a_thousand_edits_are_refused_on_entering(tiny_flux: FluxPipeline) -> None:
     refused(tiny_flux, [SteeringEdit(DOUBLE, 0, "scale", 2.0, steps=ALL)] * 1000, "1000 edits")
 
@@ -400,6 +408,7 @@ def test_lists_that_do_not_match_the_batch_are_refused(tiny_flux: FluxPipeline) 
         ({"n_tokens": 64, "height": 64, "width": 64}, "64 x 64 pixels"),
         ({"guidance_scale": 1.0}, "guidance_scale 1"),
         ({"flux_id": "black-forest-labs/FLUX.1-dev"}, "FLUX.1-dev"),
+        ({"hookpoint": "transformer_blocks.0.ff"}, "trained at transformer_blocks.0.ff"),
     ],
 )
 def test_an_sae_trained_elsewhere_is_refused_or_allowed_by_a_flag(

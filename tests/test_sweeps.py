@@ -146,6 +146,11 @@ def test_a_wrong_sweep_is_refused_before_model_work(tiny_flux: FluxPipeline, var
     assert not ran
 
 
+def test_a_batch_of_no_images_is_refused(tiny_flux: FluxPipeline) -> None:
+    with pytest.raises(FluxSaeError, match="max_batch is 0"):
+        run(tiny_flux, max_batch=0)
+
+
 def test_strengths_keep_the_rest_of_the_edit() -> None:
     edit = SteeringEdit(DOUBLE, 5, "ablate", 0.5, steps=(3, 6), region=[[1, 0]])
     assert with_strength(edit, 1.0) == SteeringEdit(DOUBLE, 5, "ablate", 1.0, steps=(3, 6), region=[[1, 0]])
