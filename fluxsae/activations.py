@@ -40,8 +40,8 @@ class RowReader(Protocol):
     def n_rows(self) -> list[int]:
         """Rows of each shard."""
 
-    def load(self, shard: int, *, epoch: int) -> BFloat16[Tensor, "rows d_model"]:
-        """The rows of one shard; the same every time."""
+    def pieces(self, shards: Sequence[int], *, epoch: int) -> Iterator[BFloat16[Tensor, "rows d_model"]]:
+        """The rows of some shards one after the other, in pieces of any size; the same every time."""
 
 
 class DiskReader:
@@ -61,10 +61,11 @@ class DiskReader:
         rows = len(self._steps) * manifest.tokens_per_image
         return [rows * len(self._wanted(shard)) for shard in range(manifest.n_shards)]
 
-    def load(self, shard: int, *, epoch: int) -> BFloat16[Tensor, "rows d_model"]:
-        """The rows of one shard, the same in every epoch."""
-        tokens = self.folder.shards[shard].tokens()[self._wanted(shard)][:, self._steps]
-        return rearrange(tokens, "images steps tokens d_model -> (images steps tokens) d_model")
+    def pieces(self, shards: Sequence[int], *, epoch: int) -> Iterator[BFloat16[Tensor, "rows d_model"]]:
+        """The rows of some shards, shard by shard, the same in every epoch."""
+        for shard in shards:
+            tokens = self.folder.shards[shard].tokens()[self._wanted(shard)][:, self._steps]
+            yield rearrange(tokens, "images steps tokens d_model -> (images steps tokens) d_model")
 
     def _wanted(self, shard: int) -> list[int]:
         ids = self.folder.manifest.image_ids(shard)
@@ -126,6 +127,20 @@ class MixingBuffer:
         """Batches of one epoch."""
         return self.n_rows // self.batch_size
 
+    @property
+    def order(self) -> str:
+        """What decides the order of the rows, beside epoch and cursor: the seed, and how many are mixed at once."""
+        return f"seed {self.seed}, " + ("all mixed" if self._is_one_group else f"{self._group_rows} rows mixed")
+
+    @property
+    def _is_one_group(self) -> bool:
+        return self.n_rows <= self._buffer_rows
+
+    @property
+    def _group_rows(self) -> int:
+        # While one group is in use the next is in memory too, so each may take half of the buffer.
+        return self._buffer_rows // 2 if self._reader.reads_ahead else self._buffer_rows
+
     def __len__(self) -> int:
         return self.n_batches
 
@@ -152,16 +167,14 @@ class MixingBuffer:
             pending.append(rows[order[start:]])
 
     def _groups(self, epoch: int) -> list[tuple[int, ...]]:
-        if self.n_rows <= self._buffer_rows:
+        if self._is_one_group:
             return [tuple(range(len(self._shard_rows)))]
-        # While one group is in use the next is in memory too, so each may take half of the buffer.
-        budget = self._buffer_rows // 2 if self._reader.reads_ahead else self._buffer_rows
         groups: list[list[int]] = [[]]
-        room = budget
+        room = self._group_rows
         for shard in torch.randperm(len(self._shard_rows), generator=self._generator(epoch, "shards")).tolist():
             if groups[-1] and self._shard_rows[shard] > room:
                 groups.append([])
-                room = budget
+                room = self._group_rows
             groups[-1].append(shard)
             room -= self._shard_rows[shard]
         return [tuple(group) for group in groups]
@@ -193,11 +206,9 @@ class MixingBuffer:
     def _read(self, group: tuple[int, ...], epoch: int) -> Tensor:
         rows = torch.empty(self._size(group), self.d_model, dtype=torch.bfloat16)
         start = 0
-        for shard in group:
-            if self._shard_rows[shard]:
-                loaded = self._reader.load(shard, epoch=epoch)
-                rows[start : start + len(loaded)] = loaded
-                start += len(loaded)
+        for piece in self._reader.pieces([shard for shard in group if self._shard_rows[shard]], epoch=epoch):
+            rows[start : start + len(piece)] = piece
+            start += len(piece)
         return rows
 
     def _generator(self, epoch: int, *purpose: str | int) -> torch.Generator:

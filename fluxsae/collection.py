@@ -1,9 +1,10 @@
 """FLUX to token rows: onto disk as shards, or straight into training."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import BFloat16, Int
@@ -12,10 +13,11 @@ from torch import Tensor
 from fluxsae.activations import MixingBuffer
 from fluxsae.artifacts import prompts_hash
 from fluxsae.errors import FluxSaeError
+from fluxsae.files import check_free_space
 from fluxsae.flux import BlockCall, capture, default_settings, generate, schedule_sigmas
 from fluxsae.hookpoints import HookPoint
 from fluxsae.settings import GenerationSettings
-from fluxsae.shards import ActivationManifest, ShardWriter
+from fluxsae.shards import ActivationManifest, ShardWriter, missing_bytes
 
 SEED_BLOCK = 1_000_000
 """Image seeds of one purpose lie in a block of this size, so that no two images of a run share one."""
@@ -222,26 +224,57 @@ def collect(
     Raises:
         FluxSaeError: a folder holds other activations, or the disk is too small, before any image is made.
     """
+    _check_space(folders, manifests)
     writers = {
         hookpoint: ShardWriter(folders[hookpoint], manifests[hookpoint], rank=rank, world_size=world_size)
         for hookpoint in request.hookpoints
     }
     manifest = manifests[request.hookpoints[0]]
-    missing = sorted({index for writer in writers.values() for index in writer.missing()})
-    total = sum(len(manifest.image_ids(index)) for index in missing)
+    missing = {hookpoint: set(writer.missing()) for hookpoint, writer in writers.items()}
+    wanted = sorted(set().union(*missing.values()))
+    total = sum(len(manifest.image_ids(index)) for index in wanted)
     done = 0
-    for index in missing:
+    for index in wanted:
         rows = capture_rows(pipe, plan, manifest.image_ids(index), request)
         for hookpoint, writer in writers.items():
-            if index in writer.missing():
+            if index in missing[hookpoint]:
                 writer.write(index, *rows[hookpoint])
         done += len(manifest.image_ids(index))
         if on_images is not None:
             on_images(done, total)
 
 
+def _check_space(folders: Mapping[HookPoint, str | Path], manifests: Mapping[HookPoint, ActivationManifest]) -> None:
+    """Refuses what would not fit, all hook points together."""
+    needed: dict[Path, int] = defaultdict(int)
+    for hookpoint, manifest in manifests.items():
+        needed[Path(folders[hookpoint]).parent] += missing_bytes(folders[hookpoint], manifest)
+    for folder, n_bytes in needed.items():
+        check_free_space(folder, n_bytes, purpose=f"Collecting at {', '.join(map(str, manifests))}")
+
+
+@runtime_checkable
+class Peers(Protocol):
+    """The processes of a live source; `fluxsae.training.Processes` is one."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+
+    @property
+    def world_size(self) -> int:
+        """How many there are."""
+
+    def broadcast_(self, tensor: Tensor, *, source: int) -> Tensor:
+        """The tensor, replaced by that of process `source`."""
+
+
 class LiveReader:
-    """Rows straight from FLUX: shard i is generated when it is asked for, with fresh noise in every epoch."""
+    """Rows straight from FLUX: a shard is generated when it is asked for, with fresh noise in every epoch.
+
+    Batches of images are dealt to the processes in turn and their rows exchanged: every process has all rows, which do
+    not depend on how many processes there are.
+    """
 
     reads_ahead = False
 
@@ -252,24 +285,24 @@ class LiveReader:
         request: CaptureRequest,
         hookpoint: HookPoint,
         *,
-        image_ids: Sequence[int] | None = None,
         images_per_shard: int = 32,
         held_out_every: int = 10,
+        peers: Peers | None = None,
     ) -> None:
         self._pipe, self._plan, self._request, self._hookpoint = pipe, plan, request, hookpoint
+        self._peers = peers
         n_tokens, self.d_model = stream_shapes(pipe, request)[hookpoint]
         self._rows_per_image = len(request.steps) * min(n_tokens, request.tokens_per_image or n_tokens)
         every = held_out_every
-        offered = range(len(plan)) if image_ids is None else image_ids
-        ids = [i for i in offered if not every or i % every != every - 1]
+        ids = [i for i in range(len(plan)) if not every or i % every != every - 1]
         self._shards = [ids[start : start + images_per_shard] for start in range(0, len(ids), images_per_shard)]
 
     def n_rows(self) -> list[int]:
         """Rows of each shard; held-out images are never generated."""
         return [len(shard) * self._rows_per_image for shard in self._shards]
 
-    def load(self, shard: int, *, epoch: int) -> BFloat16[Tensor, "rows d_model"]:
-        """The rows of a shard's images, with the noise of this epoch.
+    def pieces(self, shards: Sequence[int], *, epoch: int) -> Iterator[BFloat16[Tensor, "rows d_model"]]:
+        """The rows of some shards' images, a batch of images at a time, with the noise of this epoch.
 
         Raises:
             FluxSaeError: so many epochs that the seeds would leave their block.
@@ -279,8 +312,22 @@ class LiveReader:
             raise FluxSaeError(
                 f"Epoch {epoch} of {len(self._plan)} images would need more than {SEED_BLOCK} seeds. Use fewer epochs."
             )
-        plan = ImagePlan(self._plan.prompts, self._plan.first_seed + first)
-        tokens, _ = capture_rows(self._pipe, plan, self._shards[shard], self._request)[self._hookpoint]
+        plan, size = ImagePlan(self._plan.prompts, self._plan.first_seed + first), self._request.batch_size
+        images = [self._shards[shard] for shard in shards]
+        batches = [ids[start : start + size] for ids in images for start in range(0, len(ids), size)]
+        rank, world_size = (self._peers.rank, self._peers.world_size) if self._peers else (0, 1)
+        for start in range(0, len(batches), world_size):
+            turn = batches[start : start + world_size]
+            own = self._generate(plan, turn[rank]) if rank < len(turn) else None
+            for source, ids in enumerate(turn):
+                if own is not None and source == rank:
+                    rows = own
+                else:
+                    rows = torch.empty(len(ids) * self._rows_per_image, self.d_model, dtype=torch.bfloat16)
+                yield self._peers.broadcast_(rows, source=source) if self._peers else rows
+
+    def _generate(self, plan: ImagePlan, image_ids: Sequence[int]) -> BFloat16[Tensor, "rows d_model"]:
+        tokens, _ = capture_rows(self._pipe, plan, image_ids, self._request)[self._hookpoint]
         return tokens.flatten(0, 2)
 
 
@@ -295,30 +342,25 @@ def live_source(
     images_per_shard: int = 32,
     held_out_every: int = 10,
     buffer_bytes: int = 1 << 30,
-    rank: int = 0,
-    world_size: int = 1,
+    peers: Peers | None = None,
 ) -> MixingBuffer:
     """Batches for training that come from FLUX itself and never touch the disk: the interface of `mixing_buffer`.
 
-    Under several processes each generates the images of its own part of the plan.
+    Under several processes (`peers`) each generates its share of the images and gets its slice of every batch.
 
     Raises:
-        FluxSaeError: the hook point is not in the request, or there are too few rows for a batch.
+        FluxSaeError: the hook point is not in the request, there are too few rows for a batch, or `batch_size` does
+            not divide by the number of processes.
     """
     wanted = HookPoint.parse(hookpoint)
     if wanted not in request.hookpoints:
         raise FluxSaeError(
             f"{wanted} is not among the requested hook points {', '.join(map(str, request.hookpoints))}."
         )
-    if batch_size % world_size:
-        raise FluxSaeError(f"batch_size is {batch_size}; it must be a multiple of the {world_size} processes.")
     reader = LiveReader(
-        pipe,
-        plan,
-        request,
-        wanted,
-        image_ids=range(rank, len(plan), world_size),
-        images_per_shard=images_per_shard,
-        held_out_every=held_out_every,
+        pipe, plan, request, wanted, images_per_shard=images_per_shard, held_out_every=held_out_every, peers=peers
     )
-    return MixingBuffer(reader, batch_size=batch_size // world_size, seed=seed, buffer_bytes=buffer_bytes)
+    rank, world_size = (peers.rank, peers.world_size) if peers else (0, 1)
+    return MixingBuffer(
+        reader, batch_size=batch_size, seed=seed, buffer_bytes=buffer_bytes, rank=rank, world_size=world_size
+    )

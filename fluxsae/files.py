@@ -59,11 +59,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        with explained_full_disk(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained_full_disk(path: str | Path) -> Iterator[None]:
+    """Says what to do where `path` cannot be written for want of room.
+
+    Raises:
+        FluxSaeError: the disk is full.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise FluxSaeError(
@@ -71,8 +85,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                 "then start the same command again; what is complete is kept."
             ) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -87,8 +99,8 @@ def remove_leftovers(folder: str | Path) -> list[Path]:
     """The temporary files under `folder` whose process on this host has ended; they are deleted."""
     removed = []
     for path in sorted(Path(folder).rglob(".*.tmp")):
-        host, _, process = path.name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
-        if host == socket.gethostname() and process.isdigit() and not _is_alive(int(process)):
+        name, _, process = path.name.removesuffix(".tmp").rpartition("-")
+        if name.endswith(f".{socket.gethostname()}") and process.isdigit() and not _is_alive(int(process)):
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed

@@ -89,6 +89,13 @@ class TrainedOn:
             FluxSaeError: a field is missing, unknown or of the wrong type.
         """
         _check_fields(cls, values, where="trained_on")
+        for name in ("flux_id", "flux_revision", "hookpoint", "dataset_hash"):
+            if not isinstance(values[name], str) and (name != "flux_revision" or values[name] is not None):
+                raise FluxSaeError(f"trained_on.{name} is {values[name]!r}. It must be text.")
+        for name in ("height", "width", "n_tokens"):
+            _check_size(f"trained_on.{name}", values[name], 1, 1 << 30)
+        for name in ("guidance_scale", "sigma_tolerance"):
+            _check_real(f"trained_on.{name}", values[name], 0.0)
         steps = _numbers("trained_on.steps", values["steps"], int)
         sigmas = _numbers("trained_on.sigmas", values["sigmas"], float)
         return cls(**{**values, "steps": tuple(int(step) for step in steps), "sigmas": sigmas})
@@ -578,11 +585,15 @@ def _check_fields(cls: type, values: Mapping[str, Any], *, where: str) -> None:
 
 
 def _numbers(name: str, values: object, kind: type) -> tuple[Any, ...]:
-    if not isinstance(values, list | tuple) or any(
-        isinstance(v, bool) or not isinstance(v, int | kind) for v in values
-    ):
-        raise FluxSaeError(f"{name} is {values!r}. It must be a list of numbers ({kind.__name__}).")
+    if not isinstance(values, list | tuple) or not all(_is_number(value, kind) for value in values):
+        raise FluxSaeError(f"{name} is {values!r}. It must be a list of finite numbers ({kind.__name__}).")
     return tuple(kind(value) for value in values)
+
+
+def _is_number(value: object, kind: type) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and isinstance(value, int | kind)
 
 
 def _check_size(name: str, value: object, low: int, high: int) -> None:

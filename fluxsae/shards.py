@@ -195,6 +195,10 @@ class ActivationShard:
         }
 
 
+def _shard(folder: Path, manifest: ActivationManifest, index: int) -> ActivationShard:
+    return ActivationShard(folder / f"shard-{index:05d}.safetensors", index, manifest)
+
+
 class ShardFolder:
     """A folder of activation shards, complete or not.
 
@@ -213,8 +217,7 @@ class ShardFolder:
     @property
     def shards(self) -> list[ActivationShard]:
         """Every shard of the complete folder, there or not."""
-        names = (self.path / f"shard-{index:05d}.safetensors" for index in range(self.manifest.n_shards))
-        return [ActivationShard(path, index, self.manifest) for index, path in enumerate(names)]
+        return [_shard(self.path, self.manifest, index) for index in range(self.manifest.n_shards)]
 
     def missing(self) -> list[int]:
         """Shards that are not written yet."""
@@ -252,6 +255,24 @@ class ShardFolder:
                     yield image_id, tokens[position], token_index[position]
 
 
+def find_folders(path: str | Path) -> list[Path]:
+    """The folders of activations directly below `path`, one a hook point, in FLUX's order."""
+    found = [manifest.parent for manifest in Path(path).glob(f"*/{_MANIFEST}")]
+    return sorted(found, key=lambda folder: HookPoint.parse(folder.name))
+
+
+def expected_files(folder: str | Path) -> list[Path]:
+    """The manifest of a folder of activations and every shard that it announces, there or not."""
+    manifest = Path(folder) / _MANIFEST
+    return [manifest, *(shard.path for shard in ShardFolder(folder).shards)] if manifest.is_file() else [manifest]
+
+
+def missing_bytes(folder: str | Path, manifest: ActivationManifest) -> int:
+    """Room that the shards take that are not in the folder yet."""
+    n_present = min(manifest.n_shards, sum(1 for _ in Path(folder).glob("shard-*.safetensors")))
+    return manifest.bytes_on_disk - manifest.bytes_on_disk * n_present // manifest.n_shards
+
+
 class ShardWriter:
     """Fills a folder with shards, in any order, over any number of runs and processes.
 
@@ -269,18 +290,14 @@ class ShardWriter:
         self.world_size = world_size
         self._refuse_other_contents()
         remove_leftovers(self.path)
-        share_missing = 1 - len(self._present()) / manifest.n_shards
-        check_free_space(
-            self.path, int(manifest.bytes_on_disk * share_missing), purpose=f"Collecting {manifest.hookpoint}"
-        )
+        check_free_space(self.path, missing_bytes(self.path, manifest), purpose=f"Collecting at {manifest.hookpoint}")
         if rank == 0 and not (self.path / _MANIFEST).is_file():
             write_json(self.path / _MANIFEST, manifest.to_dict())
 
     def missing(self) -> list[int]:
         """Shards that this rank has still to write."""
         mine = range(self.rank, self.manifest.n_shards, self.world_size)
-        present = self._present()
-        return [index for index in mine if self._shard(index).path.name not in present]
+        return [index for index in mine if not self._shard(index).path.is_file()]
 
     def write(
         self,
@@ -292,10 +309,7 @@ class ShardWriter:
         self._shard(index).save(tokens, token_index)
 
     def _shard(self, index: int) -> ActivationShard:
-        return ActivationShard(self.path / f"shard-{index:05d}.safetensors", index, self.manifest)
-
-    def _present(self) -> set[str]:
-        return {path.name for path in self.path.glob("shard-*.safetensors")}
+        return _shard(self.path, self.manifest, index)
 
     def _refuse_other_contents(self) -> None:
         if not (self.path / _MANIFEST).is_file():

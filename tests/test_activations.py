@@ -131,6 +131,17 @@ def test_ranks_together_see_the_batch_of_one_process(folder: ShardFolder) -> Non
     assert torch.equal(torch.cat(parts), whole)
 
 
+def test_the_order_is_named_by_what_decides_it(folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxsae.activations._FEWEST_SHUFFLE_BYTES", 1)
+    sizes = (320, 1040, 10**6, 10**9)  # bytes; rows of 8 bytes, 190 of them
+    buffers = {size: mixing_buffer(folder, batch_size=10, buffer_bytes=size) for size in sizes}
+    first = {size: torch.cat(list(buffer.batches(0))) for size, buffer in buffers.items()}
+    for a in sizes:
+        for b in sizes:
+            assert torch.equal(first[a], first[b]) == (buffers[a].order == buffers[b].order)
+    assert mixing_buffer(folder, batch_size=10, seed=1).order != mixing_buffer(folder, batch_size=10).order
+
+
 def test_only_the_asked_steps_are_read(folder: ShardFolder) -> None:
     buffer = mixing_buffer(folder, batch_size=5, steps=[3])
     assert set(torch.cat(list(buffer.batches(0)))[:, 1].tolist()) == {1.0}

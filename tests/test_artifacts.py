@@ -81,7 +81,11 @@ def test_a_full_disk_is_told_in_words_and_keeps_the_old_file(tmp_path: Path, mon
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
 
 
-def test_leftovers_of_dead_processes_are_removed_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["desk", "node-1.cluster.example"])
+def test_leftovers_of_dead_processes_are_removed_and_those_of_living_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setattr(files.socket, "gethostname", lambda: host)
     with atomic_path(tmp_path / "mine.bin") as living:
         living.write_bytes(b"1")
         dead = living.with_name(living.name.replace(f"-{os.getpid()}.", "-999999999."))

@@ -24,7 +24,7 @@ from train.pipeline import (
     main,
     parse_arguments,
 )
-from train.stages import STAGES, StageResult, format_table, run_stage
+from train.stages import STAGES, StageResult, format_table, run_stage, start_over
 
 OPTIONS = (
     "collect.n_images=12", "collect.images_per_shard=5", "collect.batch_size=4", "fit.epochs=2", "fit.batch_size=64",
@@ -244,3 +244,38 @@ def test_a_stage_whose_files_were_deleted_runs_again(tmp_path: Path) -> None:
     assert [run_it(), run_it()] == ["done", "skipped"]
     output.unlink()
     assert run_it() == "done"
+
+
+def test_a_stage_stopped_at_its_second_hook_point_is_not_mistaken_for_one_of_other_settings(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.save_info(RunInfo(flux_id="tiny", settings=GenerationSettings(), hookpoints=()))
+    first, second = tmp_path / "first", tmp_path / "second"
+
+    def run_it(name: str, output: Path, value: int = 1, *, work: object = None) -> str:
+        return run_stage(
+            run, "fit", {name: value}, work or output.touch, outputs=lambda: [output], by_hookpoint=True  # type: ignore[arg-type]
+        ).word  # fmt: skip
+
+    def write_and_die() -> None:
+        second.touch()
+        raise KeyboardInterrupt
+
+    assert run_it("a", first) == "done"
+    with pytest.raises(KeyboardInterrupt):
+        run_it("b", second, work=write_and_die)
+    assert [run_it("b", second), run_it("a", first), run_it("b", second)] == ["done", "skipped", "skipped"]
+    with pytest.raises(FluxSaeError, match="b was 1, now 2"):
+        run_it("b", second, 2)
+    start_over(run, "fit", ["b"])
+    assert [run_it("a", first), run_it("b", second)] == ["skipped", "done"]
+
+
+def test_collection_fills_the_gaps_of_a_complete_stage(finished: PipelineConfig) -> None:
+    assert finished.run is not None
+    folder = RunFolder(finished.run).activations_folder("layer2")
+    lost = sorted(folder.glob("shard-*"))[1]
+    content = lost.read_bytes()
+    lost.unlink()
+    assert words(main(replace(finished, only=("collect",)))) == {"collect": "done"}
+    assert lost.read_bytes() == content
+    assert words(main(replace(finished, only=("collect",)))) == {"collect": "skipped"}

@@ -1,6 +1,7 @@
 """Sparse autoencoders: their arithmetic by hand, exact features, and files that are right or refused."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,9 @@ def test_tensors_that_do_not_fit_are_named(saved: Path, changes: dict[str, objec
         ({"n_features": 25}, r"F32 \[24, 8\].*F32 \[25, 8\]"),
         ({"architecture": "l1", "k": None}, "has unknown threshold"),
         ({"trained_on": {"flux_id": "x"}}, "trained_on lacks"),
+        ({"trained_on": {**asdict(GROUND), "height": "128"}}, "trained_on.height is '128'"),
+        ({"trained_on": {**asdict(GROUND), "hookpoint": 3}}, "trained_on.hookpoint is 3. It must be text"),
+        ({"trained_on": {**asdict(GROUND), "sigmas": [0.9, float("nan")]}}, "list of finite numbers"),
     ],
 )
 def test_configs_that_do_not_fit_are_named(saved: Path, changes: dict[str, object], message: str) -> None:

@@ -21,11 +21,11 @@ from fluxsae.artifacts import RunFolder, RunInfo, library_versions
 from fluxsae.collection import CaptureRequest, ImagePlan, build_manifests, build_request, collect
 from fluxsae.errors import FluxSaeError
 from fluxsae.hookpoints import HookPoint
-from fluxsae.shards import ActivationManifest
+from fluxsae.shards import ActivationManifest, expected_files, find_folders
 from fluxsae.training.processes import Processes
 from train.flux_options import FluxOptions, default_hookpoints, default_steps
 from train.processes import processes
-from train.stages import StageResult, run_stage
+from train.stages import StageResult, run_stage, start_over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +61,11 @@ def main(config: CollectConfig, *, open_flux: Callable[[], Any] | None = None) -
         return run_stage(
             run,
             "collect",
-            stage_config(config, run),
+            stage_config(config),
             lambda: _collect(config, run, peers, (open_flux or config.open)()),
             outputs=lambda: _outputs(config),
             force=config.force,
+            by_hookpoint=True,
             processes=peers,
         )
 
@@ -76,17 +77,17 @@ def activations_path(config: CollectConfig) -> Path:
 
 def _outputs(config: CollectConfig) -> list[Path]:
     folder = activations_path(config)
-    return [folder / str(HookPoint.parse(name)) for name in config.hookpoints] or [folder]
+    folders = [folder / str(HookPoint.parse(name)) for name in config.hookpoints] or find_folders(folder) or [folder]
+    return [path for folder in folders for path in expected_files(folder)]
 
 
-def stage_config(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
-    """The values that decide the result, for each hook point, beside those of hook points collected before."""
+def stage_config(config: CollectConfig) -> dict[str, Any]:
+    """The values that decide the result, for each hook point."""
     deciding = ("n_images", "tokens_per_image", "images_per_shard", "held_out_every", "batch_size")
     values = {name: getattr(config, name) for name in deciding}
     own = {**config.identity(), **values, "steps": [*config.steps]}
-    before = run.load_info().stages.get("collect") if run.exists() else None
     names = [str(HookPoint.parse(name)) for name in config.hookpoints] or ["early and late"]
-    return {**(before.config if before else {}), **dict.fromkeys(names, own)}
+    return dict.fromkeys(names, own)
 
 
 def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any) -> None:
@@ -114,7 +115,7 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
         is_exact=info.is_exact,
     )
     if peers.rank == 0:
-        _make_room(config, manifests)
+        _make_room(config, run, manifests)
         save_run(run, info, force=config.force)
     peers.wait()
     with tqdm(total=len(plan), desc="collect", unit="image", disable=peers.rank > 0, file=sys.stdout) as bar:
@@ -135,10 +136,11 @@ def _show(bar: "tqdm[Any]", done: int, total: int) -> None:
     bar.update(done - bar.n)
 
 
-def _make_room(config: CollectConfig, manifests: dict[HookPoint, ActivationManifest]) -> None:
+def _make_room(config: CollectConfig, run: RunFolder, manifests: dict[HookPoint, ActivationManifest]) -> None:
     needed = sum(manifest.bytes_on_disk for manifest in manifests.values())
     print(f"collect: {config.n_images} images, {needed / 1e9:.3f} GB in {activations_path(config)}")
     if config.force:
+        start_over(run, "collect", stage_config(config))
         for hookpoint in manifests:
             shutil.rmtree(activations_path(config) / str(hookpoint), ignore_errors=True)
 

@@ -4,7 +4,7 @@
     python -m train.fit --run runs/dev --hookpoint layer15 --step 13 --arch topk --k 1200 --epochs 10
     python -m train.fit --run runs/dev --hookpoint layer15 --step 13 --arch l1 --l1-coeff 1e-3
     python -m train.fit --run runs/dev --hookpoint layer15 --k 32 64 128      # a sweep: one pass over the data
-    torchrun --nproc-per-node 2 -m train.fit ...
+    torchrun --nproc-per-node 2 --max-restarts 3 -m train.fit ...      # a process that dies is restarted and continues
 
 Stopped at any moment, the same command continues.
 """
@@ -27,12 +27,12 @@ from fluxsae.artifacts import RunFolder
 from fluxsae.errors import FluxSaeError
 from fluxsae.hookpoints import HookPoint
 from fluxsae.sae import Architecture, SaeConfig, SparseAutoencoder, TrainedOn
-from fluxsae.shards import ActivationManifest, ShardFolder
+from fluxsae.shards import ActivationManifest, ShardFolder, find_folders
 from fluxsae.training import Processes, Source, TrainConfig, measure_held_out, train
 from fluxsae.training.checkpoints import CHECKPOINT_NAME
 from train.flux_options import FluxOptions
 from train.processes import processes
-from train.stages import StageResult, check_push, push_complete, run_stage
+from train.stages import StageResult, check_push, push_complete, run_stage, start_over
 
 _DEAD_TOKENS_AT_MOST = 1_000_000
 
@@ -113,15 +113,19 @@ def main(config: FitConfig, *, pipe: Any = None) -> StageResult:
         result = run_stage(
             run,
             "fit",
-            _stage_config(config, run, hookpoints),
+            _stage_config(config, hookpoints),
             lambda: _fit_all(config, run, hookpoints, peers, pipe),
             outputs=lambda: [
                 run.sae_path(h) / name for h in hookpoints for name in ("model.safetensors", "metrics.json")
             ],
             force=config.force,
+            by_hookpoint=True,
             processes=peers,
         )
         if peers.rank == 0:
+            # Only now: stopped between two hook points, the stage finds the first one's SAEs in its checkpoint.
+            for hookpoint in hookpoints:
+                (_work_path(run, hookpoint) / CHECKPOINT_NAME).unlink(missing_ok=True)
             push_complete(run, config.push_to)
         return result
 
@@ -134,18 +138,22 @@ def _hookpoints(config: FitConfig, run: RunFolder, pipe: Any) -> list[HookPoint]
 
         return default_hookpoints(pipe)
     folder = _activations(config)
-    found = [HookPoint.parse(path.parent.name) for path in folder.glob("*/manifest.json")] if folder.is_dir() else []
+    found = [HookPoint.parse(path.name) for path in find_folders(folder)]
     if not found:
         raise FluxSaeError(f"{folder} holds no activations. Run `python -m train.collect --run {run.path}` first.")
-    return sorted(found)
+    return found
 
 
 def _activations(config: FitConfig) -> Path:
     return config.activations or RunFolder(config.run).activations_path
 
 
-def _stage_config(config: FitConfig, run: RunFolder, hookpoints: list[HookPoint]) -> dict[str, Any]:
-    """The values that decide the SAEs, for each hook point, beside those of hook points trained before."""
+def _work_path(run: RunFolder, hookpoint: HookPoint) -> Path:
+    return run.work_path("fit") / str(hookpoint)
+
+
+def _stage_config(config: FitConfig, hookpoints: list[HookPoint]) -> dict[str, Any]:
+    """The values that decide the SAEs, for each hook point."""
     irrelevant = {f.name for f in fields(FluxOptions)} - {"seed"} if not config.from_flux else {"device", "preset"}
     irrelevant |= {"run", "hookpoint", "buffer_gb", "activations", "track", "push_to", "force"}
     irrelevant |= {"log_every", "checkpoint_every"}
@@ -153,8 +161,7 @@ def _stage_config(config: FitConfig, run: RunFolder, hookpoints: list[HookPoint]
         irrelevant |= {"n_images", "tokens_per_image", "images_at_once"}
     values = {name: value for name, value in asdict(config).items() if name not in irrelevant}
     own = {name: [*v] if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for name, v in values.items()}
-    before = run.load_info().stages.get("fit") if run.exists() else None
-    return {**(before.config if before else {}), **{str(hookpoint): own for hookpoint in hookpoints}}
+    return {str(hookpoint): own for hookpoint in hookpoints}
 
 
 def _fit_all(config: FitConfig, run: RunFolder, hookpoints: list[HookPoint], peers: Processes, pipe: Any) -> None:
@@ -168,8 +175,9 @@ def _fit_all(config: FitConfig, run: RunFolder, hookpoints: list[HookPoint], pee
 
 
 def _fit(config: FitConfig, run: RunFolder, hookpoint: HookPoint, data: _Data, peers: Processes) -> None:
-    work = run.work_path("fit") / str(hookpoint)
+    work = _work_path(run, hookpoint)
     if config.force and peers.rank == 0:
+        start_over(run, "fit", [str(hookpoint)])
         shutil.rmtree(work, ignore_errors=True)
     peers.wait()
     configs = build_sae_configs(config, data.source, data.trained_on)
@@ -189,7 +197,6 @@ def _fit(config: FitConfig, run: RunFolder, hookpoint: HookPoint, data: _Data, p
         raise SystemExit(0)
     if peers.rank == 0:
         _save(run, hookpoint, result.saes, data)
-        (work / CHECKPOINT_NAME).unlink(missing_ok=True)
     peers.wait()
 
 
@@ -225,7 +232,7 @@ def build_sae_configs(config: FitConfig, source: Source, trained_on: TrainedOn |
 def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Data:
     folder = ShardFolder(_activations(config) / str(hookpoint))
     folder.check_complete(hookpoint=hookpoint)
-    steps = config.step or folder.manifest.steps
+    steps = tuple(sorted(set(config.step))) or folder.manifest.steps
     source = mixing_buffer(
         folder,
         batch_size=config.batch_size,
@@ -241,7 +248,7 @@ def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Da
         for _, tokens, _ in folder.iter_images("held_out"):
             yield tokens[positions].flatten(0, 1)
 
-    return _Data(source, _ground(folder.manifest, tuple(steps)), held_out)
+    return _Data(source, _ground(folder.manifest, steps), held_out)
 
 
 def _from_flux(config: FitConfig, run: RunFolder, hookpoint: HookPoint, peers: Processes, pipe: Any) -> _Data:
@@ -265,14 +272,14 @@ def _from_flux(config: FitConfig, run: RunFolder, hookpoint: HookPoint, peers: P
     )[hookpoint]
     source = live_source(
         pipe, plan, request, hookpoint, batch_size=config.batch_size, seed=config.seed,
-        buffer_bytes=int(config.buffer_gb * (1 << 30)), rank=peers.rank, world_size=peers.world_size,
+        buffer_bytes=int(config.buffer_gb * (1 << 30)), peers=peers,
     )  # fmt: skip
 
     def held_out() -> Iterator[Tensor]:
         for image_id in filter(manifest.is_held_out, range(len(plan))):
             yield capture_rows(pipe, plan, [image_id], request)[hookpoint][0].flatten(0, 2)
 
-    return _Data(source, _ground(manifest, tuple(steps)), held_out)
+    return _Data(source, _ground(manifest, request.steps), held_out)
 
 
 def _ground(manifest: ActivationManifest, steps: tuple[int, ...]) -> TrainedOn:
@@ -307,7 +314,7 @@ def _save(run: RunFolder, hookpoint: HookPoint, saes: Mapping[str, SparseAutoenc
             sae.save_pretrained(run.sae_path(hookpoint))
             run.save_metrics(hookpoint, measured)
         else:
-            sae.save_pretrained(run.work_path("fit") / str(hookpoint) / name)
+            sae.save_pretrained(_work_path(run, hookpoint) / name)
 
 
 def _device(config: FitConfig) -> torch.device:

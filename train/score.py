@@ -20,13 +20,24 @@ from fluxsae.artifacts import RunFolder
 from fluxsae.collection import CaptureRequest, ImagePlan
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import check_free_space
+from fluxsae.flux import flux_identity, schedule_sigmas
 from fluxsae.hookpoints import HookPoint
 from fluxsae.sae import SparseAutoencoder
+from fluxsae.scoring import (
+    ScoreParts,
+    ScoreRequest,
+    check_step,
+    forget_parts,
+    merge_parts,
+    score_images,
+    stream_grid,
+    trained_steps,
+)
 from fluxsae.training.processes import Processes
 from train.collect import describe_run, save_run
 from train.flux_options import FluxOptions
 from train.processes import processes
-from train.stages import StageResult, check_push, push_complete, run_stage
+from train.stages import StageResult, check_push, push_complete, run_stage, start_over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +84,7 @@ def main(config: ScoreConfig, *, open_flux: Callable[[], Any] | None = None) -> 
             processes=peers,
         )
         if peers.rank == 0:
+            forget_parts(run)  # only now: what is not recorded as complete is taken up from its parts
             push_complete(run, config.push_to)
         return result
 
@@ -107,9 +119,6 @@ def _weights_digest(run: RunFolder, hookpoint: HookPoint) -> str:
 
 
 def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, peers: Processes, pipe: Any) -> None:
-    from fluxsae.flux import flux_identity, schedule_sigmas
-    from fluxsae.scoring import ScoreParts, ScoreRequest, forget_parts, merge_parts, score_images, stream_grid
-
     settings = config.settings(pipe)
     sigmas = schedule_sigmas(pipe, settings)
     saes = {h: SparseAutoencoder.from_pretrained(run.sae_path(h), device=pipe.transformer.device) for h in hookpoints}
@@ -138,6 +147,7 @@ def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, 
     )
     if peers.rank == 0:
         if config.force:
+            start_over(run, "score")
             forget_parts(run)
         n_features = sum(sae.config.n_features for sae in saes.values())
         check_free_space(run.path, request.bytes_on_disk(n_features), purpose=f"Scoring {len(plan)} images")
@@ -154,12 +164,9 @@ def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, 
     peers.wait()
     if peers.rank == 0:
         merge_parts(parts)
-        forget_parts(run)
 
 
 def _steps(config: ScoreConfig, sae: SparseAutoencoder, sigmas: list[float]) -> tuple[int, ...]:
-    from fluxsae.scoring import check_step, trained_steps
-
     if config.step is not None:
         return (check_step(sae, config.step, sigmas, allow_mismatch=config.allow_mismatch),)
     return trained_steps(sae, sigmas)

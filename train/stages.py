@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ def run_stage(
     *,
     outputs: Callable[[], Sequence[Path]],
     force: bool = False,
+    by_hookpoint: bool = False,
     processes: Processes | None = None,
 ) -> StageResult:
     """Runs a stage unless it is complete: recorded with this config, its outputs there.
 
-    `outputs` names files and folders that exist once the stage is done (asked again after it ran). The first process
-    keeps the record.
+    `outputs` names files and folders that exist once the stage is done (asked again after it ran). With `by_hookpoint`
+    the config has an entry a hook point, and the entries of other hook points stay recorded. The first process keeps
+    the record.
 
     Raises:
         FluxSaeError: the stage is complete with another config and `force` is off.
@@ -50,11 +52,14 @@ def run_stage(
         run.remove_leftovers()
     record = run.load_info().stages.get(name) if run.exists() else None
     if record is not None and not force and all(path.exists() for path in outputs()):
-        if record.config == config:
+        names = record.config.keys() & config.keys() if by_hookpoint else {**record.config, **config}
+        differences = _differences(record.config, config, names=names)
+        if differences:
+            raise FluxSaeError(f"{name} is complete with other settings: {differences}. {_REMEDY}")
+        if config.keys() <= record.config.keys():
             if peers.rank == 0:
                 print(f"{name}: complete, skipped ({record.seconds:.0f} s, {record.megabytes:.1f} MB when it ran)")
             return StageResult(name, "skipped", record.seconds, record.megabytes)
-        raise FluxSaeError(f"{name} is complete with other settings: {_differences(record.config, config)}. {_REMEDY}")
     peers.wait()
     start = time.perf_counter()
     work()
@@ -62,9 +67,10 @@ def run_stage(
     peers.wait()
     megabytes = sum(map(size_of, outputs())) / 1e6
     if peers.rank == 0:
-        later = STAGES[STAGES.index(name) + 1 :] if name in STAGES else ()
-        info = run.load_info().without_stages(later)
-        run.save_info(info.with_stage(name, StageRecord(config, round(seconds, 2), round(megabytes, 3))))
+        info = run.load_info().without_stages(_later(name))
+        others = info.stages[name].config if by_hookpoint and name in info.stages else {}
+        record = StageRecord({**others, **config}, round(seconds, 2), round(megabytes, 3))
+        run.save_info(info.with_stage(name, record))
         print(f"{name}: done in {seconds:.0f} s, {megabytes:.1f} MB")
     peers.wait()
     return StageResult(name, "done", seconds, megabytes)
@@ -73,9 +79,30 @@ def run_stage(
 _REMEDY = "Pass --force to do it again, or name another --run."
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in names)
+def start_over(run: RunFolder, name: str, entries: Iterable[str] | None = None) -> None:
+    """Says in run.json that a stage (or some entries of its config) is complete no longer, nor is any later one.
+
+    Called when `--force` begins to delete: a run that is stopped then continues without it.
+    """
+    if not run.exists():
+        return
+    info = run.load_info()
+    record = info.stages.get(name)
+    kept = info.without_stages((name, *_later(name)))
+    if record is not None and entries is not None:
+        gone = set(entries)
+        config = {key: value for key, value in record.config.items() if key not in gone}
+        kept = kept.with_stage(name, replace(record, config=config))
+    run.save_info(kept)
+
+
+def _later(name: str) -> tuple[str, ...]:
+    return STAGES[STAGES.index(name) + 1 :] if name in STAGES else ()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], *, names: Iterable[str]) -> str:
+    differing = [name for name in names if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in differing)
 
 
 def size_of(path: Path) -> int:

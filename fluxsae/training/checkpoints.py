@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.files import load_tensors, read_header, save_tensors, write_text
+from fluxsae.files import explained_full_disk, load_tensors, read_header, save_tensors, write_text
 from fluxsae.sae import SaeConfig
 from fluxsae.training.config import TrainConfig
 
@@ -28,7 +28,8 @@ class Plan:
     """Batches of an epoch."""
     batch_size: int
     """Tokens of a batch over all processes."""
-    data_seed: int
+    data_order: str
+    """The source's `order`."""
 
     @property
     def n_steps(self) -> int:
@@ -37,19 +38,20 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as text."""
-        return json.dumps(asdict(self), sort_keys=True)
+        saes = {name: config.to_dict() for name, config in self.saes.items()}
+        return json.dumps({**asdict(self), "saes": saes}, sort_keys=True)
 
     def differences(self, other: "Plan") -> list[str]:
         """Names of what differs and decides the weights."""
         names = [f"SAE {name}" for name in {**self.saes, **other.saes} if self.saes.get(name) != other.saes.get(name)]
-        names += [n for n in ("n_batches", "batch_size", "data_seed") if getattr(self, n) != getattr(other, n)]
+        names += [n for n in ("n_batches", "batch_size", "data_order") if getattr(self, n) != getattr(other, n)]
         return names + self.config.changed(other.config)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         """The plan that `to_json` wrote."""
         values = json.loads(text)
-        saes = {name: SaeConfig.from_dict({"schema_version": 1, **config}) for name, config in values["saes"].items()}
+        saes = {name: SaeConfig.from_dict(config) for name, config in values["saes"].items()}
         return cls(**{**values, "saes": saes, "config": TrainConfig(**values["config"])})
 
 
@@ -100,7 +102,7 @@ class MetricsLog:
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one line; numbers that are not finite become null."""
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
+            with explained_full_disk(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({key: _plain(value) for key, value in line.items()}) + "\n")
 
 

@@ -104,6 +104,11 @@ class TrainConfig:
         return every > 0 and (step + 1) % every == 0 and step + 1 <= self.resample_until * n_steps
 
     def changed(self, other: "TrainConfig") -> list[str]:
-        """Names of the settings that decide the weights and differ, so that a checkpoint of `other` cannot go on."""
-        free = {"log_every", "checkpoint_every"}
-        return [f.name for f in fields(self) if f.name not in free and getattr(self, f.name) != getattr(other, f.name)]
+        """Names of the settings that decide the weights and differ, so that a checkpoint of `other` cannot go on.
+
+        Whether a bad batch is skipped or stops the run is none of them: up to that batch the weights are the same.
+        """
+        free = {"log_every", "checkpoint_every", "on_nan", "on_spike"}
+        differing = [name for name in (f.name for f in fields(self)) if getattr(self, name) != getattr(other, name)]
+        reports = (self.on_spike == "report") != (other.on_spike == "report")
+        return [name for name in differing if name not in free] + ["on_spike"] * reports

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
@@ -50,9 +50,7 @@ class _PositiveActs:
         return result
 
 
-def measure_held_out(
-    sae: SparseAutoencoder, images: Iterable[Float[Tensor, "tokens d_model"] | Int[Tensor, "tokens d_model"]]
-) -> dict[str, Any]:
+def measure_held_out(sae: SparseAutoencoder, images: Iterable[Float[Tensor, "tokens d_model"]]) -> dict[str, Any]:
     """FVU, L0, dead share and density histogram on the token rows of held-out images; sets `reference_acts` from them.
 
     A feature counts as dead here when it fires on none of the tokens given, whose number is stated.

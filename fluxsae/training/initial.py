@@ -23,7 +23,10 @@ class Source(Protocol):
     d_model: int
     batch_size: int
     """Tokens of a batch over all processes."""
-    seed: int
+
+    @property
+    def order(self) -> str:
+        """What decides the order of the rows beside epoch and cursor: a checkpoint continues in the same order only."""
 
     @property
     def n_batches(self) -> int:
@@ -37,17 +40,18 @@ def initialise(saes: Sequence[SparseAutoencoder], source: Source, *, n_rows: int
     """Sets input_mean and input_scale from the first rows, b_dec to their geometric median, thresholds to their start.
 
     Raises:
-        FluxSaeError: those rows hold NaN or infinity, or do not vary.
+        FluxSaeError: those rows do not vary, or none of them is finite.
     """
     n_batches = min(source.n_batches, max(1, -(-n_rows // source.batch_size)))
     rows = torch.cat([batch.float() for batch in islice(source.batches(0), n_batches)])
-    count = len(rows) * processes.world_size
+    rows = rows[rows.isfinite().all(dim=1)]  # what is done about the others is decided when training comes to them
+    count = int(processes.sum_(torch.tensor(len(rows))))
     mean = processes.sum_(rows.double().sum(0)) / count
     scale = (processes.sum_((rows - mean).square().sum()) / (count * source.d_model)).sqrt()
     if not bool(torch.isfinite(scale)) or not float(scale) > 0:
         raise FluxSaeError(
-            f"The first {count} token rows have a standard deviation of {float(scale)}; it must be finite and above 0. "
-            "Collect the activations again."
+            f"The first {count} finite token rows have a standard deviation of {float(scale)}; it must be finite and "
+            "above 0. Collect the activations again."
         )
     centre = _geometric_median((rows - mean.float()) / scale.float(), processes)
     for sae in saes:
@@ -81,12 +85,13 @@ def resample_dead(
         return 0
     centred = x_tilde - sae.b_dec
     error = x_tilde - (sae.activate(centred @ sae.W_enc.T + sae.b_enc) @ sae.W_dec + sae.b_dec)
-    centred, losses = processes.gather(centred), processes.gather(error.square().sum(1))
+    centred, losses = processes.gather(centred), processes.gather(error.double().square().sum(1))
+    losses = losses.nan_to_num(nan=0.0, posinf=0.0)  # no feature is pointed at a token that is not finite
     generator = torch.Generator().manual_seed(trainer.config.seed * 1_000_003 + step)
     n_drawn = min(len(dead), int((losses > 0).sum()))
     if n_drawn == 0:
         return 0
-    drawn = torch.multinomial(losses.square().double().cpu(), n_drawn, generator=generator).to(dead.device)
+    drawn = torch.multinomial(losses.square().cpu(), n_drawn, generator=generator).to(dead.device)
     dead = dead[:n_drawn]
     directions = torch.nn.functional.normalize(centred[drawn], dim=1)
     alive = trainer.tokens_since_fired < sae.config.dead_after_tokens

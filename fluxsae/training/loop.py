@@ -77,7 +77,7 @@ def train(
     Raises:
         FluxSaeError: widths that do not fit, a checkpoint of other settings, or a fault that the config stops at.
     """
-    plan = Plan(dict(saes), config, source.n_batches, source.batch_size, source.seed)
+    plan = Plan(dict(saes), config, source.n_batches, source.batch_size, source.order)
     peers = processes or Processes.current()
     trainers = _build_trainers(plan, source, device=torch.device(device), processes=peers)
     run = _Run(trainers, plan, Path(folder) if folder else None, peers, tracker if peers.rank == 0 else None)
@@ -186,7 +186,7 @@ def _write(run: _Run, step: int, line: dict[str, Any]) -> None:
 
 
 def _stop_at_fault(run: _Run) -> None:
-    """Ends the run where the config says so; the weights are still those before the bad batch."""
+    """Ends the run where the config says so; the last checkpoint stays, and the bad batch never reached the weights."""
     reactions = {1: run.plan.config.on_nan, 2: run.plan.config.on_spike}
     for at, name, report in run.pending:
         fault = int(report["fault"])

@@ -35,6 +35,12 @@ class Processes:
             return counts > 0
         return flags
 
+    def broadcast_(self, tensor: Tensor, *, source: int) -> Tensor:
+        """The tensor (contiguous, in main memory), replaced by that of process `source`."""
+        if self.world_size > 1:
+            dist.broadcast(tensor.view(torch.uint8), src=source)  # bytes: gloo does not know every type
+        return tensor
+
     def gather(self, tensor: Tensor) -> Tensor:
         """Equal-shaped tensors of all processes, one after the other along the first axis."""
         if self.world_size == 1:

@@ -155,7 +155,7 @@ class SaeTrainer:
 
     def _remember(self, gradients: BatchGradients, loss: Tensor, n_tokens: int, is_skipped: Tensor) -> None:
         fired = self.processes.any_(gradients.fired)
-        self.tokens_since_fired += n_tokens
+        self.tokens_since_fired += n_tokens * ~is_skipped
         self.tokens_since_fired[:] = torch.where(fired & ~is_skipped, 0, self.tokens_since_fired)
         self._average(self.mean_loss, self.mean_loss_weight, loss, _LOSS_DECAY, is_skipped)
         self.n_skipped += is_skipped
