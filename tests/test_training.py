@@ -49,6 +49,10 @@ class MemorySource:
     def n_batches(self) -> int:
         return len(self.rows) // self.batch_size
 
+    @property
+    def order(self) -> str:
+        return f"seed {self.seed}"
+
     def batches(self, epoch: int, *, cursor: int = 0) -> Iterator[Tensor]:
         order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(epoch))
         share = self.batch_size // self.processes.world_size
@@ -261,6 +265,15 @@ def test_resampling_points_dead_features_at_tokens_and_forgets_their_moments() -
         assert (moment[: N_FEATURES // 2] == 1).all()
 
 
+def test_resampling_passes_over_tokens_that_are_not_finite() -> None:
+    trainer, x_tilde = _trainer_with_silent_features(sae_config("l1", dead_after_tokens=1), TrainConfig())
+    trainer.tokens_since_fired[:5] = 7
+    x_tilde[:630] = torch.nan
+    x_tilde[630] = torch.inf
+    assert resample_dead(trainer, x_tilde, step=2, processes=Processes()) == 5
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.sae.parameters())
+
+
 def test_l1_training_resamples_at_the_steps_of_its_config(tmp_path: Path) -> None:
     loop = TrainConfig(epochs=2, resample_every=4, resample_until=0.5)
     train({"a": sae_config("l1")}, MemorySource(sparse_rows(640)), loop, folder=tmp_path)
@@ -315,6 +328,21 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path: Path) -> No
         train({"a": sae_config()}, source, replace(config, beta1=0.5), folder=tmp_path)
     with pytest.raises(FluxSaeError, match="SAE a"):
         train({"a": sae_config(k=5)}, source, config, folder=tmp_path)
+    with pytest.raises(FluxSaeError, match="data_order differ"):
+        train({"a": sae_config()}, replace(source, seed=1), config, folder=tmp_path)
+    with pytest.raises(FluxSaeError, match="on_spike differ"):
+        train({"a": sae_config()}, source, replace(config, on_spike="skip"), folder=tmp_path)
+
+
+def test_training_that_stopped_at_a_bad_batch_continues_when_told_to_skip_it(tmp_path: Path) -> None:
+    source, config = _with_bad_batch(float("nan")), TrainConfig(checkpoint_every=5, on_nan="stop")
+    with pytest.raises(FluxSaeError, match="step 13"):
+        train({"a": sae_config()}, source, config, folder=tmp_path)
+    told = replace(config, on_nan="skip")
+    rest = train({"a": sae_config()}, source, told, folder=tmp_path).saes["a"]
+    whole = train({"a": sae_config()}, source, told).saes["a"]
+    for name, tensor in rest.state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -356,8 +384,10 @@ def _with_bad_batch(value: float) -> MemorySource:
 def test_a_batch_with_nan_is_skipped_and_reported_with_its_step(
     tmp_path: Path, architecture: Architecture, value: float
 ) -> None:
-    config = TrainConfig(log_every=5, init_rows=64, on_nan="skip")
-    sae = train({"a": sae_config(architecture)}, _with_bad_batch(value), config, folder=tmp_path).saes["a"]
+    # Resampled (l1) from that very batch, which is among the first rows too.
+    config = TrainConfig(log_every=5, on_nan="skip", resample_every=13, resample_until=1.0)
+    sae_configs = {"a": sae_config(architecture, dead_after_tokens=1)}
+    sae = train(sae_configs, _with_bad_batch(value), config, folder=tmp_path).saes["a"]
     assert all(torch.isfinite(tensor).all() for tensor in sae.state_dict().values())
     events = [json.loads(line) for line in (tmp_path / LOG_NAME).read_text().splitlines()]
     faults = [event for event in events if event.get("event") == "not finite"]
@@ -481,6 +511,10 @@ def test_two_processes_train_what_one_process_trains(tmp_path: Path) -> None:
 
 @pytest.fixture
 def collected_run(tmp_path: Path) -> Path:
+    return write_collected_run(tmp_path / "run")
+
+
+def write_collected_run(path: Path) -> Path:
     """A run folder with the activations of 40 images, 16 tokens each, at two steps of one hook point."""
     generation = GenerationSettings(height=64, width=64, num_inference_steps=20, max_sequence_length=32)
     manifest = ActivationManifest(
@@ -488,7 +522,7 @@ def collected_run(tmp_path: Path) -> Path:
         steps=(2, 6), sigmas=(0.9, 0.7), n_tokens=16, tokens_per_image=16, n_images=40, images_per_shard=20,
         prompts_hash="p", seed=0,
     )  # fmt: skip
-    run = RunFolder(tmp_path / "run")
+    run = RunFolder(path)
     writer = ShardWriter(run.activations_path / manifest.hookpoint, manifest)
     for shard in range(manifest.n_shards):
         tokens = sparse_rows(20 * 2 * 16, seed=shard).reshape(20, 2, 16, D_MODEL).bfloat16()
@@ -529,6 +563,14 @@ def test_fit_refuses_what_cannot_be_trained(collected_run: Path) -> None:
         main(replace(config, hookpoint=("layer2",)))
     with pytest.raises(FluxSaeError, match="no activations"):
         main(replace(config, run=collected_run.parent / "elsewhere"))
+
+
+@pytest.mark.bench
+def test_speed_is_not_bought_with_quality() -> None:
+    from train.benchmark_quality import QualityConfig, final_ratio
+    from train.benchmark_quality import main as compare
+
+    assert final_ratio(compare(QualityConfig())) < 1.01
 
 
 @pytest.mark.bench
