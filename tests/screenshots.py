@@ -41,12 +41,16 @@ def directions(page: Page) -> None:
 def steer(page: Page) -> None:
     """The first starter, or the first good feature, turned up; and the strip."""
     page.get_by_role("tab", name="Steer").click()
-    page.get_by_role("group", name="Add a feature").get_by_role("button").first.click()
-    page.wait_for_selector(".fs-turn")
-    page.locator(".fs-turn").first.evaluate(
-        "input => { input.value = 0.6; "
-        "input.dispatchEvent(new Event('input')); input.dispatchEvent(new Event('change')) }"
-    )
+    if page.locator(".fs-starter").count():
+        page.locator(".fs-starter").first.click()
+        page.wait_for_selector(".fs-turn")
+    else:
+        page.get_by_role("group", name="Add a feature").get_by_role("button").first.click()
+        page.wait_for_selector(".fs-turn")
+        page.locator(".fs-turn").first.evaluate(
+            "input => { input.value = 0.6; "
+            "input.dispatchEvent(new Event('input')); input.dispatchEvent(new Event('change')) }"
+        )
     page.wait_for_selector("fs-result section")
     page.locator("#steer-strip-go").click()
     page.wait_for_selector("fs-strip section")

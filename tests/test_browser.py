@@ -29,6 +29,7 @@ def served() -> Iterator[page_server.Page]:
 def chromium() -> Iterator[Browser]:
     found = browser.find_chromium()
     assert found is not None, "no Chromium: run `python -m browser`"
+    expect.set_options(timeout=WAIT)
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=str(found), args=list(browser.ARGUMENTS))
         yield running

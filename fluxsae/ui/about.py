@@ -14,15 +14,22 @@ FIGURES = {
     "fvu": (
         "Not explained (FVU)",
         "share of the activations' variance that the autoencoder does not give back; 0 is best",
+        ".3g",
     ),
-    "l0": ("Features at a patch (L0)", "how many fire at once, on average"),
-    "dead_share": ("Dead features", "share that never fired on held-out images"),
+    "l0": ("Features at a patch (L0)", "how many fire at once, on average", ".3g"),
+    "dead_share": ("Dead features", "share that never fired on held-out images", ".1%"),
     "flow_loss_recovered": (
         "Flow loss recovered",
         "1: FLUX paints as well with the autoencoder spliced in; 0: as badly as with the mean",
+        ".3g",
     ),
-    "splice_error": ("Splice error", "how far FLUX's next step moves when the autoencoder is spliced in; 0 is best"),
+    "splice_error": (
+        "Splice error",
+        "how far FLUX's next step moves when the autoencoder is spliced in; 0 is best",
+        ".3g",
+    ),
 }
+"""Name in metrics.json -> title, meaning and number format."""
 
 
 def build_about_tab(bench: Workbench) -> None:
@@ -116,17 +123,17 @@ def _figures_html(bench: Workbench) -> str:
     )
     metrics = {name: bench.run.load_metrics(name) for name in names}
     rows = []
-    for key, (words, help) in FIGURES.items():
-        values = [_value(metrics[name].get(key)) for name in names]
+    for key, (words, help, form) in FIGURES.items():
+        values = [_value(metrics[name].get(key), form) for name in names]
         if any(values):
             cells = "".join(f"<td class='fs-num'>{escape(value or '–')}</td>" for value in values)
             rows.append(f"<tr><th scope='row'>{words}<br><small>{help}</small></th>{cells}</tr>")
-    counts = [str(len(bench.cards[name])) for name in names]
+    counts = [f"{len(bench.cards[name]):,}" for name in names]
     cells = "".join(f"<td class='fs-num'>{count}</td>" for count in counts)
     rows.append(f"<tr><th scope='row'>Features</th>{cells}</tr>")
     return f"<table class='fs-table'><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _value(value: Any) -> str | None:
+def _value(value: Any, form: str) -> str | None:
     number = value.get("value") if isinstance(value, dict) else value
-    return f"{number:.3g}" if isinstance(number, (int, float)) and not isinstance(number, bool) else None
+    return format(number, form) if isinstance(number, (int, float)) and not isinstance(number, bool) else None

@@ -24,7 +24,7 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         )
         go = gr.Button("Show what fires", variant="primary", scale=1, min_width=150, elem_id="heatmap-go")
         stop = gr.Button("Stop", scale=0, min_width=80, elem_id="heatmap-stop")
-    with gr.Row(elem_classes="fs-settings"):
+    with gr.Row(elem_classes="fs-settings", elem_id="heatmap-settings"):
         hookpoint = gr.Radio(
             bench.hookpoint_choices(),
             value=bench.limits.default_hookpoint,

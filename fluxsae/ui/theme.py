@@ -67,6 +67,7 @@ def build_theme() -> gr.themes.Base:
         block_info_text_color="#5d5d6e",
         block_info_text_color_dark="#a9a9ba",
         block_shadow="none",
+        checkbox_border_radius="4px",
         input_background_fill="#ffffff",
         input_background_fill_dark="#1c1c23",
         input_border_color="#c9c9d4",

@@ -58,10 +58,10 @@ FS.define("fs-feature", (root, data) => {
     help ? FS.el("p", { class: "fs-quiet", text: help }) : null, ...nodes);
   root.append(FS.el("article", { class: "fs-feature", "aria-label": `Feature ${data.feature}`, style: { "--chip": data.colour } },
     FS.el("div", { class: "fs-row fs-between fs-wrap" },
-      FS.el("div", { class: "fs-row" }, FS.chip(data.colour), FS.el("h2", { class: "fs-name", tabindex: -1, text: FS.title(data) }),
+      FS.el("div", { class: "fs-row fs-wrap fs-tight" }, FS.chip(data.colour), FS.el("h2", { class: "fs-name", tabindex: -1, text: FS.title(data) }),
         sure ? FS.el("span", { class: "fs-badge", text: `${sure} (${FS.percent(data.confidence)})` }) : null,
         FS.el("span", { class: "fs-quiet fs-num", text: `feature ${data.feature}, ${data.word}` })),
-      FS.el("div", { class: "fs-row" },
+      FS.el("div", { class: "fs-row fs-wrap fs-tight" },
         FS.el("button", { class: "fs-button fs-primary", type: "button", text: "Steer with this", onclick: () => go("steer") }),
         FS.el("button", { class: "fs-button", type: "button", text: "Show in map", onclick: () => go("map") }),
         data.closable ? FS.el("button", { class: "fs-button", type: "button", text: "Close", onclick: () => { root.replaceChildren(); FS.emit(root, "close", {}); } }) : null)),
