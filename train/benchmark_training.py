@@ -33,9 +33,12 @@ from fluxsae.training.trainer import SaeTrainer
 
 PEERS = ("sparsify", "sae-lens", "overcomplete", "dictionary-learning")
 ENVIRONMENT = Path("build/bench")
+WITHOUT_TRITON = {"SPARSIFY_DISABLE_TRITON": "1"}
+"""sparsify chooses its kernels at import, and its Triton kernels need a GPU."""
 REQUIREMENTS = ("eai-sparsify==1.3.3", "sae-lens==6.54.12", "overcomplete==0.3.0", "dictionary-learning==0.1.0")
 
 Step = Callable[[Tensor], object]
+_LR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def main(config: BenchmarkConfig) -> list[Measurement]:
     if config.calibrate:
         calibrate(config)
         return []
-    if not config.ours_only and not _in_environment():
+    if not config.ours_only and not in_environment():
         return _run_in_environment(config)
     shapes = CUDA_SHAPES if config.device == "cuda" else CPU_SHAPES
     shapes = tuple(shape for i, shape in enumerate(shapes) if not config.only or i in config.only)
@@ -140,7 +143,7 @@ def measure_shape(shape: Shape, config: BenchmarkConfig) -> list[Measurement]:
     for tool in tools:
         for precision in ("float32", "bfloat16"):
             steps[tool, precision] = build(tool, shape, device, precision)
-    batches = _batches(shape, device)
+    batches = make_batches(shape, device)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for step in steps.values():
         _timed(step, batches, 2 if device.type == "cpu" else 5, device)
@@ -170,8 +173,8 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _batches(shape: Shape, device: torch.device, count: int = 4) -> list[Tensor]:
-    """Sums of a few of 2 * n_features directions, so that features differ in use as real ones do."""
+def make_batches(shape: Shape, device: torch.device, count: int = 4) -> list[Tensor]:
+    """Sums of a few of 512 directions, so that features differ in use as real ones do."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(512, shape.d_model, generator=generator)
     weights = [torch.rand(shape.batch, 512, generator=generator).pow(8) for _ in range(count)]
@@ -213,17 +216,20 @@ def _fluxsae(shape: Shape, device: torch.device, precision: str) -> Step:
 
 
 def _ours(shape: Shape, device: torch.device, precision: str, products: str) -> Step:
-    trainer = _trainer(shape, device, precision, products)
+    trainer = build_trainer(shape, device, precision, products)
     count = iter(range(1_000_000))
     return lambda batch: trainer.step(batch, next(count))
 
 
-def _trainer(shape: Shape, device: torch.device, precision: str, products: str) -> SaeTrainer:
+def build_trainer(shape: Shape, device: torch.device, precision: str, products: str, *, lr: float = _LR) -> SaeTrainer:
+    """Our SAE in training, at a constant learning rate."""
     config = SaeConfig(
         architecture="topk", d_model=shape.d_model, n_features=shape.n_features, k=shape.k, auxk_coeff=0.0
     )
     loop = TrainConfig(
-        lr=1e-4,
+        lr=lr,
+        warmup_steps=0,
+        decay_fraction=0.0,
         grad_clip=None,
         precision="bfloat16" if precision == "bfloat16" else "float32",
         products="dense" if products == "dense" else "sparse" if products == "sparse" else "auto",
@@ -236,10 +242,19 @@ def _autocast(device: torch.device, precision: str) -> Any:
 
 
 def _sparsify(shape: Shape, device: torch.device, precision: str) -> Step:
+    return sparsify_step(sparsify_model(shape, device), device, precision)
+
+
+def sparsify_model(shape: Shape, device: torch.device) -> Any:
+    """sparsify's SAE, of its own first weights."""
     from sparsify import SparseCoder, SparseCoderConfig  # type: ignore[import-not-found]
 
-    sae = SparseCoder(shape.d_model, SparseCoderConfig(num_latents=shape.n_features, k=shape.k), device=device)
-    optimiser = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+    return SparseCoder(shape.d_model, SparseCoderConfig(num_latents=shape.n_features, k=shape.k), device=device)
+
+
+def sparsify_step(sae: Any, device: torch.device, precision: str, *, lr: float = _LR) -> Step:
+    """One training step of sparsify's SAE."""
+    optimiser = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
 
     def step(batch: Tensor) -> None:
         optimiser.zero_grad(set_to_none=True)
@@ -262,7 +277,7 @@ def _sae_lens(shape: Shape, device: torch.device, precision: str) -> Step:
             d_in=shape.d_model, d_sae=shape.n_features, k=shape.k, device=str(device), aux_loss_coefficient=0.0
         )
     ).to(device)
-    optimiser = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=_LR, fused=True)
 
     def step(batch: Tensor) -> None:
         optimiser.zero_grad(set_to_none=True)
@@ -289,7 +304,7 @@ def _overcomplete(shape: Shape, device: torch.device, precision: str) -> Step:
     from overcomplete.sae import TopKSAE  # type: ignore[import-not-found]
 
     sae = TopKSAE(shape.d_model, nb_concepts=shape.n_features, top_k=shape.k, device=str(device))
-    optimiser = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=_LR, fused=True)
 
     def step(batch: Tensor) -> None:
         optimiser.zero_grad(set_to_none=True)
@@ -306,7 +321,7 @@ def _dictionary_learning(shape: Shape, device: torch.device, precision: str) -> 
     from dictionary_learning.trainers.top_k import AutoEncoderTopK  # type: ignore[import-not-found]
 
     sae = AutoEncoderTopK(shape.d_model, shape.n_features, shape.k).to(device)
-    optimiser = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=_LR, fused=True)
 
     def step(batch: Tensor) -> None:
         optimiser.zero_grad(set_to_none=True)
@@ -343,7 +358,7 @@ def _print_memory(config: BenchmarkConfig, shape: Shape) -> None:
     tool, _, precision = str(config.memory_of).partition(":")
     device = torch.device(config.device)
     step = build(tool, shape, device, precision)
-    for batch in _batches(shape, device, 3):
+    for batch in make_batches(shape, device, 3):
         step(batch)
     if device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 1e6)
@@ -366,7 +381,8 @@ def format_table(shape: Shape, measured: list[Measurement]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _in_environment() -> bool:
+def in_environment() -> bool:
+    """Whether the other tools' packages are at hand."""
     return Path(sys.prefix).resolve() == ENVIRONMENT.resolve()
 
 
@@ -393,9 +409,7 @@ def _run_in_environment(config: BenchmarkConfig) -> list[Measurement]:
         command += ["--device", config.device, "--repetitions", str(config.repetitions), "--steps", str(config.steps)]
         command += ["--budget-seconds", str(config.budget_seconds)]
         command += ["--only", *map(str, config.only)] if config.only else []
-        # sparsify chooses its kernels at import, and its Triton kernels need a GPU.
-        without_triton = {"SPARSIFY_DISABLE_TRITON": "1"} if config.device == "cpu" else {}
-        subprocess.run(command, check=True, env=os.environ | without_triton)
+        subprocess.run(command, check=True, env=os.environ | (WITHOUT_TRITON if config.device == "cpu" else {}))
         rows = json.loads(output.read_text())
     if config.output is not None:
         write_json(config.output, rows)
@@ -407,7 +421,7 @@ def calibrate(config: BenchmarkConfig) -> None:
     device = torch.device(config.device)
     for k in (16, 32, 64, 128, 256, 512, 1024):
         shape = Shape(3072, 12_288, k, 512 if config.device == "cpu" else 4096)
-        batches, times = _batches(shape, device), {}
+        batches, times = make_batches(shape, device), {}
         for products in ("dense", "sparse"):
             step = _ours(shape, device, "bfloat16", products)
             _timed(step, batches, 2, device)
@@ -419,9 +433,9 @@ def calibrate(config: BenchmarkConfig) -> None:
 def check_paths(device: torch.device) -> float:
     """The largest difference between weights after three float32 steps on this device and on the CPU's dense path."""
     shape = Shape(256, 2048, 16, 128)
-    trainers = [_trainer(shape, torch.device("cpu"), "float32", "dense")]
-    trainers += [_trainer(shape, device, "float32", products) for products in ("dense", "sparse")]
-    for i, batch in enumerate(_batches(shape, torch.device("cpu"), 3)):
+    trainers = [build_trainer(shape, torch.device("cpu"), "float32", "dense")]
+    trainers += [build_trainer(shape, device, "float32", products) for products in ("dense", "sparse")]
+    for i, batch in enumerate(make_batches(shape, torch.device("cpu"), 3)):
         for trainer in trainers:
             trainer.step(batch.to(trainer.device), i)
     expected, *others = (dict(trainer.sae.named_parameters()) for trainer in trainers)
