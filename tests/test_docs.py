@@ -24,6 +24,21 @@ def test_every_script_that_is_named_exists(page: str) -> None:
     assert {name for name in named if importlib.util.find_spec(name) is None} == set()
 
 
+def test_every_torchrun_command_leaves_its_script_all_of_its_options() -> None:
+    from torch.distributed.run import get_args_parser
+
+    scripts = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "train").glob("*.py"))
+    commands = re.findall(r"^\s*torchrun (--.*?)(?:\s{2,}#.*)?$", "\n".join([*TEXT.values(), scripts]), re.MULTILINE)
+    assert len(commands) >= 6
+    for command in commands:
+        _, _, options = command.partition(" train.")
+        # `...` in a docstring stands for the options that any of them may have; --run is in torchrun's own way.
+        words = [word for word in (*command.split(), *(["--run", "x"] if "..." in options else [])) if word != "..."]
+        parsed = get_args_parser().parse_args(words)
+        assert importlib.util.find_spec(parsed.training_script)
+        assert "--run" in parsed.training_script_args
+
+
 @pytest.mark.parametrize("page", TEXT)
 def test_every_make_target_that_is_named_exists(page: str) -> None:
     named = set(re.findall(r"(?:^\s*|`)make ([a-z]+)", TEXT[page], re.MULTILINE))

@@ -2,7 +2,7 @@
 
     python -m train.collect --run runs/miniature
     python -m train.collect --flux black-forest-labs/FLUX.1-dev --hookpoints layer5 layer15 --steps 13 --n-images 2000
-    torchrun --nproc-per-node 8 -m train.collect ...      # prompts are dealt to the processes
+    torchrun --nproc-per-node 8 -m -- train.collect ...      # prompts are dealt to the processes
 
 Stopped at any moment, the same command continues and ends with the same bytes.
 """

@@ -4,7 +4,7 @@
     python -m train.fit --run runs/dev --hookpoint layer15 --step 13 --arch topk --k 1200 --epochs 10
     python -m train.fit --run runs/dev --hookpoint layer15 --step 13 --arch l1 --l1-coeff 1e-3
     python -m train.fit --run runs/dev --hookpoint layer15 --k 32 64 128      # a sweep: one pass over the data
-    torchrun --nproc-per-node 2 --max-restarts 3 -m train.fit ...      # a process that dies is restarted and continues
+    torchrun --nproc-per-node 2 --max-restarts 3 -m -- train.fit ...   # a process that dies is restarted and continues
 
 Stopped at any moment, the same command continues.
 """

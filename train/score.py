@@ -1,7 +1,7 @@
 """Scores images: FLUX generates, the run's SAEs read along, and S, sums, thumbnails and heatmaps are kept.
 
     python -m train.score --run runs/miniature --n-images 1000
-    torchrun --nproc-per-node 8 -m train.score ...
+    torchrun --nproc-per-node 8 -m -- train.score ...
 
 Stopped at any moment, the same command continues. The activations themselves are never stored.
 """
