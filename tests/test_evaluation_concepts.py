@@ -247,6 +247,13 @@ def test_a_concept_on_most_of_the_picture_has_its_threshold_too() -> None:
     assert intersection_over_union(maps, covers, threshold=threshold).mean() > 0.95
 
 
+def test_a_sparse_map_may_also_fire_everywhere() -> None:
+    covers = np.ones((30, 64))
+    maps = (np.arange(64) == 5) * np.ones((30, 1))
+    threshold = best_threshold(maps, covers, everywhere=maps)
+    assert intersection_over_union(maps, covers, threshold=threshold).mean() == 1
+
+
 def test_principal_components_come_from_the_first_half_however_the_images_are_batched() -> None:
     gathered = [_Gathered(planted_sae(), [TokenMoments(planted_sae())], 0) for _ in range(2)]
     x = torch.randn(12, 1, 8, D, generator=torch.Generator().manual_seed(0))

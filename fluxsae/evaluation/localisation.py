@@ -12,8 +12,12 @@ Maps = Float[np.ndarray, "images tokens"]
 
 
 def best_threshold(maps: Maps, covers: Maps, *, everywhere: Float[np.ndarray, "all_images tokens"]) -> float:
-    """The threshold with the largest mean IoU; `maps` and `covers` of positive images, `everywhere` of all images."""
-    tried = np.unique(np.concatenate([np.quantile(everywhere, LEVELS), np.quantile(maps, LEVELS)]))
+    """The threshold with the largest mean IoU; `maps` and `covers` of positive images, `everywhere` of all images.
+
+    Minus infinity, where every token fires, is open to every candidate: a dense map reaches it with its lowest
+    quantile, a sparse one with none.
+    """
+    tried = np.unique(np.concatenate([[-np.inf], np.quantile(everywhere, LEVELS), np.quantile(maps, LEVELS)]))
     means = [np.nanmean(intersection_over_union(maps, covers, threshold=float(value))) for value in tried]
     return float(tried[int(np.argmax(means))])
 

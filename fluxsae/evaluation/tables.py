@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from fluxsae.evaluation.concept_report import METHODS, PROBE, ConceptReport
 from fluxsae.evaluation.flow import FlowQuality, FlowReport
 from fluxsae.evaluation.intervals import Estimate
 from fluxsae.evaluation.reconstruction import ReconstructionReport, TransferCell
 from fluxsae.evaluation.truths import HEADLINE_ATTRIBUTES
 from fluxsae.miniature.scenes import ATTRIBUTES
+
+MEASURES = ("iou", "pointing")
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -110,18 +114,21 @@ def _ratio_text(report: ConceptReport) -> str:
 
 
 def _localisation_text(report: ConceptReport) -> str:
-    head = ["localisation", *(f"{name} {what}" for name in HEADLINE_ATTRIBUTES for what in ("IoU", "pointing"))]
-    rows = [
-        [method, *(_mean(report, method, name, what) for name in HEADLINE_ATTRIBUTES for what in ("iou", "pointing"))]
-        for method in METHODS
-    ]
+    measures = [(name, what) for what in MEASURES for name in ("mean of 4", *HEADLINE_ATTRIBUTES)]
+    head = ["localisation", *(f"{name} {'IoU' if what == 'iou' else what}" for name, what in measures)]
+    rows = []
+    for method in METHODS:
+        means = {(name, what): _mean(report, method, name, what) for name in HEADLINE_ATTRIBUTES for what in MEASURES}
+        for what in MEASURES:
+            means["mean of 4", what] = float(np.mean([means[name, what] for name in HEADLINE_ATTRIBUTES]))
+        rows.append([method, *("-" if np.isnan(means[key]) else f"{means[key]:.3f}" for key in measures)])
     return text_table(head, rows)
 
 
-def _mean(report: ConceptReport, method: str, attribute: str, what: str) -> str:
+def _mean(report: ConceptReport, method: str, attribute: str, what: str) -> float:
     found = [getattr(s.methods[method], what) for s in report.concepts if s.concept.attribute == attribute]
     known: list[Estimate] = [value for value in found if value is not None]
-    return f"{sum(value.value for value in known) / len(known):.3f}" if known else "-"
+    return sum(value.value for value in known) / len(known) if known else float("nan")
 
 
 def _match_text(report: ConceptReport) -> str:
