@@ -116,11 +116,15 @@ def test_an_export_holds_what_the_hub_would_have_and_replaces_an_older_run(
 ) -> None:
     assert finished.run is not None
     run, copy = RunFolder(finished.run), RunFolder(tmp_path / "copy")
+    place = run.hookpoints()[0]
+    run.save_demos(place, [json.dumps({"recipe": {"saes": [{"hookpoint": str(place), "source": str(run.path)}]}})])
     for _ in range(2):
         main(replace(finished, export=copy.path))
         assert copy.published_files() == run.published_files()
         assert not copy.activations_path.exists()
         assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+        assert copy.load_demos(place)[0]["recipe"]["saes"][0]["source"] == str(copy.path)
+    run.demos_path(place).unlink()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "diary.txt").write_text("dear")
     with pytest.raises(FluxSaeError, match="holds something that is no run"):

@@ -32,9 +32,11 @@ import tyro
 from fluxsae.artifacts import RunFolder
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import write_text
+from fluxsae.miniature import miniature_path
 from train import analyze, collect, directions, embed, find_demos, fit, render, score, select
 from train.flux_options import FluxOptions
 from train.stages import StageResult, check_push, format_table, push_complete
+from train.steer import EMBEDDED
 
 StageName = Literal["collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos"]
 PIPELINE_STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -170,11 +172,22 @@ def export_run(run: RunFolder, target: Path) -> None:
     for name in run.published_files():
         (fresh / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run.path / name, fresh / name)
+    name = EMBEDDED if target.resolve() == miniature_path("run").resolve() else str(target)
+    _rename_source(RunFolder(fresh), str(run.path), name)
     if target.exists():
         shutil.rmtree(target)
     fresh.rename(target)
     megabytes = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
     print(f"exported {len(run.published_files())} files, {megabytes:.1f} MB, to {target}")
+
+
+def _rename_source(copy: RunFolder, old: str, new: str) -> None:
+    """Lets every recipe of the copied demos name the copy."""
+    for hookpoint in copy.hookpoints():
+        path = copy.demos_path(hookpoint)
+        if path.exists():
+            renamed = path.read_text().replace(f'"source": {json.dumps(old)}', f'"source": {json.dumps(new)}')
+            write_text(path, renamed)
 
 
 def choose_stages(config: PipelineConfig) -> list[StageName]:

@@ -27,7 +27,7 @@ SETTINGS = GenerationSettings(
     height=IMAGE_SIZE,
     width=IMAGE_SIZE,
     num_inference_steps=20,
-    guidance_scale=2.5,
+    guidance_scale=3.5,
     max_sequence_length=TEXT_TOKENS,
 )
 """How the miniature is meant to be run; travels with its weights."""
