@@ -363,9 +363,13 @@ def _print_memory(config: BenchmarkConfig, shape: Shape) -> None:
     if device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 1e6)
     else:
-        import resource
+        print(_peak_resident())
 
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+
+def _peak_resident() -> float:
+    """Peak memory of this process, MB; getrusage would count what its parent held when it was started (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return float(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 def format_table(shape: Shape, measured: list[Measurement]) -> str:
