@@ -114,7 +114,7 @@ def test_memory_after_a_thousand_requests_is_as_after_a_hundred(page: page_serve
     client = Client(page.url, verbose=False)
     process = psutil.Process(page.process.pid)
     marks = {}
-    for number in range(1, 1001):
+    for number in range(2, 1001, 2):
         client.predict(prompt=PROMPT, seed=number, limit=2, api_name="/heatmap")
         client.predict(hookpoint=None, feature=number % 200, api_name="/feature")
         if number in {100, 1000}:
