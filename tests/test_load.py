@@ -16,6 +16,7 @@ PROMPT = "a large red circle on a black background"
 VISITORS = 50
 QUEUED = 200
 P95_MS = 300
+FIRST_HEATMAP_S = 3
 GROWTH_MB = 50
 
 
@@ -58,6 +59,20 @@ def browse(  # noqa: PLR0917 - a thread's arguments
         if not answer.ok or "cards" not in answer.text:
             errors.append(answer.text[:200])
         time.sleep(2.5)
+
+
+@pytest.mark.bench
+def test_the_first_heatmap_takes_at_most_three_seconds() -> None:
+    with page_server.serve() as served:
+        time.sleep(5)  # a visitor reads and types; FLUX loads meanwhile
+        client = Client(served.url, verbose=False)
+        times = []
+        for seed in range(3):
+            started = time.perf_counter()
+            client.predict(prompt=PROMPT, seed=seed, limit=8, api_name="/heatmap")
+            times.append(time.perf_counter() - started)
+    print(f"\nfirst heatmap {times[0]:.1f} s, later ones {times[1]:.1f} and {times[2]:.1f} s")
+    assert times[0] < FIRST_HEATMAP_S
 
 
 @pytest.mark.bench
