@@ -1,6 +1,7 @@
 """Set-up of every test: no network, shapes and types checked at run time, and the models that tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 if TYPE_CHECKING:
+    from hub_driver import HubProcess
+    from hub_server import LocalHub
+
     from fluxsae.flux import FluxPipeline
 
 
@@ -44,3 +48,21 @@ def miniature() -> "FluxPipeline":
     from fluxsae.flux import load_flux
 
     return load_flux("miniature")
+
+
+@pytest.fixture(scope="module")
+def server() -> "Iterator[LocalHub]":
+    """A Hub of one test file, over HTTP on this machine."""
+    from hub_server import served_hub
+
+    with served_hub() as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def machine(server: "LocalHub", tmp_path_factory: pytest.TempPathFactory) -> "Iterator[HubProcess]":
+    """Another process that talks to that Hub, with a cache of its own."""
+    from hub_driver import hub_process
+
+    with hub_process(server, tmp_path_factory.mktemp("machine")) as process:
+        yield process

@@ -8,15 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 import whole_run
 import yaml
-from hub_driver import ROOT, CallError, HubProcess, hub_process
-from hub_server import LocalHub, served_hub
+from hub_driver import ROOT, CallError, HubProcess
+from hub_server import LocalHub
 
 from fluxsae.artifacts import RunFolder
 from fluxsae.errors import FluxSaeError
@@ -33,18 +32,6 @@ python_version: "3.12.12"
 ---
 # fluxsae
 """
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LocalHub]:
-    with served_hub() as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def machine(server: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubProcess]:
-    with hub_process(server, tmp_path_factory.mktemp("machine")) as process:
-        yield process
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """Transfer to and from the Hub, over HTTP, with the unmodified client against a local server."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_driver import CallError, HubProcess, hub_process
-from hub_server import Fault, LocalHub, served_hub
+from hub_driver import CallError, HubProcess
+from hub_server import Fault, LocalHub
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,18 +15,6 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.hub_faults import redact
 
 MEGABYTE = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LocalHub]:
-    with served_hub() as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def machine(server: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubProcess]:
-    with hub_process(server, tmp_path_factory.mktemp("machine")) as process:
-        yield process
 
 
 @pytest.fixture(autouse=True)

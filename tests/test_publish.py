@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +16,8 @@ import pytest
 import torch
 import whole_run
 import yaml
-from hub_driver import ROOT, CallError, HubProcess, hub_process
-from hub_server import Fault, LocalHub, served_hub
+from hub_driver import ROOT, CallError, HubProcess
+from hub_server import Fault, LocalHub
 
 from fluxsae.artifacts import RunFolder
 from fluxsae.checksums import read_checksums
@@ -29,18 +28,6 @@ from fluxsae.sae import SparseAutoencoder
 from fluxsae.verification import verify_run
 
 EARLY, LATE = whole_run.EARLY, whole_run.LATE
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LocalHub]:
-    with served_hub() as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def machine(server: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubProcess]:
-    with hub_process(server, tmp_path_factory.mktemp("machine")) as process:
-        yield process
 
 
 @pytest.fixture(scope="module")
