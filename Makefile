@@ -52,6 +52,7 @@ tests: $(DEV_STAMP)
 
 bench: $(DEV_STAMP) ## measured speed: training against other tools, steering, scale (an hour)
 	$(PY) -m train.benchmark_training
+	$(PY) -m train.benchmark_collection
 	$(PY) -m train.benchmark_steering
 	$(PY) -m pytest -m bench --timeout 0 -s $(addprefix --ignore=,$(SOAK)) tests
 

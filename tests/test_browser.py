@@ -192,6 +192,12 @@ def test_the_gallery_finds_opens_and_sends_a_feature_through_the_tabs(visit: Ope
     expect(page.locator("fs-feature article")).to_have_attribute("aria-label", f"Feature {feature}")
     page.get_by_role("button", name="Show in map").click()
     expect(page.locator("fs-near article")).to_have_attribute("aria-label", f"Feature {feature}")
+    with page.expect_download() as report:
+        page.locator("fs-near").get_by_role("button", name="Save report").click()
+    saved = report.value.path().read_text()
+    assert f"Near feature {feature}" in saved
+    assert "the map of directions" in saved
+    assert saved.count("<img") == 4
     page.locator("fs-near").get_by_role("button", name="Steer with this").click()
     expect(page.locator(".fs-edit")).to_contain_text(f"#{feature},")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_activations import MANIFEST
 
+import train.benchmark_collection
 from fluxsae.activations import ShardFolder, mixing_buffer
 from fluxsae.artifacts import RunFolder, RunInfo
 from fluxsae.collection import (
@@ -41,6 +42,7 @@ from fluxsae.scoring import (
 )
 from fluxsae.settings import GenerationSettings
 from fluxsae.tables import Heatmaps
+from train.benchmark_collection import BenchmarkConfig
 
 PLACES = ["layer1", "single_transformer_blocks.0", "transformer_blocks.0.ff_context"]
 WORDS = ["red", "blue", "green", "pink", "cyan", "purple", "orange"]
@@ -399,3 +401,19 @@ def test_an_sae_is_scored_at_the_steps_nearest_to_its_sigmas(tiny_flux: FluxPipe
         trained_steps(sae, other)
     with pytest.raises(FluxSaeError, match="does not say what steps it was trained on"):
         trained_steps(SparseAutoencoder(replace(sae.config, trained_on=None)), sigmas)
+
+
+def test_the_benchmark_counts_blocks_and_bytes(tiny_flux: FluxPipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    config = BenchmarkConfig(step=1, n_images=2, repeats=1)
+    speed = train.benchmark_collection.main(config, pipe=tiny_flux)
+    n_steps = default_settings(tiny_flux).num_inference_steps
+    n_blocks = len(tiny_flux.transformer.transformer_blocks) + len(tiny_flux.transformer.single_transformer_blocks)
+    assert speed.blocks_share == pytest.approx((n_blocks + 2) / (n_steps * n_blocks))
+    assert speed.all_steps_bytes > speed.n_bytes > speed.all_steps_bytes / (2 * n_steps)
+    assert "blocks run" in capsys.readouterr().out
+
+
+@pytest.mark.bench
+def test_early_exit_takes_about_the_share_of_blocks_that_it_runs(miniature: FluxPipeline) -> None:
+    speed = train.benchmark_collection.main(BenchmarkConfig(), pipe=miniature)
+    assert speed.early_seconds / speed.denoised_seconds <= speed.blocks_share + 0.05

@@ -17,6 +17,7 @@ from fluxsae.evaluation.outcomes import OBJECT_ATTRIBUTES, Outcome, Tally, compa
 from fluxsae.evaluation.probes import TokenMoments
 from fluxsae.evaluation.steering import (
     LaboratoryConfig,
+    _Case,
     _control_seed,
     candidate_features,
     mean_difference,
@@ -25,10 +26,11 @@ from fluxsae.evaluation.steering import (
 from fluxsae.evaluation.steering_report import DIRECTIONS, EditSettings, TrialResult
 from fluxsae.evaluation.steering_tables import laboratory_text
 from fluxsae.evaluation.truths import CONCEPTS, Concept
-from fluxsae.flux import FluxPipeline
-from fluxsae.hookpoints import HookPoint
+from fluxsae.flux import FluxPipeline, token_grid
+from fluxsae.hookpoints import HookPoint, TokenGrid
 from fluxsae.miniature.scenes import ATTRIBUTES, Scene, prompted_attributes, sample_scene
 from fluxsae.sae import SaeConfig, SparseAutoencoder
+from fluxsae.steering import steer
 
 RED = Concept("colour", "red")
 
@@ -186,7 +188,7 @@ def test_the_laboratory_chooses_on_some_pictures_and_reports_on_others(
         assert len(result.curve) == 3
     assert json.loads(json.dumps(report.to_dict()))["defaults"]["suppress"]["mode"] == "scale"
     text = laboratory_text(report)
-    assert "amplify: add 5 at transformer_blocks.1.ff, steps 2 to 3" in text
+    assert "amplify: add 5 at transformer_blocks.1.ff, steps 2 to 3, " in text
     assert "colour orange" in text
 
 
@@ -210,6 +212,36 @@ def test_a_hook_point_does_not_win_by_knowing_few_concepts(
         untold = [line for line in report.skipped if f"({direction})" in line]
         assert len(told) + len(untold) == 2
         assert all("no feature of transformer_blocks.1.ff" in line for line in untold)
+
+
+def test_an_object_is_painted_where_it_is_and_the_background_where_no_object_is() -> None:
+    grid = TokenGrid(8, 8)
+    case = _Case(draw_subject(RED, has_concept=True, seed=5), scene(size="small", position="left"))
+    thing, rest = (np.array(case.painted(name, grid)) for name in ("colour", "background"))
+    assert 0 < thing.sum() < rest.sum() < grid.n_tokens
+    assert (thing | rest).all()
+    assert np.argwhere(thing)[:, 1].max() < grid.cols - 1
+    assert not rest[thing].all()
+
+
+def test_a_painted_edit_gets_the_region_of_its_own_picture(
+    tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fluxsae.evaluation.steering.read_scene", read_parity)
+    given: list[SteeringEdit] = []
+
+    def spy(pipe: FluxPipeline, saes: Any, edits: Any, **named: Any) -> Any:
+        given.extend(edit for item in edits for edit in item)
+        return steer(pipe, saes, edits, **named)
+
+    monkeypatch.setattr("fluxsae.evaluation.steering.steer", spy)
+    config = LaboratoryConfig(
+        n_select=1, n_report=1, add=(5.0,), scale=(-3.0,), starts=(0.5,), curve=(), where=("painted",)
+    )
+    report = run_laboratory(tiny_flux, {DOUBLE: SAES[DOUBLE]}, {DOUBLE: {RED: [3]}}, settings=SETTINGS, config=config)
+    assert report.defaults["amplify"].where == "painted"
+    case = _Case(draw_subject(RED, has_concept=True, seed=0), scene())
+    assert {edit.region for edit in given} == {case.painted("colour", token_grid(tiny_flux, SETTINGS))}
 
 
 def test_controls_differ_from_picture_to_picture() -> None:

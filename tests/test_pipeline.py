@@ -1,6 +1,7 @@
 """The stages in one process: done once, skipped when complete, refused when they would become something else."""
 
 import json
+import shutil
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 
 from fluxsae.artifacts import RunFolder, RunInfo
 from fluxsae.errors import FluxSaeError
+from fluxsae.sae import SparseAutoencoder
 from fluxsae.scores import ScoreMatrix
 from fluxsae.settings import GenerationSettings
 from train import analyze, collect, score
@@ -19,7 +21,7 @@ from train.pipeline import (
     PIPELINE_STAGES,
     PipelineConfig,
     build_recipe,
-    build_stage_config,
+    build_stage_configs,
     choose_stages,
     main,
     parse_arguments,
@@ -150,17 +152,36 @@ def test_flags_override_the_file_and_set_overrides_its_tables(tmp_path: Path) ->
     config = parse_arguments(["--config", str(path), "--seed", "0", "--set", "fit.k=16", "score.step=3"])
     assert (config.flux, config.seed, config.steps) == ("a/b", 0, (1,))
     recipe = build_recipe(config)
-    fit = build_stage_config("fit", recipe, RunFolder("r"))
+    (fit,) = build_stage_configs("fit", recipe, RunFolder("r"))
     assert (fit.k, fit.epochs, fit.seed, fit.flux) == ((16,), 3, 0, "a/b")
-    assert build_stage_config("collect", recipe, RunFolder("r")).steps == (1,)
-    assert build_stage_config("score", recipe, RunFolder("r")).step == 3
+    assert build_stage_configs("collect", recipe, RunFolder("r"))[0].steps == (1,)
+    assert build_stage_configs("score", recipe, RunFolder("r"))[0].step == 3
+
+
+def test_hook_points_may_have_saes_of_their_own(finished: PipelineConfig, tmp_path: Path) -> None:
+    assert finished.run is not None
+    shutil.copytree(finished.run / "activations", tmp_path / "run" / "activations")
+    for name in ("run.json", "config.json"):
+        shutil.copy(finished.run / name, tmp_path / "run")
+    (tmp_path / "own.toml").write_text(
+        '[[fit]]\nhookpoint = ["layer0"]\narch = "batchtopk"\n[[fit]]\nhookpoint = ["layer2"]\narch = "topk"\n'
+    )
+    config = replace(finished, run=tmp_path / "run", config=tmp_path / "own.toml", only=("fit",))
+    assert [(result.name, result.word) for result in main(config)] == [("fit", "done")] * 2
+    saes = [SparseAutoencoder.from_pretrained(tmp_path / "run" / "sae" / f"transformer_blocks.{i}.ff") for i in (0, 2)]
+    assert [sae.config.architecture for sae in saes] == ["batchtopk", "topk"]
+    assert [sae.config.k for sae in saes] == [4, 4]  # --set reaches every table
+    recipe = build_recipe(config)
+    (tmp_path / "again.toml").write_text(recipe.to_toml())
+    again = build_recipe(PipelineConfig.from_file(tmp_path / "again.toml"))
+    assert list(again.stages["fit"]) == list(recipe.stages["fit"])
 
 
 def test_the_bundled_recipe_is_valid() -> None:
     config = parse_arguments(["--flux", "miniature"])
     recipe = build_recipe(config)
     for stage in PIPELINE_STAGES:
-        build_stage_config(stage, recipe, RunFolder("r"))
+        build_stage_configs(stage, recipe, RunFolder("r"))
     assert PipelineConfig.from_file(MINIATURE_RECIPE).flux == "miniature"
 
 
@@ -187,7 +208,13 @@ def test_wrong_options_are_refused_before_anything_runs(assignment: str, message
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[flux", "not valid TOML"), ("seed = 1", "must stand in a table"), ("[flux]\nsead = 1", "names sead")],
+    [
+        ("[flux", "not valid TOML"),
+        ("seed = 1", "must stand in a table"),
+        ("[flux]\nsead = 1", "names sead"),
+        ("fit = [1]", "must stand in a table"),
+        ("[[score]]\nstep = 1", r"score stands several times; only \[\[fit\]\] may"),
+    ],
 )
 def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(text)

@@ -14,6 +14,8 @@ the run as run.toml; a file of that form goes in by --config:
     hookpoints = ["layer1", "layer3"]
     [fit]                         # the options of `python -m train.fit`, with _ for -
     epochs = 20
+
+Where hook points need other SAEs, [[fit]] stands once for each, with its own hookpoint = [...].
 """
 
 import argparse
@@ -118,12 +120,16 @@ class Recipe:
 
     flux: Mapping[str, Any]
     pipeline: Mapping[str, Any]
-    stages: Mapping[str, Mapping[str, Any]]
+    stages: Mapping[str, Sequence[Mapping[str, Any]]]
+    """Several tables for one stage: it is run once with each."""
 
     def to_toml(self) -> str:
         """The recipe as `--config` reads it."""
-        tables = {"flux": self.flux, "pipeline": self.pipeline, **self.stages}
-        return "\n".join(_to_toml(name, values) for name, values in tables.items() if values)
+        parts = [_to_toml(f"[{name}]", values) for name, values in (("flux", self.flux), ("pipeline", self.pipeline))]
+        for name, tables in self.stages.items():
+            head = f"[[{name}]]" if len(tables) > 1 else f"[{name}]"
+            parts += [_to_toml(head, values) for values in tables if values]
+        return "\n".join(parts)
 
 
 def main(config: PipelineConfig) -> list[StageResult]:
@@ -134,15 +140,15 @@ def main(config: PipelineConfig) -> list[StageResult]:
         check_export(config.export)
     check_push(config.push_to)
     run = RunFolder(config.run or Path("runs") / Path(config.flux).name)
-    configs = {stage: build_stage_config(stage, recipe, run, force=config.force) for stage in chosen}
+    configs = {stage: build_stage_configs(stage, recipe, run, force=config.force) for stage in chosen}
     if not config.only and config.from_ is None:
         write_text(run.toml_path, recipe.to_toml())
     open_flux = functools.cache(config.open)
     results = []
     for stage in chosen:
         extra = {"open_flux": open_flux} if stage in _OPENS_FLUX else {}
-        result = _MAINS[stage](configs[stage], **extra)
-        results += [result] if result is not None else []
+        found = [_MAINS[stage](own, **extra) for own in configs[stage]]
+        results += [result for result in found if result is not None]
     print("\n" + format_table(results))
     if config.export is not None:
         export_run(run, config.export)
@@ -213,32 +219,45 @@ def build_recipe(config: PipelineConfig) -> Recipe:
     """
     path = config.config or (MINIATURE_RECIPE if config.flux == "miniature" else None)
     tables = _read_tables(path) if path is not None else {}
-    stages = {name: values for name, values in tables.items() if name not in ("flux", "pipeline")}
+    stages = {
+        name: values if isinstance(values, list) else [values]
+        for name, values in tables.items()
+        if name not in ("flux", "pipeline")
+    }
     for assignment in config.set:
         _assign(stages, assignment)
     _refuse_unknown(stages, PIPELINE_STAGES, where="a table of the file or --set")
     if config.flux != "miniature":
-        stages.setdefault("embed", {}).setdefault("model", _REAL_CLIP)
+        stages.setdefault("embed", [{}])[0].setdefault("model", _REAL_CLIP)
     flux, pipeline = ({name: getattr(config, name) for name in names} for names in (_FLUX_FIELDS, _PIPELINE_FIELDS))
     flux["prompts"] = str(config.prompts) if config.prompts is not None else None
     return Recipe(flux, {name: list(values) for name, values in pipeline.items()}, stages)
 
 
-def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
+def _read_tables(path: Path) -> dict[str, Any]:
+    """The file's tables by name; `fit` may be a list of tables."""
     if not path.is_file():
         raise FluxSaeError(f"There is no file {path}. Give a run.toml, such as the one a run folder holds.")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FluxSaeError(f"{path} is not valid TOML: {error}.") from error
-    loose = [name for name, value in tables.items() if not isinstance(value, dict)]
+    loose = [name for name, value in tables.items() if not isinstance(value, dict | list) or value == []]
+    loose += [
+        name
+        for name, value in tables.items()
+        if isinstance(value, list) and not all(isinstance(v, dict) for v in value)
+    ]
     if loose:
         raise FluxSaeError(f"{path}: {', '.join(loose)} must stand in a table, such as [flux] or [fit].")
+    repeated = [name for name, value in tables.items() if isinstance(value, list) and name != "fit"]
+    if repeated:
+        raise FluxSaeError(f"{path}: {', '.join(repeated)} stands several times; only [[fit]] may.")
     return tables
 
 
-def _assign(stages: dict[str, dict[str, Any]], assignment: str) -> None:
-    """Adds `stage.option=value`, the value written as in TOML, or as plain text."""
+def _assign(stages: dict[str, list[dict[str, Any]]], assignment: str) -> None:
+    """Adds `stage.option=value`, the value written as in TOML, or as plain text, to every table of the stage."""
     path, equals, text = assignment.partition("=")
     stage, *names = path.strip().split(".")
     if not equals or not names:
@@ -247,10 +266,10 @@ def _assign(stages: dict[str, dict[str, Any]], assignment: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    table = stages.setdefault(stage, {})
-    for name in names[:-1]:
-        table = table.setdefault(name, {})
-    table[names[-1]] = value
+    for table in stages.setdefault(stage, [{}]):
+        for name in names[:-1]:
+            table = table.setdefault(name, {})  # noqa: PLW2901
+        table[names[-1]] = value
 
 
 def _refuse_unknown(given: Mapping[str, Any], allowed: Sequence[str], *, where: str) -> None:
@@ -259,13 +278,17 @@ def _refuse_unknown(given: Mapping[str, Any], allowed: Sequence[str], *, where: 
         raise FluxSaeError(f"{where} names {', '.join(unknown)}, which does not exist. Allowed: {', '.join(allowed)}.")
 
 
-def build_stage_config(stage: StageName, recipe: Recipe, run: RunFolder, *, force: bool = False) -> Any:
-    """The config of one stage: its own options and what all stages share.
+def build_stage_configs(stage: StageName, recipe: Recipe, run: RunFolder, *, force: bool = False) -> list[Any]:
+    """The configs with which a stage is run, one after the other: its own options and what all stages share.
 
     Raises:
         FluxSaeError: an option that the stage does not have, that is shared, or of the wrong type.
     """
-    kind, own = _CONFIGS[stage], recipe.stages.get(stage, {})
+    return [_stage_config(stage, own, recipe, run, force=force) for own in recipe.stages.get(stage, [{}])]
+
+
+def _stage_config(stage: StageName, own: Mapping[str, Any], recipe: Recipe, run: RunFolder, *, force: bool) -> Any:
+    kind = _CONFIGS[stage]
     shared: dict[str, Any] = {"run": str(run.path), "force": force}
     names = {field.name for field in fields(kind)}
     shared |= {name: value for name, value in recipe.flux.items() if name in names and _is_shared(kind, name, value)}
@@ -321,12 +344,13 @@ def _checked(options: tuple[Any, ...], value: Any, *, where: str) -> Any:
     return value
 
 
-def _to_toml(name: str, values: Mapping[str, Any]) -> str:
-    lines = [f"[{name}]"]
+def _to_toml(head: str, values: Mapping[str, Any]) -> str:
+    lines = [head]
     tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
     plain = {key: value for key, value in values.items() if key not in tables and value is not None}
     lines += [f"{key} = {_to_toml_value(value)}" for key, value in plain.items()]
-    return "\n".join([*lines, "", *(_to_toml(f"{name}.{key}", table) for key, table in tables.items())])
+    name = head.strip("[]")  # the tables inside a table of a list belong to the last one of that name
+    return "\n".join([*lines, "", *(_to_toml(f"[{name}.{key}]", table) for key, table in tables.items())])
 
 
 def _to_toml_value(value: Any) -> str:

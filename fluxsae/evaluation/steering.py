@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing import get_context
 from typing import Any, Final, Literal
@@ -36,11 +36,12 @@ from fluxsae.evaluation.steering_report import (
     EditSettings,
     LaboratoryReport,
     TrialResult,
+    Where,
 )
 from fluxsae.evaluation.stream import OnProgress
 from fluxsae.evaluation.truths import CONCEPTS, Concept, coverage
 from fluxsae.flux import FluxPipeline, capture, decode_latents, denoise_to, generate, generate_from, token_grid
-from fluxsae.hookpoints import HookPoint
+from fluxsae.hookpoints import HookPoint, TokenGrid
 from fluxsae.measurements import random_directions, random_features
 from fluxsae.miniature.scenes import Scene, read_scene
 from fluxsae.sae import SaeConfig, SparseAutoencoder
@@ -51,6 +52,8 @@ from fluxsae.sweeps import first_edited_step
 _REPORT_SEEDS: Final = 1 << 21
 _SELECT_SEEDS: Final = 1 << 20
 _DRAWS_PER_SUBJECT: Final = 4
+_PAINTED: Final = 0.1
+"""Share of a token's patch from which a brush that covers an object touches it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,8 @@ class LaboratoryConfig:
     """Where windows start, as fractions of the schedule."""
     stop: float = 1.0
     """Where they end."""
+    where: tuple[Where, ...] = ("everywhere", "painted")
+    """Whether edits act on the whole picture, or where the attribute lies in the unedited one."""
     n_features: int = 2
     """Matched features of a concept that are tried, the best by AUC first."""
     n_moment_images: int = 96
@@ -95,6 +100,8 @@ class LaboratoryConfig:
                 f"starts is {self.starts} and stop {self.stop}; they are fractions of the schedule: "
                 "at least one start, each at least 0 and below stop, and stop at most 1."
             )
+        if not self.where:
+            raise FluxSaeError("where is empty; name everywhere, painted or both.")
         for direction in DIRECTIONS:
             if not self.modes(direction):
                 raise FluxSaeError(
@@ -113,6 +120,7 @@ class Arm:
 
     name: str
     edits: tuple[SteeringEdit, ...]
+    where: Where = "everywhere"
     control: Literal["", "random direction", "random feature"] = ""
     """In place of the feature's decoder row: a random direction, or another feature's row, of equal norm."""
 
@@ -168,6 +176,12 @@ class _Case:
 
     subject: Subject
     before: Scene
+
+    def painted(self, attribute: str, grid: TokenGrid) -> tuple[tuple[bool, ...], ...]:
+        """The tokens on which an attribute lies: rows of the token grid."""
+        rows = [row for row, concept in enumerate(CONCEPTS) if concept.attribute == attribute]
+        lies = coverage(self.before, grid)[rows].max(axis=0) > _PAINTED
+        return tuple(tuple(line) for line in lies.reshape(grid.rows, grid.cols).tolist())
 
 
 def _is_readable(scene: Scene, concept: Concept, *, has_concept: bool) -> bool:
@@ -264,7 +278,7 @@ class _Bench:
         return scenes
 
     def _edited_scenes(
-        self, cases: Sequence[_Case], arms: Sequence[Arm], saes: Mapping[HookPoint, SparseAutoencoder]
+        self, cases: Sequence[_Case], attribute: str, arms: Sequence[Arm], saes: Mapping[HookPoint, SparseAutoencoder]
     ) -> list[list[Scene]]:
         """For each arm the scene of each case; the steps before an arm's first edit run once a case."""
         groups: dict[int, list[int]] = {}
@@ -273,12 +287,17 @@ class _Bench:
             groups.setdefault(first, []).append(place)
         found: dict[int, list[Scene]] = {}
         for first, places in groups.items():
-            columns = self._scenes_from(first, cases, [arms[place] for place in places], saes)
+            columns = self._scenes_from(first, cases, attribute, [arms[place] for place in places], saes)
             found |= dict(zip(places, columns, strict=True))
         return [found[place] for place in range(len(arms))]
 
     def _scenes_from(
-        self, first: int, cases: Sequence[_Case], arms: Sequence[Arm], saes: Mapping[HookPoint, SparseAutoencoder]
+        self,
+        first: int,
+        cases: Sequence[_Case],
+        attribute: str,
+        arms: Sequence[Arm],
+        saes: Mapping[HookPoint, SparseAutoencoder],
     ) -> list[list[Scene]]:
         """For each arm the scene of each case, where no arm edits before step `first`."""
         per_batch = max(1, self.config.batch_size // len(arms))
@@ -292,7 +311,7 @@ class _Bench:
                 settings=self.settings,
                 step=first,
             )
-            edits = [arm.edits for _ in part for arm in arms]
+            edits = [self._edits(case, attribute, arm) for case in part for arm in arms]
             with steer(
                 self.pipe,
                 saes,
@@ -306,6 +325,13 @@ class _Bench:
             scenes += self.read(decode_latents(self.pipe, latents, self.settings))
         return [scenes[place :: len(arms)] for place in range(len(arms))]
 
+    def _edits(self, case: _Case, attribute: str, arm: Arm) -> tuple[SteeringEdit, ...]:
+        """An arm's edits on one picture: in its painted region where the arm asks for it."""
+        if arm.where == "everywhere":
+            return arm.edits
+        region = case.painted(attribute, token_grid(self.pipe, self.settings))
+        return tuple(replace(edit, region=region) for edit in arm.edits)
+
     def _outcomes(
         self,
         stage: str,
@@ -316,7 +342,7 @@ class _Bench:
     ) -> list[list[Outcome]]:
         """For each arm the outcome of each case."""
         cases = self._cases[stage, concept, direction]
-        scenes = self._edited_scenes(cases, arms, self.saes if saes is None else saes)
+        scenes = self._edited_scenes(cases, concept.attribute, arms, self.saes if saes is None else saes)
         return [
             [compare_scenes(case.before, after, concept) for case, after in zip(cases, column, strict=True)]
             for column in scenes
@@ -329,8 +355,9 @@ class _Bench:
         n_steps = self.settings.num_inference_steps
         stop = round(self.config.stop * n_steps)
         return [
-            EditSettings(place, mode, strength, (round(start * n_steps), stop))
+            EditSettings(place, mode, strength, (round(start * n_steps), stop), where)
             for place in sorted(self.features)
+            for where in self.config.where
             for start in self.config.starts
             for mode, strength in self.config.modes(direction)
         ]
@@ -377,7 +404,7 @@ class _Bench:
                 for feature in self.features[place][concept]
                 if chosen.hookpoint == place and self._is_possible(place, feature, chosen.mode)
             ]
-            arms = [Arm("feature", (chosen.edit(feature),)) for chosen, feature in tried]
+            arms = [Arm("feature", (chosen.edit(feature),), chosen.where) for chosen, feature in tried]
             outcomes = self._outcomes("select", concept, direction, arms)
             for (chosen, feature), found in zip(tried, outcomes, strict=True):
                 scores.setdefault(chosen, {}).setdefault(concept, {})[feature] = found
@@ -424,10 +451,10 @@ class _Bench:
         wanted = direction == "amplify"
         strengths = self._curve(chosen)
         arms = [
-            *(Arm(f"strength {strength:g}", (chosen.edit(feature, strength=strength),)) for strength in strengths),
-            Arm("feature", (chosen.edit(feature),)),
-            Arm("random direction", (chosen.edit(feature),), "random direction"),
-            Arm("random feature", (chosen.edit(feature),), "random feature"),
+            *(Arm(f"strength {s:g}", (chosen.edit(feature, strength=s),), chosen.where) for s in strengths),
+            Arm("feature", (chosen.edit(feature),), chosen.where),
+            Arm("random direction", (chosen.edit(feature),), chosen.where, "random direction"),
+            Arm("random feature", (chosen.edit(feature),), chosen.where, "random feature"),
         ]
         outcomes = self._outcomes("report", concept, direction, arms)
         tallies = {arm.name: Tally.of(o, wanted=wanted) for arm, o in zip(arms, outcomes, strict=True)}
@@ -464,7 +491,11 @@ class _Bench:
         strengths: tuple[float, ...] = (0.5, 1.0, 2.0) if direction == "amplify" else (1.0,)
         mode = "add" if direction == "amplify" else "project_out"
         arms = [
-            Arm("difference of means", (SteeringEdit(chosen.hookpoint, 0, mode, strength, steps=chosen.steps),))
+            Arm(
+                "difference of means",
+                (SteeringEdit(chosen.hookpoint, 0, mode, strength, steps=chosen.steps),),
+                chosen.where,
+            )
             for strength in strengths
         ]
         outcomes = self._outcomes("report", concept, direction, arms, {chosen.hookpoint: sae})

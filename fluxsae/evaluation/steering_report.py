@@ -19,6 +19,11 @@ _PENALTY: Final = 2.0
 """Success that a setting must gain for each unit of specificity that it misses."""
 
 
+Where = Literal["everywhere", "painted"]
+"""Whether an edit acts on the whole picture, or where the attribute lies in the unedited one: what a person who
+steers would paint, the object for its attributes, all else for the background."""
+
+
 @dataclass(frozen=True)
 class EditSettings:
     """How a feature is turned in one direction, at one hook point."""
@@ -27,9 +32,10 @@ class EditSettings:
     mode: str
     strength: float
     steps: tuple[int, int]
+    where: Where = "everywhere"
 
     def edit(self, feature: int, *, strength: float | None = None) -> SteeringEdit:
-        """The edit of a feature, at these settings or at another strength."""
+        """The edit of a feature, at these settings or at another strength; a picture's own region is added later."""
         chosen = self.strength if strength is None else strength
         return SteeringEdit(self.hookpoint, feature, self.mode, chosen, steps=self.steps)
 

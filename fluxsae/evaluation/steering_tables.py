@@ -26,7 +26,7 @@ def laboratory_text(report: LaboratoryReport) -> str:
 def describe_settings(chosen: EditSettings) -> str:
     """Settings in one line."""
     start, stop = chosen.steps
-    return f"{chosen.mode} {chosen.strength:g} at {chosen.hookpoint}, steps {start} to {stop - 1}"
+    return f"{chosen.mode} {chosen.strength:g} at {chosen.hookpoint}, steps {start} to {stop - 1}, {chosen.where}"
 
 
 def _defaults_text(report: LaboratoryReport) -> str:

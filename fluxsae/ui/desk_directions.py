@@ -73,6 +73,8 @@ class DirectionsDesk:
                 for feature, cosine in self._near(request)
             ],
             "code": snippets("directions", request.model_dump(), "neighbours, plot"),
+            "link": views.encode_view({"tab": "directions", **request.model_dump()}),
+            "versions": dict(self.bench.versions),
         }
 
     def compare(self, first: Any, second: Any) -> dict[str, Any]:

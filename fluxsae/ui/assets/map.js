@@ -153,6 +153,17 @@ FS.define("fs-near", (root, data) => {
   const map = document.querySelector("fs-map");
   if (map && map.data && map.data.hookpoint === data.hookpoint && map.choose) map.choose(data.feature);
   const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: data.feature });
+  const link = () => FS.viewLink(data.link);
+  const report = () => {
+    const chart = map && map.data && map.data.hookpoint === data.hookpoint ? map.querySelector("canvas") : null;
+    const drawn = [...root.querySelectorAll(".fs-trio canvas")];
+    FS.saveReport({ title: `Near feature ${data.feature}: ${FS.title(data)}`, link: link(), versions: data.versions,
+      words: `Features of ${data.hookpoint} (${data.word}) that write in a similar direction, by cosine of their decoder rows.`,
+      pictures: [...(chart ? [["the map of directions", chart.toDataURL("image/png")]] : []),
+        ...drawn.map((canvas, at) => [FS.told(data.pictures[at]), canvas.toDataURL("image/png")])],
+      measurement: { hookpoint: data.hookpoint, feature: data.feature, label: data.label, encoder_decoder_cosine: data.alignment,
+        nearest: data.near.map(({ feature, label, cosine }) => ({ feature, label, cosine })) } });
+  };
   root.append(FS.el("article", { class: "fs-nearcard", style: { "--chip": data.colour }, "aria-label": `Feature ${data.feature}` },
     FS.el("div", { class: "fs-row" }, FS.chip(data.colour), FS.el("h2", { class: "fs-name", text: FS.title(data) })),
     FS.el("p", { class: "fs-quiet fs-num", text: `feature ${data.feature}, ${data.word}; on ${FS.share(data.image_density)} of images` }),
@@ -167,6 +178,8 @@ FS.define("fs-near", (root, data) => {
         FS.chip(other.colour), FS.el("span", { class: "fs-label", text: FS.title(other) }), FS.el("span", { class: "fs-quiet fs-num", text: `#${other.feature}` })),
       FS.bar(Math.max(0, other.cosine), other.colour, `cosine ${other.cosine.toFixed(2)}`),
       FS.el("span", { class: "fs-num fs-quiet", text: other.cosine.toFixed(2) })))),
+    FS.el("div", { class: "fs-row fs-wrap fs-tight" }, FS.copyButton(link, "Copy link"),
+      FS.el("button", { class: "fs-button fs-small", type: "button", text: "Save report", onclick: report })),
     FS.code(data.code)));
 });
 
