@@ -12,12 +12,13 @@ from fluxsae.ui.session import open_workbench
 
 
 def main() -> None:
-    """Builds and launches; FLUX warms up in the background once the page is there (loading it starves a start-up)."""
+    """Builds and launches; FLUX is imported before the page is there and loaded in the background afterwards."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     bench = open_workbench()
     if is_zero_gpu():
         serve(bench)
     app = build_app(bench)
+    bench.prepare()
     app.launch(**launch_options(), prevent_thread_lock=True)
     bench.warm_up()
     app.block_thread()

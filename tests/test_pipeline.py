@@ -183,6 +183,9 @@ def test_the_bundled_recipe_is_valid() -> None:
     for stage in PIPELINE_STAGES:
         build_stage_configs(stage, recipe, RunFolder("r"))
     assert PipelineConfig.from_file(MINIATURE_RECIPE).flux == "miniature"
+    (collected,) = build_stage_configs("collect", recipe, RunFolder("r"))
+    fitted = [place for fit in build_stage_configs("fit", recipe, RunFolder("r")) for place in fit.hookpoint]
+    assert list(collected.hookpoints) == fitted
 
 
 @pytest.mark.parametrize(

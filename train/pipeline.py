@@ -229,7 +229,9 @@ def build_recipe(config: PipelineConfig) -> Recipe:
     _refuse_unknown(stages, PIPELINE_STAGES, where="a table of the file or --set")
     if config.flux != "miniature":
         stages.setdefault("embed", [{}])[0].setdefault("model", _REAL_CLIP)
-    flux, pipeline = ({name: getattr(config, name) for name in names} for names in (_FLUX_FIELDS, _PIPELINE_FIELDS))
+    flux = {name: getattr(config, name) for name in _FLUX_FIELDS}
+    shared = _converted(PipelineConfig, tables.get("pipeline", {}), where=f"{path} [pipeline]")
+    pipeline = {name: getattr(config, name) or shared.get(name, ()) for name in _PIPELINE_FIELDS}
     flux["prompts"] = str(config.prompts) if config.prompts is not None else None
     return Recipe(flux, {name: list(values) for name, values in pipeline.items()}, stages)
 

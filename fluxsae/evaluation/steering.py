@@ -64,11 +64,11 @@ class LaboratoryConfig:
     """Pictures a concept and direction on which hook point, mode, strength, window and feature are chosen."""
     n_report: int = 8
     """Further pictures a concept and direction on which the chosen settings are reported."""
-    add: tuple[float, ...] = (0.5, 1.0, 2.0)
+    add: tuple[float, ...] = (0.25, 0.5, 1.0)
     """Strengths of mode add that are tried to turn a feature up."""
     clamp: tuple[float, ...] = ()
     """Strengths of mode clamp that are tried to turn a feature up."""
-    scale: tuple[float, ...] = (0.0, -1.0)
+    scale: tuple[float, ...] = (0.0, -1.0, -2.0)
     """Strengths of mode scale that are tried to turn a feature down."""
     project_out: tuple[float, ...] = ()
     """Strengths of mode project_out that are tried to turn a feature down."""

@@ -69,9 +69,13 @@ class Situation:
     processes: Processes = field(default_factory=Processes)
     scratch: dict[str, Tensor] = field(default_factory=dict)
     """Memory that is kept from step to step: fetching large pieces anew costs more than filling them."""
+    current: set[str] = field(default_factory=set)
+    """Names of scratch memory that holds its tensor as it is now."""
 
     def lowered(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor in the type it is multiplied in, in the scratch memory of that name."""
+        if name in self.current:
+            return self.scratch[name]
         if name not in self.scratch:
             self.scratch[name] = lowered(tensor, self.precision)
             return self.scratch[name]

@@ -20,10 +20,13 @@ from fluxsae.ui.requests import FeatureRequest, SteerRequest, SweepRequest
 from fluxsae.ui.session import Workbench
 from fluxsae.ui.snippets import snippets
 
-MAX_AMPLIFY = 4.0
+MAX_SUPPRESS = 2.0
+"""The left end of a slider: what is taken away, as a share of the feature's own activation. Taking away just what is
+there is often too little: the blocks behind the edit read the prompt again."""
+MAX_AMPLIFY = 2.0
 """The right end of a slider: multiples of the feature's usual strength that are added."""
-STRIP = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0)
-"""Slider positions of the strip, from "taken away" to the right end."""
+STRIP = (-1.0, -0.5, 0.0, 0.125, 0.25, 0.5, 1.0)
+"""Slider positions of the strip, from the left end to the right one."""
 MAX_PAGE_EDITS = 6
 SUGGESTED = 14
 MAX_STARTERS = 6
@@ -296,6 +299,7 @@ class SteerDesk:
             "rows": self.limits.rows,
             "cols": self.limits.cols,
             "max_steps": self.limits.max_steps,
+            "max_suppress": MAX_SUPPRESS,
             "max_amplify": MAX_AMPLIFY,
             "suggestions": self._suggestions(),
         }
@@ -320,11 +324,11 @@ class SteerDesk:
 
     def _slider_of(self, edit: SteeringEdit) -> dict[str, Any]:
         if edit.mode == "scale":
-            turn = edit.strength - 1
+            turn = (edit.strength - 1) / MAX_SUPPRESS
         elif edit.mode == "add":
             turn = edit.strength / MAX_AMPLIFY
         elif edit.mode == "ablate":
-            turn = -edit.strength
+            turn = -edit.strength / MAX_SUPPRESS
         else:
             raise FluxSaeError(f"Mode {edit.mode} has no slider on this page; use /steer, which knows every mode.")
         values = edit.to_dict()
@@ -337,7 +341,7 @@ class SteerDesk:
         turn = slider.get("turn")
         if isinstance(turn, bool) or not isinstance(turn, (int, float)) or not -1 <= turn <= 1:
             raise FluxSaeError(f"turn is {str(turn)[:40]}; a slider gives a number from -1 to 1.")
-        mode, strength = ("scale", 1.0 + turn) if turn < 0 else ("add", turn * MAX_AMPLIFY)
+        mode, strength = ("scale", 1.0 + turn * MAX_SUPPRESS) if turn < 0 else ("add", turn * MAX_AMPLIFY)
         return SteeringEdit.from_dict(
             {
                 "hookpoint": slider.get("hookpoint"),

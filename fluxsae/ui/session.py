@@ -218,13 +218,22 @@ class Workbench:
         """FLUX and the autoencoders, ready to use."""
         _ = (self.pipe, self.saes)
 
+    def prepare(self) -> None:
+        """Imports what the first image needs; once the page is served this would fight it for the interpreter."""
+        if self._runs_flux:
+            import fluxsae.flux  # noqa: F401
+
+    @property
+    def _runs_flux(self) -> bool:
+        return self.has_local_flux or self.device != "cpu"
+
     def warm_up(self) -> None:
         """Loads what the first visitor would wait for, in the background: FLUX in its lane first, then CLIP."""
         threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
 
     def _warm_up(self) -> None:
         try:
-            if self.has_local_flux or self.device != "cpu":
+            if self._runs_flux:
                 self.lane.call(self.load_models)
             _ = self.embedder
         except Exception:  # the visitor who needs it gets the same error, in words

@@ -1,9 +1,9 @@
 // The steering tab: sliders with their safe range, before and after, a strip of strengths, painting the region.
 "use strict";
 
-FS.turnWords = (turn, most) => {
+FS.turnWords = (turn, { max_suppress: least, max_amplify: most }) => {
   if (Math.abs(turn) < 0.005) return "unchanged";
-  return turn < 0 ? `${Math.round(-turn * 100)} % taken away` : `${FS.number(turn * most, 2)} × its usual strength added`;
+  return turn < 0 ? `${Math.round(-turn * least * 100)} % taken away` : `${FS.number(turn * most, 2)} × its usual strength added`;
 };
 FS.safe = FS.safe || new Map();
 FS.safeKey = (edit) => `${edit.hookpoint}/${edit.feature}`;
@@ -20,13 +20,13 @@ FS.define("fs-edits", (root, data) => {
   };
   const row = (edit, at) => {
     const safe = FS.safe.get(FS.safeKey(edit));
-    const words = FS.el("output", { class: "fs-num", text: FS.turnWords(edit.turn, data.max_amplify) });
+    const words = FS.el("output", { class: "fs-num", text: FS.turnWords(edit.turn, data) });
     const slider = FS.el("input", { type: "range", min: -1, max: 1, step: 0.05, value: String(edit.turn), class: "fs-turn",
       "aria-label": `Strength of ${FS.title(edit)}, feature ${edit.feature}: left takes away, right adds` });
     slider.setAttribute("aria-valuetext", words.textContent);
     slider.addEventListener("input", () => {
       edit.turn = Math.abs(Number(slider.value)) < 0.03 ? 0 : Number(slider.value);
-      words.textContent = FS.turnWords(edit.turn, data.max_amplify);
+      words.textContent = FS.turnWords(edit.turn, data);
       slider.setAttribute("aria-valuetext", words.textContent);
     });
     slider.addEventListener("change", () => changed(false));
