@@ -43,8 +43,8 @@ def adam_(
         cuda.adam_(weights, gradients, mean, square, step=step, is_unit=is_unit)
         return
     if is_unit:
-        along = torch.bmm(gradients[:, None], weights[:, :, None])[:, 0]
-        gradients.addcmul_(along, weights, value=-1)
+        along = torch.linalg.vecdot(gradients, weights)
+        gradients.addcmul_(along[:, None], weights, value=-1)
     torch._fused_adam_(
         [weights], [gradients], [mean], [square], [], [step.count], lr=step.rate, beta1=step.beta1, beta2=step.beta2,
         weight_decay=0.0, eps=step.eps, amsgrad=False, maximize=False, grad_scale=step.divisor,

@@ -69,13 +69,9 @@ class Situation:
     processes: Processes = field(default_factory=Processes)
     scratch: dict[str, Tensor] = field(default_factory=dict)
     """Memory that is kept from step to step: fetching large pieces anew costs more than filling them."""
-    current: set[str] = field(default_factory=set)
-    """Names of scratch memory that holds its tensor as it is now."""
 
     def lowered(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor in the type it is multiplied in, in the scratch memory of that name."""
-        if name in self.current:
-            return self.scratch[name]
         if name not in self.scratch:
             self.scratch[name] = lowered(tensor, self.precision)
             return self.scratch[name]
@@ -104,8 +100,11 @@ def batch_gradients(
 
 
 def _pre_acts(sae: SparseAutoencoder, centred: Tensor, situation: Situation) -> Tensor:
-    """Pre-activations with float32 sums; on a CPU's sparse path rounded to bfloat16, which halves the time."""
-    if situation.is_sparse and centred.device.type == "cpu":
+    """Pre-activations with float32 sums; for `topk` on a CPU rounded to the type of the products: half the time.
+
+    Only what is multiplied next sees them there, in that type. Selection over a batch and penalties get them unrounded.
+    """
+    if sae.config.architecture == "topk" and centred.device.type == "cpu":
         encoder = situation.lowered("W_enc", sae.W_enc)
         bias = lowered(sae.b_enc, situation.precision)
         return torch.addmm(bias, lowered(centred, situation.precision), encoder.T)

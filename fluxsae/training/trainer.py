@@ -53,8 +53,6 @@ class SaeTrainer:
         self.n_skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._gradients: tuple[Tensor, Tensor] | None = None
         self._scratch: dict[str, Tensor] = {}
-        self._lowered_at: dict[str, int] = {}
-        """Version of each weight matrix whose copy in scratch memory is current."""
 
     def step(self, x_tilde: Float[Tensor, "tokens d_model"], step: int) -> dict[str, Tensor]:
         """One optimiser step on this process's share of a batch; what happened, as tensors on the device.
@@ -85,7 +83,6 @@ class SaeTrainer:
             selection_floor=floor if selects and step > 0 else None,
             processes=self.processes,
             scratch=self._scratch,
-            current={name for name, at in self._lowered_at.items() if self.sae.get_parameter(name)._version == at},
         )
 
     def _refresh_dead(self, step: int) -> None:
@@ -123,16 +120,11 @@ class SaeTrainer:
         self.step_count += 1 - step.is_skipped
         for name, gradient in gradients.small.items():
             adam_(self.sae.get_parameter(name), gradient, *self.moments[name], step=step)
-        weight_names = ("W_enc", "W_dec")
-        lowered = {n: self._scratch[n] for n in weight_names if n in self._scratch and self.precision == "bfloat16"}
         for rows in self._blocks():
-            for name, gradient in zip(weight_names, gradients.weight_rows(rows), strict=True):
+            for name, gradient in zip(("W_enc", "W_dec"), gradients.weight_rows(rows), strict=True):
                 mean, square = (moment[rows] for moment in self.moments[name])
                 weights = self.sae.get_parameter(name)[rows]
                 adam_(weights, gradient, mean, square, step=step, is_unit=name == "W_dec")
-                if name in lowered:
-                    lowered[name][rows] = weights  # while the block is in the cache
-        self._lowered_at = {name: self.sae.get_parameter(name)._version for name in lowered}
         if self.sae.config.architecture == "jumprelu":
             self.sae.threshold.clamp_(min=0)
         return is_skipped, norm
