@@ -39,7 +39,7 @@ class DemoConfig:
     """Images tried for each feature: from the one where it fires most down to one where it fires a little."""
     suppress: tuple[float, ...] = (0.0, -1.0)
     """Strengths of mode scale: what is left of the feature; below 0 more is taken away than is there."""
-    amplify: tuple[float, ...] = (0.25, 0.5, 1.0)
+    amplify: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Strengths of mode add: multiples of the feature's reference activation."""
     steps: tuple[int, int] | None = None
     """Window of the edits, [start, stop); left out, the noise levels the SAE was trained on."""

@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 from fluxsae.collection import CaptureRequest, ImagePlan, build_manifests, build_request, collect
-from fluxsae.flux import capture, generate, token_grid
+from fluxsae.flux import OutputType, capture, generate, token_grid
 from fluxsae.hookpoints import HookPoint
 from train.benchmark_steering import timed
 from train.flux_options import FluxOptions
@@ -117,7 +117,9 @@ def blocks_share(pipe: Any, place: HookPoint, *, step: int, n_steps: int) -> flo
     return (step * n_blocks + last) / (n_steps * n_blocks)
 
 
-def _generate(pipe: Any, plan: ImagePlan, request: CaptureRequest, *, stop_early: bool, output_type: str) -> None:
+def _generate(
+    pipe: Any, plan: ImagePlan, request: CaptureRequest, *, stop_early: bool, output_type: OutputType
+) -> None:
     for start in range(0, len(plan), request.batch_size):
         ids = range(start, min(start + request.batch_size, len(plan)))
         with capture(pipe, request.hookpoints, request.steps, stop_early=stop_early):

@@ -23,7 +23,7 @@ from fluxsae.ui.snippets import snippets
 MAX_SUPPRESS = 2.0
 """The left end of a slider: what is taken away, as a share of the feature's own activation. Taking away just what is
 there is often too little: the blocks behind the edit read the prompt again."""
-MAX_AMPLIFY = 2.0
+MAX_AMPLIFY = 1.5
 """The right end of a slider: multiples of the feature's usual strength that are added."""
 STRIP = (-1.0, -0.5, 0.0, 0.125, 0.25, 0.5, 1.0)
 """Slider positions of the strip, from the left end to the right one."""
