@@ -31,6 +31,10 @@ LIMITS_KEY: Final = "token_limits"
 """Where in a hook point's metrics.json the limits of clean tokens stand."""
 
 
+LEAST_SCORE = 0.005
+"""A demo with less shows nothing to the eye and is not kept."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """What the search tries for each feature."""
@@ -318,11 +322,11 @@ class _Search:
         self._save_checkpoint()
 
     def write_demos(self) -> list[SteeringDemo]:
-        """The best image of every feature that moved, as demos in the run folder."""
+        """The best image of every feature whose turning shows, as demos in the run folder."""
         demos = []
         for feature in self.features:
             best = max(self._images_of(feature), key=lambda image_id: self.done[feature, image_id].score)
-            if self.done[feature, best].score > 0:
+            if self.done[feature, best].score >= LEAST_SCORE:
                 demos.append(self._demo(feature, best, self.done[feature, best]))
         demos.sort(key=lambda demo: -demo.score.score)
         self.run.save_demos(self.place, [json.dumps(demo.to_dict()) for demo in demos])
@@ -350,7 +354,7 @@ class _Search:
     ) -> tuple[list[Variant], list[EditMeasurement]]:
         row = self.images[image_id]
         edits = self.edits[feature]
-        # Turning the feature all the way down touches exactly the tokens where it fires: that is its region.
+        # Scaling a feature touches exactly the tokens where it fires: that is its region.
         return measured_sweep(
             self.pipe,
             {self.place: self.sae},

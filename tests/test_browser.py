@@ -10,6 +10,8 @@ import page_server
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from fluxsae.ui.views import encode_view
+
 pytestmark = pytest.mark.browser
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 812}
@@ -242,6 +244,15 @@ def test_the_map_is_clicked_through_and_walked_by_keyboard(visit: Open) -> None:
     expect(page.locator("fs-near article")).not_to_have_attribute("aria-label", str(first))
 
 
+def test_a_link_opens_the_map_of_its_own_hook_point(visit: Open) -> None:
+    early = "transformer_blocks.1.ff"
+    page = visit(query=f"&view={encode_view({'tab': 'directions', 'hookpoint': early, 'feature': 7})}")
+    expect(page.locator("fs-near article")).to_have_attribute("aria-label", "Feature 7")
+    page.wait_for_selector("fs-map canvas")
+    assert page.evaluate("document.querySelector('fs-map').data.hookpoint") == early
+    expect(page.locator("#directions-hook input:checked")).to_have_value(early)
+
+
 def test_hook_points_are_compared(visit: Open) -> None:
     page = visit()
     go_to(page, "Directions")
@@ -317,7 +328,7 @@ def test_image_and_recipe_are_downloaded_and_the_recipe_loads_again(visit: Open,
     other = visit()
     go_to(other, "Steer")
     other.locator("input[type=file]").first.set_input_files(picture)
-    expect(other.locator(".fs-edit output")).to_contain_text("200 % taken away")
+    expect(other.locator(".fs-edit output")).to_contain_text("300 % taken away")
 
 
 def test_the_about_tab_has_code_for_every_endpoint(visit: Open, served: page_server.Page) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxsae.artifacts import RunFolder, RunInfo
+from fluxsae.artifacts import RunFolder, RunInfo, StageRecord
 from fluxsae.errors import FluxSaeError
 from fluxsae.sae import SparseAutoencoder
 from fluxsae.scores import ScoreMatrix
@@ -164,13 +164,19 @@ def test_hook_points_may_have_saes_of_their_own(finished: PipelineConfig, tmp_pa
     for name in ("run.json", "config.json"):
         shutil.copy(finished.run / name, tmp_path / "run")
     (tmp_path / "own.toml").write_text(
+        '[pipeline]\nhookpoints = ["layer0", "layer2"]\n'
         '[[fit]]\nhookpoint = ["layer0"]\narch = "batchtopk"\n[[fit]]\nhookpoint = ["layer2"]\narch = "topk"\n'
     )
-    config = replace(finished, run=tmp_path / "run", config=tmp_path / "own.toml", only=("fit",))
+    config = PipelineConfig.from_file(
+        tmp_path / "own.toml", flux=finished.flux, prompts=finished.prompts, steps=finished.steps,
+        set=OPTIONS, run=tmp_path / "run", only=("fit",),
+    )  # fmt: skip
     assert [(result.name, result.word) for result in main(config)] == [("fit", "done")] * 2
     saes = [SparseAutoencoder.from_pretrained(tmp_path / "run" / "sae" / f"transformer_blocks.{i}.ff") for i in (0, 2)]
     assert [sae.config.architecture for sae in saes] == ["batchtopk", "topk"]
     assert [sae.config.k for sae in saes] == [4, 4]  # --set reaches every table
+    record = RunFolder(tmp_path / "run").load_info().stages["fit"]
+    assert set(record.config) == {"transformer_blocks.0.ff", "transformer_blocks.2.ff"}
     recipe = build_recipe(config)
     (tmp_path / "again.toml").write_text(recipe.to_toml())
     again = build_recipe(PipelineConfig.from_file(tmp_path / "again.toml"))
@@ -186,6 +192,39 @@ def test_the_bundled_recipe_is_valid() -> None:
     (collected,) = build_stage_configs("collect", recipe, RunFolder("r"))
     fitted = [place for fit in build_stage_configs("fit", recipe, RunFolder("r")) for place in fit.hookpoint]
     assert list(collected.hookpoints) == fitted
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ('[[fit]]\nhookpoint = ["layer0"]\n[[fit]]\nk = 4\n', ()),
+        ('[[fit]]\nhookpoint = ["layer0"]\n[[fit]]\nhookpoint = ["layer0", "layer2"]\n', ()),
+        ('[[fit]]\nhookpoint = ["layer0"]\n[[fit]]\nhookpoint = ["layer2"]\n', ("--hookpoints", "layer0", "layer1")),
+    ],
+)
+def test_fits_that_do_not_share_out_the_hook_points_are_refused(
+    text: str, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[pipeline]\nhookpoints = ["layer0", "layer2"]\n' + text)
+    config = parse_arguments(["--config", str(path), "--run", str(tmp_path / "run"), *flags])
+    with pytest.raises(FluxSaeError, match="share out the hook points"):
+        main(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_hook_points_than_the_bundled_recipe_s_need_a_recipe_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(FluxSaeError, match=r"hook points are transformer_blocks\.2\.ff.*a --config of your own"):
+        main(parse_arguments(["--flux", "miniature", "--run", str(tmp_path / "run"), "--hookpoints", "layer2"]))
+
+
+def test_collecting_again_without_names_means_the_run_s_own_hook_points(tmp_path: Path) -> None:
+    record = StageRecord({"transformer_blocks.3": {}}, 1.0, 1.0)
+    info = RunInfo(flux_id="tiny", settings=GenerationSettings(), hookpoints=("transformer_blocks.3",))
+    config = collect.CollectConfig(run=tmp_path)
+    assert collect._as_collected(config, info.with_stage("collect", record)).hookpoints == info.hookpoints
+    unnamed = info.with_stage("collect", StageRecord({collect.UNNAMED: {}}, 1.0, 1.0))
+    assert collect._as_collected(config, unnamed).hookpoints == ()
 
 
 @pytest.mark.parametrize(

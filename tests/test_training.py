@@ -208,6 +208,18 @@ def test_sparse_and_dense_products_train_the_same_sae(clip: float | None) -> Non
         torch.testing.assert_close(tensor, saes[1].state_dict()[name], atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("products", ["dense", "sparse"])
+def test_rounded_products_train_as_well_as_float32(products: str) -> None:
+    source, rows = MemorySource(sparse_rows()), sparse_rows(seed=1)
+    config = TrainConfig(epochs=8, lr=3e-3, warmup_steps=0, products=products)  # type: ignore[arg-type]
+    unexplained = {}
+    for precision in ("float32", "bfloat16"):
+        sae = train({"a": sae_config()}, source, replace(config, precision=precision)).saes["a"]
+        unexplained[precision] = float(fvu(rows, sae(rows).x_hat))
+    assert unexplained["float32"] < 0.6
+    assert unexplained["bfloat16"] < 1.05 * unexplained["float32"]
+
+
 def test_the_parallel_gradient_does_not_reach_adam() -> None:
     trainer = SaeTrainer(SparseAutoencoder(sae_config()), TrainConfig(grad_clip=None), n_steps=10)
     before = trainer.sae.W_dec.clone()

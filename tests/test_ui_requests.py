@@ -26,7 +26,7 @@ from fluxsae.hookpoints import HookPoint, TokenGrid
 from fluxsae.settings import GenerationSettings
 from fluxsae.ui.desk_gallery import GalleryDesk
 from fluxsae.ui.desk_heatmap import HeatmapDesk
-from fluxsae.ui.desk_steer import SteerDesk, SteerJob, safe_turns
+from fluxsae.ui.desk_steer import STRIP, SteerDesk, SteerJob, safe_turns
 from fluxsae.ui.desk_words import WordsDesk
 from fluxsae.ui.guard import guarded, validator
 from fluxsae.ui.lane import Cancelled, Done, FluxLane, StepDone
@@ -377,11 +377,31 @@ def test_a_sliders_middle_changes_nothing_and_its_ends_are_two_modes(bench: Work
     desk = SteerDesk(bench)
     slider = {"hookpoint": LATE, "feature": 3, "label": "red"}
     edits = [desk._edit({**slider, "turn": turn}) for turn in (-1, -0.25, 0, 0.5)]
-    assert [(edit.mode, edit.strength) for edit in edits] == [("scale", -1), ("scale", 0.5), ("add", 0), ("add", 0.75)]
+    assert [(edit.mode, edit.strength) for edit in edits] == [("scale", -2), ("scale", 0.25), ("add", 0), ("add", 0.75)]
     assert edits[2].is_identity
     assert [desk._slider_of(edit)["turn"] for edit in edits] == [-1, -0.25, 0, 0.5]
     with pytest.raises(FluxSaeError, match="turn is nan"):
         desk._edit({**slider, "turn": math.nan})
+
+
+@pytest.mark.parametrize(
+    ("mode", "strength"), [("add", 2.0), ("add", -0.5), ("scale", 3.0), ("scale", -2.5), ("clamp", 1.0)]
+)
+def test_an_edit_that_no_slider_stands_for_is_refused_not_bent(bench: Workbench, mode: str, strength: float) -> None:
+    desk = SteerDesk(bench)
+    with pytest.raises(FluxSaeError, match=f"No slider stands for {mode} {strength:g}"):
+        desk.sliders([SteeringEdit(HookPoint.parse(LATE), 3, mode, strength)])
+
+
+def test_the_strip_holds_the_strengths_that_demos_use(bench: Workbench) -> None:
+    desk = SteerDesk(bench)
+    edits = [desk._edit({"hookpoint": LATE, "feature": 3, "turn": turn}) for turn in STRIP]
+    assert [(edit.mode, edit.strength) for edit in edits[:4]] == [
+        ("scale", -1),
+        ("scale", 0),
+        ("add", 0),
+        ("add", 0.25),
+    ]
 
 
 def test_the_safe_range_is_unbroken_around_the_middle() -> None:

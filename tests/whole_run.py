@@ -94,7 +94,7 @@ def _write_pictures(run: RunFolder, hookpoint: str) -> None:
     picture.save(buffer, format="PNG")
     run.save_sheet(hookpoint, "features", buffer.getvalue())
     write_bytes(run.demo_image_path(hookpoint, "demo-3"), encode_webp(picture, longest_side=64))
-    run.save_demos(hookpoint, [json.dumps({"feature": 3, "image": "demo-3"})])
+    run.save_demos(hookpoint, [json.dumps({"feature": 3, "image": "demo-3", "score": {"score": 0.1}})])
 
 
 def bad_picture() -> bytes:

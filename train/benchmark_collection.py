@@ -3,7 +3,7 @@
 python -m train.benchmark_collection
 
 Early exit runs no block after the last wanted one and decodes no image; what it is compared with generates the whole
-image and keeps the same tokens. At FLUX.1-dev's size `python -m train.benchmark_gpu` measures the same.
+image and keeps the same tokens. At FLUX.1-dev's size `python -m train.benchmark_gpu` measures the early exit.
 """
 
 import tempfile
@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 from fluxsae.collection import CaptureRequest, ImagePlan, build_manifests, build_request, collect
-from fluxsae.flux import OutputType, capture, generate, token_grid
+from fluxsae.flux import OutputType, capture, generate
 from fluxsae.hookpoints import HookPoint
 from train.benchmark_steering import timed
 from train.flux_options import FluxOptions
@@ -50,7 +50,7 @@ class CollectionSpeed:
     denoised_seconds: float
     """Whole generation with the same capture, no image decoded."""
     blocks_share: float
-    """Blocks that early exit runs, of all blocks of all steps: the least possible ratio of denoising times."""
+    """Blocks that early exit runs, of all blocks of all steps: about the ratio of denoising times."""
     n_bytes: int
     """Bytes of the folder of shards."""
     all_steps_bytes: int
@@ -105,7 +105,7 @@ def measure(pipe: Any, plan: ImagePlan, config: BenchmarkConfig) -> CollectionSp
         denoised_seconds=seconds["denoised"],
         blocks_share=blocks_share(pipe, place, step=config.step, n_steps=n_steps),
         n_bytes=sizes[-1],
-        all_steps_bytes=len(plan) * n_steps * token_grid(pipe, request.settings).n_tokens * manifest.d_model * 4,
+        all_steps_bytes=len(plan) * n_steps * manifest.n_tokens * manifest.d_model * 4,
     )
 
 

@@ -27,6 +27,9 @@ from train.flux_options import FluxOptions, default_hookpoints, default_steps
 from train.processes import processes
 from train.stages import StageResult, run_stage, start_over
 
+UNNAMED = "early and late"
+"""What stands in run.json for hook points that were left out."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig(FluxOptions):
@@ -35,7 +38,7 @@ class CollectConfig(FluxOptions):
     run: Path = Path("runs/miniature")
     """Run folder; made if it is not there."""
     hookpoints: tuple[str, ...] = ()
-    """Hook points, such as layer15; left out, an early and a late double-stream block."""
+    """Hook points, such as layer15; left out, the run's own, or an early and a late double-stream block."""
     steps: tuple[int, ...] = ()
     """0-based steps of the schedule; left out, five spread over it."""
     n_images: int = 320
@@ -57,6 +60,8 @@ class CollectConfig(FluxOptions):
 def main(config: CollectConfig, *, open_flux: Callable[[], Any] | None = None) -> StageResult:
     """Runs the stage; `open_flux` gives FLUX where it is open already."""
     run = RunFolder(config.run)
+    if not config.hookpoints and run.exists():
+        config = _as_collected(config, run.load_info())
     with processes() as peers:
         return run_stage(
             run,
@@ -68,6 +73,14 @@ def main(config: CollectConfig, *, open_flux: Callable[[], Any] | None = None) -
             by_hookpoint=True,
             processes=peers,
         )
+
+
+def _as_collected(config: CollectConfig, info: RunInfo) -> CollectConfig:
+    """The hook points that were named when this run was collected."""
+    record = info.stages.get("collect")
+    if record is None or UNNAMED in record.config:
+        return config
+    return replace(config, hookpoints=info.hookpoints)
 
 
 def activations_path(config: CollectConfig) -> Path:
@@ -86,7 +99,7 @@ def stage_config(config: CollectConfig) -> dict[str, Any]:
     deciding = ("n_images", "tokens_per_image", "images_per_shard", "held_out_every", "batch_size")
     values = {name: getattr(config, name) for name in deciding}
     own = {**config.identity(), **values, "steps": [*config.steps]}
-    names = [str(HookPoint.parse(name)) for name in config.hookpoints] or ["early and late"]
+    names = [str(HookPoint.parse(name)) for name in config.hookpoints] or [UNNAMED]
     return dict.fromkeys(names, own)
 
 

@@ -1,6 +1,6 @@
 """Compares two layers (or two SAEs) by matching features that fire on the same images.
 
-python -m train.compare_layers --run runs/miniature --first layer1 --second layer3
+python -m train.compare_layers --run runs/miniature --first layer1 --second transformer_blocks.3
 """
 
 import io

@@ -100,7 +100,10 @@ def draw_captions(count: int, *, seed: int, purpose: Purpose) -> list[str]:
 
 
 def default_hookpoints(pipe: Any) -> list[HookPoint]:
-    """An early and a late double-stream block: layers 5 and 15 of FLUX.1's 19, 1 and 3 of the miniature's 4."""
+    """The `ff` of an early and a late double-stream block: layers 5 and 15 of FLUX.1's 19.
+
+    The miniature's bundled recipe names its own.
+    """
     n_blocks = len(pipe.transformer.transformer_blocks)
     return [HookPoint.parse(f"layer{n_blocks * block // 19}") for block in (5, 15)]
 

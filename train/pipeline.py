@@ -15,7 +15,7 @@ the run as run.toml; a file of that form goes in by --config:
     [fit]                         # the options of `python -m train.fit`, with _ for -
     epochs = 20
 
-Where hook points need other SAEs, [[fit]] stands once for each, with its own hookpoint = [...].
+Where hook points need other SAEs, [[fit]] stands once for each, with its own hookpoint = [...]; see miniature.toml.
 """
 
 import argparse
@@ -34,6 +34,7 @@ import tyro
 from fluxsae.artifacts import RunFolder
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import write_text
+from fluxsae.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
 from train import analyze, collect, directions, embed, find_demos, fit, render, score, select
 from train.flux_options import FluxOptions
@@ -128,7 +129,7 @@ class Recipe:
         parts = [_to_toml(f"[{name}]", values) for name, values in (("flux", self.flux), ("pipeline", self.pipeline))]
         for name, tables in self.stages.items():
             head = f"[[{name}]]" if len(tables) > 1 else f"[{name}]"
-            parts += [_to_toml(head, values) for values in tables if values]
+            parts += [_to_toml(head, values) for values in tables if values or len(tables) > 1]
         return "\n".join(parts)
 
 
@@ -230,10 +231,30 @@ def build_recipe(config: PipelineConfig) -> Recipe:
     if config.flux != "miniature":
         stages.setdefault("embed", [{}])[0].setdefault("model", _REAL_CLIP)
     flux = {name: getattr(config, name) for name in _FLUX_FIELDS}
-    shared = _converted(PipelineConfig, tables.get("pipeline", {}), where=f"{path} [pipeline]")
-    pipeline = {name: getattr(config, name) or shared.get(name, ()) for name in _PIPELINE_FIELDS}
+    pipeline = {name: getattr(config, name) for name in _PIPELINE_FIELDS}
+    if config.config is None and not config.hookpoints:
+        pipeline["hookpoints"] = tables.get("pipeline", {}).get("hookpoints", ())
+    _check_fits(stages.get("fit", [{}]), pipeline["hookpoints"])
     flux["prompts"] = str(config.prompts) if config.prompts is not None else None
     return Recipe(flux, {name: list(values) for name, values in pipeline.items()}, stages)
+
+
+def _check_fits(fits: Sequence[Mapping[str, Any]], hookpoints: Sequence[str]) -> None:
+    """Refuses several [[fit]] that do not share out the run's hook points, before anything runs."""
+    if len(fits) < 2:
+        return
+    named = [str(HookPoint.parse(place)) for fit in fits for place in _listed(fit.get("hookpoint", ()))]
+    wanted = [str(HookPoint.parse(place)) for place in hookpoints]
+    if not all(fit.get("hookpoint") for fit in fits) or sorted(named) != sorted(wanted):
+        raise FluxSaeError(
+            f"The [[fit]] tables are for {', '.join(named) or 'no hook point'}, and the run's hook points are "
+            f"{', '.join(wanted) or 'not given'}. Several [[fit]] share out the hook points that [pipeline] lists, "
+            "each with hookpoint = [...]; for others give a --config of your own with one [fit]."
+        )
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _read_tables(path: Path) -> dict[str, Any]:

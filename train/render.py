@@ -1,7 +1,7 @@
 """Renders contact sheets, and single overlays, of the features of a run.
 
 python -m train.render --run runs/miniature --n-features 24
-python -m train.render --run runs/miniature --hookpoint layer3 --features 7 12 --overlays pictures
+python -m train.render --run runs/miniature --hookpoint transformer_blocks.3 --features 7 12 --overlays pictures
 """
 
 import io

@@ -68,8 +68,10 @@ def run_stage(
     megabytes = sum(map(size_of, outputs())) / 1e6
     if peers.rank == 0:
         info = run.load_info().without_stages(_later(name))
-        others = info.stages[name].config if by_hookpoint and name in info.stages else {}
-        record = StageRecord({**others, **config}, round(seconds, 2), round(megabytes, 3))
+        before = info.stages.get(name) if by_hookpoint else None
+        others = {key: values for key, values in (before.config if before else {}).items() if key not in config}
+        spent, held = (before.seconds, before.megabytes) if before and others else (0.0, 0.0)
+        record = StageRecord({**others, **config}, round(spent + seconds, 2), round(held + megabytes, 3))
         run.save_info(info.with_stage(name, record))
         print(f"{name}: done in {seconds:.0f} s, {megabytes:.1f} MB")
     peers.wait()

@@ -3,7 +3,8 @@
 On the miniature every picture can be read back. For each concept that a feature matches, the feature is turned up on
 pictures without the concept and down on pictures with it, beside edits of equal norm in random directions and along
 other features, the difference-of-means direction, and prompt editing. Success: the attribute changed as meant.
-Specificity: all other attributes read as in the unedited picture. Settings are chosen on some pictures and reported
+Specificity: all other attributes read as in the unedited picture. Edits act everywhere, or where a person would paint:
+on the object, or on the background. Settings are chosen on some pictures and reported
 on others.
 """
 

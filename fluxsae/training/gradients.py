@@ -102,7 +102,8 @@ def batch_gradients(
 def _pre_acts(sae: SparseAutoencoder, centred: Tensor, situation: Situation) -> Tensor:
     """Pre-activations with float32 sums; for `topk` on a CPU rounded to the type of the products: half the time.
 
-    Only what is multiplied next sees them there, in that type. Selection over a batch and penalties get them unrounded.
+    There the k largest are chosen among rounded values (equal ones go to the lower feature, as always). Selection over
+    a batch, penalties and thresholds get them unrounded, and outside training they are float32 everywhere.
     """
     if sae.config.architecture == "topk" and centred.device.type == "cpu":
         encoder = situation.lowered("W_enc", sae.W_enc)

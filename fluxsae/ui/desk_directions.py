@@ -77,6 +77,10 @@ class DirectionsDesk:
             "versions": dict(self.bench.versions),
         }
 
+    def linked(self, view: Mapping[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any] | None]:
+        """Hook point, map and neighbours of a link."""
+        return view.get("hookpoint"), self.map(view.get("hookpoint"), view), self.near(view)
+
     def compare(self, first: Any, second: Any) -> dict[str, Any]:
         """Which features of one hook point live on at another, and what each alone has."""
         left = DirectionsRequest.parse(self.limits, hookpoint=first, feature=0, n_neighbours=1).hookpoint

@@ -20,13 +20,13 @@ from fluxsae.ui.requests import FeatureRequest, SteerRequest, SweepRequest
 from fluxsae.ui.session import Workbench
 from fluxsae.ui.snippets import snippets
 
-MAX_SUPPRESS = 2.0
+MAX_SUPPRESS = 3.0
 """The left end of a slider: what is taken away, as a share of the feature's own activation. Taking away just what is
 there is often too little: the blocks behind the edit read the prompt again."""
 MAX_AMPLIFY = 1.5
 """The right end of a slider: multiples of the feature's usual strength that are added."""
-STRIP = (-1.0, -0.5, 0.0, 0.125, 0.25, 0.5, 1.0)
-"""Slider positions of the strip, from the left end to the right one."""
+STRIP = (-2 / 3, -1 / 3, 0.0, 1 / 6, 1 / 3, 1 / 2, 1.0)
+"""Slider positions of the strip: twice the feature taken away, once, nothing, then ever more added."""
 MAX_PAGE_EDITS = 6
 SUGGESTED = 14
 MAX_STARTERS = 6
@@ -313,28 +313,42 @@ class SteerDesk:
                 found[label] = views.chip(views.summary(cards, feature))
         return list(found.values())[:SUGGESTED]
 
+    @functools.cache  # noqa: B019 - one desk a page, for as long as it is served
     def _turned_hookpoint(self) -> str:
-        """Where the run's demos turn features; without any the earliest: most blocks then act on the edit."""
-        demos = [name for name in self.bench.hookpoints if self.bench.run.load_demos(name)]
-        return (demos or self.bench.hookpoints)[0]
+        """Where the run's demos turn features best; without any demo the last."""
+
+        def best(name: str) -> float:
+            return max((float(demo["score"]["score"]) for demo in self.bench.run.load_demos(name)), default=0.0)
+
+        return max(reversed(self.bench.hookpoints), key=best)
 
     def _slider(self, hookpoint: str, feature: int) -> dict[str, Any]:
         summary = views.chip(views.summary(self.bench.cards[hookpoint], feature))
         return {**summary, "turn": 0.0, "steps": None, "region": None, "word": self.bench.word(hookpoint)}
 
     def _slider_of(self, edit: SteeringEdit) -> dict[str, Any]:
-        if edit.mode == "scale":
-            turn = (edit.strength - 1) / MAX_SUPPRESS
-        elif edit.mode == "add":
-            turn = edit.strength / MAX_AMPLIFY
-        elif edit.mode == "ablate":
-            turn = -edit.strength / MAX_SUPPRESS
-        else:
-            raise FluxSaeError(f"Mode {edit.mode} has no slider on this page; use /steer, which knows every mode.")
+        """The slider that stands for an edit exactly.
+
+        Raises:
+            FluxSaeError: no slider of this page does.
+        """
+        turns = {
+            "scale": (edit.strength - 1) / MAX_SUPPRESS,
+            "ablate": -edit.strength / MAX_SUPPRESS,
+            "add": edit.strength / MAX_AMPLIFY,
+        }
+        low, high = (0.0, 1.0) if edit.mode == "add" else (-1.0, 0.0)
+        turn = turns.get(edit.mode)
+        if turn is None or not low <= turn <= high:
+            raise FluxSaeError(
+                f"No slider stands for {edit.mode} {edit.strength:g}: they go from scale {1 - MAX_SUPPRESS:g} to 1 and "
+                f"from add 0 to {MAX_AMPLIFY:g}. Use the /steer endpoint, which knows every mode and strength."
+            )
         values = edit.to_dict()
+        if isinstance(values["region"], dict):
+            raise FluxSaeError("The page cannot show a region that follows a heatmap; use the /steer endpoint.")
         slider = self._slider(values["hookpoint"], edit.feature)
-        region = values["region"] if isinstance(values["region"], list) else None
-        return {**slider, "turn": max(-1.0, min(1.0, turn)), "steps": values["steps"], "region": region}
+        return {**slider, "turn": turn, "steps": values["steps"], "region": values["region"]}
 
     def _edit(self, slider: Mapping[str, Any]) -> SteeringEdit:
         """Left of the middle suppresses (scale, strength below 1), right of it amplifies (add)."""
@@ -347,7 +361,7 @@ class SteerDesk:
                 "hookpoint": slider.get("hookpoint"),
                 "feature": slider.get("feature"),
                 "mode": mode,
-                "strength": round(strength, 6),
+                "strength": round(strength, 4),
                 "steps": slider.get("steps"),
                 "region": slider.get("region"),
             }

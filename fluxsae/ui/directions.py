@@ -49,7 +49,7 @@ def build_directions_tab(bench: Workbench, shell: Shell, tab: gr.Tab) -> None:
     shell.follow(_other_hookpoint, [hookpoint], hookpoint)
     shell.open_on(near.edit, "steer")
     shell.open_on(near.expand, "gallery")
-    shell.open_link("directions", desk.near, [near])
+    shell.open_link("directions", desk.linked, [hookpoint, chart, near])
 
 
 def _other_hookpoint(chosen: Any, hookpoint: Any) -> Any:

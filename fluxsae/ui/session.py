@@ -220,8 +220,11 @@ class Workbench:
 
     def prepare(self) -> None:
         """Imports what the first image needs; once the page is served this would fight it for the interpreter."""
-        if self._runs_flux:
-            import fluxsae.flux  # noqa: F401
+        try:
+            if self._runs_flux:
+                import fluxsae.flux  # noqa: F401
+        except Exception:  # browsing needs none of it, and the visitor who does gets the same error, in words
+            log.exception("FLUX cannot be imported")
 
     @property
     def _runs_flux(self) -> bool:

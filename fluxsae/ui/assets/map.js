@@ -20,6 +20,8 @@ FS.define("fs-map", (root, data) => {
     const context = canvas.getContext("2d");
     context.scale(ratio, ratio);
     const ink = styles.getPropertyValue("--fs-ink") || "#222", line = styles.getPropertyValue("--fs-line") || "#ddd", paper = styles.getPropertyValue("--fs-paper") || "#fff";
+    context.fillStyle = paper;
+    context.fillRect(0, 0, size, size);
     const dot = Math.max(2, Math.min(7, 3.4 * Math.sqrt(view.zoom) * Math.sqrt(600 / Math.max(n, 200)) * 1.2));
     for (let pass = 0; pass < 2; pass += 1) {
       for (let feature = 0; feature < n; feature += 1) {
@@ -155,11 +157,12 @@ FS.define("fs-near", (root, data) => {
   const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: data.feature });
   const link = () => FS.viewLink(data.link);
   const report = () => {
-    const chart = map && map.data && map.data.hookpoint === data.hookpoint ? map.querySelector("canvas") : null;
+    const shown = document.querySelector("fs-map");
+    const chart = shown && shown.data && shown.data.hookpoint === data.hookpoint ? shown.querySelector("canvas") : null;
     const drawn = [...root.querySelectorAll(".fs-trio canvas")];
     FS.saveReport({ title: `Near feature ${data.feature}: ${FS.title(data)}`, link: link(), versions: data.versions,
       words: `Features of ${data.hookpoint} (${data.word}) that write in a similar direction, by cosine of their decoder rows.`,
-      pictures: [...(chart ? [["the map of directions", chart.toDataURL("image/png")]] : []),
+      pictures: [...(chart ? [["the map of directions", chart.toDataURL("image/png"), "100%"]] : []),
         ...drawn.map((canvas, at) => [FS.told(data.pictures[at]), canvas.toDataURL("image/png")])],
       measurement: { hookpoint: data.hookpoint, feature: data.feature, label: data.label, encoder_decoder_cosine: data.alignment,
         nearest: data.near.map(({ feature, label, cosine }) => ({ feature, label, cosine })) } });

@@ -21,7 +21,7 @@ FS.define("fs-edits", (root, data) => {
   const row = (edit, at) => {
     const safe = FS.safe.get(FS.safeKey(edit));
     const words = FS.el("output", { class: "fs-num", text: FS.turnWords(edit.turn, data) });
-    const slider = FS.el("input", { type: "range", min: -1, max: 1, step: 0.05, value: String(edit.turn), class: "fs-turn",
+    const slider = FS.el("input", { type: "range", min: -1, max: 1, step: 1 / 60, value: String(edit.turn), class: "fs-turn",
       "aria-label": `Strength of ${FS.title(edit)}, feature ${edit.feature}: left takes away, right adds` });
     slider.setAttribute("aria-valuetext", words.textContent);
     slider.addEventListener("input", () => {
@@ -174,7 +174,7 @@ FS.measured = (measurement, isRandom) => {
     ["Picture changed by", FS.number(measurement.distance, 2), `${measurement.distance_name}: 0 means the same picture`],
     inside,
     ["Unusual patches", `${FS.share(odd)}${odd > 0.1 ? ", beyond the safe range" : ""}`, "share of edited patches that look unlike any that FLUX makes by itself; safe up to 10 %"],
-    measurement.relative_size === null ? null : ["Size of the push", FS.percent(measurement.relative_size), "edit behind the block's gate, relative to what flows through FLUX there"],
+    measurement.relative_size === null ? null : ["Size of the push", FS.percent(measurement.relative_size), "edit where it joins what flows through FLUX, relative to that"],
     measurement.clip_change === null ? null : ["Meaning changed by", FS.number(measurement.clip_change, 2), "1 - CLIP cosine between the two pictures"],
   ]), FS.el("p", { class: "fs-quiet fs-hint", text: isRandom ? "The same push in a random direction: what changes here is no merit of the feature." : `Distance by ${measurement.distance_name}.` })];
 };
@@ -187,7 +187,7 @@ FS.define("fs-strip", (root, data) => {
     FS.el("h3", { class: "fs-h", text: `${data.label || `Feature ${data.feature}`} at seven strengths` }),
     FS.el("ol", { class: "fs-cells" }, data.cells.map((cell) => FS.el("li", { class: cell.safe ? "fs-ok" : "" },
       FS.el("img", { src: cell.image, alt: cell.words }),
-      FS.el("span", { class: "fs-num", text: cell.turn === 0 ? "unchanged" : cell.turn < 0 ? `−${Math.round(-cell.turn * 100)} %` : cell.words.replace(/^.*: /, "").replace(" times its usual strength added", "× added") }),
+      FS.el("span", { class: "fs-num", text: cell.words.replace(/^.*: /, "").replace(" times its usual strength added", "× added") }),
       FS.el("span", { class: "fs-quiet", text: cell.safe ? "safe" : "beyond safe" })))),
     FS.el("p", { class: "fs-quiet", text: "Safe: at most 10 % of the edited patches look unlike any that FLUX makes by itself. The band on the slider shows this range." })));
 });
