@@ -31,10 +31,6 @@ LIMITS_KEY: Final = "token_limits"
 """Where in a hook point's metrics.json the limits of clean tokens stand."""
 
 
-LEAST_SCORE = 0.005
-"""A demo with less shows nothing to the eye and is not kept."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """What the search tries for each feature."""
@@ -51,6 +47,8 @@ class DemoConfig:
     """Unsteered images from which the limits of clean tokens are measured, once a hook point."""
     picture_side: int = 256
     """Longest side of a picture in the demo's strip, pixels."""
+    least_score: float = 0.005
+    """A demo with less shows nothing to the eye and is not kept."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +324,7 @@ class _Search:
         demos = []
         for feature in self.features:
             best = max(self._images_of(feature), key=lambda image_id: self.done[feature, image_id].score)
-            if self.done[feature, best].score >= LEAST_SCORE:
+            if self.done[feature, best].score > self.config.least_score:
                 demos.append(self._demo(feature, best, self.done[feature, best]))
         demos.sort(key=lambda demo: -demo.score.score)
         self.run.save_demos(self.place, [json.dumps(demo.to_dict()) for demo in demos])

@@ -26,7 +26,9 @@ from fluxsae.tables import FeatureRow, FeatureTable, ImageRow, encode_webp
 
 PLACE = HookPoint.parse("layer1")
 PROMPTS = ["a red circle", "a blue star", "a small green ring", "a large pink heart", "a cyan cross", "a black square"]
-CONFIG = DemoConfig(n_candidates=2, suppress=(-1.0, -4.0), amplify=(1.0, 3.0), steps=(1, 4), n_limit_images=4)
+CONFIG = DemoConfig(
+    n_candidates=2, suppress=(-1.0, -4.0), amplify=(1.0, 3.0), steps=(1, 4), n_limit_images=4, least_score=0.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,8 @@ def features(run: RunFolder) -> list[int]:
 
 def search(run: RunFolder, pipe: FluxPipeline, features: list[int], **options: object):
     saes = {PLACE: random_sae()}
-    return find_demos(run, pipe, saes, {PLACE: features}, distance=PixelDistance(), config=CONFIG, **options)[PLACE]
+    options = {"config": CONFIG, **options}
+    return find_demos(run, pipe, saes, {PLACE: features}, distance=PixelDistance(), **options)[PLACE]
 
 
 # The score
@@ -105,6 +108,13 @@ def test_collateral_and_foreign_tokens_lower_the_score() -> None:
 
 
 # The search
+
+
+def test_demos_that_show_nothing_are_not_kept(run: RunFolder, tiny_flux: FluxPipeline, features: list[int]) -> None:
+    best = max(demo.score.score for demo in search(run, tiny_flux, features))
+    kept = search(run, tiny_flux, features, config=replace(CONFIG, least_score=best * 0.999))
+    assert [demo.score.score for demo in kept] == [best]
+    assert len(run.load_demos(PLACE)) == 1
 
 
 def test_demos_are_found_written_and_made_again_bit_for_bit(
