@@ -44,16 +44,14 @@ def visit(served: page_server.Page, chromium: Browser) -> Iterator[Open]:
     pages: list[Page] = []
     failures: list[str] = []
 
-    def open_page(
-        *, viewport: Any = DESKTOP, dark: bool = False, query: str = "", shows: str = "fs-lab canvas"
-    ) -> Page:
+    def open_page(*, viewport: Any = DESKTOP, dark: bool = False, query: str = "") -> Page:
         page = chromium.new_page(viewport=viewport, color_scheme="dark" if dark else "light")
         page.set_default_timeout(WAIT)
         page.on("pageerror", lambda error: failures.append(str(error)))
         pages.append(page)
         theme = "dark" if dark else "light"
         page.goto(f"{served.url}/?__theme={theme}{query}")
-        page.wait_for_selector(shows)
+        page.wait_for_selector("fs-lab canvas", state="attached")  # a link opens another tab
         return page
 
     yield open_page
@@ -249,7 +247,7 @@ def test_the_map_is_clicked_through_and_walked_by_keyboard(visit: Open) -> None:
 def test_a_link_opens_the_map_of_its_own_hook_point(visit: Open) -> None:
     early = "transformer_blocks.1.ff"
     view = encode_view({"tab": "directions", "hookpoint": early, "feature": 7})
-    page = visit(query=f"&view={view}", shows="fs-near article")
+    page = visit(query=f"&view={view}")
     expect(page.locator("fs-near article")).to_have_attribute("aria-label", "Feature 7")
     page.wait_for_selector("fs-map canvas")
     assert page.evaluate("document.querySelector('fs-map').data.hookpoint") == early
