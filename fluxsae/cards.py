@@ -228,7 +228,8 @@ class CardIndex:
     def search(self, query: str, *, limit: int = 20, embedder: ImageEmbedder | None = None) -> list[SearchHit]:
         """Features by number ("12", "#12", "feature 12"), by label and caption words, and by free text through CLIP.
 
-        An empty query gives the best features. CLIP takes part when `embedder` is the model that embedded the run.
+        An empty query gives the best features. CLIP takes part when `embedder` is the model that embedded the run and
+        knows a word of the query.
 
         Raises:
             FluxSaeError: `limit` below 1, or the number of a feature that does not exist.
@@ -250,7 +251,7 @@ class CardIndex:
         return sorted(unique.values(), key=hits.index)[:limit]
 
     def _by_label(self, text: str) -> list[SearchHit]:
-        wanted = set(re.findall(r"[\w'-]+", text)) - STOP_WORDS or set(text.split())
+        wanted = _content_words(text)
         hits = []
         for feature in self.ranked:
             label, label_words, caption_words = self._words[feature]
@@ -269,6 +270,10 @@ class CardIndex:
         return [(label, frozenset(label.split()), words) for label, words in zip(labels, captions, strict=True)]
 
     def _by_clip(self, text: str, embedder: ImageEmbedder) -> list[SearchHit]:
+        # All unknown words share one vector. It lies as near to some features (cosine 0.6 in the miniature) as the
+        # vectors of known words do (0.3 to 0.8), so that no threshold on the cosine could tell them apart.
+        if all(embedder.unknown_words(word) for word in _content_words(text)):
+            return []
         query = embedder.embed_texts([text])[0].numpy() - self._text_centre(embedder)
         similarity = self._clip_vectors @ (query / max(float(np.linalg.norm(query)), 1e-9))
         best = np.argsort(-similarity, kind="stable")
@@ -330,6 +335,11 @@ class CardIndex:
 
     def _floats(self, name: str) -> Float[np.ndarray, " features"]:
         return np.array([np.nan if value is None else value for value in self._column(name)], dtype=np.float64)
+
+
+def _content_words(text: str) -> set[str]:
+    """The words of a query without function words; where it has nothing else, all of it."""
+    return set(re.findall(r"[\w'-]+", text)) - STOP_WORDS or set(text.split())
 
 
 def _varied(features: Sequence[int], labels: Sequence[str | None]) -> list[int]:

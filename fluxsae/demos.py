@@ -39,7 +39,7 @@ class DemoConfig:
     """Images tried for each feature: from the one where it fires most down to one where it fires a little."""
     suppress: tuple[float, ...] = (0.0, -1.0)
     """Strengths of mode scale: what is left of the feature; below 0 more is taken away than is there."""
-    amplify: tuple[float, ...] = (0.25, 0.5, 0.75)
+    amplify: tuple[float, ...] = (0.1, 0.2, 0.3)
     """Strengths of mode add: multiples of the feature's reference activation."""
     steps: tuple[int, int] | None = None
     """Window of the edits, [start, stop); left out, the noise levels the SAE was trained on."""
@@ -239,7 +239,7 @@ def describe_edit(edit: SteeringEdit) -> str:
     if edit.mode == "add":
         return f"{edit.strength:+g} × usual"
     if edit.mode == "scale" and edit.strength < 1:
-        return f"{1 - edit.strength:.0%} taken away"
+        return f"{1 - edit.strength:.0%} taken away" if edit.strength >= 0 else f"{1 - edit.strength:.2g} × taken away"
     words = {
         "scale": "× {:g}",
         "clamp": "set to {:g} × usual",

@@ -14,6 +14,8 @@ from torch.nn.functional import normalize
 
 from fluxsae.errors import FluxSaeError
 
+COUNTERPART = 0.5
+"""Correlation of two columns of S from which two features count as one that lives on."""
 CHUNK = 2048
 """Features whose cosines with all the others are held at a time."""
 
@@ -255,7 +257,7 @@ def compare_layers(
     first: Float[Tensor, "images first"],
     second: Float[Tensor, "others second"],
     *,
-    counterpart: float = 0.5,
+    counterpart: float = COUNTERPART,
     min_images: int = 5,
     seed: int = 0,
 ) -> LayerComparison:

@@ -73,7 +73,7 @@ def steering_grid(rows: Sequence[GridRow], *, title: str, subtitle: str = "", ce
 
 
 def _draw_label(pen: ImageDraw.ImageDraw, row: GridRow, *, top: int) -> None:
-    pen.rectangle((_GAP, top, _GAP + 5, top + 44), fill=feature_colour(row.feature))
+    pen.rectangle((_GAP, top, _GAP + 5, top + 44), fill=feature_colour(row.feature, row.label))
     pen.text((_GAP + 14, top), row.label, fill=INK, font=font(20, bold=True))
     pen.text((_GAP + 14, top + 26), f"feature {row.feature}", fill=MUTED, font=font(14))
     lines = [line for part in row.detail.split("\n") for line in wrap(part, font(13), _LABEL_WIDTH - 36)]

@@ -19,6 +19,23 @@ COLOUR_MAP = "inferno"
 
 GOLDEN_RATIO = 0.618033988749895
 
+NAMED_COLOURS = {
+    "red": "#d63b3b",
+    "orange": "#e0882c",
+    "yellow": "#d6b922",
+    "green": "#2fa84a",
+    "cyan": "#25b9cc",
+    "blue": "#3a68e0",
+    "purple": "#8b43d6",
+    "pink": "#e368ae",
+    "brown": "#8a5a34",
+    "black": "#45454f",
+    "gray": "#8a8a96",
+    "grey": "#8a8a96",
+    "white": "#b9bdcb",
+}
+"""Chips of labels that name a colour; black and white are moved towards grey, to be seen on any paper."""
+
 
 def token_heatmap(
     acts: Float[Tensor, " tokens"], grid: TokenGrid, *, reference: float
@@ -147,8 +164,18 @@ def with_legend(
     return joined
 
 
-def feature_colour(feature: int) -> str:
-    """The colour chip of a feature as #rrggbb: the same everywhere, far apart for neighbouring numbers."""
+def names_colour(label: str | None) -> bool:
+    """Whether one of a label's words is a colour that a chip can wear."""
+    return any(word in NAMED_COLOURS for word in (label or "").lower().split())
+
+
+def feature_colour(feature: int, label: str | None = None) -> str:
+    """The colour chip of a feature as #rrggbb: the same everywhere.
+
+    A label that names a colour wears it; other features have hues that are far apart for neighbouring numbers.
+    """
+    if names_colour(label):
+        return next(NAMED_COLOURS[word] for word in str(label).lower().split() if word in NAMED_COLOURS)
     hue = (feature * GOLDEN_RATIO) % 1.0
     red, green, blue = colorsys.hls_to_rgb(hue, 0.52, 0.62)
     return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
@@ -254,7 +281,7 @@ class _Sheet:
     def _draw_row(self, sheet: Image.Image, pen: ImageDraw.ImageDraw, row: SheetRow, top: int) -> None:
         pen.line([(self.margin, top - 2), (sheet.width - self.margin, top - 2)], fill=(222, 222, 228), width=1)
         top += self.gap
-        pen.rectangle([self.margin, top + 4, self.margin + 12, top + 16], fill=feature_colour(row.feature))
+        pen.rectangle([self.margin, top + 4, self.margin + 12, top + 16], fill=feature_colour(row.feature, row.label))
         pen.text((self.margin + 20, top), f"feature {row.feature}", fill=(95, 95, 105), font=font(14))
         y = top + 26
         for line in wrap(row.label, font(20, bold=True), self.label_width - 16)[:3]:

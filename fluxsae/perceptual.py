@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
+from fluxsae._requests import words_outside
 from fluxsae.errors import FluxSaeError
 from fluxsae.miniature import miniature_path
 
@@ -29,6 +30,10 @@ class ImageEmbedder(Protocol):
 
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
         """One unit vector a text."""
+        ...
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of a text that the model has no meaning for; empty where it spells any word from pieces."""
         ...
 
 
@@ -74,6 +79,10 @@ class OpenClipEmbedder:
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
         """One unit vector a text; longer texts are cut where the model's context ends."""
         return self._in_batches(texts, self._encode_texts)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of a text that a word-level vocabulary (the miniature's) lacks; empty for pieces of words."""
+        return words_outside(getattr(self.tokenizer, "tokenizer", None), text)
 
     def _encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images]).to(self.device)

@@ -40,6 +40,9 @@ class SceneEmbedder:
         named = [[value in text.split() for _, value in CONCEPTS] for text in texts]
         return self._unit(torch.tensor(named, dtype=torch.float32))
 
+    def unknown_words(self, text: str) -> list[str]:
+        return [word for word in text.split() if word not in {value for _, value in CONCEPTS}]
+
     def embed_scene(self, scene: Scene) -> torch.Tensor:
         shown = [[concept in scene.concepts() for concept in CONCEPTS]]
         return self._unit(torch.tensor(shown, dtype=torch.float32))[0]

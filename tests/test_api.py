@@ -15,7 +15,7 @@ from gradio_client.exceptions import AppError, ValidationError
 from PIL import Image
 
 from fluxsae.artifacts import RunFolder
-from fluxsae.edits import Recipe
+from fluxsae.edits import Recipe, SteeringEdit
 from fluxsae.ui.snippets import tool_name
 
 ENDPOINTS = {"/heatmap", "/features_at", "/search_features", "/feature", "/directions", "/steer", "/sweep"}
@@ -69,6 +69,31 @@ def test_exactly_the_named_endpoints_are_offered(client: Client) -> None:
         assert all(entry["type"].get("description") for entry in parameters(client, name).values()), name
 
 
+def test_an_argument_is_called_required_where_a_call_without_it_is_refused(client: Client) -> None:
+    required = {
+        name: {key for key, value in parameters(client, name).items() if not value["parameter_has_default"]}
+        for name in ENDPOINTS
+    }
+    assert required == {
+        "/heatmap": {"prompt"},
+        "/features_at": {"prompt", "row", "column"},
+        "/search_features": set(),
+        "/feature": {"feature"},
+        "/directions": {"feature"},
+        "/steer": {"prompt", "edits"},
+        "/sweep": {"prompt", "feature", "strengths"},
+    }
+
+
+def test_view_api_tells_what_an_edit_is(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    client.view_api()
+    line = next(line for line in capsys.readouterr().out.splitlines() if "] edits:" in line)
+    for words in ("hookpoint: str", "feature: int", "strength: float", "Literal['scale'", "steps: list[int] | None"):
+        assert words in line
+    example = json.loads(line.partition("Example: ")[2].rpartition("]")[0] + "]")
+    assert SteeringEdit.from_dict(example[0]).strength > 0
+
+
 def test_heatmap_gives_an_image_ranked_features_and_their_overlays(client: Client, place: str) -> None:
     image, features, overlays = client.predict(prompt=PROMPT, limit=4, api_name="/heatmap")
     assert Image.open(image).size == (128, 128)
@@ -99,6 +124,7 @@ def test_search_finds_by_number_label_and_words(client: Client, place: str, best
     labelled = client.predict(query=best["label"], hookpoint=place, limit=5, api_name="/search_features")
     assert labelled[0]["label"] == best["label"]
     assert len(client.predict(query="", hookpoint=place, limit=20, api_name="/search_features")) == 20
+    assert client.predict(query="xyzzy", hookpoint=place, limit=3, api_name="/search_features") == []
     with pytest.raises(REFUSALS, match="does not exist"):
         client.predict(query="99999999", hookpoint=place, limit=3, api_name="/search_features")
 
@@ -157,7 +183,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("/heatmap", {"prompt": PROMPT, "hookpoint": "layer99"}, "hookpoint is 'layer99'; give one of"),
     ("/heatmap", {"prompt": PROMPT, "step": 99}, "step is 99; give a whole number from 0 to"),
     ("/features_at", {"prompt": PROMPT, "row": 8, "column": 0}, "row is 8; give a whole number from 0 to 7"),
-    ("/features_at", {"prompt": PROMPT}, "row is None"),
+    ("/features_at", {"prompt": PROMPT, "row": None, "column": 0}, "row is None"),
     ("/search_features", {"query": "x" * 500}, "query has 500 characters"),
     ("/feature", {"feature": -3}, "feature is -3; give a whole number from 0 to"),
     ("/feature", {"feature": "../../run.json"}, "feature is '../../run.json'"),

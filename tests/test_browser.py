@@ -329,7 +329,7 @@ def test_image_and_recipe_are_downloaded_and_the_recipe_loads_again(visit: Open,
     other = visit()
     go_to(other, "Steer")
     other.locator("input[type=file]").first.set_input_files(picture)
-    expect(other.locator(".fs-edit output")).to_contain_text("300 % taken away")
+    expect(other.locator(".fs-edit output")).to_contain_text("3 × what is there taken away")
 
 
 def test_the_about_tab_has_code_for_every_endpoint(visit: Open, served: page_server.Page) -> None:

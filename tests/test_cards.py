@@ -126,6 +126,12 @@ def test_search_finds_by_free_text_through_clip(index: CardIndex) -> None:
     assert any(hit.reason == "clip" for hit in hits)
 
 
+def test_clip_takes_no_part_in_a_search_of_which_it_knows_no_word(index: CardIndex) -> None:
+    for query in ("zebra", "the zebra crossing", "?!"):
+        assert index.search(query, embedder=SceneEmbedder()) == []
+    assert {hit.reason for hit in index.search("purple zebra", embedder=SceneEmbedder())} >= {"clip"}
+
+
 def test_an_empty_search_gives_the_best_features(index: CardIndex) -> None:
     assert [hit.feature for hit in index.search("  ", limit=4)] == index.ranked[:4]
 

@@ -206,7 +206,7 @@ def test_a_stored_baseline_measures_like_one_in_the_batch(run: RunFolder, tiny_f
     [
         ("scale", 1.0, "unchanged", 0),
         ("scale", 0.0, "100% taken away", -1),
-        ("scale", -1.0, "200% taken away", -1),
+        ("scale", -1.0, "2 × taken away", -1),
         ("scale", 3.0, "× 3", 1),
         ("add", 2.0, "+2 × usual", 1),
         ("add", -1.5, "-1.5 × usual", -1),

@@ -39,6 +39,13 @@ def test_every_torchrun_command_leaves_its_script_all_of_its_options() -> None:
         assert "--run" in parsed.training_script_args
 
 
+def test_the_examples_of_every_help_text_stand_on_lines_of_their_own() -> None:
+    texts = {path.name: ast.get_docstring(ast.parse(path.read_text())) or "" for path in (ROOT / "train").glob("*.py")}
+    # tyro joins lines that are not indented
+    joined = re.compile(r"^(?:python|torchrun) .*\n(?:python|torchrun) ", re.MULTILINE)
+    assert [name for name, text in texts.items() if joined.search(text)] == []
+
+
 @pytest.mark.parametrize("page", TEXT)
 def test_every_make_target_that_is_named_exists(page: str) -> None:
     named = set(re.findall(r"(?:^\s*|`)make ([a-z]+)", TEXT[page], re.MULTILINE))
@@ -73,7 +80,8 @@ def test_every_flag_in_the_readme_is_one_of_its_script() -> None:
         assert {flag for flag in flags if f"{flag.replace('-', '_')}:" not in fields} == set(), script
 
 
-def test_the_first_snippet_of_the_readme_runs_as_it_is() -> None:
+def test_the_first_snippet_of_the_readme_runs_as_it_is(tmp_path: Path) -> None:
     code = snippets("README.md", "python")[0]
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    (tmp_path / "fluxsae").symlink_to(ROOT / "fluxsae")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

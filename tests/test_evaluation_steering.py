@@ -179,10 +179,10 @@ def test_the_laboratory_chooses_on_some_pictures_and_reports_on_others(
         config=LaboratoryConfig(n_select=2, n_report=2, add=(5.0,), scale=(-3.0,), starts=(0.5,), curve=(0.5, 2.0)),
     )
     assert set(report.defaults) == {"amplify", "suppress"}
-    assert report.defaults["amplify"].edit(3) == SteeringEdit(DOUBLE, 3, "add", 5.0, steps=(2, 4))
+    assert report.defaults["amplify"].edits([3], [])[0] == SteeringEdit(DOUBLE, 3, "add", 5.0, steps=(2, 4))
     assert {(r.concept, r.direction) for r in report.results} == {(c, d) for c in (RED, orange) for d in DIRECTIONS}
     for result in report.results:
-        assert result.feature in ((3, 5) if result.concept == RED else (7,))
+        assert result.features in (((3,), (5,), (3, 5)) if result.concept == RED else ((7,),))
         assert {"feature", "random direction", "random feature", "prompt"} <= set(result.arms)
         assert all(tally.n == 2 for tally in result.arms.values())
         assert len(result.curve) == 3
@@ -190,6 +190,44 @@ def test_the_laboratory_chooses_on_some_pictures_and_reports_on_others(
     text = laboratory_text(report)
     assert "amplify: add 5 at transformer_blocks.1.ff, steps 2 to 3, " in text
     assert "colour orange" in text
+
+
+def test_features_are_turned_together_and_their_rivals_are_taken_away() -> None:
+    chosen = EditSettings(DOUBLE, "add", 0.5, (6, 20), together=2, without_rivals=True)
+    assert chosen.edits([3, 5], [7], strength=0.25) == (
+        SteeringEdit(DOUBLE, 3, "add", 0.25, steps=(6, 20)),
+        SteeringEdit(DOUBLE, 5, "add", 0.25, steps=(6, 20)),
+        SteeringEdit(DOUBLE, 7, "scale", 0.0, steps=(6, 20)),
+    )
+    assert len(replace(chosen, without_rivals=False).edits([3, 5], [7])) == 2
+
+
+def test_a_way_of_turning_features_together_wins_where_only_it_reaches_the_picture(
+    tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every way is tried: each feature alone, all together, and to amplify also without the rivals of red: orange's."""
+    monkeypatch.setattr("fluxsae.evaluation.steering.read_scene", read_parity)
+    features = {RED: [3, 5, 6], Concept("colour", "orange"): [7]}
+    config = LaboratoryConfig(
+        n_select=1,
+        n_report=1,
+        add=(5.0,),
+        scale=(0.0,),
+        starts=(0.5,),
+        curve=(),
+        together=(1, 3),
+        where=("everywhere",),
+    )
+    report = run_laboratory(tiny_flux, {DOUBLE: SAES[DOUBLE]}, {DOUBLE: features}, settings=SETTINGS, config=config)
+    ways = {direction: set() for direction in DIRECTIONS}
+    for trial in report.trials:
+        ways[trial.direction].add((trial.settings.together, trial.settings.without_rivals))
+    assert ways["amplify"] == {(1, False), (1, True), (3, False), (3, True)}
+    assert ways["suppress"] == {(1, False), (3, False)}
+    for result in report.results:
+        n_together = report.defaults[result.direction].together
+        assert len(result.features) == (min(n_together, 3) if result.concept == RED else 1)
+        assert result.to_dict()["features"] == list(result.features)
 
 
 def test_a_hook_point_does_not_win_by_knowing_few_concepts(

@@ -225,6 +225,9 @@ def test_measure_edit_reports_clip_where_there_is_one() -> None:
         def embed_texts(self, texts):
             return torch.tensor([[1.0, 0.0] for _ in texts])
 
+        def unknown_words(self, text):
+            return []
+
     black, white = Image.new("RGB", (32, 32)), Image.new("RGB", (32, 32), (255, 255, 255))
     found = measure_edit(
         black,

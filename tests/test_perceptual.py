@@ -43,6 +43,13 @@ def test_a_clip_folder_embeds_pictures_and_texts_as_unit_vectors_of_one_space(cl
         assert torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)), atol=1e-5)
 
 
+def test_a_clip_names_the_words_that_its_vocabulary_lacks(clip_folder: Path) -> None:
+    embedder = load_embedder(f"local-dir:{clip_folder}")
+    assert embedder.unknown_words("a big Red unicorn") == ["unicorn"]
+    embedder.tokenizer = open_clip.get_tokenizer("ViT-B-32")  # spells any word from pieces
+    assert embedder.unknown_words("a big Red unicorn") == []
+
+
 def test_a_picture_has_the_same_embedding_in_any_batch(clip_folder: Path) -> None:
     embedder = load_embedder(f"local-dir:{clip_folder}", batch_size=2)
     together = embedder.embed_images([noise(0), noise(1), noise(2)])

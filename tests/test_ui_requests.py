@@ -377,7 +377,7 @@ def test_a_sliders_middle_changes_nothing_and_its_ends_are_two_modes(bench: Work
     desk = SteerDesk(bench)
     slider = {"hookpoint": LATE, "feature": 3, "label": "red"}
     edits = [desk._edit({**slider, "turn": turn}) for turn in (-1, -0.25, 0, 0.5)]
-    assert [(edit.mode, edit.strength) for edit in edits] == [("scale", -2), ("scale", 0.25), ("add", 0), ("add", 0.75)]
+    assert [(edit.mode, edit.strength) for edit in edits] == [("scale", -2), ("scale", 0.25), ("add", 0), ("add", 0.5)]
     assert edits[2].is_identity
     assert [desk._slider_of(edit)["turn"] for edit in edits] == [-1, -0.25, 0, 0.5]
     with pytest.raises(FluxSaeError, match="turn is nan"):

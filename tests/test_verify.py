@@ -59,7 +59,32 @@ def test_a_whole_run_has_no_problems_and_nothing_absent(whole: RunFolder, capsys
     assert verdict.problems == ()
     assert verdict.absent == ()
     assert verdict.n_files == len(whole.published_files()) > 15
-    assert "0 problems" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "0 problems" in out
+    assert "Checked: every file against its hash" in out
+    assert "Not checked" not in out
+
+
+def test_without_checksums_it_says_what_was_not_checked_and_writes_them_when_asked(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verify.main(verify.VerifyConfig(run=str(run.path)))
+    out = capsys.readouterr().out
+    assert "Not checked: whether a file was changed" in out
+    assert "--write-checksums makes one" in out
+    assert not run.checksums_path.exists()
+    embeddings = run.embeddings_path.read_bytes()
+    run.embeddings_path.write_bytes(b"?")
+    verify.main(verify.VerifyConfig(run=str(run.path), write_checksums=True))
+    assert not run.checksums_path.exists(), "what is damaged gets no hash"
+    run.embeddings_path.write_bytes(embeddings)
+    verify.main(verify.VerifyConfig(run=str(run.path), write_checksums=True))
+    assert "Wrote" in capsys.readouterr().out
+    assert verify.main(verify.VerifyConfig(run=str(run.path))).is_whole
+    run.embeddings_path.write_bytes(b"?")
+    assert any("does not have its hash" in str(problem) for problem in verify_run(run).problems)
+    with pytest.raises(FluxSaeError, match="is no folder"):
+        verify.main(verify.VerifyConfig(run="user/name", write_checksums=True))
 
 
 def test_a_changed_a_missing_and_an_unknown_file_are_named(whole: RunFolder, tmp_path: Path) -> None:

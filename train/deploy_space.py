@@ -1,8 +1,10 @@
 """Put the app, its requirements and a run on a Hugging Face Space, in one commit.
 
-python -m train.deploy_space --repo user/fluxsae                                   # the embedded miniature
-python -m train.deploy_space --repo user/fluxsae --run user/name@v1                # a published run, pinned
-python -m train.deploy_space --repo user/fluxsae --run runs/mine                   # a run folder, copied into the Space
+    python -m train.deploy_space --repo user/fluxsae                               # the embedded miniature
+    python -m train.deploy_space --repo user/fluxsae --run user/name@v1            # a published run, pinned
+    python -m train.deploy_space --repo user/fluxsae --run runs/mine               # a run folder, copied into the Space
+
+Needs a token that may write: log in with `hf auth login`, or set HF_TOKEN.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,9 @@
 """Fetch a run from the Hub, whole or in part, every file checked against its published hash.
 
-python -m train.pull --repo user/name@v1 --into runs/theirs
-python -m train.pull --repo user/name --into runs/small --hookpoints layer15 --part browse
+    python -m train.pull --repo user/name@v1 --into runs/theirs
+    python -m train.pull --repo user/name --into runs/small --hookpoints layer15 --part browse
+
+A private or gated repository needs a token: log in with `hf auth login`, or set HF_TOKEN.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,9 @@
 """Publish a run on the Hub: one commit with model card and checksums, a tag, the tables as a dataset.
 
-python -m train.push --run runs/mine --repo user/name --tag v1 --tables user/name-tables
-python -m train.push --run runs/mine --repo user/name-sae --sae layer15          # one SAE alone
+    python -m train.push --run runs/mine --repo user/name --tag v1 --tables user/name-tables
+    python -m train.push --run runs/mine --repo user/name-sae --sae layer15          # one SAE alone
+
+Needs a token that may write: log in with `hf auth login`, or set HF_TOKEN.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,9 @@
 """Renders contact sheets, and single overlays, of the features of a run.
 
-python -m train.render --run runs/miniature --n-features 24
-python -m train.render --run runs/miniature --hookpoint transformer_blocks.3 --features 7 12 --overlays pictures
+    python -m train.render --run runs/miniature --n-features 24
+    python -m train.render --run runs/miniature --hookpoint transformer_blocks.3 --features 7 12 --overlays pictures
+
+Features that are named are drawn on a sheet of their own (chosen-NN.png).
 """
 
 import io

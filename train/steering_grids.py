@@ -1,7 +1,9 @@
 """Draws steering grids: a row a feature, a column a strength, PNG with every image's recipe inside.
 
-python -m train.steering_grids --run runs/miniature --n-features 8
-python -m train.steering_grids --run runs/miniature --demos
+    python -m train.steering_grids --run runs/miniature --n-features 8
+    python -m train.steering_grids --run runs/miniature --demos
+
+With --demos each feature is turned on the image that `train.find_demos` found for it.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,10 @@
 """Say what is wrong with a run folder or a Hub repository: schema, shapes, finite values, hashes, dangling ids.
 
-python -m train.verify runs/mine
-python -m train.verify user/name@v1
+    python -m train.verify runs/mine
+    python -m train.verify runs/mine --write-checksums     # writes the hashes of a sound folder that has none
+    python -m train.verify user/name@v1
+
+Nothing in the run is changed unless asked for. The exit status is 1 where something is wrong.
 """
 
 import sys
@@ -11,6 +14,7 @@ from pathlib import Path
 import tyro
 
 from fluxsae.artifacts import RunFolder
+from fluxsae.checksums import write_checksums
 from fluxsae.errors import FluxSaeError
 from fluxsae.hub import is_repo_id
 from fluxsae.publish import pull_run
@@ -23,10 +27,14 @@ class VerifyConfig:
 
     run: tyro.conf.Positional[str]
     """A run folder, or a Hub repository as user/name or user/name@revision."""
+    write_checksums: bool = False
+    """Write the hash of every file (SHA256SUMS) where there are none yet and nothing is wrong."""
 
 
 def main(config: VerifyConfig) -> Verdict:
-    """Checks, and prints every problem."""
+    """Checks, and prints every problem, and what was checked and what could not be."""
+    if config.write_checksums and not Path(config.run).is_dir():
+        raise FluxSaeError(f"{config.run} is no folder; --write-checksums is for a run folder on this machine.")
     run = _find_run(config.run)
     verdict = verify_run(run)
     for problem in verdict.problems:
@@ -35,6 +43,18 @@ def main(config: VerifyConfig) -> Verdict:
         print(f"absent  {part}")
     found = f"{len(verdict.problems)} problem{'s' * (len(verdict.problems) != 1)}"
     print(f"{verdict.n_files} files, hook points {', '.join(verdict.hookpoints)}: {found}")
+    structure = "schema, shapes, finite values, and numbers of images and features that exist"
+    sums = run.checksums_path.name
+    if sums not in verdict.absent:
+        print(f"Checked: every file against its hash; {structure}.")
+        return verdict
+    print(f"Checked: {structure}.")
+    print(f"Not checked: whether a file was changed since it was written, because there is no {sums}.")
+    if config.write_checksums and verdict.is_whole:
+        write_checksums(run)
+        print(f"Wrote {run.checksums_path}: from now on every file is checked against its hash.")
+    else:
+        print("--write-checksums makes one for a folder without problems; train.push makes one with every push.")
     return verdict
 
 

@@ -258,7 +258,7 @@ class _Work:
                 raise FluxSaeError(
                     f"Which features of {hookpoint} match which concept is not known yet. Evaluate the concepts first."
                 )
-            features[hookpoint] = candidate_features(concepts, limit=self.config.laboratory.n_features)
+            features[hookpoint] = candidate_features(concepts, limit=self.config.laboratory.n_candidates)
         report = run_laboratory(
             self.pipe,
             self.saes,

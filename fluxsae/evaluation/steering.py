@@ -80,7 +80,13 @@ class LaboratoryConfig:
     where: tuple[Where, ...] = ("everywhere", "painted")
     """Whether edits act on the whole picture, or where the attribute lies in the unedited one."""
     n_features: int = 2
-    """Matched features of a concept that are tried, the best by AUC first."""
+    """Matched features of a concept that are tried alone, the best by AUC first."""
+    together: tuple[int, ...] = (1, 4)
+    """How many matched features of a concept are turned at once, the best by AUC first; 1 tries each alone."""
+    without_rivals: tuple[bool, ...] = (False, True)
+    """Whether, to turn a feature up, the matched features of the attribute's other values are taken away (scale 0)."""
+    n_rivals: int = 4
+    """Matched features of each other value that are taken away, the best by AUC first."""
     n_moment_images: int = 96
     """Pictures from which the difference-of-means directions come."""
     curve: tuple[float, ...] = (0.25, 0.5, 2.0, 4.0)
@@ -93,7 +99,7 @@ class LaboratoryConfig:
     """Decides subjects and control directions."""
 
     def __post_init__(self) -> None:
-        for name in ("n_select", "n_report", "n_features", "n_moment_images", "batch_size"):
+        for name in ("n_select", "n_report", "n_features", "n_rivals", "n_moment_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise FluxSaeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not self.starts or not all(0 <= start < self.stop <= 1 for start in self.starts):
@@ -101,13 +107,20 @@ class LaboratoryConfig:
                 f"starts is {self.starts} and stop {self.stop}; they are fractions of the schedule: "
                 "at least one start, each at least 0 and below stop, and stop at most 1."
             )
-        if not self.where:
-            raise FluxSaeError("where is empty; name everywhere, painted or both.")
+        if not self.where or not self.without_rivals:
+            raise FluxSaeError("where or without_rivals is empty; name at least one way of each.")
+        if not self.together or min(self.together) < 1:
+            raise FluxSaeError(f"together is {self.together}; give numbers of features, each at least 1.")
         for direction in DIRECTIONS:
             if not self.modes(direction):
                 raise FluxSaeError(
                     f"No strength is left to {direction} with; give one of add, clamp, scale, project_out."
                 )
+
+    @property
+    def n_candidates(self) -> int:
+        """Matched features of a concept that any of the ways needs."""
+        return max(self.n_features, self.n_rivals, *self.together)
 
     def modes(self, direction: Direction) -> list[tuple[str, float]]:
         """(mode, strength) pairs that are tried in one direction."""
@@ -191,8 +204,10 @@ def _is_readable(scene: Scene, concept: Concept, *, has_concept: bool) -> bool:
     return is_sure and ((concept.attribute, concept.value) in scene.concepts()) == has_concept
 
 
-Scores = dict[EditSettings, dict[Concept, dict[int, list[Outcome]]]]
-"""Settings -> concept -> feature -> what the edit did to each picture."""
+Group = tuple[int, ...]
+"""Features that are turned together."""
+Scores = dict[EditSettings, dict[Concept, dict[Group, list[Outcome]]]]
+"""Settings -> concept -> features -> what the edit did to each picture."""
 
 
 @dataclass(eq=False)
@@ -213,14 +228,14 @@ class _Bench:
         moments = self._moments()
         trials: list[TrialResult] = []
         defaults: dict[Direction, EditSettings] = {}
-        chosen: dict[tuple[Concept, Direction], int] = {}
+        chosen: dict[tuple[Concept, Direction], Group] = {}
         for direction in DIRECTIONS:
-            tried, defaults[direction], features = self._choose(direction, concepts)
+            tried, defaults[direction], groups = self._choose(direction, concepts)
             trials += tried
-            chosen |= {(concept, direction): feature for concept, feature in features.items()}
+            chosen |= {(concept, direction): group for concept, group in groups.items()}
         results = [
-            self._report(concept, direction, feature, defaults[direction], moments)
-            for (concept, direction), feature in self._with_progress("report", list(chosen.items()))
+            self._report(concept, direction, group, defaults[direction], moments)
+            for (concept, direction), group in self._with_progress("report", list(chosen.items()))
             if self._cases["report", concept, direction]
         ]
         reported = {(result.concept, result.direction) for result in results}
@@ -356,17 +371,35 @@ class _Bench:
         n_steps = self.settings.num_inference_steps
         stop = round(self.config.stop * n_steps)
         return [
-            EditSettings(place, mode, strength, (round(start * n_steps), stop), where)
+            EditSettings(place, mode, strength, (round(start * n_steps), stop), where, together, without_rivals)
             for place in sorted(self.features)
             for where in self.config.where
+            for together in self.config.together
+            for without_rivals in (self.config.without_rivals if direction == "amplify" else (False,))
             for start in self.config.starts
             for mode, strength in self.config.modes(direction)
         ]
 
+    def _groups(self, chosen: EditSettings, concept: Concept) -> list[Group]:
+        """The features that settings turn at once: some of the best alone, or the best together."""
+        matched = [f for f in self.features[chosen.hookpoint][concept] if self._is_possible(chosen, f)]
+        if chosen.together == 1:
+            return [(feature,) for feature in matched[: self.config.n_features]]
+        return [tuple(matched[: chosen.together])] if matched else []
+
+    def _rivals(self, place: HookPoint, concept: Concept) -> list[int]:
+        """Features of the attribute's other values."""
+        return [
+            feature
+            for other, matched in self.features[place].items()
+            if other.attribute == concept.attribute and other != concept
+            for feature in matched[: self.config.n_rivals]
+        ]
+
     def _choose(
         self, direction: Direction, concepts: Sequence[Concept]
-    ) -> tuple[list[TrialResult], EditSettings, dict[Concept, int]]:
-        """Every candidate with its result, the best one, and each concept's best feature at it.
+    ) -> tuple[list[TrialResult], EditSettings, dict[Concept, Group]]:
+        """Every candidate with its result, the best one, and each concept's best features at it.
 
         Candidates are tried on the concepts that targets speak of; the others only at the best candidate.
         """
@@ -387,10 +420,10 @@ class _Bench:
         best = max(trials, key=lambda trial: trial.merit).settings
         rest = [concept for concept in known if concept not in targeted]
         by_concept = scores[best] | self._try(direction, rest, [best]).get(best, {})
-        return trials, best, {concept: self._best_feature(tried, direction) for concept, tried in by_concept.items()}
+        return trials, best, {concept: self._best_group(tried, direction) for concept, tried in by_concept.items()}
 
     def _try(self, direction: Direction, concepts: Sequence[Concept], candidates: Sequence[EditSettings]) -> Scores:
-        """The outcomes of each candidate, concept and feature."""
+        """The outcomes of each candidate, concept and group of features."""
         scores: Scores = {}
         groups = [
             (place, concept)
@@ -400,38 +433,39 @@ class _Bench:
         ]
         for place, concept in self._with_progress(f"choosing to {direction}", groups):
             tried = [
-                (chosen, feature)
+                (chosen, group)
                 for chosen in candidates
-                for feature in self.features[place][concept]
-                if chosen.hookpoint == place and self._is_possible(place, feature, chosen.mode)
+                if chosen.hookpoint == place
+                for group in self._groups(chosen, concept)
             ]
-            arms = [Arm("feature", (chosen.edit(feature),), chosen.where) for chosen, feature in tried]
+            rivals = self._rivals(place, concept)
+            arms = [Arm("feature", chosen.edits(group, rivals), chosen.where) for chosen, group in tried]
             outcomes = self._outcomes("select", concept, direction, arms)
-            for (chosen, feature), found in zip(tried, outcomes, strict=True):
-                scores.setdefault(chosen, {}).setdefault(concept, {})[feature] = found
+            for (chosen, group), found in zip(tried, outcomes, strict=True):
+                scores.setdefault(chosen, {}).setdefault(concept, {})[group] = found
         return scores
 
-    def _is_possible(self, place: HookPoint, feature: int, mode: str) -> bool:
-        return mode not in NEEDS_REFERENCE or float(self.saes[place].reference_acts[feature]) > 0
+    def _is_possible(self, chosen: EditSettings, feature: int) -> bool:
+        return chosen.mode not in NEEDS_REFERENCE or float(self.saes[chosen.hookpoint].reference_acts[feature]) > 0
 
-    def _best_feature(self, by_feature: Mapping[int, Sequence[Outcome]], direction: Direction) -> int:
-        def merit(feature: int) -> float:
-            outcomes = by_feature[feature]
+    def _best_group(self, by_group: Mapping[Group, Sequence[Outcome]], direction: Direction) -> Group:
+        def merit(group: Group) -> float:
+            outcomes = by_group[group]
             hits = [o.is_success(wanted=direction == "amplify") * o.share_unchanged for o in outcomes]
             return float(np.mean(hits))
 
-        return max(by_feature, key=merit)
+        return max(by_group, key=merit)
 
     def _trial(
         self,
         chosen: EditSettings,
         direction: Direction,
-        scores: Mapping[Concept, Mapping[int, Sequence[Outcome]]],
+        scores: Mapping[Concept, Mapping[Group, Sequence[Outcome]]],
         concepts: Sequence[Concept],
     ) -> TrialResult:
         wanted = direction == "amplify"
         rows = [
-            _means(scores[concept][self._best_feature(scores[concept], direction)], wanted=wanted)
+            _means(scores[concept][self._best_group(scores[concept], direction)], wanted=wanted)
             if concept in scores
             else (0.0, 1.0, 1.0)
             for concept in concepts
@@ -445,17 +479,19 @@ class _Bench:
         self,
         concept: Concept,
         direction: Direction,
-        feature: int,
+        group: Group,
         chosen: EditSettings,
         moments: Mapping[HookPoint, TokenMoments],
     ) -> ConceptResult:
         wanted = direction == "amplify"
         strengths = self._curve(chosen)
+        rivals = self._rivals(chosen.hookpoint, concept)
+        edits = chosen.edits(group, rivals)
         arms = [
-            *(Arm(f"strength {s:g}", (chosen.edit(feature, strength=s),), chosen.where) for s in strengths),
-            Arm("feature", (chosen.edit(feature),), chosen.where),
-            Arm("random direction", (chosen.edit(feature),), chosen.where, "random direction"),
-            Arm("random feature", (chosen.edit(feature),), chosen.where, "random feature"),
+            *(Arm(f"strength {s:g}", chosen.edits(group, rivals, strength=s), chosen.where) for s in strengths),
+            Arm("feature", edits, chosen.where),
+            Arm("random direction", edits, chosen.where, "random direction"),
+            Arm("random feature", edits, chosen.where, "random feature"),
         ]
         outcomes = self._outcomes("report", concept, direction, arms)
         tallies = {arm.name: Tally.of(o, wanted=wanted) for arm, o in zip(arms, outcomes, strict=True)}
@@ -466,7 +502,7 @@ class _Bench:
         centre = _no_change(chosen.mode)
         ordered = dict(sorted(curve.items(), key=lambda point: abs(point[0] - centre)))
         named = {name: tally for name, tally in tallies.items() if not name.startswith("strength")}
-        return ConceptResult(concept, direction, feature, named, ordered)
+        return ConceptResult(concept, direction, group, named, ordered)
 
     def _curve(self, chosen: EditSettings) -> tuple[float, ...]:
         centre = _no_change(chosen.mode)

@@ -26,18 +26,26 @@ steers would paint, the object for its attributes, all else for the background."
 
 @dataclass(frozen=True)
 class EditSettings:
-    """How a feature is turned in one direction, at one hook point."""
+    """How a concept's features are turned in one direction, at one hook point."""
 
     hookpoint: HookPoint
     mode: str
     strength: float
     steps: tuple[int, int]
     where: Where = "everywhere"
+    together: int = 1
+    """How many of the concept's matched features are turned at once, the best first."""
+    without_rivals: bool = False
+    """Whether the matched features of the attribute's other values are taken away beside them (scale 0)."""
 
-    def edit(self, feature: int, *, strength: float | None = None) -> SteeringEdit:
-        """The edit of a feature, at these settings or at another strength; a picture's own region is added later."""
+    def edits(
+        self, features: Sequence[int], rivals: Sequence[int], *, strength: float | None = None
+    ) -> tuple[SteeringEdit, ...]:
+        """The edits of features, at these settings or at another strength; a picture's own region is added later."""
         chosen = self.strength if strength is None else strength
-        return SteeringEdit(self.hookpoint, feature, self.mode, chosen, steps=self.steps)
+        turned = [SteeringEdit(self.hookpoint, f, self.mode, chosen, steps=self.steps) for f in features]
+        taken = rivals if self.without_rivals else ()
+        return (*turned, *(SteeringEdit(self.hookpoint, f, "scale", 0.0, steps=self.steps) for f in taken))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -50,7 +58,7 @@ class ConceptResult:
 
     concept: Concept
     direction: Direction
-    feature: int
+    features: tuple[int, ...]
     arms: dict[str, Tally]
     """feature (at the default settings), random direction, random feature, difference of means, prompt."""
     curve: dict[float, Tally]
@@ -67,7 +75,7 @@ class ConceptResult:
         return {
             "concept": str(self.concept),
             "direction": self.direction,
-            "feature": self.feature,
+            "features": list(self.features),
             "arms": {name: tally.to_dict() for name, tally in self.arms.items()},
             "curve": [{"strength": strength, **tally.to_dict()} for strength, tally in self.curve.items()],
             "breaking_strength": self.breaking_strength,

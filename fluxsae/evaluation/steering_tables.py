@@ -26,7 +26,9 @@ def laboratory_text(report: LaboratoryReport) -> str:
 def describe_settings(chosen: EditSettings) -> str:
     """Settings in one line."""
     start, stop = chosen.steps
-    return f"{chosen.mode} {chosen.strength:g} at {chosen.hookpoint}, steps {start} to {stop - 1}, {chosen.where}"
+    how = f"{chosen.mode} {chosen.strength:g} at {chosen.hookpoint}, steps {start} to {stop - 1}, {chosen.where}"
+    how += f", {chosen.together} features together" if chosen.together > 1 else ""
+    return how + (", rivals taken away" if chosen.without_rivals else "")
 
 
 def _defaults_text(report: LaboratoryReport) -> str:
@@ -51,7 +53,7 @@ def _concepts_text(report: LaboratoryReport, direction: Direction) -> str:
     rows = [
         [
             str(result.concept),
-            str(result.feature),
+            " ".join(map(str, result.features)),
             str(next(iter(result.arms.values())).n),
             *(_cell(result.arms.get(arm)) for arm in ARMS),
             "-" if result.breaking_strength is None else f"{result.breaking_strength:g}",
@@ -59,7 +61,7 @@ def _concepts_text(report: LaboratoryReport, direction: Direction) -> str:
         for result in report.results
         if result.direction == direction and result.arms
     ]
-    return text_table([direction, "feature", "n", *ARMS, "specificity falls at"], rows) if rows else ""
+    return text_table([direction, "features", "n", *ARMS, "specificity falls at"], rows) if rows else ""
 
 
 def _cell(tally: Tally | None) -> str:

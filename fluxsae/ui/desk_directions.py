@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from fluxsae.cards import CardIndex
-from fluxsae.directions import LayerComparison, nearest_features
+from fluxsae.directions import COUNTERPART, LayerComparison, nearest_features
 from fluxsae.errors import FluxSaeError
-from fluxsae.heatmaps import feature_colour
+from fluxsae.heatmaps import feature_colour, names_colour
 from fluxsae.hookpoints import HookPoint
 from fluxsae.ui import views
 from fluxsae.ui.requests import DirectionsRequest
@@ -67,7 +67,7 @@ class DirectionsDesk:
                 {
                     "feature": feature,
                     "label": cards.labels[feature],
-                    "colour": feature_colour(feature),
+                    "colour": feature_colour(feature, cards.labels[feature]),
                     "cosine": cosine,
                 }
                 for feature, cosine in self._near(request)
@@ -92,11 +92,13 @@ class DirectionsDesk:
         comparison = self._comparison(left, right)
         one, two = self.bench.cards[left], self.bench.cards[right]
         return {
-            "first": f"{self.bench.word(left)} ({left})",
-            "second": f"{self.bench.word(right)} ({right})",
+            "word_first": self.bench.word(left),
+            "word_second": self.bench.word(right),
             "chance": comparison.null_correlation,
             "mean": float(comparison.correlations.mean()) if len(comparison.correlations) else 0.0,
-            "n_pairs": len(comparison.pairs),
+            "least": COUNTERPART,
+            "n_first": int(np.isfinite(comparison.best_first).sum()),
+            "n_second": int(np.isfinite(comparison.best_second).sum()),
             "pairs": self._pairs(comparison, one, two),
             "only_first": self._alone(one, comparison.only_first),
             "n_only_first": len(comparison.only_first),
@@ -129,8 +131,10 @@ class DirectionsDesk:
             "hookpoint": hookpoint,
             "word": self.bench.word(hookpoint),
             "positions": views.base64_text(positions),
+            "n_dead": int(len(alive) - alive.sum()),
             "alive": views.base64_text(alive),
             "labels": cards.labels,
+            "colours": {label: feature_colour(0, label) for label in set(cards.labels) if names_colour(label)},
             "names": place_names(cards, positions),
         }
 
@@ -144,11 +148,18 @@ class DirectionsDesk:
         shown = [
             (int(left), int(right), float(value))
             for (left, right), value in zip(comparison.pairs, comparison.correlations, strict=True)
-            if one.labels[int(left)] or two.labels[int(right)]
+            if value >= COUNTERPART and (one.labels[int(left)] or two.labels[int(right)])
         ]
+        told: set[tuple[str | None, str | None]] = set()
+        first_of_kind: list[tuple[int, int, float]] = []
+        others: list[tuple[int, int, float]] = []
+        for pair in shown:
+            kind = (one.labels[pair[0]], two.labels[pair[1]])
+            (others if kind in told else first_of_kind).append(pair)
+            told.add(kind)
         return [
             {"first": _side(one, left), "second": _side(two, right), "correlation": value}
-            for left, right, value in shown[:COMPARED]
+            for left, right, value in [*first_of_kind, *others][:COMPARED]
         ]
 
     def _alone(self, cards: CardIndex, features: np.ndarray) -> list[dict[str, Any]]:
@@ -165,19 +176,19 @@ def _side(cards: CardIndex, feature: int) -> dict[str, Any]:
         "hookpoint": str(cards.hookpoint),
         "feature": feature,
         "label": cards.labels[feature],
-        "colour": feature_colour(feature),
+        "colour": feature_colour(feature, cards.labels[feature]),
     }
 
 
 def place_names(cards: CardIndex, positions: np.ndarray) -> list[dict[str, Any]]:
-    """Names for the map: each label once, where most of its features lie, the most frequent labels first."""
+    """Names for the map: each label once, at its feature in the midst of the others; the most frequent labels first."""
     counts = Counter(label for label in cards.labels if label)
     names = []
-    for label, count in counts.most_common(PLACE_NAMES):
-        members = positions[[feature for feature, other in enumerate(cards.labels) if other == label]]
-        middle = np.median(members, axis=0)
-        nearest = members[np.argmin(((members - middle) ** 2).sum(axis=1))]
-        names.append({"label": label, "n": count, "x": float(nearest[0]), "y": float(nearest[1])})
+    for label, _ in counts.most_common(PLACE_NAMES):
+        members = [feature for feature, other in enumerate(cards.labels) if other == label]
+        middle = np.median(positions[members], axis=0)
+        nearest = members[int(np.argmin(((positions[members] - middle) ** 2).sum(axis=1)))]
+        names.append({"label": label, "feature": nearest})
     return names
 
 
@@ -200,7 +211,11 @@ def draw_plot(cards: CardIndex, feature: int, near: list[int]) -> Any:
             mode="markers",
             text=[names[index] for index in members],
             hoverinfo="text",
-            marker={"size": size, "opacity": opacity, "color": [feature_colour(index) for index in members]},
+            marker={
+                "size": size,
+                "opacity": opacity,
+                "color": [feature_colour(index, cards.labels[index]) for index in members],
+            },
         )
     figure.update_xaxes(visible=False).update_yaxes(visible=False, scaleanchor="x")
     return figure.update_layout(title=f"{names[feature]} and what writes in a similar direction ({cards.hookpoint})")

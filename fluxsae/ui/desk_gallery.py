@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from fluxsae.cards import CardIndex, FeatureCard
@@ -94,8 +95,7 @@ class GalleryDesk:
             "pictures": views.card_pictures(cards, card, limit=PICTURES),
             "silent": [_silent(cards, image) for image in card.silent_images[:4]],
             "facts": facts(card),
-            "histogram": list(card.histogram),
-            "histogram_edges": list(card.histogram_edges),
+            **_histogram(card),
             "steps": list(card.steps),
             "step_profile": list(card.step_profile),
             "neighbours": [_other(other) for other in card.neighbours[:10]],
@@ -166,8 +166,19 @@ def _other(other: Any) -> dict[str, Any]:
         "feature": other.feature,
         "label": other.label,
         "similarity": other.similarity,
-        "colour": feature_colour(other.feature),
+        "colour": feature_colour(other.feature, other.label),
     }
+
+
+def _histogram(card: FeatureCard) -> dict[str, list[Any]]:
+    """The bins of a card's histogram between the first and the last that hold something, with their edges."""
+    filled = np.flatnonzero(card.histogram)
+    if not len(filled):
+        return {"histogram": [], "histogram_edges": []}
+    first, last = int(filled[0]), int(filled[-1]) + 1
+    edges = list(card.histogram_edges[first : last + 1])
+    edges[-1] = min(edges[-1], card.max_act)  # the outer bins are open
+    return {"histogram": list(card.histogram[first:last]), "histogram_edges": edges}
 
 
 def _silent(cards: CardIndex, image_id: int) -> dict[str, Any]:
@@ -211,7 +222,11 @@ def facts(card: FeatureCard) -> list[list[str]]:
 
 
 def _number(value: float | None) -> str | None:
-    return None if value is None else f"{value:.2g}" if abs(value) < 0.1 else f"{value:.2f}"
+    if value is None:
+        return None
+    if 0 < abs(value) < 0.001:
+        return "below 0.001"
+    return f"{value:.2g}" if abs(value) < 0.1 else f"{value:.2f}"
 
 
 def _place(spread: float) -> str:

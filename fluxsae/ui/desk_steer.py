@@ -23,9 +23,9 @@ from fluxsae.ui.snippets import snippets
 MAX_SUPPRESS = 3.0
 """The left end of a slider: what is taken away, as a share of the feature's own activation. Taking away just what is
 there is often too little: the blocks behind the edit read the prompt again."""
-MAX_AMPLIFY = 1.5
+MAX_AMPLIFY = 1.0
 """The right end of a slider: multiples of the feature's usual strength that are added."""
-STRIP = (-2 / 3, -1 / 3, 0.0, 1 / 6, 1 / 3, 1 / 2, 1.0)
+STRIP = (-2 / 3, -1 / 3, 0.0, 0.1, 0.2, 0.3, 0.6)
 """Slider positions of the strip: twice the feature taken away, once, nothing, then ever more added."""
 MAX_PAGE_EDITS = 6
 SUGGESTED = 14
@@ -169,7 +169,7 @@ class SteerDesk:
 
     def start(self) -> dict[str, Any]:
         """The tab's first sight: no edit yet, good features to begin with."""
-        starters = [{key: starter[key] for key in ("title", "image")} for starter in self.starters()]
+        starters = [{key: starter[key] for key in ("title", "image", "colour")} for starter in self.starters()]
         return {**self._frame(), "edits": [], "starters": starters}
 
     @functools.cache  # noqa: B019 - one desk a page, for as long as it is served
@@ -180,7 +180,7 @@ class SteerDesk:
             return {
                 **starters[0],
                 "kind": "example",
-                "words": f"{starters[0]['title']}: before and after, and the way back",
+                "words": f"“{starters[0]['prompt']}”, steered",
             }
         cards = self.bench.cards[self.limits.default_hookpoint]
         image_id, _ = views.best_example(cards, SUGGESTED)
@@ -198,11 +198,11 @@ class SteerDesk:
 
     @functools.cache  # noqa: B019 - one desk a page, for as long as it is served
     def starters(self) -> list[dict[str, Any]]:
-        """Recipes that work, from the run's steering demos: turned up and turned down in turn, each label once."""
+        """Recipes that work, from the run's steering demos: turned down where that shows, each label once."""
         found: dict[str, dict[str, Any]] = {}
         for name in reversed(self.bench.hookpoints):
             for demo in self.bench.run.load_demos(name):
-                starter = self._starter(name, demo, "less" if len(found) % 2 else "more")
+                starter = self._starter(name, demo)
                 if starter and len(found) < MAX_STARTERS:
                     found.setdefault(starter["label"], starter)
         return list(found.values())
@@ -417,29 +417,38 @@ class SteerDesk:
         return {
             "hookpoint": slider["hookpoint"],
             "feature": slider["feature"],
-            "colour": feature_colour(int(slider["feature"])),
+            "colour": feature_colour(int(slider["feature"]), slider.get("label")),
             "label": slider.get("label"),
             "cells": cells,
             "safe": safe_turns([(turn, bool(cell["safe"])) for turn, cell in zip(STRIP, cells, strict=True)]),
         }
 
-    def _starter(self, hookpoint: str, demo: Mapping[str, Any], way: str) -> dict[str, Any] | None:
+    def _starter(self, hookpoint: str, demo: Mapping[str, Any]) -> dict[str, Any] | None:
+        way = "more" if demo["score"]["more"] > 4 * demo["score"]["less"] else "less"  # taking away spills over least
         try:
             recipe = Recipe.from_dict(demo["recipes"][way])
             sliders = [self._slider_of(edit) for edit in recipe.edits]
+            panels = [self._panel(demo["recipes"][side]) for side in ("less", "before", "more")]
             picture = self.bench.run.demo_image_path(hookpoint, demo["image"])
         except (KeyError, FluxSaeError):
             return None
         label = ", ".join(str(slider["label"] or f"#{slider['feature']}") for slider in sliders)
         return {
-            "title": f"{way} {label}",
+            "title": f"{way.capitalize()} {label}",
             "label": label,
             "image": views.webp_url(picture.read_bytes()) if picture.is_file() else None,
+            "panels": panels,
+            "colour": sliders[0]["colour"],
             "prompt": recipe.prompt,
             "seed": recipe.seed,
             "num_inference_steps": recipe.settings.num_inference_steps,
             "edits": sliders,
         }
+
+    def _panel(self, recipe: Mapping[str, Any]) -> str:
+        """What was done in one picture of a demo."""
+        edits = Recipe.from_dict(dict(recipe)).edits
+        return "; ".join(edit_words(self._slider_of(edit), edit) for edit in edits) or "unchanged"
 
 
 def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
@@ -447,8 +456,10 @@ def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
     name = slider.get("label") or f"feature {edit.feature}"
     if edit.is_identity:
         return f"{name}: unchanged"
-    if edit.mode == "scale":
+    if edit.mode == "scale" and edit.strength >= 0:
         return f"{name}: {1 - edit.strength:.0%} taken away"
+    if edit.mode == "scale":
+        return f"{name}: {1 - edit.strength:.2g} times what is there taken away"
     return f"{name}: {edit.strength:.2g} times its usual strength added"
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from fluxsae.ui.desk_directions import DirectionsDesk
-from fluxsae.ui.endpoints import add_endpoint
+from fluxsae.ui.endpoints import REQUIRED, add_endpoint
 from fluxsae.ui.guard import guarded
 from fluxsae.ui.requests import DirectionsRequest
 from fluxsae.ui.session import Workbench
@@ -38,7 +38,7 @@ def build_directions_tab(bench: Workbench, shell: Shell, tab: gr.Tab) -> None:
             with gr.Row():
                 first = gr.Dropdown(bench.hookpoint_choices(), value=bench.hookpoints[0], label="One")
                 second = gr.Dropdown(bench.hookpoint_choices(), value=bench.hookpoints[-1], label="The other")
-                go = gr.Button("Compare", elem_id="directions-compare-go")
+                go = gr.Button("Compare", variant="primary", scale=0, min_width=140, elem_id="directions-compare-go")
             compared = gr.HTML(None, html_template=element("fs-compared"), js_on_load=mount(select="select"))
         go.click(guarded(desk.compare), [first, second], compared, **QUIET)
         shell.remember(compared)
@@ -60,9 +60,7 @@ def add_directions_endpoints(bench: Workbench) -> None:
     """/directions."""
     desk, limits = DirectionsDesk(bench), bench.limits
 
-    def directions(
-        hookpoint: str = limits.default_hookpoint, feature: int | None = None, n_neighbours: int = 12
-    ) -> Any:
+    def directions(hookpoint: str = limits.default_hookpoint, feature: int = REQUIRED, n_neighbours: int = 12) -> Any:
         """Finds the features that write in a similar direction, and draws them on the map of all directions.
 
         Args:

@@ -15,6 +15,8 @@ LANE = "flux"
 """Concurrency group of everything that needs FLUX: one at a time."""
 BROWSING = 16
 """Browsing requests answered at a time; they never wait for FLUX."""
+REQUIRED: Any = ...
+"""Default of a required argument that stands behind optional ones; with None, Gradio would call it optional."""
 
 
 def add_endpoint(
@@ -35,7 +37,7 @@ def add_endpoint(
     gr.on(
         triggers=[],
         fn=guarded(handler, bench.visitors if uses_flux else None),
-        inputs=[Api(_default(defaults[name]), properties[name], name) for name in names],
+        inputs=[Api(_default(defaults[name]), _described(properties[name]), name) for name in names],
         outputs=list(outputs),
         api_name=handler.__name__,
         preprocess=False,
@@ -48,4 +50,9 @@ def add_endpoint(
 
 
 def _default(parameter: inspect.Parameter) -> Any:
-    return None if parameter.default is inspect.Parameter.empty else parameter.default
+    return None if parameter.default in (inspect.Parameter.empty, REQUIRED) else parameter.default
+
+
+def _described(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with its description where `gradio_client`'s `view_api` looks for it, too."""
+    return {**schema, "additional_description": schema["description"]}

@@ -7,7 +7,7 @@ import gradio as gr
 
 from fluxsae.ui.desk_gallery import CLASSES, PAGE, SORTS, GalleryDesk
 from fluxsae.ui.desk_words import WordsDesk
-from fluxsae.ui.endpoints import LANE, add_endpoint
+from fluxsae.ui.endpoints import LANE, REQUIRED, add_endpoint
 from fluxsae.ui.guard import guarded
 from fluxsae.ui.lane import StepDone
 from fluxsae.ui.requests import FeatureRequest, SearchRequest
@@ -105,11 +105,11 @@ def add_gallery_endpoints(bench: Workbench) -> None:
             limit: How many features, best first.
 
         Returns:
-            The features, each with its label, statistics and the reason why it was found (JSON).
+            The features (JSON) with label, statistics, reason and score (clip: cosine); none if no word is known.
         """
         return desk.search(SearchRequest.parse(limits, query=query, hookpoint=hookpoint, limit=limit))
 
-    def feature(hookpoint: str = limits.default_hookpoint, feature: int | None = None) -> Any:
+    def feature(hookpoint: str = limits.default_hookpoint, feature: int = REQUIRED) -> Any:
         """Gives one feature's card: label, statistics, neighbours, and its top images with overlays.
 
         Args:

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from fluxsae.ui.desk_heatmap import HeatmapDesk
-from fluxsae.ui.endpoints import LANE, add_endpoint
+from fluxsae.ui.endpoints import LANE, REQUIRED, add_endpoint
 from fluxsae.ui.guard import guarded
 from fluxsae.ui.lane import StepDone
 from fluxsae.ui.requests import FeaturesAtRequest, HeatmapRequest
@@ -54,7 +54,7 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
                 elem_id="heatmap-other",
                 placeholder="the same words with one changed",
             )
-            compare_go = gr.Button("Compare", scale=1, min_width=110, elem_id="heatmap-compare-go")
+            compare_go = gr.Button("Compare", variant="primary", scale=1, min_width=110, elem_id="heatmap-compare-go")
         diff = gr.HTML(
             None, html_template=element("fs-diff"), js_on_load=mount(select="select"), elem_id="heatmap-diff"
         )
@@ -172,8 +172,8 @@ def add_heatmap_endpoints(bench: Workbench) -> None:
         seed: int = 0,
         num_inference_steps: int = limits.default_steps,
         step: int | None = None,
-        row: int | None = None,
-        column: int | None = None,
+        row: int = REQUIRED,
+        column: int = REQUIRED,
         limit: int = 8,
     ) -> Iterator[Any]:
         """Tells which features fire at one patch of an image, most telling first.

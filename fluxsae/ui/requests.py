@@ -22,6 +22,24 @@ MAX_SEED = 2**32 - 1
 MAX_RESULTS = 100
 MAX_STRENGTHS = 9
 WHOLE_NUMBERS = {"type": "array", "items": {"type": "integer"}}
+WINDOW: tuple[list[Any], str] = (
+    [WHOLE_NUMBERS, "null"],
+    "Steps [start, stop) in which the edit acts; null: where the SAE was trained.",
+)
+REGION: tuple[list[Any], str] = (
+    [
+        {"type": "array", "items": WHOLE_NUMBERS},
+        {"type": "object", "properties": {"heatmap": {"type": "number"}}},
+        "null",
+    ],
+    "Where the edit acts: rows of 0 and 1 on the token grid; wherever the feature fires above a share of its usual "
+    'activation, {"heatmap": share}; or null for everywhere.',
+)
+STRENGTH = (
+    "scale: factor on the activation, 1 changes nothing; add, clamp: multiples of the feature's usual activation; "
+    "ablate, project_out: fraction taken away, 0 to 1."
+)
+EXAMPLE_EDIT = '{"hookpoint": "transformer_blocks.3", "feature": 504, "mode": "add", "strength": 0.6}'
 
 
 class RequestError(FluxSaeError):
@@ -200,11 +218,30 @@ def _check_region(value: Any, info: ValidationInfo) -> Region | None:
     return edit.region
 
 
-def _schema(kind: str | list[Any], description: str, **more: Any) -> WithJsonSchema:
+def _described(kind: str | list[Any], description: str, **more: Any) -> dict[str, Any]:
     kinds: dict[str, Any] = {"type": kind}
     if not isinstance(kind, str):
         kinds = {"anyOf": [{"type": each} if isinstance(each, str) else each for each in kind]}
-    return WithJsonSchema({**kinds, "description": description, **more})
+    return {**kinds, "description": description, **more}
+
+
+def _schema(kind: str | list[Any], description: str, **more: Any) -> WithJsonSchema:
+    return WithJsonSchema(_described(kind, description, **more))
+
+
+EDIT: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "hookpoint": _described("string", "Where the edit is made: a module path of this run."),
+        "feature": _described("integer", "Number of the feature, from 0."),
+        "mode": _described("string", "How to edit.", enum=list(MODES)),
+        "strength": _described("number", STRENGTH),
+        "steps": _described(*WINDOW),
+        "region": _described(*REGION),
+    },
+    "required": ["hookpoint", "feature", "mode", "strength"],
+}
+"""What an edit is for a client: the keys of `SteeringEdit.from_dict`."""
 
 
 Prompt = Annotated[
@@ -249,29 +286,26 @@ Mode = Annotated[str, BeforeValidator(_check_mode), _schema("string", f"How to e
 Strengths = Annotated[
     tuple[float, ...],
     BeforeValidator(_check_strengths),
-    _schema("array", f"1 to {MAX_STRENGTHS} strengths.", items={"type": "number"}),
+    _schema("array", f"1 to {MAX_STRENGTHS} strengths. {STRENGTH}", items={"type": "number"}),
 ]
 Edits = Annotated[
     tuple[SteeringEdit, ...],
     BeforeValidator(_check_edits),
     _schema(
         "array",
-        "Edits: objects with hookpoint, feature, mode, strength and, if wanted, steps [start, stop] and region.",
-        items={"type": "object"},
+        f"Edits, for no edit the empty list; steps and region may be left out. Example: [{EXAMPLE_EDIT}].",
+        items=EDIT,
     ),
 ]
 Window = Annotated[
     tuple[int, int] | None,
     BeforeValidator(_check_window),
-    _schema([WHOLE_NUMBERS, "null"], "Steps [start, stop) in which the edit acts; null: where the SAE was trained."),
+    _schema(*WINDOW),
 ]
 RegionField = Annotated[
     Any,
     BeforeValidator(_check_region),
-    _schema(
-        [{"type": "array", "items": WHOLE_NUMBERS}, "object", "null"],
-        'Where the edit acts: rows of 0 and 1 on the token grid, {"heatmap": threshold}, or null for everywhere.',
-    ),
+    _schema(*REGION),
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from fluxsae.ui.desk_steer import SteerDesk
-from fluxsae.ui.endpoints import LANE, add_endpoint
+from fluxsae.ui.endpoints import LANE, REQUIRED, add_endpoint
 from fluxsae.ui.guard import guarded
 from fluxsae.ui.lane import StepDone
 from fluxsae.ui.requests import SteerRequest, SweepRequest
@@ -51,7 +51,12 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
                     elem_id="steer-find",
                 )
                 upload = gr.UploadButton(
-                    "Load a recipe", file_types=[".json", ".png"], size="sm", scale=1, min_width=130
+                    "Load a recipe",
+                    file_types=[".json", ".png"],
+                    size="sm",
+                    scale=1,
+                    min_width=130,
+                    elem_id="steer-load",
                 )
             with gr.Row():
                 go = gr.Button("Steer", variant="primary", elem_id="steer-go")
@@ -127,7 +132,7 @@ def add_steer_endpoints(bench: Workbench) -> None:
 
     def steer(
         prompt: str,
-        edits: list[dict[str, Any]] | None = None,
+        edits: list[dict[str, Any]] = REQUIRED,
         seed: int = 0,
         num_inference_steps: int = limits.default_steps,
     ) -> Iterator[Any]:
@@ -135,7 +140,7 @@ def add_steer_endpoints(bench: Workbench) -> None:
 
         Args:
             prompt: What the image shows, 1 to 2,000 characters.
-            edits: Edits: objects with hookpoint, feature, mode, strength, and if wanted steps and region.
+            edits: Objects with hookpoint, feature, mode, strength, and if wanted steps and region; [] for no edit.
             seed: Random seed; the same seed and prompt give the same image.
             num_inference_steps: Denoising steps of the image.
 
@@ -151,9 +156,9 @@ def add_steer_endpoints(bench: Workbench) -> None:
     def sweep(  # noqa: PLR0917 - the order of the endpoint's arguments
         prompt: str,
         hookpoint: str = limits.default_hookpoint,
-        feature: int | None = None,
+        feature: int = REQUIRED,
         mode: str = "add",
-        strengths: list[float] | None = None,
+        strengths: list[float] = REQUIRED,
         steps: list[int] | None = None,
         region: Any = None,
         seed: int = 0,
@@ -166,7 +171,7 @@ def add_steer_endpoints(bench: Workbench) -> None:
             hookpoint: Where in FLUX the feature is read and written: a module path of this run.
             feature: Number of the feature, from 0.
             mode: How to edit: scale, add, clamp, ablate or project_out.
-            strengths: 1 to 9 strengths, in the mode's unit.
+            strengths: 1 to 9 strengths. scale: factor; add, clamp: times its usual activation; others: 0 to 1.
             steps: Steps [start, stop) in which the edit acts; null for the noise levels the autoencoder knows.
             region: Where the edit acts: rows of 0 and 1, {"heatmap": threshold}, or null for everywhere.
             seed: Random seed; the same seed and prompt give the same image.

@@ -183,7 +183,7 @@ def chip(feature: Mapping[str, Any]) -> dict[str, Any]:
         "image_density": feature["image_density"],
         "maximum": feature["max_act"],
         "coherent": feature["is_coherent"],
-        "colour": feature_colour(feature["feature"]),
+        "colour": feature_colour(feature["feature"], feature["label"]),
         **{key: feature[key] for key in ("activation", "relative") if key in feature},
     }
 
@@ -214,7 +214,7 @@ def lab(
         "patch_features": base64_text(patches.astype("<u4")),
         "patch_values": base64_text(values),
         "labels": {str(feature): cards.labels[feature] for feature in known if cards.labels[feature]},
-        "colours": {str(feature): feature_colour(feature) for feature in known},
+        "colours": {str(feature): feature_colour(feature, cards.labels[feature]) for feature in known},
         "notices": notices(reading),
         "selected": pinned,
     }
@@ -312,7 +312,7 @@ def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
         "patch_features": base64_text(patches.astype("<u4")),
         "patch_values": base64_text(values),
         "labels": {str(feature): cards.labels[feature] for feature in features if cards.labels[feature]},
-        "colours": {str(feature): feature_colour(feature) for feature in features},
+        "colours": {str(feature): feature_colour(feature, cards.labels[feature]) for feature in features},
         "notices": [],
     }
 

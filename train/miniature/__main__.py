@@ -6,6 +6,7 @@ python -m train.miniature --evaluate           examine what is written: 500 prom
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from train.miniature.autoencoder import encode_bank, train_autoencoder
 from train.miniature.bank import SceneBank, draw_bank
 from train.miniature.contrast import save_clip, train_clip
 from train.miniature.exam import format_tally, held_out_psnr, sample_sheet, take_exam
-from train.miniature.flow import GuidanceDistillation, flow_loss, train_stage
+from train.miniature.flow import GuidanceDistillation, HandoverLoss, Objective, flow_loss, train_stage
 from train.miniature.models import (
     assemble_pipeline,
     build_autoencoder,
@@ -56,6 +57,10 @@ class MiniatureConfig:
     """Steps of `batch_size` scenes each."""
     flow_minutes: float | None = None
     """End the stage after this many minutes, its learning rate decayed by then."""
+    handover_steps: int = 12_000
+    """Steps of `batch_size` scenes each, during which single-stream blocks read other captions."""
+    handover_minutes: float | None = None
+    """End the stage after this many minutes, its learning rate decayed by then."""
     guidance_steps: int = 6_000
     """Distillation steps of `batch_size` scenes each."""
     guidance_minutes: float | None = None
@@ -63,7 +68,7 @@ class MiniatureConfig:
     batch_size: int = 256
     """Scenes a step; 64 is enough on a CPU."""
     learning_rate: float = 3e-3
-    """Peak of the flow stage; the guidance stage peaks at a quarter."""
+    """Peak of the flow stage; the handover stage peaks at a half, the guidance stage at a quarter."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
     seed: int = 0
@@ -76,33 +81,30 @@ def _clock(config: MiniatureConfig, name: str) -> StageClock:
 
 
 def _train_generator(config: MiniatureConfig, bank: SceneBank, latents: torch.Tensor, generator: nn.ModuleDict) -> None:
-    flow, guidance = config.checkpoints / "flow", config.checkpoints / "guidance"
-    if not Checkpoint(flow).is_finished:
-        train_stage(
-            bank,
-            latents,
-            generator,
-            objective=flow_loss,
-            folder=flow,
-            clock=_clock(config, "flow"),
-            batch_size=config.batch_size,
-            peak_learning_rate=config.learning_rate,
-            seed=config.seed + 1,
-        )
-    Checkpoint(flow).load_average(generator)
-    if not Checkpoint(guidance).is_finished:
-        train_stage(
-            bank,
-            latents,
-            generator,
-            objective=GuidanceDistillation(generator),
-            folder=guidance,
-            clock=_clock(config, "guidance"),
-            batch_size=config.batch_size,
-            peak_learning_rate=config.learning_rate / 4,
-            seed=config.seed + 2,
-        )
-    Checkpoint(guidance).load_average(generator)
+    """Three stages, each from the average that the one before left."""
+    stages: tuple[tuple[str, Callable[[nn.ModuleDict], Objective], float], ...] = (
+        ("flow", lambda _: flow_loss, config.learning_rate),
+        ("handover", HandoverLoss, config.learning_rate / 2),
+        ("guidance", GuidanceDistillation, config.learning_rate / 4),
+    )
+    for place, (name, build_objective, peak) in enumerate(stages):
+        folder = config.checkpoints / name
+        if not Checkpoint(folder).is_finished:
+            objective = build_objective(generator)
+            train_stage(
+                bank,
+                latents,
+                generator,
+                objective=objective,
+                folder=folder,
+                clock=_clock(config, name),
+                batch_size=config.batch_size,
+                peak_learning_rate=peak,
+                seed=config.seed + 1 + place,
+            )
+            if isinstance(objective, HandoverLoss | GuidanceDistillation):
+                objective.handover.remove()
+        Checkpoint(folder).load_average(generator)
 
 
 def train_miniature(config: MiniatureConfig) -> None:

@@ -1,11 +1,13 @@
-"""Training of the miniature's transformer and text encoders: flow matching, then guidance distillation.
+"""Training of the miniature's transformer and text encoders: flow matching, handover, guidance distillation.
 
-The first stage learns the velocity noise - x0 with guidance 1. The second teaches the guidance embedding, as FLUX.1-dev
-was taught: at a random guidance w the student learns v_empty + w (v_prompt - v_empty) of the first stage's average.
+The first stage learns the velocity noise - x0 with guidance 1. The second learns the same while the single-stream
+blocks read other captions (handover.py). The third teaches the guidance embedding, as FLUX.1-dev was taught: at a
+random guidance w the student learns v_empty + w (v_prompt - v_empty) of the second stage's average.
 """
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from einops import rearrange
 from torch import nn
 
 from train.miniature.bank import SceneBank
+from train.miniature.handover import Handover, draw_order
 from train.miniature.models import END_ID, TEXT_TOKENS
 from train.miniature.progress import Checkpoint, StageClock, start_average, update_average
 
@@ -55,22 +58,36 @@ def image_ids(rows: int, cols: int, device: torch.device) -> torch.Tensor:
 
 
 def predict_velocity(
-    model: nn.ModuleDict, noisy: torch.Tensor, time: torch.Tensor, tokens: torch.Tensor, guidance: torch.Tensor
+    model: nn.ModuleDict,
+    noisy: torch.Tensor,
+    time: torch.Tensor,
+    tokens: torch.Tensor,
+    guidance: torch.Tensor,
+    *,
+    handover: Handover | None = None,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The generator's velocity for packed latents; `time` is the noise level, 0 to 1."""
+    """The generator's velocity for packed latents; `time` is the noise level, 0 to 1.
+
+    With `handover` and `order` the single-stream blocks of example b read the caption of example `order[b]`.
+    """
     side = int(noisy.shape[1] ** 0.5)
     pooled = model["text_encoder"](tokens).pooler_output
     embeds = model["text_encoder_2"](tokens)[0]
-    velocity: torch.Tensor = model["transformer"](
-        hidden_states=noisy,
-        timestep=time,
-        guidance=guidance,
-        pooled_projections=pooled,
-        encoder_hidden_states=embeds,
-        txt_ids=torch.zeros(TEXT_TOKENS, 3, device=noisy.device),
-        img_ids=image_ids(side, side, noisy.device),
-        return_dict=False,
-    )[0]
+    exchange: AbstractContextManager[None] = nullcontext()
+    if handover is not None and order is not None:
+        exchange = handover.captions_of(order, model["transformer"].time_text_embed.text_embedder(pooled))
+    with exchange:
+        velocity: torch.Tensor = model["transformer"](
+            hidden_states=noisy,
+            timestep=time,
+            guidance=guidance,
+            pooled_projections=pooled,
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(TEXT_TOKENS, 3, device=noisy.device),
+            img_ids=image_ids(side, side, noisy.device),
+            return_dict=False,
+        )[0]
     return velocity
 
 
@@ -106,15 +123,37 @@ def flow_loss(model: nn.ModuleDict, batch: FlowBatch, generator: torch.Generator
     return F.mse_loss(predicted.float(), batch.velocity)
 
 
+class HandoverLoss:
+    """The flow loss while the single-stream blocks of `model` read other captions."""
+
+    def __init__(self, model: nn.ModuleDict) -> None:
+        self.handover = Handover(model["transformer"])
+
+    def __call__(self, model: nn.ModuleDict, batch: FlowBatch, generator: torch.Generator) -> torch.Tensor:
+        """Mean squared error of the velocity, guidance 1."""
+        predicted = predict_velocity(
+            model,
+            batch.noisy,
+            batch.time,
+            batch.tokens,
+            torch.ones_like(batch.time),
+            handover=self.handover,
+            order=draw_order(len(batch.time), generator),
+        )
+        return F.mse_loss(predicted.float(), batch.velocity)
+
+
 class GuidanceDistillation:
     """L = E ||v(x_t, t, c, w) - (u + w (g - u))||^2, g and u the teacher's velocities with and without the prompt.
 
-    After Meng et al. 2023, On Distillation of Guided Diffusion Models (arXiv 2210.03142).
+    After Meng et al. 2023, On Distillation of Guided Diffusion Models (arXiv 2210.03142). The teacher is what `model`
+    is at first; the student's single-stream blocks read other captions, the teacher's do not.
     """
 
-    def __init__(self, teacher: nn.ModuleDict) -> None:
-        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+    def __init__(self, model: nn.ModuleDict) -> None:
+        self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
         self.teacher["transformer"].compile()
+        self.handover = Handover(model["transformer"])
 
     def __call__(self, model: nn.ModuleDict, batch: FlowBatch, generator: torch.Generator) -> torch.Tensor:
         """The loss of one batch at random guidance."""
@@ -126,7 +165,15 @@ class GuidanceDistillation:
             prompted = predict_velocity(self.teacher, batch.noisy, batch.time, batch.tokens, one)
             empty = predict_velocity(self.teacher, batch.noisy, batch.time, empty_tokens(batch.tokens), one)
             target = empty.float() + guidance[:, None, None] * (prompted.float() - empty.float())
-        predicted = predict_velocity(model, batch.noisy, batch.time, batch.tokens, guidance)
+        predicted = predict_velocity(
+            model,
+            batch.noisy,
+            batch.time,
+            batch.tokens,
+            guidance,
+            handover=self.handover,
+            order=draw_order(len(guidance), generator),
+        )
         return F.mse_loss(predicted.float(), target)
 
 

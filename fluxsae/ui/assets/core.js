@@ -33,7 +33,8 @@ FS.bytes = (base64) => Uint8Array.from(atob(base64 || ""), (character) => charac
 FS.percent = (fraction) => (fraction === null || fraction === undefined ? "–" : `${Math.round(fraction * 100)} %`);
 FS.number = (value, digits = 3) => {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
-  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(1);
+  if (value !== 0 && Math.abs(value) < 1e-3) return value < 0 ? "above -0.001" : "below 0.001";
+  if (Math.abs(value) >= 1e5) return Math.round(value).toLocaleString("en");
   return Number(value.toPrecision(digits)).toString();
 };
 FS.share = (fraction) => {

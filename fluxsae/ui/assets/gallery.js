@@ -76,11 +76,11 @@ FS.define("fs-feature", (root, data) => {
     data.neighbours.length ? section("Writes in a similar direction", "Nearest features by cosine of what they write (1 = the same).", FS.chips(root, data.neighbours, data.hookpoint, (o) => o.similarity.toFixed(2))) : null,
     data.coactive.length ? section("Fires on the same images", null, FS.chips(root, data.coactive, data.hookpoint, (o) => o.similarity.toFixed(2))) : null,
     data.silent.length ? section("Looks alike, but it stays silent", "Images most like its favourites on which it does not fire: what it is not.", FS.pictures(data.silent, { rows: data.rows, cols: data.cols, colour: "var(--fs-line)" })) : null,
-    section("Why this feature?", "Its best image is made again without each word of its caption in turn, at the same seed. The word whose absence silences it is what it answers to.",
-      FS.el("div", { class: "fs-row" }, FS.el("button", { class: "fs-button", type: "button", text: "Which word silences it?", disabled: !data.pictures.length, onclick: () => FS.emit(root, "why", { hookpoint: data.hookpoint, feature: data.feature }) }))),
     FS.el("div", { class: "fs-row fs-wrap fs-tight" },
       FS.copyButton(link, "Copy link"),
       FS.el("button", { class: "fs-button fs-small", type: "button", text: "Save report", onclick: report })),
-    FS.code(data.code)));
+    FS.code(data.code),
+    section("Why this feature?", "Its best image is made again without each word of its caption in turn, at the same seed. The word whose absence silences it is what it answers to.",
+      FS.el("div", { class: "fs-row" }, FS.el("button", { class: "fs-button", type: "button", text: "Which word silences it?", disabled: !data.pictures.length, onclick: () => FS.emit(root, "why", { hookpoint: data.hookpoint, feature: data.feature }) })))));
   root.scrollIntoView({ behavior: "smooth", block: "nearest" });
 });

@@ -3,14 +3,24 @@
 
 FS.colour = (feature) => `hsl(${((feature * 0.618033988749895) % 1) * 360} 62% 52%)`;
 
+// Moves and scales (x, y) pairs so that they fill the square from -1 to 1, their proportions kept.
+FS.fit = (positions) => {
+  const low = [Infinity, Infinity], high = [-Infinity, -Infinity];
+  positions.forEach((value, at) => { low[at % 2] = Math.min(low[at % 2], value); high[at % 2] = Math.max(high[at % 2], value); });
+  const reach = Math.max(high[0] - low[0], high[1] - low[1], 1e-9) / 2;
+  positions.forEach((value, at) => { positions[at] = (value - (low[at % 2] + high[at % 2]) / 2) / reach; });
+};
+
 FS.define("fs-map", (root, data) => {
   const positions = new Float32Array(FS.bytes(data.positions).buffer), alive = FS.bytes(data.alive), n = alive.length;
+  FS.fit(positions);
   const canvas = FS.el("canvas", { class: "fs-mapcanvas" });
   const tip = FS.el("div", { class: "fs-tip", hidden: true });
   const stage = FS.el("div", { class: "fs-mapstage", tabindex: 0, role: "application",
     "aria-label": `Map of ${n} features. Arrow keys go to the next feature in that direction, Enter opens it, plus and minus zoom.` }, canvas, tip);
   const view = { x: 0, y: 0, zoom: 1, hover: null, chosen: data.selected ?? null };
   let size = 600;
+  const colour = (feature) => data.colours[data.labels[feature]] || FS.colour(feature);
   const place = (feature) => [size * (0.5 + 0.46 * view.zoom * (positions[2 * feature] - view.x)), size * (0.5 - 0.46 * view.zoom * (positions[2 * feature + 1] - view.y))];
   const name = (feature) => data.labels[feature] || "unnamed";
   const paint = () => {
@@ -30,7 +40,7 @@ FS.define("fs-map", (root, data) => {
         if (x < -9 || y < -9 || x > size + 9 || y > size + 9) continue;
         context.beginPath();
         context.arc(x, y, alive[feature] ? (data.labels[feature] ? dot : dot * 0.7) : 1.6, 0, 7);
-        context.fillStyle = alive[feature] ? FS.colour(feature) : line;
+        context.fillStyle = alive[feature] ? colour(feature) : line;
         context.globalAlpha = alive[feature] && !data.labels[feature] ? 0.55 : 1;
         context.fill();
         context.globalAlpha = 1;
@@ -40,7 +50,7 @@ FS.define("fs-map", (root, data) => {
     context.textAlign = "center";
     const taken = [];
     for (const spot of data.names) {
-      const x = size * (0.5 + 0.46 * view.zoom * (spot.x - view.x)), y = size * (0.5 - 0.46 * view.zoom * (spot.y - view.y)) - dot - 5;
+      const [x, middle] = place(spot.feature), y = middle - dot - 5;
       const half = context.measureText(spot.label).width / 2 + 3;
       const box = [x - half, y - 13, x + half, y + 3];
       if (box[0] < 0 || box[2] > size || box[1] < 0 || box[3] > size) continue;
@@ -77,7 +87,7 @@ FS.define("fs-map", (root, data) => {
     tip.hidden = feature === null;
     if (feature !== null) {
       const [x, y] = place(feature);
-      tip.replaceChildren(FS.el("span", { class: "fs-row" }, FS.chip(FS.colour(feature)), FS.el("strong", { text: name(feature) }), FS.el("span", { class: "fs-quiet fs-num", text: `#${feature}` })));
+      tip.replaceChildren(FS.el("span", { class: "fs-row" }, FS.chip(colour(feature)), FS.el("strong", { text: name(feature) }), FS.el("span", { class: "fs-quiet fs-num", text: `#${feature}` })));
       tip.classList.toggle("fs-left", x > size / 2);
       tip.classList.toggle("fs-up", y > size / 2);
       Object.assign(tip.style, { left: `${x}px`, top: `${y}px` });
@@ -140,7 +150,7 @@ FS.define("fs-map", (root, data) => {
   });
   root.append(FS.el("section", { class: "fs-mapbox", "aria-label": "Map of directions" },
     FS.el("div", { class: "fs-row fs-between fs-wrap" },
-      FS.el("p", { class: "fs-quiet", text: `Every dot is a feature of the ${data.word} hook point; near dots write in similar directions (t-SNE of the decoder). Grey dots never fire.` }),
+      FS.el("p", { class: "fs-quiet", text: `Every dot is a feature of the ${data.word} hook point; near dots write in similar directions (t-SNE of the decoder). Click one to see its images; scroll to zoom.${data.n_dead ? ` The ${data.n_dead} small grey dots never fire.` : ""}` }),
       FS.el("span", { class: "fs-row" },
         FS.el("button", { class: "fs-button fs-small", type: "button", text: "+", "aria-label": "Zoom in", onclick: () => zoom(1.4) }),
         FS.el("button", { class: "fs-button fs-small", type: "button", text: "−", "aria-label": "Zoom out", onclick: () => zoom(1 / 1.4) }),
@@ -192,10 +202,10 @@ FS.define("fs-compared", (root, data) => {
   const alone = (title, features, n) => FS.el("section", { class: "fs-block" }, FS.el("h3", { class: "fs-h", text: `${title} (${n})` }),
     features.length ? FS.el("ul", { class: "fs-plain" }, features.map((feature) => FS.el("li", {}, side(feature)))) : FS.el("p", { class: "fs-quiet", text: "none" }));
   root.append(
-    FS.el("p", { text: `${data.n_pairs} features were matched by how alike they fire over the same images: mean correlation ${data.mean.toFixed(2)}, by chance ${data.chance.toFixed(2)}.` }),
-    FS.el("div", { class: "fs-columns" },
-      FS.el("section", { class: "fs-block" }, FS.el("h3", { class: "fs-h", text: "Live on: one ↔ the other" }),
+    FS.el("p", { text: `${data.n_first - data.n_only_first} of ${data.n_first} features of ${data.word_first} live on in ${data.word_second}: some feature there fires on the same images (correlation of at least ${data.least.toFixed(2)}). Matched one to one, features correlate by ${data.mean.toFixed(2)} on average; shuffled images give ${data.chance.toFixed(2)}.` }),
+    FS.el("div", { class: "fs-columns fs-survivors" },
+      FS.el("section", { class: "fs-block" }, FS.el("h3", { class: "fs-h", text: `Live on: ${data.word_first} ↔ ${data.word_second}` }),
         FS.el("ul", { class: "fs-plain" }, data.pairs.map((pair) => FS.el("li", { class: "fs-pair" }, side(pair.first), FS.el("span", { class: "fs-quiet fs-num", text: pair.correlation.toFixed(2) }), side(pair.second))))),
-      alone(`Only in ${data.first}`, data.only_first, data.n_only_first),
-      alone(`Only in ${data.second}`, data.only_second, data.n_only_second)));
+      alone(`In ${data.word_first} alone`, data.only_first, data.n_only_first),
+      alone(`In ${data.word_second} alone`, data.only_second, data.n_only_second)));
 });

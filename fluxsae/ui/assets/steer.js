@@ -3,8 +3,11 @@
 
 FS.turnWords = (turn, { max_suppress: least, max_amplify: most }) => {
   if (Math.abs(turn) < 0.005) return "unchanged";
-  return turn < 0 ? `${Math.round(-turn * least * 100)} % taken away` : `${FS.number(turn * most, 2)} × its usual strength added`;
+  const less = -turn * least;
+  if (turn < 0) return less <= 1 ? `${Math.round(less * 100)} % taken away` : `${FS.number(less, 2)} × what is there taken away`;
+  return `${FS.number(turn * most, 2)} × its usual strength added`;
 };
+FS.short = (words) => words.replace(/(^|; )[^;]*?: /g, "$1").replace(/ times (its usual strength|what is there)/g, " ×").replace(/(\d)%/g, "$1 %");
 FS.safe = FS.safe || new Map();
 FS.safeKey = (edit) => `${edit.hookpoint}/${edit.feature}`;
 
@@ -58,7 +61,7 @@ FS.define("fs-edits", (root, data) => {
       FS.el("h2", { class: "fs-h", text: "Turn features" }),
       !state.edits.length && (data.starters || []).length ? FS.el("div", { class: "fs-starters", role: "group", "aria-label": "Begin with one that works" },
         data.starters.map((starter, at) => FS.el("button", { class: "fs-starter", type: "button", onclick: () => FS.emit(root, "begin", { starter: at }) },
-          starter.image ? FS.el("img", { src: starter.image, alt: "" }) : null, FS.el("span", { text: starter.title })))) : null,
+          starter.image ? FS.el("img", { src: starter.image, alt: "" }) : null, FS.el("span", { class: "fs-row fs-tight" }, FS.chip(starter.colour), FS.el("span", { text: starter.title }))))) : null,
       state.edits.length ? FS.el("ul", { class: "fs-edits" }, state.edits.map(row))
         : FS.el("p", { class: "fs-quiet", text: "Choose a feature to turn. Left of the middle takes it away, right adds it; in the middle nothing changes." }),
       FS.el("div", { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": "Add a feature" },
@@ -77,6 +80,7 @@ FS.define("fs-edits", (root, data) => {
 FS.define("fs-result", (root, data) => {
   if (data.kind === "example") {
     root.append(FS.el("figure", { class: "fs-first" }, FS.el("img", { src: data.image, alt: data.prompt }),
+      data.panels ? FS.el("div", { class: "fs-panels" }, data.panels.map((text) => FS.el("span", { text: FS.short(text) }))) : null,
       FS.el("figcaption", {}, FS.el("span", { class: "fs-badge", text: "example" }), FS.el("span", { text: data.words }))));
     return;
   }
@@ -187,7 +191,7 @@ FS.define("fs-strip", (root, data) => {
     FS.el("h3", { class: "fs-h", text: `${data.label || `Feature ${data.feature}`} at seven strengths` }),
     FS.el("ol", { class: "fs-cells" }, data.cells.map((cell) => FS.el("li", { class: cell.safe ? "fs-ok" : "" },
       FS.el("img", { src: cell.image, alt: cell.words }),
-      FS.el("span", { class: "fs-num", text: cell.words.replace(/^.*: /, "").replace(" times its usual strength added", "× added") }),
+      FS.el("span", { class: "fs-num", text: FS.short(cell.words) }),
       FS.el("span", { class: "fs-quiet", text: cell.safe ? "safe" : "beyond safe" })))),
     FS.el("p", { class: "fs-quiet", text: "Safe: at most 10 % of the edited patches look unlike any that FLUX makes by itself. The band on the slider shows this range." })));
 });

@@ -20,4 +20,5 @@ FS.define("fs-silence", (root, data) => {
       data.without.map((word) => figure(word, FS.el("strong", { text: `without “${word.word}”` }), FS.bar(word.left, data.colour, `${left(word)} is left`),
         FS.el("span", { class: "fs-num fs-quiet", text: `${left(word)} is left` }))))));
   FS.say(verdict);
+  root.scrollIntoView({ behavior: "smooth", block: "nearest" });
 });
