@@ -76,7 +76,8 @@ def predict_velocity(
     embeds = model["text_encoder_2"](tokens)[0]
     exchange: AbstractContextManager[None] = nullcontext()
     if handover is not None and order is not None:
-        exchange = handover.captions_of(order, model["transformer"].time_text_embed.text_embedder(pooled))
+        embed_text = model["transformer"].get_submodule("time_text_embed.text_embedder")
+        exchange = handover.captions_of(order, embed_text(pooled))
     with exchange:
         velocity: torch.Tensor = model["transformer"](
             hidden_states=noisy,
