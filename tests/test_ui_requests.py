@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fluxsae.cards import prompts_without_words
+from fluxsae.demos import DemoConfig
 from fluxsae.edits import SteeringEdit
 from fluxsae.errors import FluxSaeError
 from fluxsae.hookpoints import HookPoint, TokenGrid
@@ -396,12 +397,9 @@ def test_an_edit_that_no_slider_stands_for_is_refused_not_bent(bench: Workbench,
 def test_the_strip_holds_the_strengths_that_demos_use(bench: Workbench) -> None:
     desk = SteerDesk(bench)
     edits = [desk._edit({"hookpoint": LATE, "feature": 3, "turn": turn}) for turn in STRIP]
-    assert [(edit.mode, edit.strength) for edit in edits[:4]] == [
-        ("scale", -1),
-        ("scale", 0),
-        ("add", 0),
-        ("add", 0.25),
-    ]
+    demos = DemoConfig()
+    assert {edit.strength for edit in edits if edit.mode == "scale"} == set(demos.suppress)
+    assert {edit.strength for edit in edits if edit.mode == "add"} >= {0, *demos.amplify}
 
 
 def test_the_safe_range_is_unbroken_around_the_middle() -> None:

@@ -424,7 +424,8 @@ class SteerDesk:
         }
 
     def _starter(self, hookpoint: str, demo: Mapping[str, Any]) -> dict[str, Any] | None:
-        way = "more" if demo["score"]["more"] > 4 * demo["score"]["less"] else "less"  # taking away spills over least
+        score = demo["score"]  # turned down, a feature spills over least: up only where that shows far more
+        way = "more" if score.get("more", 0.0) > 4 * score.get("less", 0.0) else "less"
         try:
             recipe = Recipe.from_dict(demo["recipes"][way])
             sliders = [self._slider_of(edit) for edit in recipe.edits]
