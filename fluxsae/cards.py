@@ -272,7 +272,8 @@ class CardIndex:
     def _by_clip(self, text: str, embedder: ImageEmbedder) -> list[SearchHit]:
         # All unknown words share one vector. It lies as near to some features (cosine 0.6 in the miniature) as the
         # vectors of known words do (0.3 to 0.8), so that no threshold on the cosine could tell them apart.
-        if all(embedder.unknown_words(word) for word in _content_words(text)):
+        pieces = {piece for word in _content_words(text) for piece in re.findall(r"\w+", word)}
+        if all(embedder.unknown_words(piece) for piece in pieces):
             return []
         query = embedder.embed_texts([text])[0].numpy() - self._text_centre(embedder)
         similarity = self._clip_vectors @ (query / max(float(np.linalg.norm(query)), 1e-9))

@@ -207,7 +207,9 @@ def draw_map(
     return _picture(figure)
 
 
-def draw_comparison(comparison: "LayerComparison", *, first: str, second: str, counterpart: float = 0.5) -> Image.Image:
+def draw_comparison(
+    comparison: "LayerComparison", *, first: str, second: str, counterpart: float = COUNTERPART
+) -> Image.Image:
     """How well the features of each layer find a counterpart in the other, and what chance gives."""
     figure, axes = _figure(8.4, 4.6)
     for best, name, colour in (

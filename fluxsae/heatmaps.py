@@ -2,6 +2,7 @@
 
 import colorsys
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -164,9 +165,13 @@ def with_legend(
     return joined
 
 
+def _words(label: str | None) -> list[str]:
+    return re.findall(r"[a-z]+", (label or "").lower())
+
+
 def names_colour(label: str | None) -> bool:
     """Whether one of a label's words is a colour that a chip can wear."""
-    return any(word in NAMED_COLOURS for word in (label or "").lower().split())
+    return any(word in NAMED_COLOURS for word in _words(label))
 
 
 def feature_colour(feature: int, label: str | None = None) -> str:
@@ -175,7 +180,7 @@ def feature_colour(feature: int, label: str | None = None) -> str:
     A label that names a colour wears it; other features have hues that are far apart for neighbouring numbers.
     """
     if names_colour(label):
-        return next(NAMED_COLOURS[word] for word in str(label).lower().split() if word in NAMED_COLOURS)
+        return next(NAMED_COLOURS[word] for word in _words(label) if word in NAMED_COLOURS)
     hue = (feature * GOLDEN_RATIO) % 1.0
     red, green, blue = colorsys.hls_to_rgb(hue, 0.52, 0.62)
     return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"

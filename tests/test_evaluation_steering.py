@@ -202,10 +202,8 @@ def test_features_are_turned_together_and_their_rivals_are_taken_away() -> None:
     assert len(replace(chosen, without_rivals=False).edits([3, 5], [7])) == 2
 
 
-def test_a_way_of_turning_features_together_wins_where_only_it_reaches_the_picture(
-    tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every way is tried: each feature alone, all together, and to amplify also without the rivals of red: orange's."""
+def test_every_way_of_turning_features_is_tried(tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each feature alone, all together, and to amplify also without the rivals of red: orange's."""
     monkeypatch.setattr("fluxsae.evaluation.steering.read_scene", read_parity)
     features = {RED: [3, 5, 6], Concept("colour", "orange"): [7]}
     config = LaboratoryConfig(
@@ -282,16 +280,19 @@ def test_a_painted_edit_gets_the_region_of_its_own_picture(
     assert {edit.region for edit in given} == {case.painted("colour", token_grid(tiny_flux, SETTINGS))}
 
 
-def test_controls_differ_from_picture_to_picture() -> None:
+def test_controls_differ_from_picture_to_picture_and_from_feature_to_feature() -> None:
     subjects = [draw_subject(concept, has_concept=True, seed=5) for concept in (RED, Concept("texture", "dotted"))]
     kinds = ("random direction", "random feature")
-    assert len({_control_seed(subject, kind, 0) for subject in subjects for kind in kinds}) == 4
+    edits = [SteeringEdit(DOUBLE, feature, "add", 1.0) for feature in (3, 5)]
+    assert len({_control_seed(s, edit, kind, 0) for s in subjects for edit in edits for kind in kinds}) == 8
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"n_report": 0}, "n_report is 0"),
+        ({"together": (0, 3)}, "together is"),
+        ({"without_rivals": ()}, "without_rivals is empty"),
         ({"starts": (0.5, 1.2)}, "starts is"),
         ({"add": (), "clamp": ()}, "No strength is left to amplify"),
     ],

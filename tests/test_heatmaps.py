@@ -15,6 +15,7 @@ from fluxsae.artifacts import RunFolder, RunInfo
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import default_settings, flux_identity, load_flux, schedule_sigmas
 from fluxsae.heatmaps import (
+    NAMED_COLOURS,
     SheetCell,
     SheetRow,
     contact_sheet,
@@ -23,6 +24,7 @@ from fluxsae.heatmaps import (
     font,
     heat_colours,
     legend,
+    names_colour,
     overlay,
     token_heatmap,
     with_legend,
@@ -139,6 +141,14 @@ def test_the_legend_names_its_maximum_and_fits_under_any_picture() -> None:
 def test_a_feature_has_one_colour_and_its_neighbour_another() -> None:
     assert feature_colour(7) == feature_colour(7)
     assert len({feature_colour(feature) for feature in range(50)}) == 50
+
+
+def test_a_label_that_names_a_colour_wears_it() -> None:
+    assert feature_colour(7, "large red") == feature_colour(8, "red, striped") == NAMED_COLOURS["red"]
+    assert feature_colour(7, None) == feature_colour(7, "circle") == feature_colour(7)
+    assert names_colour("white background")
+    assert not names_colour("reddish")
+    assert not names_colour(None)
 
 
 def test_a_contact_sheet_shows_every_feature_and_grows_by_a_row_a_feature() -> None:

@@ -12,7 +12,7 @@ import tyro
 
 from fluxsae.artifacts import RunFolder
 from fluxsae.cards import CardIndex
-from fluxsae.directions import LayerComparison, compare_layers, draw_comparison
+from fluxsae.directions import COUNTERPART, LayerComparison, compare_layers, draw_comparison
 from fluxsae.errors import FluxSaeError
 from fluxsae.scores import ScoreMatrix
 
@@ -29,7 +29,7 @@ class CompareLayersConfig:
     """Hook point; without it the last of the run (of `other_run`)."""
     other_run: Path | None = None
     """Run folder of the second hook point, of the same prompts and seeds; without it `run` itself."""
-    counterpart: float = 0.5
+    counterpart: float = COUNTERPART
     """Correlation from which a feature counts as having a counterpart."""
     min_images: int = 5
     """Images a feature must fire on to take part."""

@@ -1,6 +1,6 @@
 """Makes an image with features turned up or down, beside the image without, or the image of a recipe once more.
 
-    python -m train.steer --prompt "a red star on a black background" --feature 7 --mode add --strength 0.75
+    python -m train.steer --prompt "a red star on a black background" --feature 7 --mode add --strength 0.3
     python -m train.steer --recipe steered.png
 
 A picture carries its recipe: the second command makes it again, bit for bit the same on the same machine.
@@ -43,7 +43,7 @@ class SteerConfig:
     """Number of the feature that is turned."""
     mode: Mode = "add"
     """scale, add, clamp, ablate or project_out."""
-    strength: float = 0.75
+    strength: float = 0.3
     """scale: factor; add, clamp: multiples of the feature's usual activation; ablate, project_out: 0 to 1."""
     steps: tuple[int, int] | None = None
     """Window [start, stop) of steps that are edited; left out, the noise levels the SAE was trained on."""

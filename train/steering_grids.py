@@ -47,7 +47,7 @@ class SteeringGridsConfig:
     """Seed of that prompt."""
     suppress: tuple[float, ...] = (-1.0, 0.0)
     """Columns left of the unedited image: strengths of mode scale."""
-    amplify: tuple[float, ...] = (0.25, 0.5, 0.75)
+    amplify: tuple[float, ...] = (0.1, 0.2, 0.3)
     """Columns right of it: strengths of mode add."""
     steps: tuple[int, int] | None = None
     """Window [start, stop) of steps that are edited; left out, the noise levels the SAE was trained on."""

@@ -82,7 +82,7 @@ class LaboratoryConfig:
     n_features: int = 2
     """Matched features of a concept that are tried alone, the best by AUC first."""
     together: tuple[int, ...] = (1, 4)
-    """How many matched features of a concept are turned at once, the best by AUC first; 1 tries each alone."""
+    """How many matched features of a concept are turned at once at most, the best by AUC first; 1 tries each alone."""
     without_rivals: tuple[bool, ...] = (False, True)
     """Whether, to turn a feature up, the matched features of the attribute's other values are taken away (scale 0)."""
     n_rivals: int = 4
@@ -440,9 +440,10 @@ class _Bench:
             ]
             rivals = self._rivals(place, concept)
             arms = [Arm("feature", chosen.edits(group, rivals), chosen.where) for chosen, group in tried]
-            outcomes = self._outcomes("select", concept, direction, arms)
-            for (chosen, group), found in zip(tried, outcomes, strict=True):
-                scores.setdefault(chosen, {}).setdefault(concept, {})[group] = found
+            distinct = list(dict.fromkeys(arms))  # a concept of few features has fewer ways
+            outcomes = dict(zip(distinct, self._outcomes("select", concept, direction, distinct), strict=True))
+            for (chosen, group), arm in zip(tried, arms, strict=True):
+                scores.setdefault(chosen, {}).setdefault(concept, {})[group] = outcomes[arm]
         return scores
 
     def _is_possible(self, chosen: EditSettings, feature: int) -> bool:
@@ -610,7 +611,7 @@ class _Controls:
         key = (item, edit.hookpoint, edit.feature)
         if key not in self._known:
             sae = self.saes[edit.hookpoint]
-            seed = _control_seed(self.cases[case].subject, control, self.seed)
+            seed = _control_seed(self.cases[case].subject, edit, control, self.seed)
             rows = (
                 random_directions(sae.config.d_model, 1, seed=seed)
                 if control == "random direction"
@@ -620,6 +621,7 @@ class _Controls:
         return self._known[key]
 
 
-def _control_seed(subject: Subject, control: str, seed: int) -> int:
-    """Another direction for each picture and kind of control; noise seeds alone recur from concept to concept."""
-    return zlib.crc32(f"{seed} {subject.seed} {control} {subject.prompt}".encode())
+def _control_seed(subject: Subject, edit: SteeringEdit, control: str, seed: int) -> int:
+    """Another direction for each picture, edited feature and kind of control: those of a group are not one push."""
+    place = f"{edit.hookpoint} {edit.feature}"  # noise seeds alone recur from concept to concept
+    return zlib.crc32(f"{seed} {subject.seed} {place} {control} {subject.prompt}".encode())

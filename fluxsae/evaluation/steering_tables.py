@@ -27,7 +27,7 @@ def describe_settings(chosen: EditSettings) -> str:
     """Settings in one line."""
     start, stop = chosen.steps
     how = f"{chosen.mode} {chosen.strength:g} at {chosen.hookpoint}, steps {start} to {stop - 1}, {chosen.where}"
-    how += f", {chosen.together} features together" if chosen.together > 1 else ""
+    how += f", up to {chosen.together} features together" if chosen.together > 1 else ""
     return how + (", rivals taken away" if chosen.without_rivals else "")
 
 

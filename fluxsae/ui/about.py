@@ -69,9 +69,9 @@ def endpoint_examples(bench: Workbench) -> list[dict[str, Any]]:
     prompt = cards.images.prompts[0] if len(cards.images) else "a large red circle"
     steps = bench.limits.default_steps
     image = {"prompt": prompt, "hookpoint": place, "seed": 0, "num_inference_steps": steps, "step": None}
-    edit = {"hookpoint": place, "feature": feature, "mode": "add", "strength": 0.5}
+    edit = {"hookpoint": place, "feature": feature, "mode": "add", "strength": 0.3}
     made = {"prompt": prompt, "edits": [edit], "seed": 0, "num_inference_steps": steps}
-    swept = {"prompt": prompt, "hookpoint": place, "feature": feature, "mode": "add", "strengths": [0.25, 0.5, 0.75],
+    swept = {"prompt": prompt, "hookpoint": place, "feature": feature, "mode": "add", "strengths": [0.1, 0.2, 0.3],
              "steps": None, "region": None, "seed": 0, "num_inference_steps": steps}  # fmt: skip
     rows = [
         (

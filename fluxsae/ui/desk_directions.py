@@ -98,7 +98,6 @@ class DirectionsDesk:
             "mean": float(comparison.correlations.mean()) if len(comparison.correlations) else 0.0,
             "least": COUNTERPART,
             "n_first": int(np.isfinite(comparison.best_first).sum()),
-            "n_second": int(np.isfinite(comparison.best_second).sum()),
             "pairs": self._pairs(comparison, one, two),
             "only_first": self._alone(one, comparison.only_first),
             "n_only_first": len(comparison.only_first),

@@ -177,7 +177,8 @@ def _histogram(card: FeatureCard) -> dict[str, list[Any]]:
         return {"histogram": [], "histogram_edges": []}
     first, last = int(filled[0]), int(filled[-1]) + 1
     edges = list(card.histogram_edges[first : last + 1])
-    edges[-1] = min(edges[-1], card.max_act)  # the outer bins are open
+    edges[-1] = card.max_act  # the outer bins are open
+    edges[0] = min(edges[0], card.max_act)
     return {"histogram": list(card.histogram[first:last]), "histogram_edges": edges}
 
 

@@ -22,7 +22,7 @@ from fluxsae.ui.snippets import snippets
 
 MAX_SUPPRESS = 3.0
 """The left end of a slider: what is taken away, as a share of the feature's own activation. Taking away just what is
-there is often too little: the blocks behind the edit read the prompt again."""
+there is often too little: other features of the same thing remain."""
 MAX_AMPLIFY = 1.0
 """The right end of a slider: multiples of the feature's usual strength that are added."""
 STRIP = (-2 / 3, -1 / 3, 0.0, 0.1, 0.2, 0.3, 0.6)
@@ -424,12 +424,12 @@ class SteerDesk:
         }
 
     def _starter(self, hookpoint: str, demo: Mapping[str, Any]) -> dict[str, Any] | None:
-        score = demo["score"]  # turned down, a feature spills over least: up only where that shows far more
+        score = demo.get("score", {})  # turned down, a feature spills over least: up only where that shows far more
         way = "more" if score.get("more", 0.0) > 4 * score.get("less", 0.0) else "less"
         try:
             recipe = Recipe.from_dict(demo["recipes"][way])
             sliders = [self._slider_of(edit) for edit in recipe.edits]
-            panels = [self._panel(demo["recipes"][side]) for side in ("less", "before", "more")]
+            panels = [_panel(demo["recipes"][side]) for side in ("less", "before", "more")]
             picture = self.bench.run.demo_image_path(hookpoint, demo["image"])
         except (KeyError, FluxSaeError):
             return None
@@ -446,10 +446,10 @@ class SteerDesk:
             "edits": sliders,
         }
 
-    def _panel(self, recipe: Mapping[str, Any]) -> str:
-        """What was done in one picture of a demo."""
-        edits = Recipe.from_dict(dict(recipe)).edits
-        return "; ".join(edit_words(self._slider_of(edit), edit) for edit in edits) or "unchanged"
+
+def _panel(recipe: Mapping[str, Any]) -> str:
+    """What was done in one picture of a demo."""
+    return "; ".join(edit_words({}, edit) for edit in Recipe.from_dict(dict(recipe)).edits) or "unchanged"
 
 
 def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
@@ -461,7 +461,9 @@ def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
         return f"{name}: {1 - edit.strength:.0%} taken away"
     if edit.mode == "scale":
         return f"{name}: {1 - edit.strength:.2g} times what is there taken away"
-    return f"{name}: {edit.strength:.2g} times its usual strength added"
+    if edit.mode == "add":
+        return f"{name}: {edit.strength:.2g} times its usual strength added"
+    return f"{name}: {edit.mode} {edit.strength:.2g}"
 
 
 def safe_turns(points: Sequence[tuple[float, bool]]) -> list[float] | None:

@@ -14,6 +14,7 @@ import torch
 import tyro
 from torch import nn
 
+from fluxsae.errors import FluxSaeError
 from fluxsae.flux import load_flux
 from fluxsae.miniature import miniature_path
 from train.miniature.autoencoder import encode_bank, train_autoencoder
@@ -90,6 +91,12 @@ def _train_generator(config: MiniatureConfig, bank: SceneBank, latents: torch.Te
     for place, (name, build_objective, peak) in enumerate(stages):
         folder = config.checkpoints / name
         if not Checkpoint(folder).is_finished:
+            later = [other for other, _, _ in stages[place + 1 :] if Checkpoint(config.checkpoints / other).exists]
+            if later:
+                raise FluxSaeError(
+                    f"{config.checkpoints} holds {later[0]}, the stage that follows {name}, which is not finished: "
+                    f"it would start from other weights. Remove the folder {later[0]}, or name other checkpoints."
+                )
             objective = build_objective(generator)
             train_stage(
                 bank,

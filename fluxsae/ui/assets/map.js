@@ -6,7 +6,7 @@ FS.colour = (feature) => `hsl(${((feature * 0.618033988749895) % 1) * 360} 62% 5
 // Moves and scales (x, y) pairs so that they fill the square from -1 to 1, their proportions kept.
 FS.fit = (positions) => {
   const low = [Infinity, Infinity], high = [-Infinity, -Infinity];
-  positions.forEach((value, at) => { low[at % 2] = Math.min(low[at % 2], value); high[at % 2] = Math.max(high[at % 2], value); });
+  positions.forEach((value, at) => { if (!Number.isFinite(value)) return; low[at % 2] = Math.min(low[at % 2], value); high[at % 2] = Math.max(high[at % 2], value); });
   const reach = Math.max(high[0] - low[0], high[1] - low[1], 1e-9) / 2;
   positions.forEach((value, at) => { positions[at] = (value - (low[at % 2] + high[at % 2]) / 2) / reach; });
 };
