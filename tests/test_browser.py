@@ -194,6 +194,7 @@ def test_the_gallery_finds_opens_and_sends_a_feature_through_the_tabs(visit: Ope
     expect(page.locator("fs-feature article")).to_have_attribute("aria-label", f"Feature {feature}")
     page.get_by_role("button", name="Show in map").click()
     expect(page.locator("fs-near article")).to_have_attribute("aria-label", f"Feature {feature}")
+    page.wait_for_selector("fs-map canvas")  # fetched beside the card; a report holds it once it is there
     with page.expect_download() as report:
         page.locator("fs-near").get_by_role("button", name="Save report").click()
     saved = report.value.path().read_text()
