@@ -198,7 +198,7 @@ class SteerDesk:
 
     @functools.cache  # noqa: B019 - one desk a page, for as long as it is served
     def starters(self) -> list[dict[str, Any]]:
-        """Recipes that work, from the run's steering demos: turned down where that shows, each label once."""
+        """Recipes that work, from the run's steering demos: turned down, each label once."""
         found: dict[str, dict[str, Any]] = {}
         for name in reversed(self.bench.hookpoints):
             for demo in self.bench.run.load_demos(name):
@@ -424,10 +424,8 @@ class SteerDesk:
         }
 
     def _starter(self, hookpoint: str, demo: Mapping[str, Any]) -> dict[str, Any] | None:
-        score = demo.get("score", {})  # turned down, a feature spills over least: up only where that shows far more
-        way = "more" if score.get("more", 0.0) > 4 * score.get("less", 0.0) else "less"
         try:
-            recipe = Recipe.from_dict(demo["recipes"][way])
+            recipe = Recipe.from_dict(demo["recipes"]["less"])  # what is added everywhere spills over
             sliders = [self._slider_of(edit) for edit in recipe.edits]
             panels = [_panel(demo["recipes"][side]) for side in ("less", "before", "more")]
             picture = self.bench.run.demo_image_path(hookpoint, demo["image"])
@@ -435,7 +433,7 @@ class SteerDesk:
             return None
         label = ", ".join(str(slider["label"] or f"#{slider['feature']}") for slider in sliders)
         return {
-            "title": f"{way.capitalize()} {label}",
+            "title": f"Less {label}",
             "label": label,
             "image": views.webp_url(picture.read_bytes()) if picture.is_file() else None,
             "panels": panels,
