@@ -13,17 +13,18 @@ from tiny_flux import SETTINGS
 
 from fluxsae.edits import SteeringEdit
 from fluxsae.errors import FluxSaeError
+from fluxsae.evaluation.arms import control_seed
+from fluxsae.evaluation.intervals import Estimate
 from fluxsae.evaluation.outcomes import OBJECT_ATTRIBUTES, Outcome, Tally, compare_scenes, draw_subject
 from fluxsae.evaluation.probes import TokenMoments
 from fluxsae.evaluation.steering import (
     LaboratoryConfig,
     _Case,
-    _control_seed,
     candidate_features,
     mean_difference,
     run_laboratory,
 )
-from fluxsae.evaluation.steering_report import DIRECTIONS, EditSettings, TrialResult
+from fluxsae.evaluation.steering_report import DIRECTIONS, ConceptResult, EditSettings, LaboratoryReport, TrialResult
 from fluxsae.evaluation.steering_tables import laboratory_text
 from fluxsae.evaluation.truths import CONCEPTS, Concept
 from fluxsae.flux import FluxPipeline, token_grid
@@ -101,6 +102,18 @@ def test_subjects_say_what_they_should(concept: Concept, has_concept: bool, seed
         assert after == concept.value
 
 
+@given(st.sampled_from(CONCEPTS), st.booleans(), st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_a_prompt_names_all_that_an_edit_is_not_about_unless_told_otherwise(
+    concept: Concept, has_concept: bool, seed: int
+) -> None:
+    others = [Concept(name, "") for name in ATTRIBUTES if name != concept.attribute]
+    full = draw_subject(concept, has_concept=has_concept, seed=seed).prompt
+    assert all(_named(full, other) is not None or other.attribute == "shape" for other in others)
+    bare = draw_subject(concept, has_concept=has_concept, seed=seed, named=0.0).prompt
+    assert all(_named(bare, other) is None or other.attribute == "shape" for other in others)
+
+
 @given(st.sampled_from(CONCEPTS), st.integers(0, 10_000))
 @settings(max_examples=60, deadline=None)
 def test_prompt_editing_leaves_the_other_words_for_objects_without_the_concept(concept: Concept, seed: int) -> None:
@@ -176,7 +189,9 @@ def test_the_laboratory_chooses_on_some_pictures_and_reports_on_others(
         {DOUBLE: SAES[DOUBLE]},
         {DOUBLE: {RED: [3, 5], orange: [7]}},
         settings=SETTINGS,
-        config=LaboratoryConfig(n_select=2, n_report=2, add=(5.0,), scale=(-3.0,), starts=(0.5,), curve=(0.5, 2.0)),
+        config=LaboratoryConfig(
+            n_select=2, n_report=2, add=(5.0,), clamp=(), scale=(-3.0,), starts=(0.5,), curve=(0.5, 2.0), seed=1
+        ),
     )
     assert set(report.defaults) == {"amplify", "suppress"}
     assert report.defaults["amplify"].edits([3], [])[0] == SteeringEdit(DOUBLE, 3, "add", 5.0, steps=(2, 4))
@@ -189,6 +204,8 @@ def test_the_laboratory_chooses_on_some_pictures_and_reports_on_others(
     assert json.loads(json.dumps(report.to_dict()))["defaults"]["suppress"]["mode"] == "scale"
     text = laboratory_text(report)
     assert "amplify: add 5 at transformer_blocks.1.ff, steps 2 to 3, " in text
+    success, specificity = report.headline("amplify") or (None, None)
+    assert f"success {success}, specificity {specificity}" in text
     assert "colour orange" in text
 
 
@@ -213,6 +230,7 @@ def test_every_way_of_turning_features_is_tried(tiny_flux: FluxPipeline, monkeyp
         scale=(0.0,),
         starts=(0.5,),
         curve=(),
+        clamp=(),
         together=(1, 3),
         where=("everywhere",),
     )
@@ -228,6 +246,47 @@ def test_every_way_of_turning_features_is_tried(tiny_flux: FluxPipeline, monkeyp
         assert result.to_dict()["features"] == list(result.features)
 
 
+def test_strengths_below_zero_turn_features_down() -> None:
+    config = LaboratoryConfig(add=(0.5, -0.5), clamp=(1.0, -0.25), scale=(0.0,), project_out=(1.0,))
+    assert config.modes("amplify") == [("add", 0.5), ("clamp", 1.0)]
+    assert config.modes("suppress") == [("scale", 0.0), ("project_out", 1.0), ("add", -0.5), ("clamp", -0.25)]
+
+
+def test_rivals_taken_away_alone_are_a_control(tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxsae.evaluation.steering.read_scene", read_parity)
+    config = LaboratoryConfig(
+        n_select=1,
+        n_report=1,
+        add=(5.0,),
+        clamp=(),
+        scale=(0.0,),
+        starts=(0.5,),
+        curve=(),
+        together=(1,),
+        without_rivals=(True,),
+    )
+    features = {RED: [3], Concept("colour", "orange"): [7]}
+    report = run_laboratory(tiny_flux, {DOUBLE: SAES[DOUBLE]}, {DOUBLE: features}, settings=SETTINGS, config=config)
+    assert {"rivals alone" in result.arms for result in report.results if result.direction == "amplify"} == {True}
+    assert {"rivals alone" in result.arms for result in report.results if result.direction == "suppress"} == {False}
+
+
+def test_the_headline_is_the_mean_over_targeted_concepts_and_narrower_than_each() -> None:
+    wide = Tally(4, Estimate(0.5, 0.3, 0.7), Estimate(1.0, 0.9, 1.0), Estimate(1.0, 1.0, 1.0))
+    results = [
+        ConceptResult(concept, "amplify", (3,), {"feature": wide}, {})
+        for concept in (RED, Concept("texture", "dotted"), Concept("shape", "ring"))
+    ]
+    report = LaboratoryReport({}, (), tuple(results), ())
+    success, specificity = report.headline("amplify") or (None, None)
+    assert success is not None
+    assert specificity is not None
+    assert success.value == 0.5
+    assert success.high - success.low == pytest.approx(0.4 / 2**0.5)
+    assert specificity.high == 1.0
+    assert report.headline("suppress") is None
+
+
 def test_a_hook_point_does_not_win_by_knowing_few_concepts(
     tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +297,7 @@ def test_a_hook_point_does_not_win_by_knowing_few_concepts(
         {DOUBLE: SAES[DOUBLE], SINGLE: SAES[SINGLE]},
         {DOUBLE: {RED: [3]}, SINGLE: {RED: [3], orange: [7]}},
         settings=SETTINGS,
-        config=LaboratoryConfig(n_select=2, n_report=2, add=(5.0,), scale=(-3.0,), starts=(0.5,), curve=()),
+        config=LaboratoryConfig(n_select=2, n_report=2, add=(5.0,), clamp=(), scale=(-3.0,), starts=(0.5,), curve=()),
     )
     for trial in report.trials:
         if trial.settings.hookpoint == DOUBLE:
@@ -272,7 +331,7 @@ def test_a_painted_edit_gets_the_region_of_its_own_picture(
 
     monkeypatch.setattr("fluxsae.evaluation.steering.steer", spy)
     config = LaboratoryConfig(
-        n_select=1, n_report=1, add=(5.0,), scale=(-3.0,), starts=(0.5,), curve=(), where=("painted",)
+        n_select=1, n_report=1, add=(5.0,), clamp=(), scale=(-3.0,), starts=(0.5,), curve=(), where=("painted",)
     )
     report = run_laboratory(tiny_flux, {DOUBLE: SAES[DOUBLE]}, {DOUBLE: {RED: [3]}}, settings=SETTINGS, config=config)
     assert report.defaults["amplify"].where == "painted"
@@ -284,7 +343,7 @@ def test_controls_differ_from_picture_to_picture_and_from_feature_to_feature() -
     subjects = [draw_subject(concept, has_concept=True, seed=5) for concept in (RED, Concept("texture", "dotted"))]
     kinds = ("random direction", "random feature")
     edits = [SteeringEdit(DOUBLE, feature, "add", 1.0) for feature in (3, 5)]
-    assert len({_control_seed(s, edit, kind, 0) for s in subjects for edit in edits for kind in kinds}) == 8
+    assert len({control_seed(s, edit, kind, 0) for s in subjects for edit in edits for kind in kinds}) == 8
 
 
 @pytest.mark.parametrize(
@@ -294,7 +353,8 @@ def test_controls_differ_from_picture_to_picture_and_from_feature_to_feature() -
         ({"together": (0, 3)}, "together is"),
         ({"without_rivals": ()}, "without_rivals is empty"),
         ({"starts": (0.5, 1.2)}, "starts is"),
-        ({"add": (), "clamp": ()}, "No strength is left to amplify"),
+        ({"add": (-0.5,), "clamp": ()}, "No strength is left to amplify"),
+        ({"named": 1.5}, "named is 1.5"),
     ],
 )
 def test_a_laboratory_that_cannot_work_is_refused(changes: dict[str, Any], told: str) -> None:

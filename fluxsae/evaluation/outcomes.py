@@ -12,8 +12,8 @@ from fluxsae.evaluation.truths import Concept
 from fluxsae.miniature.scenes import ATTRIBUTES, Scene, SceneObject, caption_scene, sample_scene
 
 OBJECT_ATTRIBUTES = tuple(name for name in ATTRIBUTES if name != "background")
-NAMED = 0.75
-"""How often a caption names each attribute, as in the miniature's training."""
+OWN_NAMED = 0.75
+"""How often the prompt of a picture without the concept names what it shows in the concept's place."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,26 @@ class Subject:
     """With the concept's attribute named: at the concept's value, or at another one where it was there before."""
 
 
-def draw_subject(concept: Concept, *, has_concept: bool, seed: int) -> Subject:
-    """A caption of a random scene of one object that has, or has not, the concept; one that has it names it."""
+def draw_subject(concept: Concept, *, has_concept: bool, seed: int, named: float = 1.0) -> Subject:
+    """A caption of a random scene of one object that has, or has not, the concept; one that has it names it.
+
+    Args:
+        concept: What an edit is to bring or to take away.
+        has_concept: Whether the scene has it.
+        seed: Of the scene and of the picture's noise.
+        named: Share of the other attributes that the prompt names. One that it leaves open may be drawn either way.
+    """
     rng = np.random.default_rng([seed, int(has_concept), *concept.attribute.encode(), *concept.value.encode()])
     scene = sample_scene(rng, n_objects=1, held_out=None)
     while _value(scene, concept.attribute) == concept.value:
         scene = sample_scene(rng, n_objects=1, held_out=None)
     other, scene = scene, (_with(scene, concept) if has_concept else scene)
     edited = other if has_concept else _with(scene, concept)
-    named = {name for name in ATTRIBUTES if rng.random() < NAMED} | ({concept.attribute} if has_concept else set())
+    share = dict.fromkeys(ATTRIBUTES, named) | {concept.attribute: 1.0 if has_concept else OWN_NAMED}
+    words = [name for name in ATTRIBUTES if rng.random() < share[name]]
     # a caption with keep=0 names exactly what it always names
-    prompt = caption_scene(scene, rng, keep=0.0, always=tuple(named))
-    return Subject(prompt, seed, caption_scene(edited, rng, keep=0.0, always=(*named, concept.attribute)))
+    prompt = caption_scene(scene, rng, keep=0.0, always=words)
+    return Subject(prompt, seed, caption_scene(edited, rng, keep=0.0, always=(*words, concept.attribute)))
 
 
 def _value(scene: Scene, attribute: str) -> str:

@@ -8,14 +8,13 @@ on the object, or on the background. Settings are chosen on some pictures and re
 on others.
 """
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing import get_context
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from torch.nn.functional import normalize
 
 from fluxsae.edits import IDENTITY, MAX_STRENGTH, NEEDS_REFERENCE, SteeringEdit
 from fluxsae.errors import FluxSaeError
+from fluxsae.evaluation.arms import Arm, Controls
 from fluxsae.evaluation.halves import LEAST_CONFIDENCE
 from fluxsae.evaluation.outcomes import Outcome, Subject, Tally, compare_scenes, draw_subject
 from fluxsae.evaluation.probes import TokenMoments
@@ -43,7 +43,6 @@ from fluxsae.evaluation.stream import OnProgress
 from fluxsae.evaluation.truths import CONCEPTS, Concept, coverage
 from fluxsae.flux import FluxPipeline, capture, decode_latents, denoise_to, generate, generate_from, token_grid
 from fluxsae.hookpoints import HookPoint, TokenGrid
-from fluxsae.measurements import random_directions, random_features
 from fluxsae.miniature.scenes import Scene, read_scene
 from fluxsae.sae import SaeConfig, SparseAutoencoder
 from fluxsae.settings import GenerationSettings
@@ -65,15 +64,15 @@ class LaboratoryConfig:
     """Pictures a concept and direction on which hook point, mode, strength, window and feature are chosen."""
     n_report: int = 8
     """Further pictures a concept and direction on which the chosen settings are reported."""
-    add: tuple[float, ...] = (0.25, 0.5, 1.0)
-    """Strengths of mode add that are tried to turn a feature up."""
-    clamp: tuple[float, ...] = ()
-    """Strengths of mode clamp that are tried to turn a feature up."""
-    scale: tuple[float, ...] = (0.0, -1.0, -2.0)
+    add: tuple[float, ...] = (0.25, 0.35, 0.5, -0.25, -0.5)
+    """Strengths of mode add that are tried: above 0 to turn a feature up, below to turn it down."""
+    clamp: tuple[float, ...] = (-0.25,)
+    """Strengths of mode clamp that are tried: above 0 to turn a feature up, below to turn it down."""
+    scale: tuple[float, ...] = (0.0, -1.0)
     """Strengths of mode scale that are tried to turn a feature down."""
     project_out: tuple[float, ...] = ()
     """Strengths of mode project_out that are tried to turn a feature down."""
-    starts: tuple[float, ...] = (0.0, 0.3)
+    starts: tuple[float, ...] = (0.3,)
     """Where windows start, as fractions of the schedule."""
     stop: float = 1.0
     """Where they end."""
@@ -81,12 +80,14 @@ class LaboratoryConfig:
     """Whether edits act on the whole picture, or where the attribute lies in the unedited one."""
     n_features: int = 2
     """Matched features of a concept that are tried alone, the best by AUC first."""
-    together: tuple[int, ...] = (1, 4)
+    together: tuple[int, ...] = (1, 3, 4, 6)
     """How many matched features of a concept are turned at once at most, the best by AUC first; 1 tries each alone."""
     without_rivals: tuple[bool, ...] = (False, True)
     """Whether, to turn a feature up, the matched features of the attribute's other values are taken away (scale 0)."""
     n_rivals: int = 4
     """Matched features of each other value that are taken away, the best by AUC first."""
+    named: float = 1.0
+    """Share of the attributes an edit is not about that its prompt names; what is left open may be drawn either way."""
     n_moment_images: int = 96
     """Pictures from which the difference-of-means directions come."""
     curve: tuple[float, ...] = (0.25, 0.5, 2.0, 4.0)
@@ -107,6 +108,8 @@ class LaboratoryConfig:
                 f"starts is {self.starts} and stop {self.stop}; they are fractions of the schedule: "
                 "at least one start, each at least 0 and below stop, and stop at most 1."
             )
+        if not 0 <= self.named <= 1:
+            raise FluxSaeError(f"named is {self.named}; it is a share of the attributes, from 0 to 1.")
         if not self.where or not self.without_rivals:
             raise FluxSaeError("where or without_rivals is empty; name at least one way of each.")
         if not self.together or min(self.together) < 1:
@@ -124,19 +127,11 @@ class LaboratoryConfig:
 
     def modes(self, direction: Direction) -> list[tuple[str, float]]:
         """(mode, strength) pairs that are tried in one direction."""
-        names = ("add", "clamp") if direction == "amplify" else ("scale", "project_out")
-        return [(name, strength) for name in names for strength in getattr(self, name)]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way of changing a picture."""
-
-    name: str
-    edits: tuple[SteeringEdit, ...]
-    where: Where = "everywhere"
-    control: Literal["", "random direction", "random feature"] = ""
-    """In place of the feature's decoder row: a random direction, or another feature's row, of equal norm."""
+        signed = [(name, strength) for name in ("add", "clamp") for strength in getattr(self, name)]
+        if direction == "amplify":
+            return [(name, strength) for name, strength in signed if strength > 0]
+        down = [(name, strength) for name in ("scale", "project_out") for strength in getattr(self, name)]
+        return down + [(name, strength) for name, strength in signed if strength < 0]
 
 
 CandidateFeatures = Mapping[HookPoint, Mapping[Concept, Sequence[int]]]
@@ -272,7 +267,7 @@ class _Bench:
         }
         self._cases = {key: [] for key in wanted}
         while drawn := [
-            (key, draw_subject(key[1], has_concept=key[2] == "suppress", seed=seed))
+            (key, draw_subject(key[1], has_concept=key[2] == "suppress", seed=seed, named=self.config.named))
             for key, (count, seeds) in wanted.items()
             for seed in islice(seeds, count - len(self._cases[key]))
         ]:
@@ -334,7 +329,7 @@ class _Bench:
                 edits,
                 settings=self.settings,
                 allow_mismatch=self.allow_mismatch,
-                direction_of=_Controls(part, arms, saes, self.config.seed),
+                direction_of=Controls([case.subject for case in part], arms, saes, self.config.seed),
             ):
                 latents = generate_from(self.pipe, snapshot, repeat=len(arms), output_type="latent")
             assert isinstance(latents, Tensor)
@@ -494,6 +489,8 @@ class _Bench:
             Arm("random direction", edits, chosen.where, "random direction"),
             Arm("random feature", edits, chosen.where, "random feature"),
         ]
+        if chosen.without_rivals:
+            arms.append(Arm("rivals alone", chosen.edits((), rivals), chosen.where))
         outcomes = self._outcomes("report", concept, direction, arms)
         tallies = {arm.name: Tally.of(o, wanted=wanted) for arm, o in zip(arms, outcomes, strict=True)}
         tallies |= self._difference_of_means(concept, direction, chosen, moments[chosen.hookpoint])
@@ -592,36 +589,3 @@ def mean_difference(moments: TokenMoments, concept: Concept) -> Float[Tensor, " 
     if not n_own or not n_others:
         return None
     return moments.concept_total[own] / n_own - moments.concept_total[others].sum(0) / n_others
-
-
-class _Controls:
-    """The direction of each edit of a batch: cases one after the other, each with every arm."""
-
-    def __init__(
-        self, cases: Sequence[_Case], arms: Sequence[Arm], saes: Mapping[HookPoint, SparseAutoencoder], seed: int
-    ) -> None:
-        self.cases, self.arms, self.saes, self.seed = cases, arms, saes, seed
-        self._known: dict[tuple[int, HookPoint, int], Tensor] = {}
-
-    def __call__(self, edit: SteeringEdit, item: int) -> Tensor | None:
-        case, place = divmod(item, len(self.arms))
-        control = self.arms[place].control
-        if not control:
-            return None
-        key = (item, edit.hookpoint, edit.feature)
-        if key not in self._known:
-            sae = self.saes[edit.hookpoint]
-            seed = _control_seed(self.cases[case].subject, edit, control, self.seed)
-            rows = (
-                random_directions(sae.config.d_model, 1, seed=seed)
-                if control == "random direction"
-                else random_features(sae, edit.feature, 1, seed=seed)
-            )
-            self._known[key] = rows[0].to(sae.W_dec.device)
-        return self._known[key]
-
-
-def _control_seed(subject: Subject, edit: SteeringEdit, control: str, seed: int) -> int:
-    """Another direction for each picture, edited feature and kind of control: those of a group are not one push."""
-    place = f"{edit.hookpoint} {edit.feature}"  # noise seeds alone recur from concept to concept
-    return zlib.crc32(f"{seed} {subject.seed} {place} {control} {subject.prompt}".encode())

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from fluxsae.edits import SteeringEdit
+from fluxsae.evaluation.intervals import Estimate
 from fluxsae.evaluation.outcomes import Tally
 from fluxsae.evaluation.truths import Concept
 from fluxsae.hookpoints import HookPoint
@@ -130,6 +131,20 @@ class LaboratoryReport:
         mean = np.mean(columns, axis=0)
         return float(mean[0]), float(mean[1]), float(mean[2])
 
+    def headline(self, direction: Direction) -> tuple[Estimate, Estimate] | None:
+        """Success and specificity at the defaults over the attributes that targets speak of.
+
+        The intervals resample the pictures of each concept; the concepts are those that there are.
+        """
+        tallies = [
+            result.arms["feature"]
+            for result in self.results
+            if result.direction == direction and result.concept.attribute in TARGET_ATTRIBUTES
+        ]
+        if not tallies:
+            return None
+        return _mean_estimate([t.success for t in tallies]), _mean_estimate([t.specificity for t in tallies])
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
         return {
@@ -138,3 +153,10 @@ class LaboratoryReport:
             "results": [result.to_dict() for result in self.results],
             "skipped": list(self.skipped),
         }
+
+
+def _mean_estimate(parts: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates."""
+    value = float(np.mean([part.value for part in parts]))
+    half = float(np.hypot.reduce([(part.high - part.low) / 2 for part in parts])) / len(parts)
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half))

@@ -7,7 +7,7 @@ from fluxsae.evaluation.steering_report import DIRECTIONS, TARGET_ATTRIBUTES, Di
 from fluxsae.evaluation.tables import text_table
 from fluxsae.miniature.scenes import ATTRIBUTES
 
-ARMS = ("feature", "random direction", "random feature", "difference of means", "prompt")
+ARMS = ("feature", "random direction", "random feature", "rivals alone", "difference of means", "prompt")
 GOALS = {"amplify": 0.6, "suppress": 0.8}
 """Success that is aimed at, at a specificity of 0.8, over colours, textures and backgrounds."""
 
@@ -46,7 +46,15 @@ def _summary_text(report: LaboratoryReport, direction: Direction) -> str:
                 [name, *("-" if cell is None else " / ".join(f"{value:.2f}" for value in cell) for cell in cells)]
             )
     head = [f"{direction} (aim {GOALS[direction]:.2f} / 0.80): success / specificity / others unchanged", *ARMS]
-    return text_table(head, rows)
+    return "\n".join([text_table(head, rows), *_headline_text(report, direction)])
+
+
+def _headline_text(report: LaboratoryReport, direction: Direction) -> list[str]:
+    found = report.headline(direction)
+    if found is None:
+        return []
+    success, specificity = found
+    return [f"colours, textures and backgrounds, 95 % intervals: success {success}, specificity {specificity}"]
 
 
 def _concepts_text(report: LaboratoryReport, direction: Direction) -> str:
