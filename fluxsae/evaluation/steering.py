@@ -40,7 +40,7 @@ from fluxsae.evaluation.steering_report import (
     Where,
 )
 from fluxsae.evaluation.stream import OnProgress
-from fluxsae.evaluation.truths import CONCEPTS, Concept, coverage
+from fluxsae.evaluation.truths import CONCEPTS, COVERED, Concept, coverage
 from fluxsae.flux import FluxPipeline, capture, decode_latents, denoise_to, generate, generate_from, token_grid
 from fluxsae.hookpoints import HookPoint, TokenGrid
 from fluxsae.miniature.scenes import Scene, read_scene
@@ -52,45 +52,43 @@ from fluxsae.sweeps import first_edited_step
 _REPORT_SEEDS: Final = 1 << 21
 _SELECT_SEEDS: Final = 1 << 20
 _DRAWS_PER_SUBJECT: Final = 4
-_PAINTED: Final = 0.1
-"""Share of a token's patch from which a brush that covers an object touches it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaboratoryConfig:
     """How much is tried."""
 
-    n_select: int = 4
+    n_select: int = 6
     """Pictures a concept and direction on which hook point, mode, strength, window and feature are chosen."""
-    n_report: int = 8
+    n_report: int = 12
     """Further pictures a concept and direction on which the chosen settings are reported."""
-    add: tuple[float, ...] = (0.25, 0.35, 0.5, -0.25, -0.5)
+    add: tuple[float, ...] = (0.25, 0.35, -0.5)
     """Strengths of mode add that are tried: above 0 to turn a feature up, below to turn it down."""
     clamp: tuple[float, ...] = (-0.25,)
     """Strengths of mode clamp that are tried: above 0 to turn a feature up, below to turn it down."""
-    scale: tuple[float, ...] = (0.0, -1.0)
+    scale: tuple[float, ...] = (-1.0,)
     """Strengths of mode scale that are tried to turn a feature down."""
     project_out: tuple[float, ...] = ()
     """Strengths of mode project_out that are tried to turn a feature down."""
-    starts: tuple[float, ...] = (0.3,)
+    starts: tuple[float, ...] = (0.2,)
     """Where windows start, as fractions of the schedule."""
     stop: float = 1.0
     """Where they end."""
     where: tuple[Where, ...] = ("everywhere", "painted")
     """Whether edits act on the whole picture, or where the attribute lies in the unedited one."""
-    n_features: int = 2
+    n_features: int = 1
     """Matched features of a concept that are tried alone, the best by AUC first."""
-    together: tuple[int, ...] = (1, 3, 4, 6)
+    together: tuple[int, ...] = (1, 4)
     """How many matched features of a concept are turned at once at most, the best by AUC first; 1 tries each alone."""
     without_rivals: tuple[bool, ...] = (False, True)
     """Whether, to turn a feature up, the matched features of the attribute's other values are taken away (scale 0)."""
-    n_rivals: int = 4
+    n_rivals: int = 3
     """Matched features of each other value that are taken away, the best by AUC first."""
     named: float = 1.0
     """Share of the attributes an edit is not about that its prompt names; what is left open may be drawn either way."""
     n_moment_images: int = 96
     """Pictures from which the difference-of-means directions come."""
-    curve: tuple[float, ...] = (0.25, 0.5, 2.0, 4.0)
+    curve: tuple[float, ...] = (0.5, 2.0)
     """Multiples of the chosen strength's distance from no change, beside 1, on the dose-response curve."""
     batch_size: int = 64
     """Pictures generated together."""
@@ -189,7 +187,7 @@ class _Case:
     def painted(self, attribute: str, grid: TokenGrid) -> tuple[tuple[bool, ...], ...]:
         """The tokens on which an attribute lies: rows of the token grid."""
         rows = [row for row, concept in enumerate(CONCEPTS) if concept.attribute == attribute]
-        lies = coverage(self.before, grid)[rows].max(axis=0) > _PAINTED
+        lies = coverage(self.before, grid)[rows].max(axis=0) > COVERED
         return tuple(tuple(line) for line in lies.reshape(grid.rows, grid.cols).tolist())
 
 
