@@ -10,7 +10,7 @@ import page_server
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from fluxsae.ui.views import encode_view
+from fluxsae.ui.views import decode_view, encode_view
 
 pytestmark = pytest.mark.browser
 
@@ -292,8 +292,8 @@ def test_the_strip_shows_seven_strengths_and_draws_the_safe_range(visit: Open) -
     expect(page.locator(".fs-edit .fs-hint").first).to_be_visible()
 
 
-def test_a_painted_region_is_sent_with_the_edit(visit: Open) -> None:
-    page = visit()
+def paint_a_stroke(page: Page) -> None:
+    """Turns a feature, waits for the picture and paints on it."""
     go_to(page, "Steer")
     add_feature(page)
     turn(page, 0.5)
@@ -305,12 +305,40 @@ def test_a_painted_region_is_sent_with_the_edit(visit: Open) -> None:
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.3, steps=8)
     page.mouse.up()
-    page.get_by_role("button", name="Use this region").click()
-    page.wait_for_function(
-        "((document.querySelector('fs-result').data.recipe || {batch: [[], [{}]]}).batch[1][0] || {}).region"
-    )
-    region = page.evaluate("document.querySelector('fs-result').data.recipe.batch[1][0].region")
+
+
+REGION = "((document.querySelector('fs-result').data.recipe || {batch: [[], [{}]]}).batch[1][0] || {}).region"
+
+
+@pytest.mark.parametrize("press", ["Use this region", "Steer"])
+def test_a_painted_region_is_sent_with_the_edit(visit: Open, press: str) -> None:
+    page = visit()
+    paint_a_stroke(page)
+    page.get_by_role("button", name=press, exact=True).click()
+    page.wait_for_function(REGION)
+    assert 1 <= sum(map(sum, page.evaluate(REGION))) < 60
+    expect(page.locator(".fs-edit")).to_contain_text("painted patches")
+
+
+def test_a_painted_region_is_in_the_link_the_recipe_and_the_strip_before_any_picture_has_it(visit: Open) -> None:
+    page = visit()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    paint_a_stroke(page)
+    result = page.locator("fs-result")
+    expect(result.get_by_text("not in this picture yet")).to_be_visible()
+    result.get_by_role("button", name="Copy link").click()
+    expect(result.get_by_role("button", name="Copied")).to_be_visible()
+    view = decode_view(page.evaluate("navigator.clipboard.readText()").partition("?view=")[2])
+    with page.expect_download() as download:
+        result.get_by_role("link", name="Recipe", exact=True).click()
+    recipe = json.loads(download.value.path().read_text())
+    region = view["edits"][0]["region"]
     assert 1 <= sum(map(sum, region)) < 60
+    assert recipe["batch"][recipe["index"]] == view["edits"]
+    page.locator("#steer-strip-go").click()
+    page.wait_for_selector("fs-strip section")
+    strongest = page.evaluate("document.querySelector('fs-strip').data.cells.at(-1).measurement")
+    assert strongest["edited_share"] == sum(map(sum, region)) / 64
 
 
 def test_image_and_recipe_are_downloaded_and_the_recipe_loads_again(visit: Open, tmp_path: Path) -> None:

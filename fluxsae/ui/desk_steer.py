@@ -387,6 +387,7 @@ class SteerDesk:
             "seed": request.seed,
             "rows": self.limits.rows,
             "cols": self.limits.cols,
+            "region": values["edits"][0]["region"] if values["edits"] else None,
             "before": views.image_url(before),
             "after": views.image_url(after),
             "random": views.image_url(random),

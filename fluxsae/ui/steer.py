@@ -39,7 +39,7 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
             edits = gr.HTML(
                 desk.start(),
                 html_template=element("fs-edits"),
-                js_on_load=mount(turn="input", add="select", begin="submit"),
+                js_on_load=mount(turn="input", add="select", begin="submit", mark="edit"),
                 elem_id="steer-edits",
             )
             with gr.Row():
@@ -102,6 +102,7 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
         strip_go.click(guarded(seven, bench.visitors), asked, [status, strip], **lane),
     ]
     stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
+    edits.edit(guarded(set_edits), None, state, **QUIET)
     edits.select(guarded(add), state, [edits, state], **QUIET)
     find.submit(
         guarded(lambda query, state: _with_state(desk.find(query, state))), [find, state], [edits, state], **QUIET

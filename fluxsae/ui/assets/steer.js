@@ -72,7 +72,9 @@ FS.define("fs-edits", (root, data) => {
       state.edits.length ? FS.el("div", { class: "fs-row" },
         FS.el("button", { class: "fs-button fs-small", type: "button", text: "Reset sliders", onclick: () => { state.edits.forEach((edit) => { edit.turn = 0; edit.steps = null; edit.region = null; }); changed(true); } })) : null));
   };
-  root.applyRegion = (region) => { state.edits.forEach((edit) => { edit.region = region; }); changed(true); };
+  // What is painted belongs to the edits from the end of the stroke; making the picture anew is the visitor's to ask.
+  root.markRegion = (region) => { state.edits.forEach((edit) => { edit.region = region; }); FS.emit(root, "mark", { edits: state.edits }); draw(); };
+  root.applyRegion = (region) => { root.markRegion(region); tell(); };
   root.redraw = draw;
   draw();
 });
@@ -106,7 +108,7 @@ FS.define("fs-result", (root, data) => {
   const measured = FS.el("div", { class: "fs-measured" }, FS.measured(data.measurement, false));
 
   // Painting: a byte a patch; drag with mouse, pen or finger, or move with the arrow keys and press space.
-  const mask = new Uint8Array(data.rows * data.cols);
+  const mask = Uint8Array.from((data.region || Array(data.rows).fill(Array(data.cols).fill(0))).flat());
   const paint = () => {
     const context = grid.getContext("2d");
     const pixels = context.createImageData(data.cols, data.rows);
@@ -125,17 +127,20 @@ FS.define("fs-result", (root, data) => {
   grid.setAttribute("role", "application");
   grid.setAttribute("aria-label", "Paint where the edit acts: arrow keys move, space paints");
   grid.addEventListener("pointerdown", (event) => { grid.setPointerCapture(event.pointerId); brush = mask[cell(event)] ? 0 : 1; mask[cell(event)] = brush; focus = null; paint(); });
+  grid.addEventListener("pointerup", () => mark());
+  grid.addEventListener("pointercancel", () => mark());
   grid.addEventListener("pointermove", (event) => { if (event.buttons) { mask[cell(event)] = brush; paint(); } });
   grid.addEventListener("keydown", (event) => {
     const moves = { ArrowUp: -data.cols, ArrowDown: data.cols, ArrowLeft: -1, ArrowRight: 1 };
     if (focus === null) focus = Math.floor(mask.length / 2 + data.cols / 2);
     if (moves[event.key]) focus = Math.min(mask.length - 1, Math.max(0, focus + moves[event.key]));
-    else if (event.key === " ") mask[focus] = mask[focus] ? 0 : 1;
-    else return;
+    else if (event.key !== " ") return;
     event.preventDefault();
+    if (event.key === " ") { mask[focus] = mask[focus] ? 0 : 1; mark(); }
     paint();
   });
   const rows = () => Array.from({ length: data.rows }, (_, row) => Array.from(mask.subarray(row * data.cols, (row + 1) * data.cols)));
+  const region = () => (mask.some(Boolean) ? rows() : null);
   const editor = () => document.querySelector("fs-edits");
   const painter = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Paint where it acts", "aria-pressed": "false", onclick: () => {
     view.painting = !view.painting;
@@ -144,13 +149,24 @@ FS.define("fs-result", (root, data) => {
     grid.hidden = !view.painting;
     range.hidden = view.painting;
     if (view.painting) { paint(); grid.focus(); return; }
-    if (editor() && editor().applyRegion && mask.some(Boolean)) editor().applyRegion(rows());
+    if (editor() && editor().applyRegion) editor().applyRegion(region());
   } });
   const everywhere = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Everywhere", onclick: () => { mask.fill(0); paint(); if (editor() && editor().applyRegion) editor().applyRegion(null); } });
 
-  const link = () => FS.viewLink(data.link);
+  let viewText = data.link;
+  const link = () => FS.viewLink(viewText);
   const download = (name, href, text) => FS.el("a", { class: "fs-button fs-small", href, download: name, text });
-  const recipe = `data:application/json;charset=utf-8,${encodeURIComponent(JSON.stringify(data.recipe, null, 1))}`;
+  const asked = () => ({ ...data.recipe, batch: data.recipe.batch.map((edits) => edits.map((edit) => ({ ...edit, region: region() }))) });
+  const recipeFile = (recipe) => `data:application/json;charset=utf-8,${encodeURIComponent(JSON.stringify(recipe, null, 1))}`;
+  const recipe = download("recipe.json", recipeFile(data.recipe), "Recipe");
+  const later = FS.el("p", { class: "fs-notice", role: "status", hidden: true, text: "The painted region is not in this picture yet: press Steer. The link and the recipe have it." });
+  const mark = () => {
+    if (editor() && editor().markRegion) editor().markRegion(region());
+    const { prompt, seed, settings, batch, index } = asked();
+    recipe.href = recipeFile(asked());
+    FS.packView({ tab: "steer", prompt, edits: batch[index], seed, num_inference_steps: settings.num_inference_steps }).then((text) => { viewText = text; });
+    later.hidden = false;
+  };
   root.append(FS.el("section", { class: "fs-result", "aria-label": "Before and after" },
     ...data.notices.map((text) => FS.el("p", { class: "fs-notice", text })),
     FS.el("p", { class: "fs-prompt" }, FS.el("span", { text: `“${data.prompt}”` }), FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}, kept` })),
@@ -158,12 +174,13 @@ FS.define("fs-result", (root, data) => {
     FS.el("div", { class: "fs-row fs-wrap" },
       FS.toggle({ label: "Right half", options: [["after", "after"], ["random", "a random direction"]], value: "after", onchange: show }),
       FS.el("span", { class: "fs-row" }, painter, everywhere)),
+    later,
     FS.el("ul", { class: "fs-words" }, (data.words.length ? data.words : ["nothing is turned: before and after are the same"]).map((text) => FS.el("li", { text }))),
     measured,
     FS.el("div", { class: "fs-row fs-wrap fs-tight" },
       FS.copyButton(link, "Copy link"),
       download("fluxsae.png", `data:image/png;base64,${data.png}`, "Image with recipe"),
-      download("recipe.json", recipe, "Recipe"),
+      recipe,
       FS.el("button", { class: "fs-button fs-small", type: "button", text: "Save report", onclick: () => FS.saveReport({
         title: data.words.join("; ") || data.prompt, words: FS.told(data), link: link(), versions: data.versions,
         pictures: [["before", data.before], ["after", data.after], ["random direction, same strength", data.random]], recipe: data.recipe, measurement: data.measurement }) })),
