@@ -106,14 +106,24 @@ class SteerJob:
         self, bench: Workbench, images: Sequence[Image.Image], recorded: Sequence[Any]
     ) -> tuple[dict[str, Any] | None, ...]:
         from fluxsae.measurements import measure_edit
+        from fluxsae.naturalness import denoising_errors
 
+        errors = denoising_errors(bench.pipe, images, bench.settings(self.num_inference_steps))
         grid = TokenGrid(bench.limits.rows, bench.limits.cols)
         values: list[dict[str, Any] | None] = [None]
-        for image, seen in zip(images[1:], recorded[1:], strict=True):
+        for image, seen, error in zip(images[1:], recorded[1:], errors[1:], strict=True):
             measured = measure_edit(
-                images[0], image, seen, grid=grid, distance=bench.distance, embedder=bench.embedder, prompt=self.prompt
+                images[0],
+                image,
+                seen,
+                grid=grid,
+                distance=bench.distance,
+                embedder=bench.embedder,
+                prompt=self.prompt,
+                denoising_errors=(errors[0], error),
             )
-            values.append(measured.to_dict())
+            typical = {"distance_of_unrelated": bench.unrelated_distance, "is_safe": measured.is_safe}
+            values.append({**measured.to_dict(), **typical})
         return tuple(values)
 
 
@@ -387,7 +397,7 @@ class SteerDesk:
             "seed": request.seed,
             "rows": self.limits.rows,
             "cols": self.limits.cols,
-            "region": values["edits"][0]["region"] if values["edits"] else None,
+            "region": request.edits[0].to_dict()["region"] if request.edits else None,
             "before": views.image_url(before),
             "after": views.image_url(after),
             "random": views.image_url(random),
@@ -398,20 +408,18 @@ class SteerDesk:
             "recipe": recipe.to_dict(),
             "link": views.encode_view({"tab": "steer", **values}),
             "versions": dict(self.bench.versions),
-            "notices": views.unknown_words_notice(steered.unknown_words),
+            "notices": [*views.unknown_words_notice(steered.unknown_words), *unsafe_notice(request.edits, steered)],
             "code": snippets("steer", values, "before, after, facts"),
         }
 
     def _strip(self, slider: Mapping[str, Any], steered: Steered) -> dict[str, Any]:
-        from fluxsae.measurements import MAX_OUT_OF_DISTRIBUTION
-
         cells = [
             {
                 "turn": turn,
                 "image": views.image_url(image),
                 "words": edit_words(slider, self._edit({**slider, "turn": turn})),
                 "measurement": measured,
-                "safe": measured is not None and measured["out_of_distribution"] <= MAX_OUT_OF_DISTRIBUTION,
+                "safe": measured is not None and measured["is_safe"],
             }
             for turn, image, measured in zip(STRIP, steered.images[1:], steered.measurements[1:], strict=True)
         ]
@@ -465,8 +473,18 @@ def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
     return f"{name}: {edit.mode} {edit.strength:.2g}"
 
 
+def unsafe_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
+    """What to do about a picture that went beyond the safe range."""
+    measured = steered.measurements[1]
+    if measured is None or measured["is_safe"]:
+        return []
+    if any(edit.mode == "add" and edit.strength > 0 and edit.region is None for edit in edits):
+        return ["Beyond the safe range: without a region it is added everywhere. Paint where it acts, or add less."]
+    return ["Beyond the safe range: the picture may be broken. Turn the feature less."]
+
+
 def safe_turns(points: Sequence[tuple[float, bool]]) -> list[float] | None:
-    """The unbroken range of slider positions around the middle whose images stay in distribution."""
+    """The unbroken range of slider positions around the middle that are safe."""
     low = high = 0.0
     for side in (-1, 1):
         for turn, is_safe in sorted((p for p in points if p[0] * side > 0), key=lambda p: abs(p[0])):

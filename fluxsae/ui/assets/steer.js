@@ -49,7 +49,7 @@ FS.define("fs-edits", (root, data) => {
           onclick: () => { state.edits = state.edits.filter((other) => other !== edit); changed(true); } })),
       FS.el("div", { class: "fs-turnbox" }, zone(edit), slider),
       FS.el("div", { class: "fs-row fs-between fs-quiet" }, FS.el("span", { text: "◂ less" }), words, FS.el("span", { text: "more ▸" })),
-      FS.el("p", { class: "fs-quiet fs-hint", text: safe ? "The band marks the safe range: there the image stays one that FLUX could have painted." : "“Seven strengths” below measures the safe range of this slider." }),
+      FS.el("p", { class: "fs-quiet fs-hint", text: safe ? "The band marks the safe range on this image: there it stays one that FLUX could have painted." : "“Seven strengths” below measures the safe range of this slider." }),
       FS.el("details", { class: "fs-fold" }, FS.el("summary", { text: "When and where" }),
         FS.el("div", { class: "fs-row fs-wrap" }, FS.el("span", { class: "fs-quiet", text: "Denoising steps from" }), bound(0, "First step edited"),
           FS.el("span", { class: "fs-quiet", text: "to before" }), bound(1, "Step at which the edit ends"),
@@ -187,17 +187,25 @@ FS.define("fs-result", (root, data) => {
     FS.code(data.code)));
 });
 
+// A distance between two pictures in words, from its share of the distance between unrelated ones.
+FS.changed = (share) => {
+  if (share === 0) return "not at all";
+  const word = share < 0.01 ? "barely" : share < 0.5 ? "clearly" : "wholly";
+  return `${word} (${FS.share(share)} of the way to another image)`;
+};
+
 FS.measured = (measurement, isRandom) => {
   if (!measurement) return [];
   const inside = measurement.activation_before === null ? null : ["Feature in the image", `${FS.number(measurement.activation_before, 2)} → ${FS.number(measurement.activation_after, 2)}`, "largest activation before and after, in multiples of its usual strength"];
-  const odd = measurement.out_of_distribution;
+  const odd = measurement.out_of_distribution, doubt = measurement.denoising_error_ratio;
   return [FS.facts([
-    ["Picture changed by", FS.number(measurement.distance, 2), `${measurement.distance_name}: 0 means the same picture`],
+    ["Picture changed", FS.changed(measurement.distance / measurement.distance_of_unrelated), `${measurement.distance_name} ${FS.number(measurement.distance, 2)}; two unrelated images of this run are ${FS.number(measurement.distance_of_unrelated, 2)} apart (median)`],
     inside,
-    ["Unusual patches", `${FS.share(odd)}${odd > 0.1 ? ", beyond the safe range" : ""}`, "share of edited patches that look unlike any that FLUX makes by itself; safe up to 10 %"],
+    ["Unusual patches", `${FS.share(odd)}${odd > 0.1 ? ", beyond safe" : ""}`, "share of edited patches that look unlike any that FLUX makes by itself; safe up to 10 %"],
+    ["FLUX's error on it", `${FS.number(doubt, 2)} ×${doubt > 1.5 ? ", beyond safe" : ""}`, "how badly FLUX, without a prompt, denoises this picture, as a multiple of the picture before: 1 where it could have painted it; safe up to 1.5"],
     measurement.relative_size === null ? null : ["Size of the push", FS.percent(measurement.relative_size), "edit where it joins what flows through FLUX, relative to that"],
     measurement.clip_change === null ? null : ["Meaning changed by", FS.number(measurement.clip_change, 2), "1 - CLIP cosine between the two pictures"],
-  ]), FS.el("p", { class: "fs-quiet fs-hint", text: isRandom ? "The same push in a random direction: what changes here is no merit of the feature." : `Distance by ${measurement.distance_name}.` })];
+  ]), isRandom ? FS.el("p", { class: "fs-quiet fs-hint", text: "The same push in a random direction: what changes here is no merit of the feature." }) : ""];
 };
 
 FS.define("fs-strip", (root, data) => {
@@ -210,5 +218,5 @@ FS.define("fs-strip", (root, data) => {
       FS.el("img", { src: cell.image, alt: cell.words }),
       FS.el("span", { class: "fs-num", text: FS.short(cell.words) }),
       FS.el("span", { class: "fs-quiet", text: cell.safe ? "safe" : "beyond safe" })))),
-    FS.el("p", { class: "fs-quiet", text: "Safe: at most 10 % of the edited patches look unlike any that FLUX makes by itself. The band on the slider shows this range." })));
+    FS.el("p", { class: "fs-quiet", text: "Safe: at most 10 % of the edited patches look unlike any that FLUX makes by itself, and FLUX denoises the picture nearly as well as the one before (error up to 1.5 ×). The band on the slider shows this range." })));
 });
