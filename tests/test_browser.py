@@ -117,6 +117,19 @@ def test_a_prompt_shows_overlays_that_change_with_the_chosen_feature(visit: Open
     assert canvas_pixels(page) == first
 
 
+def test_what_fires_is_told_once_a_label_and_the_rest_on_request(visit: Open) -> None:
+    page = visit()
+    generate(page)
+    cards = page.locator("fs-lab .fs-card")
+    labels = cards.locator(".fs-label").all_inner_texts()
+    assert len(set(labels)) == len(labels)
+    page.locator("fs-lab .fs-alike summary").first.click()
+    expect(cards).not_to_have_count(len(labels))
+    alike = page.locator("fs-lab .fs-alike .fs-card").first
+    alike.click()
+    assert chosen(page) == int(alike.get_attribute("data-feature") or -1)
+
+
 def test_opacity_threshold_scale_and_steps_redraw_the_heat(visit: Open) -> None:
     page = visit()
     generate(page)

@@ -47,7 +47,7 @@ from fluxsae.ui.requests import (
 )
 from fluxsae.ui.session import ReadJob, ResultCache, Workbench, open_workbench
 from fluxsae.ui.snippets import snippets
-from fluxsae.ui.views import decode_view, encode_view, features_at, ranked_features, view_of
+from fluxsae.ui.views import decode_view, encode_view, features_at, ranked_features, view_of, with_alike
 from fluxsae.ui.visitors import WINDOW, VisitorLimits
 
 EARLY, LATE = whole_run.EARLY, whole_run.LATE
@@ -302,6 +302,14 @@ def test_ranked_features_fire_and_say_how_strongly(bench: Workbench) -> None:
     assert all(0 < feature["relative"] <= 1 for feature in ranked)
     at = features_at(reading().maps[LATE], bench.cards[LATE], token=0, step=None, limit=5)
     assert [feature["feature"] for feature in at] == [1]
+
+
+def test_features_of_one_label_stand_together_behind_the_most_telling() -> None:
+    ranked = [
+        {"feature": n, "label": label} for n, label in enumerate(["red", "star", None, "red", "blue", None, "red"])
+    ]
+    shown = with_alike(ranked, 3)
+    assert [feature["feature"] for feature in shown] == [0, 1, 2, 3, 6]
 
 
 # Browsing
