@@ -218,6 +218,17 @@ def test_the_gallery_finds_opens_and_sends_a_feature_through_the_tabs(visit: Ope
     expect(page.locator(".fs-edit")).to_contain_text(f"#{feature},")
 
 
+def test_a_new_search_closes_the_open_feature_and_says_how_each_was_found(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Gallery")
+    page.locator("fs-gallery .fs-card").first.click()
+    expect(page.locator("fs-feature article")).to_have_count(1)
+    page.locator("#gallery-query textarea").press_sequentially("striped", delay=30)
+    expect(page.locator("fs-gallery p").first).to_contain_text("match “striped” by name")
+    expect(page.locator("fs-gallery p").first).to_contain_text("more by the captions of their best images")
+    expect(page.locator("fs-feature article")).to_have_count(0)
+
+
 def test_a_feature_goes_from_the_heatmap_to_its_page_and_to_the_sliders(visit: Open) -> None:
     page = visit()
     feature = chosen(page)
@@ -294,6 +305,28 @@ def test_steering_turns_a_feature_and_a_link_opens_the_same(visit: Open) -> None
     opened = other.evaluate("(({before, after}) => ({before, after}))(document.querySelector('fs-result').data)")
     assert opened == {"before": result["before"], "after": result["after"]}
     expect(other.locator(".fs-edit output")).to_contain_text("usual strength added")
+
+
+def test_the_old_result_is_dimmed_until_the_new_one_is_there(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    add_feature(page)
+    turn(page, 0.3)
+    page.wait_for_selector("fs-result section")
+    opacity = "getComputedStyle(document.querySelector('#steer-result')).opacity"
+    expect(page.locator("#steer-status .fs-status")).to_have_count(0)
+    turn(page, 0.4)
+    page.wait_for_function(f"{opacity} < 0.9")
+    page.wait_for_function(f"{opacity} === '1'")
+    assert page.evaluate("document.querySelector('fs-result').data.recipe.batch[1][0].strength") == 0.4
+
+
+def test_a_starter_tells_which_picture_is_the_original(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    first = page.locator(".fs-starter").first
+    assert first.locator("strong").all_inner_texts() == ["less", "original", "more"]
+    expect(page.get_by_label("Find a feature")).to_be_visible()
 
 
 def test_the_strip_shows_seven_strengths_and_draws_the_safe_range(visit: Open) -> None:

@@ -133,6 +133,12 @@ class Workbench:
         """Hook points in words with their path, for menus."""
         return [(f"{self.word(name)} (block {HookPoint.parse(name).block_index})", name) for name in self.hookpoints]
 
+    @property
+    def example_edit(self) -> dict[str, Any]:
+        """An edit that this run knows: its most meaningful feature, turned up."""
+        hookpoint = self.limits.default_hookpoint
+        return {"hookpoint": hookpoint, "feature": self.cards[hookpoint].ranked[0], "mode": "add", "strength": 0.3}
+
     @functools.cached_property
     def saes(self) -> dict[str, SparseAutoencoder]:
         """The autoencoder of every hook point, on the device FLUX runs on."""

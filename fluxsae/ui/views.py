@@ -175,7 +175,7 @@ def overlays(
 def caption(feature: Mapping[str, Any]) -> str:
     """A feature in words: number, label, and how strongly it fires."""
     name = f"{feature['label']} (feature {feature['feature']})" if feature["label"] else f"feature {feature['feature']}"
-    return f"{name}: {feature['relative']:.0%} of its maximum" if "relative" in feature else name
+    return f"{name}: {100 * feature['relative']:.0f} % of its maximum" if "relative" in feature else name
 
 
 def chip(feature: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def chip(feature: Mapping[str, Any]) -> dict[str, Any]:
         "image_density": feature["image_density"],
         "maximum": feature["max_act"],
         "coherent": feature["is_coherent"],
-        "colour": feature_colour(feature["feature"], feature["label"]),
+        "colour": feature_colour(feature["label"]),
         **{key: feature[key] for key in ("activation", "relative") if key in feature},
     }
 
@@ -221,7 +221,7 @@ def lab(
         "patch_features": base64_text(patches.astype("<u4")),
         "patch_values": base64_text(values),
         "labels": {str(feature): cards.labels[feature] for feature in known if cards.labels[feature]},
-        "colours": {str(feature): feature_colour(feature, cards.labels[feature]) for feature in known},
+        "colours": {str(feature): feature_colour(cards.labels[feature]) for feature in known},
         "notices": notices(reading),
         "selected": pinned,
     }
@@ -319,7 +319,7 @@ def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
         "patch_features": base64_text(patches.astype("<u4")),
         "patch_values": base64_text(values),
         "labels": {str(feature): cards.labels[feature] for feature in features if cards.labels[feature]},
-        "colours": {str(feature): feature_colour(feature, cards.labels[feature]) for feature in features},
+        "colours": {str(feature): feature_colour(cards.labels[feature]) for feature in features},
         "notices": [],
     }
 

@@ -7,7 +7,11 @@ FS.turnWords = (turn, { max_suppress: least, max_amplify: most }) => {
   if (turn < 0) return less <= 1 ? `${Math.round(less * 100)} % taken away` : `${FS.number(less, 2)} × what is there taken away`;
   return `${FS.number(turn * most, 2)} × its usual strength added`;
 };
-FS.short = (words) => words.replace(/(^|; )[^;]*?: /g, "$1").replace(/ times (its usual strength|what is there)/g, " ×").replace(/(\d)%/g, "$1 %");
+FS.short = (words) => words.replace(/(^|; )[^;]*?: /g, "$1").replace(/ times (its usual strength|what is there)/g, " ×");
+// The pictures of a demo, each told: the feature turned down, the original, turned up.
+FS.panels = (pictures, words = []) => FS.el("span", { class: "fs-panels" }, pictures.map((src, at) => FS.el("span", {},
+  FS.el("img", { src, alt: "" }), FS.el("strong", { text: ["less", "original", "more"][at] }),
+  words[at] && at !== 1 ? FS.el("span", { class: "fs-quiet", text: FS.short(words[at]) }) : null)));
 FS.safe = FS.safe || new Map();
 FS.safeKey = (edit) => `${edit.hookpoint}/${edit.feature}`;
 
@@ -61,7 +65,7 @@ FS.define("fs-edits", (root, data) => {
       FS.el("h2", { class: "fs-h", text: "Turn features" }),
       !state.edits.length && (data.starters || []).length ? FS.el("div", { class: "fs-starters", role: "group", "aria-label": "Begin with one that works" },
         data.starters.map((starter, at) => FS.el("button", { class: "fs-starter", type: "button", onclick: () => FS.emit(root, "begin", { starter: at }) },
-          starter.image ? FS.el("img", { src: starter.image, alt: "" }) : null, FS.el("span", { class: "fs-row fs-tight" }, FS.chip(starter.colour), FS.el("span", { text: starter.title }))))) : null,
+          starter.pictures.length ? FS.panels(starter.pictures) : null, FS.el("span", { class: "fs-row fs-tight" }, FS.chip(starter.colour), FS.el("span", { text: starter.title }))))) : null,
       state.edits.length ? FS.el("ul", { class: "fs-edits" }, state.edits.map(row))
         : FS.el("p", { class: "fs-quiet", text: "Choose a feature to turn. Left of the middle takes it away, right adds it; in the middle nothing changes." }),
       FS.el("div", { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": "Add a feature" },
@@ -81,8 +85,8 @@ FS.define("fs-edits", (root, data) => {
 
 FS.define("fs-result", (root, data) => {
   if (data.kind === "example") {
-    root.append(FS.el("figure", { class: "fs-first" }, FS.el("img", { src: data.image, alt: data.prompt }),
-      data.panels ? FS.el("div", { class: "fs-panels" }, data.panels.map((text) => FS.el("span", { text: FS.short(text) }))) : null,
+    root.append(FS.el("figure", { class: "fs-first" },
+      data.panels.length ? FS.panels(data.pictures, data.panels) : FS.el("img", { src: data.pictures[0], alt: data.prompt }),
       FS.el("figcaption", {}, FS.el("span", { class: "fs-badge", text: "example" }), FS.el("span", { text: data.words }))));
     return;
   }
