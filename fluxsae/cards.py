@@ -198,7 +198,7 @@ class CardIndex:
         )
         is_coherent = [bool(value) for value in self._column("is_coherent")]
         coherent = [feature for feature in ranked if is_coherent[feature]]
-        return [*_varied(coherent, self.labels), *(feature for feature in ranked if not is_coherent[feature])]
+        return [*varied(coherent, self.labels), *(feature for feature in ranked if not is_coherent[feature])]
 
     @property
     def grid(self) -> TokenGrid:
@@ -343,7 +343,7 @@ def _content_words(text: str) -> set[str]:
     return set(re.findall(r"[\w'-]+", text)) - STOP_WORDS or set(text.split())
 
 
-def _varied(features: Sequence[int], labels: Sequence[str | None]) -> list[int]:
+def varied(features: Sequence[int], labels: Sequence[str | None]) -> list[int]:
     """The first feature of every label, then the second of each, and so on; those without a label at the end."""
     turns: dict[str, int] = {}
     turn_of: dict[int, float] = {}

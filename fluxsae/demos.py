@@ -17,7 +17,7 @@ from fluxsae.edits import Recipe, SaeSource, SteeringEdit
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import write_bytes, write_text
 from fluxsae.flux import flux_identity, schedule_sigmas, token_grid
-from fluxsae.grids import GridCell, GridRow
+from fluxsae.grids import GridCell, GridRow, join_pictures
 from fluxsae.hookpoints import HookPoint
 from fluxsae.measurements import EditMeasurement, EditRecorder, TokenLimits, measure_edit, measure_token_limits
 from fluxsae.perceptual import ImageEmbedder, PerceptualDistance
@@ -459,17 +459,6 @@ class _Search:
     def _stored_baseline(self, image_id: int) -> Image.Image | None:
         path = self._baseline_path(image_id)
         return Image.open(path).convert("RGB") if path.is_file() else None
-
-
-def join_pictures(pictures: Sequence[Image.Image], *, gap: int = 4) -> Image.Image:
-    """The pictures side by side on white."""
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
-    strip = Image.new("RGB", (width, max(picture.height for picture in pictures)), (255, 255, 255))
-    left = 0
-    for picture in pictures:
-        strip.paste(picture, (left, 0))
-        left += picture.width + gap
-    return strip
 
 
 def _png(image: Image.Image) -> bytes:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from colorsys import hls_to_rgb
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -44,6 +44,8 @@ class LayerComparison:
     best_second: Float[np.ndarray, " second"]
     null_correlation: float
     """Mean matched correlation when the images of one side are shuffled: what a match is worth by chance."""
+    counterpart: float = COUNTERPART
+    """The bound: a correlation from which two features count as each other's counterpart."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The comparison as the tensors of a file."""
@@ -60,11 +62,15 @@ class LayerComparison:
         Raises:
             FluxSaeError: tensors are missing.
         """
-        missing = [field.name for field in fields(cls) if field.name not in tensors]
+        missing = [field.name for field in fields(cls) if field.name not in tensors and field.default is MISSING]
         if missing:
             raise FluxSaeError(f"the layer comparison lacks {', '.join(missing)}; run train.compare_layers again")
-        values: dict[str, Any] = {field.name: tensors[field.name].numpy() for field in fields(cls)}
-        return cls(**{**values, "null_correlation": float(values["null_correlation"][0])})
+        values: dict[str, Any] = {
+            field.name: tensors[field.name].numpy() for field in fields(cls) if field.name in tensors
+        }
+        for name in {"null_correlation", "counterpart"} & set(values):
+            values[name] = float(values[name][0])
+        return cls(**values)
 
 
 def nearest_features(
@@ -296,6 +302,7 @@ def compare_layers(
         best_first=_spread(best_first, first_ids, first.shape[1]),
         best_second=_spread(best_second, second_ids, second.shape[1]),
         null_correlation=float(chance.mean()),
+        counterpart=counterpart,
     )
 
 

@@ -11,6 +11,8 @@ from fluxsae.heatmaps import enlarge, feature_colour, font, wrap
 
 INK, MUTED, PAPER = (20, 20, 25), (105, 105, 115), (255, 255, 255)
 LESS, MORE, UNSAFE = (46, 98, 190), (190, 88, 20), (176, 40, 60)
+STRIP_GAP: Final = 4
+"""White columns between pictures side by side."""
 _GAP: Final = 12
 _LABEL_WIDTH: Final = 250
 _CAPTION: Final = 46
@@ -73,7 +75,7 @@ def steering_grid(rows: Sequence[GridRow], *, title: str, subtitle: str = "", ce
 
 
 def _draw_label(pen: ImageDraw.ImageDraw, row: GridRow, *, top: int) -> None:
-    pen.rectangle((_GAP, top, _GAP + 5, top + 44), fill=feature_colour(row.feature, row.label))
+    pen.rectangle((_GAP, top, _GAP + 5, top + 44), fill=feature_colour(row.label))
     pen.text((_GAP + 14, top), row.label, fill=INK, font=font(20, bold=True))
     pen.text((_GAP + 14, top + 26), f"feature {row.feature}", fill=MUTED, font=font(14))
     lines = [line for part in row.detail.split("\n") for line in wrap(part, font(13), _LABEL_WIDTH - 36)]
@@ -87,3 +89,21 @@ def _draw_caption(pen: ImageDraw.ImageDraw, one: GridCell, *, left: int, top: in
     note = one.note if one.is_safe else f"{one.note} · out of distribution"
     for number, line in enumerate(wrap(note, font(12), width)[:1]):
         pen.text((left, top + 25 + 14 * number), line, fill=MUTED if one.is_safe else UNSAFE, font=font(12))
+
+
+def join_pictures(pictures: Sequence[Image.Image]) -> Image.Image:
+    """The pictures side by side on white."""
+    width = sum(picture.width for picture in pictures) + STRIP_GAP * (len(pictures) - 1)
+    strip = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER)
+    left = 0
+    for picture in pictures:
+        strip.paste(picture, (left, 0))
+        left += picture.width + STRIP_GAP
+    return strip
+
+
+def split_pictures(strip: Image.Image, count: int) -> list[Image.Image]:
+    """The pictures of one width that `join_pictures` put side by side."""
+    width = (strip.width - (count - 1) * STRIP_GAP) // count
+    lefts = [place * (width + STRIP_GAP) for place in range(count)]
+    return [strip.crop((left, 0, left + width, strip.height)) for left in lefts]

@@ -1,6 +1,5 @@
 """Token values -> heatmap -> overlay on the picture, with one colour map and one legend for all of them."""
 
-import colorsys
 import functools
 import re
 from collections.abc import Sequence
@@ -18,8 +17,6 @@ from fluxsae.hookpoints import TokenGrid
 COLOUR_MAP = "inferno"
 """Perceptually uniform and readable with every kind of colour blindness (van der Walt & Smith 2015)."""
 
-GOLDEN_RATIO = 0.618033988749895
-
 NAMED_COLOURS = {
     "red": "#d63b3b",
     "orange": "#e0882c",
@@ -36,6 +33,8 @@ NAMED_COLOURS = {
     "white": "#b9bdcb",
 }
 """Chips of labels that name a colour; black and white are moved towards grey, to be seen on any paper."""
+NEUTRAL_COLOUR = "#7d8298"
+"""Chip of every other feature: a vivid one would be taken for the feature's own."""
 
 
 def token_heatmap(
@@ -174,16 +173,9 @@ def names_colour(label: str | None) -> bool:
     return any(word in NAMED_COLOURS for word in _words(label))
 
 
-def feature_colour(feature: int, label: str | None = None) -> str:
-    """The colour chip of a feature as #rrggbb: the same everywhere.
-
-    A label that names a colour wears it; other features have hues that are far apart for neighbouring numbers.
-    """
-    if names_colour(label):
-        return next(NAMED_COLOURS[word] for word in _words(label) if word in NAMED_COLOURS)
-    hue = (feature * GOLDEN_RATIO) % 1.0
-    red, green, blue = colorsys.hls_to_rgb(hue, 0.52, 0.62)
-    return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
+def feature_colour(label: str | None) -> str:
+    """The colour chip of a feature as #rrggbb: the colour that its label names, or the neutral one."""
+    return next((NAMED_COLOURS[word] for word in _words(label) if word in NAMED_COLOURS), NEUTRAL_COLOUR)
 
 
 @functools.cache
@@ -286,7 +278,7 @@ class _Sheet:
     def _draw_row(self, sheet: Image.Image, pen: ImageDraw.ImageDraw, row: SheetRow, top: int) -> None:
         pen.line([(self.margin, top - 2), (sheet.width - self.margin, top - 2)], fill=(222, 222, 228), width=1)
         top += self.gap
-        pen.rectangle([self.margin, top + 4, self.margin + 12, top + 16], fill=feature_colour(row.feature, row.label))
+        pen.rectangle([self.margin, top + 4, self.margin + 12, top + 16], fill=feature_colour(row.label))
         pen.text((self.margin + 20, top), f"feature {row.feature}", fill=(95, 95, 105), font=font(14))
         y = top + 26
         for line in wrap(row.label, font(20, bold=True), self.label_width - 16)[:3]:

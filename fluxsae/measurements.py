@@ -26,6 +26,12 @@ QUANTILE: Final = 0.995
 """Clean tokens beyond this quantile of norm or residual count as out of distribution, by definition."""
 MAX_OUT_OF_DISTRIBUTION: Final = 0.1
 """Share of edited tokens out of distribution up to which a strength is called safe."""
+MAX_DENOISING_ERROR_RATIO: Final = 1.5
+"""FLUX's error on the steered picture over that on the baseline up to which a strength is called safe.
+
+Of 223 pictures of the miniature, judged by eye, 12 % of the sound and 93 % of the broken ones lie beyond this bound or
+the one above; the one above alone tells 7 % and 43 %.
+"""
 _ADDED_DIRECTLY: Final = ("", "ff", "ff_context", "attn", "proj_out")
 
 
@@ -137,6 +143,15 @@ class EditMeasurement:
     hook point is not added to the stream directly."""
     edited_share: float
     """Share of tokens that were edited at any step."""
+    denoising_error_ratio: float | None = None
+    """How badly FLUX, without a prompt, denoises the steered picture laid under noise, over the same of the baseline:
+    about 1 where FLUX could have painted it, more where the picture broke; None where it was not measured."""
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether the edited tokens stayed in distribution, and the picture one that FLUX could have painted."""
+        is_odd = self.denoising_error_ratio is not None and self.denoising_error_ratio > MAX_DENOISING_ERROR_RATIO
+        return self.out_of_distribution <= MAX_OUT_OF_DISTRIBUTION and not is_odd
 
     def to_dict(self) -> dict[str, Any]:
         """The measurement as JSON values."""
@@ -279,10 +294,12 @@ def measure_edit(
     embedder: ImageEmbedder | None = None,
     prompt: str = "",
     region: Bool[Tensor, " tokens"] | None = None,
+    denoising_errors: tuple[float, float] | None = None,
 ) -> EditMeasurement:
     """One variant's measurement from its picture, the baseline's, and what the recorder saw.
 
-    Inside and outside are those of `region`, or of the tokens that the edit touched.
+    Inside and outside are those of `region`, or of the tokens that the edit touched. `denoising_errors` are those of
+    `naturalness.denoising_errors`, before and after.
     """
     pixel_distance = distance.distance_map([before], [after])[0]
     touched = recorded.touched if recorded.touched is not None else torch.zeros(grid.n_tokens, dtype=torch.bool)
@@ -301,6 +318,7 @@ def measure_edit(
         out_of_distribution=recorded.n_outside / recorded.n_edited if recorded.n_edited else 0.0,
         relative_size=_mean(recorded.relative_sizes),
         edited_share=float(touched.float().mean()),
+        denoising_error_ratio=None if denoising_errors is None else denoising_errors[1] / denoising_errors[0],
     )
 
 
@@ -315,13 +333,9 @@ def region_pixels(
 
 
 def safe_range(
-    mode: str,
-    strengths: Sequence[float],
-    measurements: Sequence[EditMeasurement],
-    *,
-    max_out_of_distribution: float = MAX_OUT_OF_DISTRIBUTION,
+    mode: str, strengths: Sequence[float], measurements: Sequence[EditMeasurement]
 ) -> tuple[float, float] | None:
-    """The unbroken range of strengths around the mode's identity whose tokens stay in distribution.
+    """The unbroken range of strengths around the mode's identity that are safe.
 
     Only strengths that were measured count. A mode without an identity (`clamp`) starts at its smallest strength.
     None where not even the nearest measured strength is safe.
@@ -335,7 +349,7 @@ def safe_range(
         for strength, measurement in points:
             if (strength - centre) * side < 0:
                 continue
-            if measurement.out_of_distribution > max_out_of_distribution:
+            if not measurement.is_safe:
                 break
             bounds[side], found = strength, True
     return (bounds[-1], bounds[1]) if found else None

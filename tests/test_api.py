@@ -150,7 +150,11 @@ def test_steer_gives_before_after_recipe_and_measurements(client: Client, place:
     before, after, facts = client.predict(prompt=PROMPT, edits=[edit], api_name="/steer")
     assert Image.open(before).tobytes() != Image.open(after).tobytes()
     assert Recipe.from_dict(facts["recipe"]).edits[0].to_dict() == {**edit, "steps": None, "region": None}
-    assert facts["measurements"]["distance"] > 0
+    measured = facts["measurements"]
+    assert measured["distance"] > 0
+    assert measured["distance_of_unrelated"] > 0
+    assert measured["denoising_error_ratio"] > 0
+    assert isinstance(measured["is_safe"], bool)
 
 
 def test_steer_with_no_edit_or_an_identity_leaves_the_image_as_it_is(

@@ -10,7 +10,7 @@ import page_server
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from fluxsae.ui.views import encode_view
+from fluxsae.ui.views import decode_view, encode_view
 
 pytestmark = pytest.mark.browser
 
@@ -117,6 +117,19 @@ def test_a_prompt_shows_overlays_that_change_with_the_chosen_feature(visit: Open
     assert canvas_pixels(page) == first
 
 
+def test_what_fires_is_told_once_a_label_and_the_rest_on_request(visit: Open) -> None:
+    page = visit()
+    generate(page)
+    cards = page.locator("fs-lab .fs-card")
+    labels = cards.locator(".fs-label").all_inner_texts()
+    assert len(set(labels)) == len(labels)
+    page.locator("fs-lab .fs-alike summary").first.click()
+    expect(cards).not_to_have_count(len(labels))
+    alike = page.locator("fs-lab .fs-alike .fs-card").first
+    alike.click()
+    assert chosen(page) == int(alike.get_attribute("data-feature") or -1)
+
+
 def test_opacity_threshold_scale_and_steps_redraw_the_heat(visit: Open) -> None:
     page = visit()
     generate(page)
@@ -205,6 +218,17 @@ def test_the_gallery_finds_opens_and_sends_a_feature_through_the_tabs(visit: Ope
     expect(page.locator(".fs-edit")).to_contain_text(f"#{feature},")
 
 
+def test_a_new_search_closes_the_open_feature_and_says_how_each_was_found(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Gallery")
+    page.locator("fs-gallery .fs-card").first.click()
+    expect(page.locator("fs-feature article")).to_have_count(1)
+    page.locator("#gallery-query textarea").press_sequentially("striped", delay=30)
+    expect(page.locator("fs-gallery p").first).to_contain_text("match “striped” by name")
+    expect(page.locator("fs-gallery p").first).to_contain_text("more by the captions of their best images")
+    expect(page.locator("fs-feature article")).to_have_count(0)
+
+
 def test_a_feature_goes_from_the_heatmap_to_its_page_and_to_the_sliders(visit: Open) -> None:
     page = visit()
     feature = chosen(page)
@@ -283,6 +307,28 @@ def test_steering_turns_a_feature_and_a_link_opens_the_same(visit: Open) -> None
     expect(other.locator(".fs-edit output")).to_contain_text("usual strength added")
 
 
+def test_the_old_result_is_dimmed_until_the_new_one_is_there(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    add_feature(page)
+    turn(page, 0.3)
+    page.wait_for_selector("fs-result section")
+    opacity = "getComputedStyle(document.querySelector('#steer-result')).opacity"
+    expect(page.locator("#steer-status .fs-status")).to_have_count(0)
+    turn(page, 0.4)
+    page.wait_for_function(f"{opacity} < 0.9")
+    page.wait_for_function(f"{opacity} === '1'")
+    assert page.evaluate("document.querySelector('fs-result').data.recipe.batch[1][0].strength") == 0.4
+
+
+def test_a_starter_tells_which_picture_is_the_original(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    first = page.locator(".fs-starter").first
+    assert first.locator("strong").all_inner_texts() == ["less", "original", "more"]
+    expect(page.get_by_label("Find a feature")).to_be_visible()
+
+
 def test_the_strip_shows_seven_strengths_and_draws_the_safe_range(visit: Open) -> None:
     page = visit()
     go_to(page, "Steer")
@@ -292,8 +338,8 @@ def test_the_strip_shows_seven_strengths_and_draws_the_safe_range(visit: Open) -
     expect(page.locator(".fs-edit .fs-hint").first).to_be_visible()
 
 
-def test_a_painted_region_is_sent_with_the_edit(visit: Open) -> None:
-    page = visit()
+def paint_a_stroke(page: Page) -> None:
+    """Turns a feature, waits for the picture and paints on it."""
     go_to(page, "Steer")
     add_feature(page)
     turn(page, 0.5)
@@ -305,12 +351,40 @@ def test_a_painted_region_is_sent_with_the_edit(visit: Open) -> None:
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.3, steps=8)
     page.mouse.up()
-    page.get_by_role("button", name="Use this region").click()
-    page.wait_for_function(
-        "((document.querySelector('fs-result').data.recipe || {batch: [[], [{}]]}).batch[1][0] || {}).region"
-    )
-    region = page.evaluate("document.querySelector('fs-result').data.recipe.batch[1][0].region")
+
+
+REGION = "((document.querySelector('fs-result').data.recipe || {batch: [[], [{}]]}).batch[1][0] || {}).region"
+
+
+@pytest.mark.parametrize("press", ["Use this region", "Steer"])
+def test_a_painted_region_is_sent_with_the_edit(visit: Open, press: str) -> None:
+    page = visit()
+    paint_a_stroke(page)
+    page.get_by_role("button", name=press, exact=True).click()
+    page.wait_for_function(REGION)
+    assert 1 <= sum(map(sum, page.evaluate(REGION))) < 60
+    expect(page.locator(".fs-edit")).to_contain_text("painted patches")
+
+
+def test_a_painted_region_is_in_the_link_the_recipe_and_the_strip_before_any_picture_has_it(visit: Open) -> None:
+    page = visit()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    paint_a_stroke(page)
+    result = page.locator("fs-result")
+    expect(result.get_by_text("not in this picture yet")).to_be_visible()
+    result.get_by_role("button", name="Copy link").click()
+    expect(result.get_by_role("button", name="Copied")).to_be_visible()
+    view = decode_view(page.evaluate("navigator.clipboard.readText()").partition("?view=")[2])
+    with page.expect_download() as download:
+        result.get_by_role("link", name="Recipe", exact=True).click()
+    recipe = json.loads(download.value.path().read_text())
+    region = view["edits"][0]["region"]
     assert 1 <= sum(map(sum, region)) < 60
+    assert recipe["batch"][recipe["index"]] == view["edits"]
+    page.locator("#steer-strip-go").click()
+    page.wait_for_selector("fs-strip section")
+    strongest = page.evaluate("document.querySelector('fs-strip').data.cells.at(-1).measurement")
+    assert strongest["edited_share"] == sum(map(sum, region)) / 64
 
 
 def test_image_and_recipe_are_downloaded_and_the_recipe_loads_again(visit: Open, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import train.directions
 import train.embed
 import train.render
 import train.select
-from fluxsae.cards import CardIndex, FeatureCard, _varied, build_cards, silencing_words
+from fluxsae.cards import CardIndex, FeatureCard, build_cards, silencing_words, varied
 from fluxsae.errors import FluxSaeError
 from fluxsae.labels import Label
 
@@ -95,7 +95,7 @@ def test_features_that_mean_something_come_first_and_feature_0_does_not(index: C
 
 def test_the_best_of_each_label_comes_before_the_second_of_any() -> None:
     labels = ["red", "red", None, "blue", "red", "blue"]
-    assert _varied([2, 0, 1, 3, 4, 5], labels) == [0, 3, 1, 5, 4, 2]
+    assert varied([2, 0, 1, 3, 4, 5], labels) == [0, 3, 1, 5, 4, 2]
 
 
 def test_a_heatmap_of_a_card_glows_where_the_feature_fires(selected: Synthetic, index: CardIndex) -> None:

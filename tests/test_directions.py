@@ -94,6 +94,15 @@ def test_layers_are_matched_by_what_fires_and_never_by_equal_index() -> None:
     assert comparison.null_correlation < 0.5
 
 
+def test_a_comparison_keeps_its_bound_on_disk() -> None:
+    first, second, _ = permuted_pair()
+    stored = compare_layers(first, second, counterpart=0.75).tensors()
+    assert LayerComparison.from_tensors(stored).counterpart == 0.75
+    assert (
+        LayerComparison.from_tensors({name: stored[name] for name in set(stored) - {"counterpart"}}).counterpart == 0.5
+    )
+
+
 def test_dead_features_take_no_part_in_a_comparison() -> None:
     first, second, _ = permuted_pair()
     first[:, 2] = 0

@@ -16,6 +16,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux import default_settings, flux_identity, load_flux, schedule_sigmas
 from fluxsae.heatmaps import (
     NAMED_COLOURS,
+    NEUTRAL_COLOUR,
     SheetCell,
     SheetRow,
     contact_sheet,
@@ -138,14 +139,9 @@ def test_the_legend_names_its_maximum_and_fits_under_any_picture() -> None:
     assert with_legend(picture(), maximum="this image's maximum").width == 96
 
 
-def test_a_feature_has_one_colour_and_its_neighbour_another() -> None:
-    assert feature_colour(7) == feature_colour(7)
-    assert len({feature_colour(feature) for feature in range(50)}) == 50
-
-
-def test_a_label_that_names_a_colour_wears_it() -> None:
-    assert feature_colour(7, "large red") == feature_colour(8, "red, striped") == NAMED_COLOURS["red"]
-    assert feature_colour(7, None) == feature_colour(7, "circle") == feature_colour(7)
+def test_a_label_that_names_a_colour_wears_it_and_no_other_does() -> None:
+    assert feature_colour("large red") == feature_colour("red, striped") == NAMED_COLOURS["red"]
+    assert feature_colour(None) == feature_colour("circle") == NEUTRAL_COLOUR
     assert names_colour("white background")
     assert not names_colour("reddish")
     assert not names_colour(None)

@@ -188,8 +188,21 @@ def test_norm_and_residual_are_euclidean() -> None:
     torch.testing.assert_close(residual, ((x - SAES[DOUBLE](x).x_hat) ** 2).sum(-1).sqrt())
 
 
-def measurement(out_of_distribution: float) -> EditMeasurement:
-    return EditMeasurement(0, 0, 0, "d", None, None, 0, 0, out_of_distribution, 0, 1)
+def measurement(out_of_distribution: float, denoising_error_ratio: float | None = None) -> EditMeasurement:
+    return EditMeasurement(0, 0, 0, "d", None, None, 0, 0, out_of_distribution, 0, 1, denoising_error_ratio)
+
+
+@pytest.mark.parametrize(
+    ("share", "ratio", "expected"),
+    [(0.1, None, True), (0.1, 1.5, True), (0.0, 1.6, False), (0.2, 1.0, False), (0.2, None, False)],
+)
+def test_safe_is_what_stays_in_distribution_and_looks_like_flux(share, ratio, expected) -> None:
+    assert measurement(share, ratio).is_safe is expected
+
+
+def test_a_broken_picture_ends_the_safe_range_though_its_tokens_are_usual() -> None:
+    found = [measurement(0.0, ratio) for ratio in (1.0, 1.2, 4.8)]
+    assert safe_range("add", [0.0, 0.3, 0.6], found) == (0.0, 0.3)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from fluxsae.demos import DemoConfig
 from fluxsae.edits import SteeringEdit
 from fluxsae.errors import FluxSaeError
 from fluxsae.hookpoints import HookPoint, TokenGrid
+from fluxsae.measurements import MAX_OUT_OF_DISTRIBUTION
 from fluxsae.settings import GenerationSettings
 from fluxsae.ui.desk_gallery import GalleryDesk
 from fluxsae.ui.desk_heatmap import HeatmapDesk
@@ -46,7 +47,7 @@ from fluxsae.ui.requests import (
 )
 from fluxsae.ui.session import ReadJob, ResultCache, Workbench, open_workbench
 from fluxsae.ui.snippets import snippets
-from fluxsae.ui.views import decode_view, encode_view, features_at, ranked_features, view_of
+from fluxsae.ui.views import decode_view, encode_view, features_at, ranked_features, view_of, with_alike
 from fluxsae.ui.visitors import WINDOW, VisitorLimits
 
 EARLY, LATE = whole_run.EARLY, whole_run.LATE
@@ -303,6 +304,14 @@ def test_ranked_features_fire_and_say_how_strongly(bench: Workbench) -> None:
     assert [feature["feature"] for feature in at] == [1]
 
 
+def test_features_of_one_label_stand_together_behind_the_most_telling() -> None:
+    ranked = [
+        {"feature": n, "label": label} for n, label in enumerate(["red", "star", None, "red", "blue", None, "red"])
+    ]
+    shown = with_alike(ranked, 3)
+    assert [feature["feature"] for feature in shown] == [0, 1, 2, 3, 6]
+
+
 # Browsing
 
 
@@ -400,6 +409,29 @@ def test_the_strip_holds_the_strengths_that_demos_use(bench: Workbench) -> None:
     demos = DemoConfig()
     assert {edit.strength for edit in edits if edit.mode == "scale"} == set(demos.suppress)
     assert {edit.strength for edit in edits if edit.mode == "add"} >= {0, *demos.amplify}
+
+
+def test_a_broken_picture_is_not_called_safe_though_its_tokens_are_usual() -> None:
+    bench = open_workbench("")
+    hookpoint = bench.limits.default_hookpoint
+    pink = bench.cards[hookpoint].labels.index("pink")
+    request = SweepRequest.parse(
+        bench.limits,
+        prompt="a large red star on a black background",
+        hookpoint=hookpoint,
+        feature=pink,
+        mode="add",
+        strengths=[0.1, 0.6],
+        steps=None,
+        region=None,
+        seed=0,
+        num_inference_steps=20,
+    )
+    *_, done = SteerDesk(bench).sweep(request)
+    _, (little, much) = done.value
+    assert little["is_safe"]
+    assert much["out_of_distribution"] <= MAX_OUT_OF_DISTRIBUTION
+    assert not much["is_safe"]
 
 
 def test_the_safe_range_is_unbroken_around_the_middle() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fluxsae.cards import CardIndex
-from fluxsae.directions import COUNTERPART, LayerComparison, nearest_features
+from fluxsae.directions import LayerComparison, nearest_features
 from fluxsae.errors import FluxSaeError
 from fluxsae.heatmaps import feature_colour, names_colour
 from fluxsae.hookpoints import HookPoint
@@ -67,7 +67,7 @@ class DirectionsDesk:
                 {
                     "feature": feature,
                     "label": cards.labels[feature],
-                    "colour": feature_colour(feature, cards.labels[feature]),
+                    "colour": feature_colour(cards.labels[feature]),
                     "cosine": cosine,
                 }
                 for feature, cosine in self._near(request)
@@ -96,7 +96,7 @@ class DirectionsDesk:
             "word_second": self.bench.word(right),
             "chance": comparison.null_correlation,
             "mean": float(comparison.correlations.mean()) if len(comparison.correlations) else 0.0,
-            "least": COUNTERPART,
+            "least": comparison.counterpart,
             "n_first": int(np.isfinite(comparison.best_first).sum()),
             "pairs": self._pairs(comparison, one, two),
             "only_first": self._alone(one, comparison.only_first),
@@ -133,7 +133,7 @@ class DirectionsDesk:
             "n_dead": int(len(alive) - alive.sum()),
             "alive": views.base64_text(alive),
             "labels": cards.labels,
-            "colours": {label: feature_colour(0, label) for label in set(cards.labels) if names_colour(label)},
+            "colours": {label: feature_colour(label) for label in set(cards.labels) if names_colour(label)},
             "names": place_names(cards, positions),
         }
 
@@ -147,7 +147,7 @@ class DirectionsDesk:
         shown = [
             (int(left), int(right), float(value))
             for (left, right), value in zip(comparison.pairs, comparison.correlations, strict=True)
-            if value >= COUNTERPART and (one.labels[int(left)] or two.labels[int(right)])
+            if value >= comparison.counterpart and (one.labels[int(left)] or two.labels[int(right)])
         ]
         told: set[tuple[str | None, str | None]] = set()
         first_of_kind: list[tuple[int, int, float]] = []
@@ -175,7 +175,7 @@ def _side(cards: CardIndex, feature: int) -> dict[str, Any]:
         "hookpoint": str(cards.hookpoint),
         "feature": feature,
         "label": cards.labels[feature],
-        "colour": feature_colour(feature, cards.labels[feature]),
+        "colour": feature_colour(cards.labels[feature]),
     }
 
 
@@ -213,7 +213,7 @@ def draw_plot(cards: CardIndex, feature: int, near: list[int]) -> Any:
             marker={
                 "size": size,
                 "opacity": opacity,
-                "color": [feature_colour(index, cards.labels[index]) for index in members],
+                "color": [feature_colour(cards.labels[index]) for index in members],
             },
         )
     figure.update_xaxes(visible=False).update_yaxes(visible=False, scaleanchor="x")

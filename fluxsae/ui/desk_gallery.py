@@ -1,7 +1,7 @@
 """What the Gallery tab and its endpoints ask for, from the run folder alone."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,15 +65,16 @@ class GalleryDesk:
         self, request: SearchRequest, feature_class: str, coherent_only: bool, sort: str, shown: int
     ) -> dict[str, Any]:
         cards = self.bench.cards[request.hookpoint]
-        kept = _passing(cards, self._found(cards, request), feature_class, coherent_only)
+        reasons = self._found(request)
+        kept = _passing(cards, list(reasons), feature_class, coherent_only)
         chosen = _sorted(cards, kept, sort)
         page = chosen[: min(int(shown), 20 * PAGE)]
         left = len(chosen) - len(page)
         return {
             "rows": cards.info.rows,
             "cols": cards.info.cols,
-            "summary": _summary_words(request.query, len(chosen), len(cards)),
-            "cards": [self._card(cards, feature) for feature in page],
+            "summary": _summary_words(request.query, [reasons[feature] for feature in kept], len(cards)),
+            "cards": [{**self._card(cards, feature), "reason": reasons[feature]} for feature in page],
             "more": f"Show {min(PAGE, left)} more of {left}" if left else None,
             "code": snippets("search_features", {**request.model_dump(), "limit": PAGE}, "features"),
         }
@@ -113,15 +114,18 @@ class GalleryDesk:
         pictures = [
             (
                 overlay(cards.picture(top.image_id), heat[top.image_id], min_side=views.OVERLAY_SIDE),
-                f"{top.prompt} (seed {top.seed}): {top.score / card.max_act:.0%} of its maximum",
+                f"{top.prompt} (seed {top.seed}): {100 * top.score / card.max_act:.0f} % of its maximum",
             )
             for top in card.top_images
             if top.image_id in heat
         ]
         return card.to_dict(), pictures
 
-    def _found(self, cards: CardIndex, request: SearchRequest) -> list[int]:
-        return [hit["feature"] for hit in self.search(request)] if request.query else list(cards.ranked)
+    def _found(self, request: SearchRequest) -> dict[int, str]:
+        """Feature -> why it was found, best first; every feature for an empty query."""
+        if not request.query:
+            return dict.fromkeys(self.bench.cards[request.hookpoint].ranked, "best")
+        return {hit["feature"]: hit["reason"] for hit in self.search(request)}
 
     def _card(self, cards: CardIndex, feature: int) -> dict[str, Any]:
         pictures = views.card_pictures(cards, cards[feature], limit=THUMBS)
@@ -155,10 +159,15 @@ def _sorted(cards: CardIndex, features: list[int], sort: Any) -> list[int]:
     return sorted(features, key=keys[sort]) if sort in keys else features
 
 
-def _summary_words(query: str, n_found: int, n_all: int) -> str:
+def _summary_words(query: str, reasons: Sequence[str], n_all: int) -> str:
+    """How many features a query found, and by what."""
     if not query:
-        return f"{n_found:,} of {n_all:,} features; those that mean something first"
-    return f"{n_found:,} of {n_all:,} features match “{query}”"
+        return f"{len(reasons):,} of {n_all:,} features; those that mean something first"
+    n_words, n_alike = reasons.count("words"), reasons.count("clip")
+    parts = [f"{len(reasons) - n_words - n_alike:,} of {n_all:,} features match “{query}” by name"]
+    parts += [f"{n_words:,} more by the captions of their best images"] if n_words else []
+    parts += [f"{n_alike:,} more by likeness of their images to it (CLIP)"] if n_alike else []
+    return "; ".join(parts)
 
 
 def _other(other: Any) -> dict[str, Any]:
@@ -166,7 +175,7 @@ def _other(other: Any) -> dict[str, Any]:
         "feature": other.feature,
         "label": other.label,
         "similarity": other.similarity,
-        "colour": feature_colour(other.feature, other.label),
+        "colour": feature_colour(other.label),
     }
 
 
@@ -202,7 +211,7 @@ def sentence(card: FeatureCard) -> str:
 
 
 def _share(fraction: float) -> str:
-    return f"{fraction:.1%}" if fraction < 0.1 else f"{fraction:.0%}"
+    return f"{100 * fraction:.1f} %" if fraction < 0.1 else f"{100 * fraction:.0f} %"
 
 
 def facts(card: FeatureCard) -> list[list[str]]:

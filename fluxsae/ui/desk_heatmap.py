@@ -152,7 +152,7 @@ class HeatmapDesk:
             "row": request.row,
             "column": request.column,
             "hookpoint": request.hookpoint,
-            "features": [views.chip(feature) for feature in features],
+            "features": [views.chip(feature) for feature in sorted(features, key=lambda f: -f["relative"])],
             "code": snippets("features_at", request.model_dump(), "features"),
         }
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fluxsae.edits import Recipe, SaeSource, SteeringEdit, load_recipes, png_bytes
 from fluxsae.errors import FluxSaeError
+from fluxsae.grids import split_pictures
 from fluxsae.heatmaps import feature_colour
 from fluxsae.hookpoints import HookPoint, TokenGrid
 from fluxsae.ui import views
@@ -30,6 +31,8 @@ STRIP = (-2 / 3, -1 / 3, 0.0, 0.1, 0.2, 0.3, 0.6)
 MAX_PAGE_EDITS = 6
 SUGGESTED = 14
 MAX_STARTERS = 6
+SEEN_SCORE = 0.03
+"""Score of a demo from which its change is seen at a glance."""
 CONTROL_SEED = 0
 EMBEDDED_RUN = "fluxsae/miniature/run"
 
@@ -106,14 +109,24 @@ class SteerJob:
         self, bench: Workbench, images: Sequence[Image.Image], recorded: Sequence[Any]
     ) -> tuple[dict[str, Any] | None, ...]:
         from fluxsae.measurements import measure_edit
+        from fluxsae.naturalness import denoising_errors
 
+        errors = denoising_errors(bench.pipe, images, bench.settings(self.num_inference_steps))
         grid = TokenGrid(bench.limits.rows, bench.limits.cols)
         values: list[dict[str, Any] | None] = [None]
-        for image, seen in zip(images[1:], recorded[1:], strict=True):
+        for image, seen, error in zip(images[1:], recorded[1:], errors[1:], strict=True):
             measured = measure_edit(
-                images[0], image, seen, grid=grid, distance=bench.distance, embedder=bench.embedder, prompt=self.prompt
+                images[0],
+                image,
+                seen,
+                grid=grid,
+                distance=bench.distance,
+                embedder=bench.embedder,
+                prompt=self.prompt,
+                denoising_errors=(errors[0], error),
             )
-            values.append(measured.to_dict())
+            typical = {"distance_of_unrelated": bench.unrelated_distance, "is_safe": measured.is_safe}
+            values.append({**measured.to_dict(), **typical})
         return tuple(values)
 
 
@@ -169,13 +182,13 @@ class SteerDesk:
 
     def start(self) -> dict[str, Any]:
         """The tab's first sight: no edit yet, good features to begin with."""
-        starters = [{key: starter[key] for key in ("title", "image", "colour")} for starter in self.starters()]
+        starters = [{key: starter[key] for key in ("title", "pictures", "colour")} for starter in self.starters()]
         return {**self._frame(), "edits": [], "starters": starters}
 
     @functools.cache  # noqa: B019 - one desk a page, for as long as it is served
     def first(self) -> dict[str, Any] | None:
         """A picture to begin with, from the run alone: a demo that was searched, or an image that says much."""
-        starters = [starter for starter in self.starters() if starter["image"]]
+        starters = [starter for starter in self.starters() if starter["pictures"]]
         if starters:
             return {
                 **starters[0],
@@ -190,7 +203,8 @@ class SteerDesk:
         words = "Choose a feature: this image is made again with it turned."
         return {
             "kind": "example",
-            "image": views.webp_url(row.thumbnail),
+            "pictures": [views.webp_url(row.thumbnail)],
+            "panels": [],
             "prompt": row.prompt,
             "seed": row.seed,
             "words": words,
@@ -198,10 +212,10 @@ class SteerDesk:
 
     @functools.cache  # noqa: B019 - one desk a page, for as long as it is served
     def starters(self) -> list[dict[str, Any]]:
-        """Recipes that work, from the run's steering demos: turned down, each label once."""
+        """Recipes that work, from the run's steering demos: turned down, each label once, the clearest first."""
         found: dict[str, dict[str, Any]] = {}
         for name in reversed(self.bench.hookpoints):
-            for demo in self.bench.run.load_demos(name):
+            for demo in sorted(self.bench.run.load_demos(name), key=clarity, reverse=True):
                 starter = self._starter(name, demo)
                 if starter and len(found) < MAX_STARTERS:
                     found.setdefault(starter["label"], starter)
@@ -387,6 +401,7 @@ class SteerDesk:
             "seed": request.seed,
             "rows": self.limits.rows,
             "cols": self.limits.cols,
+            "region": request.edits[0].to_dict()["region"] if request.edits else None,
             "before": views.image_url(before),
             "after": views.image_url(after),
             "random": views.image_url(random),
@@ -397,27 +412,25 @@ class SteerDesk:
             "recipe": recipe.to_dict(),
             "link": views.encode_view({"tab": "steer", **values}),
             "versions": dict(self.bench.versions),
-            "notices": views.unknown_words_notice(steered.unknown_words),
+            "notices": [*views.unknown_words_notice(steered.unknown_words), *unsafe_notice(request.edits, steered)],
             "code": snippets("steer", values, "before, after, facts"),
         }
 
     def _strip(self, slider: Mapping[str, Any], steered: Steered) -> dict[str, Any]:
-        from fluxsae.measurements import MAX_OUT_OF_DISTRIBUTION
-
         cells = [
             {
                 "turn": turn,
                 "image": views.image_url(image),
                 "words": edit_words(slider, self._edit({**slider, "turn": turn})),
                 "measurement": measured,
-                "safe": measured is not None and measured["out_of_distribution"] <= MAX_OUT_OF_DISTRIBUTION,
+                "safe": measured is not None and measured["is_safe"],
             }
             for turn, image, measured in zip(STRIP, steered.images[1:], steered.measurements[1:], strict=True)
         ]
         return {
             "hookpoint": slider["hookpoint"],
             "feature": slider["feature"],
-            "colour": feature_colour(int(slider["feature"]), slider.get("label")),
+            "colour": feature_colour(slider.get("label")),
             "label": slider.get("label"),
             "cells": cells,
             "safe": safe_turns([(turn, bool(cell["safe"])) for turn, cell in zip(STRIP, cells, strict=True)]),
@@ -435,7 +448,7 @@ class SteerDesk:
         return {
             "title": f"Less {label}",
             "label": label,
-            "image": views.webp_url(picture.read_bytes()) if picture.is_file() else None,
+            "pictures": _strip_pictures(picture) if picture.is_file() else [],
             "panels": panels,
             "colour": sliders[0]["colour"],
             "prompt": recipe.prompt,
@@ -443,6 +456,19 @@ class SteerDesk:
             "num_inference_steps": recipe.settings.num_inference_steps,
             "edits": sliders,
         }
+
+
+def clarity(demo: Mapping[str, Any]) -> tuple[bool, float]:
+    """How clearly a demo shows its feature: enough to be seen, both ways alike, and little else changed."""
+    score = demo["score"]
+    is_seen = score["score"] >= SEEN_SCORE
+    return is_seen, score["balance"] * (1 - score["collateral"]) * (1 - score["out_of_distribution"])
+
+
+def _strip_pictures(path: Path) -> list[str]:
+    """The three pictures of a demo's strip."""
+    with Image.open(path) as strip:
+        return [views.image_url(picture) for picture in split_pictures(strip, 3)]
 
 
 def _panel(recipe: Mapping[str, Any]) -> str:
@@ -456,7 +482,7 @@ def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
     if edit.is_identity:
         return f"{name}: unchanged"
     if edit.mode == "scale" and edit.strength >= 0:
-        return f"{name}: {1 - edit.strength:.0%} taken away"
+        return f"{name}: {100 * (1 - edit.strength):.0f} % taken away"
     if edit.mode == "scale":
         return f"{name}: {1 - edit.strength:.2g} times what is there taken away"
     if edit.mode == "add":
@@ -464,8 +490,18 @@ def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
     return f"{name}: {edit.mode} {edit.strength:.2g}"
 
 
+def unsafe_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
+    """What to do about a picture that went beyond the safe range."""
+    measured = steered.measurements[1]
+    if measured is None or measured["is_safe"]:
+        return []
+    if any(edit.mode == "add" and edit.strength > 0 and edit.region is None for edit in edits):
+        return ["Beyond the safe range: without a region it is added everywhere. Paint where it acts, or add less."]
+    return ["Beyond the safe range: the picture may be broken. Turn the feature less."]
+
+
 def safe_turns(points: Sequence[tuple[float, bool]]) -> list[float] | None:
-    """The unbroken range of slider positions around the middle whose images stay in distribution."""
+    """The unbroken range of slider positions around the middle that are safe."""
     low = high = 0.0
     for side in (-1, 1):
         for turn, is_safe in sorted((p for p in points if p[0] * side > 0), key=lambda p: abs(p[0])):

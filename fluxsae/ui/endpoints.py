@@ -1,6 +1,7 @@
 """The named endpoints: typed arguments, one schema each, the same checks over HTTP, MCP and from the page."""
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import gradio as gr
 from gradio.components.api_component import Api
 
 from fluxsae.ui.guard import guarded, validator
-from fluxsae.ui.requests import Request
+from fluxsae.ui.requests import EXAMPLE_EDIT, Request
 from fluxsae.ui.session import Workbench
 
 LANE = "flux"
@@ -37,7 +38,7 @@ def add_endpoint(
     gr.on(
         triggers=[],
         fn=guarded(handler, bench.visitors if uses_flux else None),
-        inputs=[Api(_default(defaults[name]), _described(properties[name]), name) for name in names],
+        inputs=[Api(_default(defaults[name]), _described(properties[name], bench), name) for name in names],
         outputs=list(outputs),
         api_name=handler.__name__,
         preprocess=False,
@@ -53,6 +54,7 @@ def _default(parameter: inspect.Parameter) -> Any:
     return None if parameter.default in (inspect.Parameter.empty, REQUIRED) else parameter.default
 
 
-def _described(schema: dict[str, Any]) -> dict[str, Any]:
+def _described(schema: dict[str, Any], bench: Workbench) -> dict[str, Any]:
     """The schema with its description where `gradio_client`'s `view_api` looks for it, too."""
-    return {**schema, "additional_description": schema["description"]}
+    description = schema["description"].replace(EXAMPLE_EDIT, json.dumps(bench.example_edit))
+    return {**schema, "description": description, "additional_description": description}

@@ -9,10 +9,9 @@ from fluxsae.ui.desk_gallery import CLASSES, PAGE, SORTS, GalleryDesk
 from fluxsae.ui.desk_words import WordsDesk
 from fluxsae.ui.endpoints import LANE, REQUIRED, add_endpoint
 from fluxsae.ui.guard import guarded
-from fluxsae.ui.lane import StepDone
 from fluxsae.ui.requests import FeatureRequest, SearchRequest
 from fluxsae.ui.session import Workbench
-from fluxsae.ui.shell import IDLE, QUIET, Shell, working
+from fluxsae.ui.shell import IDLE, QUIET, Shell, end_at_idle, with_progress
 from fluxsae.ui.theme import element, mount
 
 
@@ -58,17 +57,8 @@ def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
         return desk.gallery(query, place, kind, coherent, sort, shown + PAGE), shown + PAGE
 
     def why(chosen: gr.EventData) -> Iterator[Any]:
-        for event in words.silence(chosen._data):
-            yield (working(event), gr.skip()) if isinstance(event, StepDone) else (IDLE, event.value)
+        yield from with_progress(words.silence(chosen._data), makes="gallery-silence")
 
-    gr.on(
-        [query.input, hookpoint.change, kind.change, coherent.change, sort.change],
-        guarded(lambda *values: (desk.gallery(*values), PAGE)),
-        inputs,
-        [gallery, shown],
-        trigger_mode="always_last",
-        **QUIET,
-    )
     gallery.expand(
         guarded(more),
         [shown, *inputs],
@@ -83,6 +73,16 @@ def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
         show_progress_on=status,
         concurrency_id=LANE,
         api_visibility="private",
+    )
+    end_at_idle(asking, status)
+    gr.on(
+        [query.input, hookpoint.change, kind.change, coherent.change, sort.change],
+        guarded(lambda *values: (desk.gallery(*values), PAGE, None, IDLE, None)),
+        inputs,
+        [gallery, shown, page, status, silence],
+        cancels=[asking],
+        trigger_mode="always_last",
+        **QUIET,
     )
     page.clear(lambda: (IDLE, None), None, [status, silence], cancels=[asking], **QUIET)
     shell.remember(gallery, page)

@@ -11,7 +11,7 @@ from fluxsae.ui.guard import guarded
 from fluxsae.ui.lane import StepDone
 from fluxsae.ui.requests import FeaturesAtRequest, HeatmapRequest
 from fluxsae.ui.session import Workbench
-from fluxsae.ui.shell import IDLE, QUIET, Shell, working
+from fluxsae.ui.shell import IDLE, QUIET, Shell, end_at_idle, with_progress, working
 from fluxsae.ui.theme import element, mount
 
 
@@ -64,17 +64,15 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
     def show(prompt: Any, hookpoint: Any, seed: Any, steps: Any) -> Iterator[Any]:
         for event in desk.show(prompt, hookpoint, seed, steps):
             if isinstance(event, StepDone):
-                yield working(event), gr.skip(), gr.skip(), gr.skip()
+                yield working(event, makes="heatmap-lab"), gr.skip(), gr.skip(), gr.skip()
             else:
                 yield IDLE, event.value["lab"], None, event.value["request"]
 
     def ask(values: Any, place: gr.EventData) -> Iterator[Any]:
-        for event in desk.patch(values, place._data):
-            yield (working(event), gr.skip()) if isinstance(event, StepDone) else (IDLE, event.value)
+        yield from with_progress(desk.patch(values, place._data), makes="heatmap-patch")
 
     def compare(*values: Any) -> Iterator[Any]:
-        for event in desk.compare(*values):
-            yield (working(event), gr.skip()) if isinstance(event, StepDone) else (IDLE, event.value)
+        yield from with_progress(desk.compare(*values), makes="heatmap-diff")
 
     running = gr.on(
         [go.click, prompt.submit],
@@ -97,14 +95,13 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         concurrency_id=LANE,
         api_visibility="private",
     )
-    stop.click(lambda: IDLE, None, status, cancels=[running, comparing], **QUIET)
     hookpoint.change(
         guarded(desk.change_hookpoint),
         [hookpoint, current],
         [lab, current],
         **QUIET,
     )
-    lab.submit(
+    asking = lab.submit(
         guarded(ask, bench.visitors),
         current,
         [status, patch],
@@ -119,7 +116,7 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
     follow.select(
         guarded(lambda chosen, values: desk.pin(chosen, values) or gr.skip()), [shell.selection, current], lab, **QUIET
     )
-    shell.open_link("heatmap", desk.linked, [prompt, hookpoint, seed, steps]).submit(
+    linking = shell.open_link("heatmap", desk.linked, [prompt, hookpoint, seed, steps]).submit(
         guarded(show, bench.visitors),
         [prompt, hookpoint, seed, steps],
         [status, lab, patch, current],
@@ -127,6 +124,9 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         concurrency_id=LANE,
         api_visibility="private",
     )
+    stop.click(lambda: IDLE, None, status, cancels=[running, comparing, asking, linking], **QUIET)
+    for run in (running, comparing, asking, linking):
+        end_at_idle(run, status)
 
 
 def add_heatmap_endpoints(bench: Workbench) -> None:

@@ -39,7 +39,8 @@ STRENGTH = (
     "scale: factor on the activation, 1 changes nothing; add, clamp: multiples of the feature's usual activation; "
     "ablate, project_out: fraction taken away, 0 to 1."
 )
-EXAMPLE_EDIT = '{"hookpoint": "transformer_blocks.3", "feature": 504, "mode": "add", "strength": 0.6}'
+EXAMPLE_EDIT = "__EXAMPLE_EDIT__"
+"""Stands for an edit of the served run; an endpoint that is served puts one in."""
 
 
 class RequestError(FluxSaeError):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fluxsae.artifacts import RunFolder, library_versions
@@ -29,6 +30,7 @@ log = logging.getLogger("fluxsae.app")
 
 CACHE_BYTES = 64 * 2**20
 CACHE_ENTRIES = 48
+UNRELATED_PAIRS = 8
 WORDS = {1: ["the"], 2: ["early", "late"], 3: ["early", "middle", "late"]}
 
 
@@ -131,6 +133,12 @@ class Workbench:
         """Hook points in words with their path, for menus."""
         return [(f"{self.word(name)} (block {HookPoint.parse(name).block_index})", name) for name in self.hookpoints]
 
+    @property
+    def example_edit(self) -> dict[str, Any]:
+        """An edit that this run knows: its most meaningful feature, turned up."""
+        hookpoint = self.limits.default_hookpoint
+        return {"hookpoint": hookpoint, "feature": self.cards[hookpoint].ranked[0], "mode": "add", "strength": 0.3}
+
     @functools.cached_property
     def saes(self) -> dict[str, SparseAutoencoder]:
         """The autoencoder of every hook point, on the device FLUX runs on."""
@@ -175,6 +183,15 @@ class Workbench:
             except FluxSaeError as error:
                 log.warning("LPIPS cannot be had: %s", error)
         return load_distance("random-features", device=self.device)
+
+    @functools.cached_property
+    def unrelated_distance(self) -> float:
+        """Median distance between two images of the run with nothing in common but the run: what to compare with."""
+        images = self.cards[self.limits.default_hookpoint].images
+        chosen = np.random.default_rng(0).permutation(len(images))[: 2 * UNRELATED_PAIRS].tolist()
+        pictures = [images.picture(image) for image in chosen]
+        half = len(pictures) // 2
+        return float(self.distance.distance(pictures[:half], pictures[half : 2 * half]).median())
 
     @functools.cached_property
     def token_limits(self) -> dict[HookPoint, Any]:

@@ -1,7 +1,7 @@
 """What the tabs share: the chosen feature, which follows the visitor, and going from tab to tab."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -9,7 +9,7 @@ import gradio as gr
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.guard import guarded
-from fluxsae.ui.lane import StepDone
+from fluxsae.ui.lane import Done, StepDone
 from fluxsae.ui.theme import element, mount
 from fluxsae.ui.views import view_of
 
@@ -26,9 +26,20 @@ CHOOSING: Final[Mapping[str, Any]] = {
 """Events that change the chosen feature: Gradio tells a state's listeners only of events that were queued."""
 
 
-def working(event: StepDone) -> dict[str, Any]:
-    """The progress bar's data after a denoising step."""
-    return {"state": "working", "step": event.step, "n_steps": event.n_steps}
+def working(event: StepDone, *, makes: str) -> dict[str, Any]:
+    """The progress bar's data after a denoising step; `makes` is the id of what is dimmed until it is shown anew."""
+    return {"state": "working", "step": event.step, "n_steps": event.n_steps, "makes": makes}
+
+
+def with_progress(events: Iterable[StepDone | Done[Any]], *, makes: str) -> Iterator[tuple[Any, Any]]:
+    """(progress bar, what is made) after every event: nothing new until all is done."""
+    for event in events:
+        yield (working(event, makes=makes), gr.skip()) if isinstance(event, StepDone) else (IDLE, event.value)
+
+
+def end_at_idle(running: Any, status: gr.HTML) -> None:
+    """Takes the progress bar away when a run fails."""
+    running.failure(lambda: IDLE, None, status, **QUIET)
 
 
 @dataclass(frozen=True)

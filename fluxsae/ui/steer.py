@@ -11,7 +11,7 @@ from fluxsae.ui.guard import guarded
 from fluxsae.ui.lane import StepDone
 from fluxsae.ui.requests import SteerRequest, SweepRequest
 from fluxsae.ui.session import Workbench
-from fluxsae.ui.shell import CHOOSING, IDLE, QUIET, Shell, working
+from fluxsae.ui.shell import CHOOSING, IDLE, QUIET, Shell, end_at_idle, with_progress
 from fluxsae.ui.theme import element, mount
 
 
@@ -39,11 +39,12 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
             edits = gr.HTML(
                 desk.start(),
                 html_template=element("fs-edits"),
-                js_on_load=mount(turn="input", add="select", begin="submit"),
+                js_on_load=mount(turn="input", add="select", begin="submit", mark="edit"),
                 elem_id="steer-edits",
             )
             with gr.Row():
                 find = gr.Textbox(
+                    label="Find a feature",
                     show_label=False,
                     placeholder="Find a feature: striped, red, 12",
                     container=False,
@@ -71,12 +72,10 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
     asked = [prompt, seed, steps, state]
 
     def turn(*values: Any) -> Iterator[Any]:
-        for event in desk.turn(*values):
-            yield (working(event), gr.skip()) if isinstance(event, StepDone) else (IDLE, event.value)
+        yield from with_progress(desk.turn(*values), makes="steer-result")
 
     def seven(*values: Any) -> Iterator[Any]:
-        for event in desk.strip(*values):
-            yield (working(event), gr.skip()) if isinstance(event, StepDone) else (IDLE, event.value)
+        yield from with_progress(desk.strip(*values), makes="steer-strip")
 
     def add(state: Any, chosen: gr.EventData) -> Any:
         page = desk.add(chosen._data, state)
@@ -101,21 +100,23 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
         gr.on([go.click, prompt.submit], guarded(turn, bench.visitors), asked, [status, result], **lane),
         strip_go.click(guarded(seven, bench.visitors), asked, [status, strip], **lane),
     ]
-    stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
+    edits.edit(guarded(set_edits), None, state, **QUIET)
     edits.select(guarded(add), state, [edits, state], **QUIET)
     find.submit(
         guarded(lambda query, state: _with_state(desk.find(query, state))), [find, state], [edits, state], **QUIET
     )
     begun = edits.submit(guarded(begin), None, [prompt, seed, steps, edits, state], **QUIET)
-    begun.success(guarded(turn, bench.visitors), asked, [status, result], **lane)
+    runs.append(begun.success(guarded(turn, bench.visitors), asked, [status, result], **lane))
     loaded = upload.upload(
         guarded(lambda path: _page(*desk.loaded(path))), upload, [prompt, seed, steps, edits, state], **QUIET
     )
-    loaded.success(guarded(turn, bench.visitors), asked, [status, result], **lane)
+    runs.append(loaded.success(guarded(turn, bench.visitors), asked, [status, result], **lane))
     shell.follow(lambda chosen, state: _with_state(desk.follow(chosen, state)), [state], [edits, state])
-    shell.open_link("steer", lambda view: _page(*desk.linked(view)), [prompt, seed, steps, edits, state]).submit(
-        guarded(turn, bench.visitors), asked, [status, result], **lane
-    )
+    arrived = shell.open_link("steer", lambda view: _page(*desk.linked(view)), [prompt, seed, steps, edits, state])
+    runs.append(arrived.submit(guarded(turn, bench.visitors), asked, [status, result], **lane))
+    stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
+    for run in runs:
+        end_at_idle(run, status)
 
 
 def _with_state(page: Any) -> Any:

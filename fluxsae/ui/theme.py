@@ -4,6 +4,7 @@ from pathlib import Path
 
 import gradio as gr
 
+from fluxsae.heatmaps import NEUTRAL_COLOUR
 from fluxsae.ui.views import heat_table
 
 ASSETS = Path(__file__).parent / "assets"
@@ -103,9 +104,10 @@ def page_css() -> str:
 
 
 def page_head() -> str:
-    """The page's scripts, and the heat colours they paint with."""
+    """The page's scripts, and the colours they paint with."""
     scripts = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    return f'<script>window.FS_HEAT = "{heat_table()}";\n{scripts}</script>'
+    colours = f'window.FS_HEAT = "{heat_table()}"; window.FS_NEUTRAL = "{NEUTRAL_COLOUR}";'
+    return f"<script>{colours}\n{scripts}</script>"
 
 
 def element(name: str) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fluxsae.cards import CardIndex, FeatureCard
+from fluxsae.cards import CardIndex, FeatureCard, varied
 from fluxsae.errors import FluxSaeError
 from fluxsae.heatmaps import feature_colour, heat_colours, overlay, token_heatmap
 from fluxsae.tables import encode_webp
 from fluxsae.ui.reading import Reading, SparseMaps
+from fluxsae.ui.requests import MAX_RESULTS
 
 PER_PATCH = 4
 """Features a patch tells about without asking the server."""
@@ -112,24 +113,30 @@ def telling(peaks: np.ndarray, cards: CardIndex) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def weights(cards: CardIndex) -> np.ndarray:
-    """What a feature has to say: more the fewer images fire it, twice as much with a sure label as without any."""
+    """What a feature has to say: more the fewer images fire it, and far more with a sure label than with a guess."""
     rarity = 1 - cards.features.column("image_density").astype(np.float64)
     sure = cards.features.column("label_confidence") if "label_confidence" in cards.features else [None] * len(cards)
     confidence = [value or 0.0 if label else 0.0 for label, value in zip(cards.labels, sure, strict=True)]
-    known: np.ndarray = np.clip(rarity, 0.02, 1.0) * (1 + np.array(confidence))
+    known: np.ndarray = np.clip(rarity, 0.02, 1.0) * (0.1 + np.square(confidence))
     return known
 
 
 def ranked_features(maps: SparseMaps, cards: CardIndex, *, step: int | None, limit: int) -> list[dict[str, Any]]:
-    """The features that fire in an image, most telling first."""
+    """The features that fire in an image: the most telling of each label, then the second of each, and so on."""
     peaks = maps.peaks(step)
     scores = telling(peaks, cards)
-    order = np.argsort(-scores, kind="stable")[:limit]
+    fired = [int(f) for f in np.argsort(-scores, kind="stable") if peaks[f] > 0]
     return [
-        {**summary(cards, int(f)), **_activation(cards, int(f), float(peaks[f])), "score": float(scores[f])}
-        for f in order
-        if peaks[f] > 0
+        {**summary(cards, f), **_activation(cards, f, float(peaks[f])), "score": float(scores[f])}
+        for f in varied(fired, cards.labels)[:limit]
     ]
+
+
+def with_alike(features: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """The first `limit` of some ranked features, then those of the rest that share a label with one of them."""
+    first, rest = list(features[:limit]), features[limit:]
+    labels = {feature["label"] for feature in first} - {None}
+    return [*first, *(feature for feature in rest if feature["label"] in labels)]
 
 
 def features_at(
@@ -168,7 +175,7 @@ def overlays(
 def caption(feature: Mapping[str, Any]) -> str:
     """A feature in words: number, label, and how strongly it fires."""
     name = f"{feature['label']} (feature {feature['feature']})" if feature["label"] else f"feature {feature['feature']}"
-    return f"{name}: {feature['relative']:.0%} of its maximum" if "relative" in feature else name
+    return f"{name}: {100 * feature['relative']:.0f} % of its maximum" if "relative" in feature else name
 
 
 def chip(feature: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,7 +190,7 @@ def chip(feature: Mapping[str, Any]) -> dict[str, Any]:
         "image_density": feature["image_density"],
         "maximum": feature["max_act"],
         "coherent": feature["is_coherent"],
-        "colour": feature_colour(feature["feature"], feature["label"]),
+        "colour": feature_colour(feature["label"]),
         **{key: feature[key] for key in ("activation", "relative") if key in feature},
     }
 
@@ -193,7 +200,7 @@ def lab(
 ) -> dict[str, Any]:
     """The heatmap tab: image, ranked features with their maps at every step, and what fires at each patch."""
     maps = reading.maps[str(cards.hookpoint)]
-    features = ranked_features(maps, cards, step=step, limit=limit)
+    features = with_alike(ranked_features(maps, cards, step=step, limit=MAX_RESULTS), limit)
     if pinned is not None and pinned not in {feature["feature"] for feature in features}:
         peak = float(maps.acts(pinned, step).max())
         features = [{**summary(cards, pinned), **_activation(cards, pinned, peak)}, *features]
@@ -214,7 +221,7 @@ def lab(
         "patch_features": base64_text(patches.astype("<u4")),
         "patch_values": base64_text(values),
         "labels": {str(feature): cards.labels[feature] for feature in known if cards.labels[feature]},
-        "colours": {str(feature): feature_colour(feature, cards.labels[feature]) for feature in known},
+        "colours": {str(feature): feature_colour(cards.labels[feature]) for feature in known},
         "notices": notices(reading),
         "selected": pinned,
     }
@@ -244,7 +251,7 @@ def diff(first: Reading, second: Reading, cards: CardIndex, *, limit: int) -> di
         np.minimum(1, np.divide(m.peaks(None), maxima, out=np.zeros(len(maxima)), where=maxima > 0)) for m in pair
     ]
     change = np.abs(shares[1] - shares[0])
-    order = [int(f) for f in np.argsort(-change * weights(cards), kind="stable")[:limit] if change[f] > 0]
+    differing = [int(f) for f in np.argsort(-change * weights(cards), kind="stable") if change[f] > 0]
     return {
         "hookpoint": str(cards.hookpoint),
         "rows": first.grid.rows,
@@ -256,7 +263,7 @@ def diff(first: Reading, second: Reading, cards: CardIndex, *, limit: int) -> di
                 "relatives": [float(share[f]) for share in shares],
                 "maps": [base64_text(byte_map(m.acts(f, None), float(maxima[f]))) for m in pair],
             }
-            for f in order
+            for f in varied(differing, cards.labels)[:limit]
         ],
         "notices": [*notices(first), *notices(second)],
     }
@@ -312,7 +319,7 @@ def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
         "patch_features": base64_text(patches.astype("<u4")),
         "patch_values": base64_text(values),
         "labels": {str(feature): cards.labels[feature] for feature in features if cards.labels[feature]},
-        "colours": {str(feature): feature_colour(feature, cards.labels[feature]) for feature in features},
+        "colours": {str(feature): feature_colour(cards.labels[feature]) for feature in features},
         "notices": [],
     }
 

@@ -139,14 +139,16 @@ FS.legend = (maximum, unit = "") =>
     FS.el("span", { class: "fs-num", text: maximum }),
     unit ? FS.el("span", { class: "fs-quiet", text: unit }) : null);
 
-FS.chip = (colour) => FS.el("span", { class: "fs-chip", style: { background: colour }, "aria-hidden": "true" });
+// Filled with the colour that a feature's label names; only an outline for a feature that stands for no colour.
+FS.chip = (colour) => FS.el("span", { class: colour === window.FS_NEUTRAL ? "fs-chip fs-hollow" : "fs-chip", style: { "--chip": colour }, "aria-hidden": "true" });
 
 FS.sure = (confidence) => {
   if (confidence === null || confidence === undefined) return "";
   return confidence >= 0.8 ? "sure" : confidence >= 0.5 ? "fairly sure" : "a guess";
 };
 
-FS.title = (feature) => feature.label || "unnamed";
+// A name that is more likely wrong than right is asked, not told.
+FS.title = (feature) => (feature.label ? `${feature.label}${FS.sure(feature.confidence) === "a guess" ? "?" : ""}` : "unnamed");
 
 FS.bar = (fraction, colour, text) =>
   FS.el("span", { class: "fs-bar", role: "img", "aria-label": text },

@@ -23,7 +23,7 @@ FS.define("fs-gallery", (root, data) => {
   root.append(FS.el("div", { class: "fs-grid" }, data.cards.map((card) => FS.card(card, {
     rows: data.rows, cols: data.cols,
     thumbs: card.pictures.map((picture) => ({ image: picture.image, map: picture.map ? FS.bytes(picture.map) : null })),
-    extra: `on ${FS.share(card.image_density)} of images`,
+    extra: `on ${FS.share(card.image_density)} of images${{ words: ", by captions", clip: ", by likeness" }[card.reason] || ""}`,
     onopen: (chosen) => FS.emit(root, "select", { hookpoint: chosen.hookpoint, feature: chosen.feature }),
   }))));
   if (data.more) {

@@ -45,7 +45,7 @@ FS.define("fs-lab", (root, data) => {
 
   const select = (feature, silent) => {
     view.feature = feature;
-    for (const card of list.children) card.setAttribute("aria-pressed", String(Number(card.dataset.feature) === feature));
+    for (const card of list.querySelectorAll(".fs-card")) card.setAttribute("aria-pressed", String(Number(card.dataset.feature) === feature));
     draw();
     if (!silent) {
       FS.say(`Showing feature ${feature}, ${FS.title(features.get(feature))}`);
@@ -53,24 +53,35 @@ FS.define("fs-lab", (root, data) => {
     }
   };
 
+  const card = (feature) => FS.card({ ...feature, strength: feature.relative, strength_text: `${FS.percent(feature.relative)} of its maximum` }, {
+    rows: data.rows, cols: data.cols, pressed: feature.feature === view.feature,
+    thumbs: [{ image: data.image, map: plane(feature.feature, 0) }],
+    extra: `${FS.percent(feature.relative)} of its maximum`,
+    onopen: () => select(feature.feature),
+  });
+  // One card a label; the others of that label are drawn when they are asked for.
+  const alike = (others) => {
+    const fold = FS.el("details", { class: "fs-fold fs-alike" }, FS.el("summary", { text: `and ${others.length} more like it` }));
+    const fill = () => { if (fold.childElementCount === 1) fold.append(FS.el("div", { class: "fs-list" }, others.map(card))); };
+    fold.addEventListener("toggle", fill);
+    fold.holds = (feature) => others.some((other) => other.feature === feature);
+    return fold;
+  };
+  const groups = new Map();
   for (const feature of data.features) {
-    const card = FS.card({ ...feature, strength: feature.relative, strength_text: `${FS.percent(feature.relative)} of its maximum` }, {
-      rows: data.rows, cols: data.cols, pressed: feature.feature === view.feature,
-      thumbs: [{ image: data.image, map: plane(feature.feature, 0) }],
-      extra: `${FS.percent(feature.relative)} of its maximum`,
-      onopen: () => select(feature.feature),
-    });
-    list.append(card);
+    const key = feature.label || feature.feature;
+    groups.set(key, [...(groups.get(key) || []), feature]);
   }
+  for (const [head, ...others] of groups.values()) list.append(card(head), others.length ? alike(others) : "");
 
-  const fires = (row, column) => {
+  const fires = (row, column) => { // strongest first
     const token = row * data.cols + column;
     const found = [];
     for (let at = 0; at < perPatch; at += 1) {
       const value = patchValues[token * perPatch + at];
       if (value > 0) found.push({ feature: patchIds[token * perPatch + at], value });
     }
-    return found;
+    return found.sort((a, b) => b.value - a.value);
   };
   const name = (feature) => {
     const label = (data.labels || {})[feature];
@@ -184,6 +195,7 @@ FS.define("fs-lab", (root, data) => {
   FS.code(data.code));
   root.choose = (feature) => {
     if (!features.has(feature)) return false;
+    for (const fold of list.querySelectorAll("details")) if (fold.holds(feature)) fold.open = true;
     if (view.feature !== feature) select(feature, true);
     return true;
   };

@@ -1,8 +1,6 @@
 // The map of directions: hover, zoom, click through; by keyboard the arrows go from feature to feature.
 "use strict";
 
-FS.colour = (feature) => `hsl(${((feature * 0.618033988749895) % 1) * 360} 62% 52%)`;
-
 // Moves and scales (x, y) pairs so that they fill the square from -1 to 1, their proportions kept.
 FS.fit = (positions) => {
   const low = [Infinity, Infinity], high = [-Infinity, -Infinity];
@@ -20,7 +18,7 @@ FS.define("fs-map", (root, data) => {
     "aria-label": `Map of ${n} features. Arrow keys go to the next feature in that direction, Enter opens it, plus and minus zoom.` }, canvas, tip);
   const view = { x: 0, y: 0, zoom: 1, hover: null, chosen: data.selected ?? null };
   let size = 600;
-  const colour = (feature) => data.colours[data.labels[feature]] || FS.colour(feature);
+  const colour = (feature) => data.colours[data.labels[feature]] || window.FS_NEUTRAL;
   const place = (feature) => [size * (0.5 + 0.46 * view.zoom * (positions[2 * feature] - view.x)), size * (0.5 - 0.46 * view.zoom * (positions[2 * feature + 1] - view.y))];
   const name = (feature) => data.labels[feature] || "unnamed";
   const paint = () => {
@@ -150,7 +148,7 @@ FS.define("fs-map", (root, data) => {
   });
   root.append(FS.el("section", { class: "fs-mapbox", "aria-label": "Map of directions" },
     FS.el("div", { class: "fs-row fs-between fs-wrap" },
-      FS.el("p", { class: "fs-quiet", text: `Every dot is a feature of the ${data.word} hook point; near dots write in similar directions (t-SNE of the decoder). Click one to see its images; scroll to zoom.${data.n_dead ? ` The ${data.n_dead} small grey dots never fire.` : ""}` }),
+      FS.el("p", { class: "fs-quiet", text: `Every dot is a feature of the ${data.word} hook point; near dots write in similar directions (t-SNE of the decoder). ${matchMedia("(pointer: coarse)").matches ? "Tap one to see its images; + and − zoom." : "Click one to see its images; scroll to zoom."} A dot wears the colour that its name tells; the others are gray.${data.n_dead ? ` The ${data.n_dead} small grey dots never fire.` : ""}` }),
       FS.el("span", { class: "fs-row" },
         FS.el("button", { class: "fs-button fs-small", type: "button", text: "+", "aria-label": "Zoom in", onclick: () => zoom(1.4) }),
         FS.el("button", { class: "fs-button fs-small", type: "button", text: "−", "aria-label": "Zoom out", onclick: () => zoom(1 / 1.4) }),

@@ -2,6 +2,12 @@
 "use strict";
 
 FS.viewLink = (view) => `${location.origin}${location.pathname}?view=${view}`;
+// A view as text for an address, as fluxsae.ui.views.encode_view writes it.
+FS.packView = async (values) => {
+  const packed = new Blob([JSON.stringify(values)]).stream().pipeThrough(new CompressionStream("deflate"));
+  const bytes = new Uint8Array(await new Response(packed).arrayBuffer());
+  return btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join("")).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+};
 FS.told = ({ prompt, seed }) => `“${prompt}”, seed ${seed}`;
 
 FS.saveReport = ({ title, words, link, versions, pictures, recipe, measurement }) => {

@@ -7,7 +7,11 @@ FS.turnWords = (turn, { max_suppress: least, max_amplify: most }) => {
   if (turn < 0) return less <= 1 ? `${Math.round(less * 100)} % taken away` : `${FS.number(less, 2)} × what is there taken away`;
   return `${FS.number(turn * most, 2)} × its usual strength added`;
 };
-FS.short = (words) => words.replace(/(^|; )[^;]*?: /g, "$1").replace(/ times (its usual strength|what is there)/g, " ×").replace(/(\d)%/g, "$1 %");
+FS.short = (words) => words.replace(/(^|; )[^;]*?: /g, "$1").replace(/ times (its usual strength|what is there)/g, " ×");
+// The pictures of a demo, each told: the feature turned down, the original, turned up.
+FS.panels = (pictures, words = []) => FS.el("span", { class: "fs-panels" }, pictures.map((src, at) => FS.el("span", {},
+  FS.el("img", { src, alt: "" }), FS.el("strong", { text: ["less", "original", "more"][at] }),
+  words[at] && at !== 1 ? FS.el("span", { class: "fs-quiet", text: FS.short(words[at]) }) : null)));
 FS.safe = FS.safe || new Map();
 FS.safeKey = (edit) => `${edit.hookpoint}/${edit.feature}`;
 
@@ -49,7 +53,7 @@ FS.define("fs-edits", (root, data) => {
           onclick: () => { state.edits = state.edits.filter((other) => other !== edit); changed(true); } })),
       FS.el("div", { class: "fs-turnbox" }, zone(edit), slider),
       FS.el("div", { class: "fs-row fs-between fs-quiet" }, FS.el("span", { text: "◂ less" }), words, FS.el("span", { text: "more ▸" })),
-      FS.el("p", { class: "fs-quiet fs-hint", text: safe ? "The band marks the safe range: there the image stays one that FLUX could have painted." : "“Seven strengths” below measures the safe range of this slider." }),
+      FS.el("p", { class: "fs-quiet fs-hint", text: safe ? "The band marks the safe range on this image: there it stays one that FLUX could have painted." : "“Seven strengths” below measures the safe range of this slider." }),
       FS.el("details", { class: "fs-fold" }, FS.el("summary", { text: "When and where" }),
         FS.el("div", { class: "fs-row fs-wrap" }, FS.el("span", { class: "fs-quiet", text: "Denoising steps from" }), bound(0, "First step edited"),
           FS.el("span", { class: "fs-quiet", text: "to before" }), bound(1, "Step at which the edit ends"),
@@ -61,7 +65,7 @@ FS.define("fs-edits", (root, data) => {
       FS.el("h2", { class: "fs-h", text: "Turn features" }),
       !state.edits.length && (data.starters || []).length ? FS.el("div", { class: "fs-starters", role: "group", "aria-label": "Begin with one that works" },
         data.starters.map((starter, at) => FS.el("button", { class: "fs-starter", type: "button", onclick: () => FS.emit(root, "begin", { starter: at }) },
-          starter.image ? FS.el("img", { src: starter.image, alt: "" }) : null, FS.el("span", { class: "fs-row fs-tight" }, FS.chip(starter.colour), FS.el("span", { text: starter.title }))))) : null,
+          starter.pictures.length ? FS.panels(starter.pictures) : null, FS.el("span", { class: "fs-row fs-tight" }, FS.chip(starter.colour), FS.el("span", { text: starter.title }))))) : null,
       state.edits.length ? FS.el("ul", { class: "fs-edits" }, state.edits.map(row))
         : FS.el("p", { class: "fs-quiet", text: "Choose a feature to turn. Left of the middle takes it away, right adds it; in the middle nothing changes." }),
       FS.el("div", { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": "Add a feature" },
@@ -72,15 +76,17 @@ FS.define("fs-edits", (root, data) => {
       state.edits.length ? FS.el("div", { class: "fs-row" },
         FS.el("button", { class: "fs-button fs-small", type: "button", text: "Reset sliders", onclick: () => { state.edits.forEach((edit) => { edit.turn = 0; edit.steps = null; edit.region = null; }); changed(true); } })) : null));
   };
-  root.applyRegion = (region) => { state.edits.forEach((edit) => { edit.region = region; }); changed(true); };
+  // What is painted belongs to the edits from the end of the stroke; making the picture anew is the visitor's to ask.
+  root.markRegion = (region) => { state.edits.forEach((edit) => { edit.region = region; }); FS.emit(root, "mark", { edits: state.edits }); draw(); };
+  root.applyRegion = (region) => { root.markRegion(region); tell(); };
   root.redraw = draw;
   draw();
 });
 
 FS.define("fs-result", (root, data) => {
   if (data.kind === "example") {
-    root.append(FS.el("figure", { class: "fs-first" }, FS.el("img", { src: data.image, alt: data.prompt }),
-      data.panels ? FS.el("div", { class: "fs-panels" }, data.panels.map((text) => FS.el("span", { text: FS.short(text) }))) : null,
+    root.append(FS.el("figure", { class: "fs-first" },
+      data.panels.length ? FS.panels(data.pictures, data.panels) : FS.el("img", { src: data.pictures[0], alt: data.prompt }),
       FS.el("figcaption", {}, FS.el("span", { class: "fs-badge", text: "example" }), FS.el("span", { text: data.words }))));
     return;
   }
@@ -106,7 +112,7 @@ FS.define("fs-result", (root, data) => {
   const measured = FS.el("div", { class: "fs-measured" }, FS.measured(data.measurement, false));
 
   // Painting: a byte a patch; drag with mouse, pen or finger, or move with the arrow keys and press space.
-  const mask = new Uint8Array(data.rows * data.cols);
+  const mask = Uint8Array.from((data.region || Array(data.rows).fill(Array(data.cols).fill(0))).flat());
   const paint = () => {
     const context = grid.getContext("2d");
     const pixels = context.createImageData(data.cols, data.rows);
@@ -125,17 +131,20 @@ FS.define("fs-result", (root, data) => {
   grid.setAttribute("role", "application");
   grid.setAttribute("aria-label", "Paint where the edit acts: arrow keys move, space paints");
   grid.addEventListener("pointerdown", (event) => { grid.setPointerCapture(event.pointerId); brush = mask[cell(event)] ? 0 : 1; mask[cell(event)] = brush; focus = null; paint(); });
+  grid.addEventListener("pointerup", () => mark());
+  grid.addEventListener("pointercancel", () => mark());
   grid.addEventListener("pointermove", (event) => { if (event.buttons) { mask[cell(event)] = brush; paint(); } });
   grid.addEventListener("keydown", (event) => {
     const moves = { ArrowUp: -data.cols, ArrowDown: data.cols, ArrowLeft: -1, ArrowRight: 1 };
     if (focus === null) focus = Math.floor(mask.length / 2 + data.cols / 2);
     if (moves[event.key]) focus = Math.min(mask.length - 1, Math.max(0, focus + moves[event.key]));
-    else if (event.key === " ") mask[focus] = mask[focus] ? 0 : 1;
-    else return;
+    else if (event.key !== " ") return;
     event.preventDefault();
+    if (event.key === " ") { mask[focus] = mask[focus] ? 0 : 1; mark(); }
     paint();
   });
   const rows = () => Array.from({ length: data.rows }, (_, row) => Array.from(mask.subarray(row * data.cols, (row + 1) * data.cols)));
+  const region = () => (mask.some(Boolean) ? rows() : null);
   const editor = () => document.querySelector("fs-edits");
   const painter = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Paint where it acts", "aria-pressed": "false", onclick: () => {
     view.painting = !view.painting;
@@ -144,13 +153,24 @@ FS.define("fs-result", (root, data) => {
     grid.hidden = !view.painting;
     range.hidden = view.painting;
     if (view.painting) { paint(); grid.focus(); return; }
-    if (editor() && editor().applyRegion && mask.some(Boolean)) editor().applyRegion(rows());
+    if (editor() && editor().applyRegion) editor().applyRegion(region());
   } });
   const everywhere = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Everywhere", onclick: () => { mask.fill(0); paint(); if (editor() && editor().applyRegion) editor().applyRegion(null); } });
 
-  const link = () => FS.viewLink(data.link);
+  let viewText = data.link;
+  const link = () => FS.viewLink(viewText);
   const download = (name, href, text) => FS.el("a", { class: "fs-button fs-small", href, download: name, text });
-  const recipe = `data:application/json;charset=utf-8,${encodeURIComponent(JSON.stringify(data.recipe, null, 1))}`;
+  const asked = () => ({ ...data.recipe, batch: data.recipe.batch.map((edits) => edits.map((edit) => ({ ...edit, region: region() }))) });
+  const recipeFile = (recipe) => `data:application/json;charset=utf-8,${encodeURIComponent(JSON.stringify(recipe, null, 1))}`;
+  const recipe = download("recipe.json", recipeFile(data.recipe), "Recipe");
+  const later = FS.el("p", { class: "fs-notice", role: "status", hidden: true, text: "The painted region is not in this picture yet: press Steer. The link and the recipe have it." });
+  const mark = () => {
+    if (editor() && editor().markRegion) editor().markRegion(region());
+    const { prompt, seed, settings, batch, index } = asked();
+    recipe.href = recipeFile(asked());
+    FS.packView({ tab: "steer", prompt, edits: batch[index], seed, num_inference_steps: settings.num_inference_steps }).then((text) => { viewText = text; });
+    later.hidden = false;
+  };
   root.append(FS.el("section", { class: "fs-result", "aria-label": "Before and after" },
     ...data.notices.map((text) => FS.el("p", { class: "fs-notice", text })),
     FS.el("p", { class: "fs-prompt" }, FS.el("span", { text: `“${data.prompt}”` }), FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}, kept` })),
@@ -158,29 +178,38 @@ FS.define("fs-result", (root, data) => {
     FS.el("div", { class: "fs-row fs-wrap" },
       FS.toggle({ label: "Right half", options: [["after", "after"], ["random", "a random direction"]], value: "after", onchange: show }),
       FS.el("span", { class: "fs-row" }, painter, everywhere)),
+    later,
     FS.el("ul", { class: "fs-words" }, (data.words.length ? data.words : ["nothing is turned: before and after are the same"]).map((text) => FS.el("li", { text }))),
     measured,
     FS.el("div", { class: "fs-row fs-wrap fs-tight" },
       FS.copyButton(link, "Copy link"),
       download("fluxsae.png", `data:image/png;base64,${data.png}`, "Image with recipe"),
-      download("recipe.json", recipe, "Recipe"),
+      recipe,
       FS.el("button", { class: "fs-button fs-small", type: "button", text: "Save report", onclick: () => FS.saveReport({
         title: data.words.join("; ") || data.prompt, words: FS.told(data), link: link(), versions: data.versions,
         pictures: [["before", data.before], ["after", data.after], ["random direction, same strength", data.random]], recipe: data.recipe, measurement: data.measurement }) })),
     FS.code(data.code)));
 });
 
+// A distance between two pictures in words, from its share of the distance between unrelated ones.
+FS.changed = (share) => {
+  if (share === 0) return "not at all";
+  const word = share < 0.01 ? "barely" : share < 0.5 ? "clearly" : "wholly";
+  return `${word} (${FS.share(share)} of the way to another image)`;
+};
+
 FS.measured = (measurement, isRandom) => {
   if (!measurement) return [];
   const inside = measurement.activation_before === null ? null : ["Feature in the image", `${FS.number(measurement.activation_before, 2)} → ${FS.number(measurement.activation_after, 2)}`, "largest activation before and after, in multiples of its usual strength"];
-  const odd = measurement.out_of_distribution;
+  const odd = measurement.out_of_distribution, doubt = measurement.denoising_error_ratio;
   return [FS.facts([
-    ["Picture changed by", FS.number(measurement.distance, 2), `${measurement.distance_name}: 0 means the same picture`],
+    ["Picture changed", FS.changed(measurement.distance / measurement.distance_of_unrelated), `${measurement.distance_name} ${FS.number(measurement.distance, 2)}; two unrelated images of this run are ${FS.number(measurement.distance_of_unrelated, 2)} apart (median)`],
     inside,
-    ["Unusual patches", `${FS.share(odd)}${odd > 0.1 ? ", beyond the safe range" : ""}`, "share of edited patches that look unlike any that FLUX makes by itself; safe up to 10 %"],
+    ["Unusual patches", `${FS.share(odd)}${odd > 0.1 ? ", beyond safe" : ""}`, "share of edited patches that look unlike any that FLUX makes by itself; safe up to 10 %"],
+    ["FLUX's error on it", `${FS.number(doubt, 2)} ×${doubt > 1.5 ? ", beyond safe" : ""}`, "how badly FLUX, without a prompt, denoises this picture, as a multiple of the picture before: 1 where it could have painted it; safe up to 1.5"],
     measurement.relative_size === null ? null : ["Size of the push", FS.percent(measurement.relative_size), "edit where it joins what flows through FLUX, relative to that"],
     measurement.clip_change === null ? null : ["Meaning changed by", FS.number(measurement.clip_change, 2), "1 - CLIP cosine between the two pictures"],
-  ]), FS.el("p", { class: "fs-quiet fs-hint", text: isRandom ? "The same push in a random direction: what changes here is no merit of the feature." : `Distance by ${measurement.distance_name}.` })];
+  ]), isRandom ? FS.el("p", { class: "fs-quiet fs-hint", text: "The same push in a random direction: what changes here is no merit of the feature." }) : ""];
 };
 
 FS.define("fs-strip", (root, data) => {
@@ -193,5 +222,5 @@ FS.define("fs-strip", (root, data) => {
       FS.el("img", { src: cell.image, alt: cell.words }),
       FS.el("span", { class: "fs-num", text: FS.short(cell.words) }),
       FS.el("span", { class: "fs-quiet", text: cell.safe ? "safe" : "beyond safe" })))),
-    FS.el("p", { class: "fs-quiet", text: "Safe: at most 10 % of the edited patches look unlike any that FLUX makes by itself. The band on the slider shows this range." })));
+    FS.el("p", { class: "fs-quiet", text: "Safe: at most 10 % of the edited patches look unlike any that FLUX makes by itself, and FLUX denoises the picture nearly as well as the one before (error up to 1.5 ×). The band on the slider shows this range." })));
 });
