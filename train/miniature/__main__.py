@@ -22,6 +22,7 @@ from train.miniature.bank import SceneBank, draw_bank
 from train.miniature.contrast import save_clip, train_clip
 from train.miniature.exam import format_tally, held_out_psnr, sample_sheet, take_exam
 from train.miniature.flow import GuidanceDistillation, HandoverLoss, Objective, flow_loss, train_stage
+from train.miniature.gates import balance_gates
 from train.miniature.models import (
     assemble_pipeline,
     build_autoencoder,
@@ -30,6 +31,9 @@ from train.miniature.models import (
     save_flux,
 )
 from train.miniature.progress import Checkpoint, StageClock
+
+CAPTIONS_OF_GATES = 256
+"""Captions over which the mean gates are taken."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ def train_miniature(config: MiniatureConfig) -> None:
         train_autoencoder(bank, autoencoder, stage, clock, batch_size=16, seed=config.seed)
     Checkpoint(stage).load_average(autoencoder)
     _train_generator(config, bank, encode_bank(bank, autoencoder), generator)
+    balance_gates(generator, bank.captions[:CAPTIONS_OF_GATES, 0].long())
     save_flux(assemble_pipeline(generator.cpu(), autoencoder.cpu()), config.output / "flux")
     stage = config.checkpoints / "clip"
     if not Checkpoint(stage).is_finished:
