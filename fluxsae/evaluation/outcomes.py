@@ -89,7 +89,7 @@ def draw_subject(concept: Concept, *, has_concept: bool, seed: int, named: float
     other, scene = scene, (_with(scene, concept) if has_concept else scene)
     edited = other if has_concept else _with(scene, concept)
     share = dict.fromkeys(ATTRIBUTES, named) | {concept.attribute: 1.0 if has_concept else OWN_NAMED}
-    words = [name for name in ATTRIBUTES if rng.random() < share[name]]
+    words = tuple(name for name in ATTRIBUTES if rng.random() < share[name])
     # a caption with keep=0 names exactly what it always names
     prompt = caption_scene(scene, rng, keep=0.0, always=words)
     return Subject(prompt, seed, caption_scene(edited, rng, keep=0.0, always=(*words, concept.attribute)))
