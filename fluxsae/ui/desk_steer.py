@@ -215,9 +215,9 @@ class SteerDesk:
         """Recipes that work, from the run's steering demos: turned down, each label once, the clearest first."""
         found: dict[str, dict[str, Any]] = {}
         for name in reversed(self.bench.hookpoints):
-            for demo in sorted(self.bench.run.load_demos(name), key=clarity, reverse=True):
-                starter = self._starter(name, demo)
-                if starter and len(found) < MAX_STARTERS:
+            made = [self._starter(name, demo) for demo in self.bench.run.load_demos(name)]
+            for starter in sorted(filter(None, made), key=lambda starter: starter["clarity"], reverse=True):
+                if len(found) < MAX_STARTERS:
                     found.setdefault(starter["label"], starter)
         return list(found.values())
 
@@ -442,11 +442,13 @@ class SteerDesk:
             sliders = [self._slider_of(edit) for edit in recipe.edits]
             panels = [_panel(demo["recipes"][side]) for side in ("less", "before", "more")]
             picture = self.bench.run.demo_image_path(hookpoint, demo["image"])
+            clear = clarity(demo["score"])
         except (KeyError, FluxSaeError):
             return None
         label = ", ".join(str(slider["label"] or f"#{slider['feature']}") for slider in sliders)
         return {
             "title": f"Less {label}",
+            "clarity": clear,
             "label": label,
             "pictures": _strip_pictures(picture) if picture.is_file() else [],
             "panels": panels,
@@ -458,9 +460,8 @@ class SteerDesk:
         }
 
 
-def clarity(demo: Mapping[str, Any]) -> tuple[bool, float]:
-    """How clearly a demo shows its feature: enough to be seen, both ways alike, and little else changed."""
-    score = demo["score"]
+def clarity(score: Mapping[str, float]) -> tuple[bool, float]:
+    """How clearly a demo of this score shows its feature: seen at all, both ways alike, little else changed."""
     is_seen = score["score"] >= SEEN_SCORE
     return is_seen, score["balance"] * (1 - score["collateral"]) * (1 - score["out_of_distribution"])
 
