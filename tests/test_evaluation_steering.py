@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from test_steering import DOUBLE, SAES, SINGLE
 from tiny_flux import SETTINGS
 
@@ -173,16 +173,16 @@ def test_every_attribute_but_the_background_belongs_to_objects() -> None:
     assert set(OBJECT_ATTRIBUTES) == set(ATTRIBUTES) - {"background"}
 
 
-def read_parity(picture: Image.Image) -> Scene:
-    """A stand-in for the reader on the random tiny FLUX: red or orange by the sum of the pixels."""
-    total = int(np.asarray(picture, dtype=np.int64).sum())
-    return scene(colour=("red", "orange")[total % 2])
+@pytest.fixture
+def read_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the reader on the random tiny FLUX: red and orange by turns, whatever the picture."""
+    colours = cycle(("red", "orange", "orange"))
+    monkeypatch.setattr("fluxsae.evaluation.steering.read_scene", lambda _: scene(colour=next(colours)))
 
 
 def test_the_laboratory_chooses_on_some_pictures_and_reports_on_others(
-    tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+    tiny_flux: FluxPipeline, read_in_turn: None
 ) -> None:
-    monkeypatch.setattr("fluxsae.evaluation.steering.read_scene", read_parity)
     orange = Concept("colour", "orange")
     report = run_laboratory(
         tiny_flux,
@@ -219,9 +219,8 @@ def test_features_are_turned_together_and_their_rivals_are_taken_away() -> None:
     assert len(replace(chosen, without_rivals=False).edits([3, 5], [7])) == 2
 
 
-def test_every_way_of_turning_features_is_tried(tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_of_turning_features_is_tried(tiny_flux: FluxPipeline, read_in_turn: None) -> None:
     """Each feature alone, all together, and to amplify also without the rivals of red: orange's."""
-    monkeypatch.setattr("fluxsae.evaluation.steering.read_scene", read_parity)
     features = {RED: [3, 5, 6], Concept("colour", "orange"): [7]}
     config = LaboratoryConfig(
         n_select=1,
@@ -252,11 +251,10 @@ def test_strengths_below_zero_turn_features_down() -> None:
     assert config.modes("suppress") == [("scale", 0.0), ("project_out", 1.0), ("add", -0.5), ("clamp", -0.25)]
 
 
-def test_rivals_taken_away_alone_are_a_control(tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fluxsae.evaluation.steering.read_scene", read_parity)
+def test_rivals_taken_away_alone_are_a_control(tiny_flux: FluxPipeline, read_in_turn: None) -> None:
     config = LaboratoryConfig(
-        n_select=1,
-        n_report=1,
+        n_select=2,
+        n_report=2,
         add=(5.0,),
         clamp=(),
         scale=(0.0,),
@@ -287,10 +285,7 @@ def test_the_headline_is_the_mean_over_targeted_concepts_and_narrower_than_each(
     assert report.headline("suppress") is None
 
 
-def test_a_hook_point_does_not_win_by_knowing_few_concepts(
-    tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fluxsae.evaluation.steering.read_scene", read_parity)
+def test_a_hook_point_does_not_win_by_knowing_few_concepts(tiny_flux: FluxPipeline, read_in_turn: None) -> None:
     orange = Concept("colour", "orange")
     report = run_laboratory(
         tiny_flux,
@@ -320,9 +315,8 @@ def test_an_object_is_painted_where_it_is_and_the_background_where_no_object_is(
 
 
 def test_a_painted_edit_gets_the_region_of_its_own_picture(
-    tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+    tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch, read_in_turn: None
 ) -> None:
-    monkeypatch.setattr("fluxsae.evaluation.steering.read_scene", read_parity)
     given: list[SteeringEdit] = []
 
     def spy(pipe: FluxPipeline, saes: Any, edits: Any, **named: Any) -> Any:

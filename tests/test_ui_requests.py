@@ -304,6 +304,14 @@ def test_ranked_features_fire_and_say_how_strongly(bench: Workbench) -> None:
     assert [feature["feature"] for feature in at] == [1]
 
 
+def test_means_are_over_patches_and_steps() -> None:
+    values = np.array([[[2.0, 0.0], [4.0, 1.0]], [[0.0, 0.0], [2.0, 0.0]]])
+    indices = np.array([[[1, 0], [1, 2]], [[1, 0], [1, 0]]])
+    maps = SparseMaps((2, 6), (0.9, 0.8), (2, 6), values, indices, n_features=4)
+    assert maps.means(None).tolist() == [0, 2, 0.25, 0]
+    assert maps.means(6).tolist() == [0, 1, 0, 0]
+
+
 def test_features_of_one_label_stand_together_behind_the_most_telling() -> None:
     ranked = [
         {"feature": n, "label": label} for n, label in enumerate(["red", "star", None, "red", "blue", None, "red"])

@@ -46,6 +46,14 @@ class SparseMaps:
         np.maximum.at(peaks, self.indices[chosen].ravel(), self.values[chosen].ravel().astype(np.float32))
         return peaks
 
+    def means(self, step: int | None) -> Float[np.ndarray, " n_features"]:
+        """Each feature's mean activation over all patches (and steps)."""
+        chosen = self._chosen(step)
+        totals = np.zeros(self.n_features)
+        np.add.at(totals, self.indices[chosen].ravel(), self.values[chosen].ravel().astype(np.float64))
+        means: Float[np.ndarray, " n_features"] = totals / (len(chosen) * self.values.shape[1])
+        return means
+
     def at(self, token: int, step: int | None) -> dict[int, float]:
         """Feature -> activation at one token, of those that fire there."""
         chosen = self._chosen(step)

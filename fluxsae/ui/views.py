@@ -103,12 +103,17 @@ def summary(cards: CardIndex, feature: int) -> dict[str, Any]:
     }
 
 
-def telling(peaks: np.ndarray, cards: CardIndex) -> np.ndarray:
-    """How telling each feature is for an image: its peak as a share of its maximum, times its weight."""
-    maxima = cards.features.column("max_act").astype(np.float64)
-    shares = np.divide(peaks, maxima, out=np.zeros(len(maxima)), where=maxima > 0)
-    scores: np.ndarray = np.minimum(shares, 1.0) * weights(cards)
+def telling(acts: np.ndarray, cards: CardIndex) -> np.ndarray:
+    """How telling each feature's activation is: the square of its share of the feature's maximum, times its weight."""
+    scores: np.ndarray = np.square(shares_of_maximum(acts, cards)) * weights(cards)
     return scores
+
+
+def shares_of_maximum(acts: np.ndarray, cards: CardIndex) -> np.ndarray:
+    """Activations as shares of each feature's maximum in the run, at most 1."""
+    maxima = cards.features.column("max_act").astype(np.float64)
+    shares: np.ndarray = np.minimum(1.0, np.divide(acts, maxima, out=np.zeros(len(maxima)), where=maxima > 0))
+    return shares
 
 
 @functools.lru_cache(maxsize=64)
@@ -122,9 +127,12 @@ def weights(cards: CardIndex) -> np.ndarray:
 
 
 def ranked_features(maps: SparseMaps, cards: CardIndex, *, step: int | None, limit: int) -> list[dict[str, Any]]:
-    """The features that fire in an image: the most telling of each label, then the second of each, and so on."""
+    """The features that fire in an image: the most telling of each label, then the second of each, and so on.
+
+    What fires strongly and widely says more: labels come from whole images, and a speck at an edge has borrowed one.
+    """
     peaks = maps.peaks(step)
-    scores = telling(peaks, cards)
+    scores = telling(peaks, cards) * np.sqrt(shares_of_maximum(maps.means(step), cards))
     fired = [int(f) for f in np.argsort(-scores, kind="stable") if peaks[f] > 0]
     return [
         {**summary(cards, f), **_activation(cards, f, float(peaks[f])), "score": float(scores[f])}
@@ -284,7 +292,7 @@ def _patches(maps: SparseMaps, cards: CardIndex, step: int | None) -> tuple[np.n
     for token in range(n_tokens):
         found = maps.at(token, step)
         shares = {f: min(1.0, value / maxima[f]) if maxima[f] > 0 else 0.0 for f, value in found.items()}
-        best = sorted(shares, key=lambda f: -shares[f] * known[f])[:PER_PATCH]
+        best = sorted(shares, key=lambda f: -(shares[f] ** 2) * known[f])[:PER_PATCH]
         patches[token, : len(best)] = best
         values[token, : len(best)] = [max(1, round(shares[f] * 255)) for f in best]
     return patches, values
