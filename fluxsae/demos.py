@@ -19,7 +19,15 @@ from fluxsae.files import write_bytes, write_text
 from fluxsae.flux import flux_identity, schedule_sigmas, token_grid
 from fluxsae.grids import GridCell, GridRow, join_pictures
 from fluxsae.hookpoints import HookPoint
-from fluxsae.measurements import EditMeasurement, EditRecorder, TokenLimits, measure_edit, measure_token_limits
+from fluxsae.measurements import (
+    MAX_DENOISING_ERROR_RATIO,
+    EditMeasurement,
+    EditRecorder,
+    TokenLimits,
+    measure_edit,
+    measure_token_limits,
+)
+from fluxsae.naturalness import denoising_errors
 from fluxsae.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.sae import SparseAutoencoder
 from fluxsae.scores import ScoreMatrix
@@ -141,6 +149,7 @@ def measured_sweep(
         )
     before = found[0].image if baseline is None else baseline
     region = None if region_of is None else recorder.recorded[region_of].touched
+    plain, *errors = denoising_errors(pipe, [before, *(variant.image for variant in found)], settings)
     measured = [
         measure_edit(
             before,
@@ -151,8 +160,9 @@ def measured_sweep(
             embedder=embedder,
             prompt=prompt,
             region=region,
+            denoising_errors=(plain, error),
         )
-        for variant, seen in zip(found, recorder.recorded, strict=True)
+        for variant, seen, error in zip(found, recorder.recorded, errors, strict=True)
     ]
     return found, measured
 
@@ -263,7 +273,6 @@ def grid_row(
     *,
     label: str | None,
     detail: str,
-    is_safe: Callable[[EditMeasurement], bool],
 ) -> GridRow:
     """A row of a steering grid: one feature's variants, each with its words and its distance."""
     feature = next(edit.feature for variant in variants for edit in variant.edits)
@@ -273,7 +282,7 @@ def grid_row(
             ", ".join(map(describe_edit, variant.edits)) or "unchanged",
             f"distance {measurement.distance:.3f}" if variant.edits else "the image as it is",
             max(map(edit_direction, variant.edits), key=abs, default=0),
-            is_safe(measurement),
+            measurement.is_safe,
         )
         for variant, measurement in zip(variants, measured, strict=True)
     ]
@@ -468,6 +477,9 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _responsiveness(measured: EditMeasurement) -> float:
+    """How much an edit changed the picture where it acts, less by the odd tokens; nothing where the picture broke."""
+    if (measured.denoising_error_ratio or 0.0) > MAX_DENOISING_ERROR_RATIO:
+        return 0.0
     return (measured.distance_inside or 0.0) * (1 - measured.out_of_distribution)
 
 

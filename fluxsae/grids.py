@@ -86,7 +86,7 @@ def _draw_label(pen: ImageDraw.ImageDraw, row: GridRow, *, top: int) -> None:
 def _draw_caption(pen: ImageDraw.ImageDraw, one: GridCell, *, left: int, top: int, width: int) -> None:
     colour = {-1: LESS, 0: INK, 1: MORE}[one.direction]
     pen.text((left, top + 5), one.caption, fill=colour, font=font(15, bold=True))
-    note = one.note if one.is_safe else f"{one.note} · out of distribution"
+    note = one.note if one.is_safe else f"{one.note} · beyond safe"
     for number, line in enumerate(wrap(note, font(12), width)[:1]):
         pen.text((left, top + 25 + 14 * number), line, fill=MUTED if one.is_safe else UNSAFE, font=font(12))
 

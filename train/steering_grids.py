@@ -20,7 +20,6 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux import load_flux
 from fluxsae.grids import GridRow, steering_grid
 from fluxsae.hookpoints import HookPoint
-from fluxsae.measurements import MAX_OUT_OF_DISTRIBUTION, EditMeasurement
 from fluxsae.miniature import miniature_path
 from fluxsae.perceptual import load_distance
 from fluxsae.sae import SparseAutoencoder
@@ -158,13 +157,8 @@ class _Painter:
             [measured[place] for place in order],
             label=subject.label,
             detail=f"“{subject.prompt}”\nseed {subject.seed}",
-            is_safe=_is_safe,
         )
         return row, [variants[place].recipe for place in order]
-
-
-def _is_safe(measured: EditMeasurement) -> bool:
-    return measured.out_of_distribution <= MAX_OUT_OF_DISTRIBUTION
 
 
 if __name__ == "__main__":

@@ -31,8 +31,6 @@ STRIP = (-2 / 3, -1 / 3, 0.0, 0.1, 0.2, 0.3, 0.6)
 MAX_PAGE_EDITS = 6
 SUGGESTED = 14
 MAX_STARTERS = 6
-SEEN_SCORE = 0.03
-"""Score of a demo from which its change is seen at a glance."""
 CONTROL_SEED = 0
 EMBEDDED_RUN = "fluxsae/miniature/run"
 
@@ -417,15 +415,19 @@ class SteerDesk:
         }
 
     def _strip(self, slider: Mapping[str, Any], steered: Steered) -> dict[str, Any]:
+        measurements = steered.measurements[1:]
+        sound = [measured is not None and measured["is_safe"] for measured in measurements]
+        safe = safe_turns(list(zip(STRIP, sound, strict=True)))
+        low, high = safe or (0.0, 0.0)
         cells = [
             {
                 "turn": turn,
                 "image": views.image_url(image),
                 "words": edit_words(slider, self._edit({**slider, "turn": turn})),
                 "measurement": measured,
-                "safe": measured is not None and measured["is_safe"],
+                "safe": low <= turn <= high,
             }
-            for turn, image, measured in zip(STRIP, steered.images[1:], steered.measurements[1:], strict=True)
+            for turn, image, measured in zip(STRIP, steered.images[1:], measurements, strict=True)
         ]
         return {
             "hookpoint": slider["hookpoint"],
@@ -433,7 +435,7 @@ class SteerDesk:
             "colour": feature_colour(slider.get("label")),
             "label": slider.get("label"),
             "cells": cells,
-            "safe": safe_turns([(turn, bool(cell["safe"])) for turn, cell in zip(STRIP, cells, strict=True)]),
+            "safe": safe,
         }
 
     def _starter(self, hookpoint: str, demo: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -460,10 +462,9 @@ class SteerDesk:
         }
 
 
-def clarity(score: Mapping[str, float]) -> tuple[bool, float]:
-    """How clearly a demo of this score shows its feature: seen at all, both ways alike, little else changed."""
-    is_seen = score["score"] >= SEEN_SCORE
-    return is_seen, score["balance"] * (1 - score["collateral"]) * (1 - score["out_of_distribution"])
+def clarity(score: Mapping[str, float]) -> float:
+    """How clearly a demo of this score shows its feature being taken away: far, with little else changed or odd."""
+    return score["score"] * score["less"] * (1 - score["collateral"]) * (1 - score["out_of_distribution"])
 
 
 def _strip_pictures(path: Path) -> list[str]:
