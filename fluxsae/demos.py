@@ -20,7 +20,6 @@ from fluxsae.flux import flux_identity, schedule_sigmas, token_grid
 from fluxsae.grids import GridCell, GridRow, join_pictures
 from fluxsae.hookpoints import HookPoint
 from fluxsae.measurements import (
-    MAX_DENOISING_ERROR_RATIO,
     EditMeasurement,
     EditRecorder,
     TokenLimits,
@@ -66,7 +65,7 @@ class DemoScore:
     score: float
     """Mean responsiveness x balance x (1 - collateral); higher is better."""
     less: float
-    """Distance inside the feature's region when it is turned down, times the share of tokens in distribution."""
+    """Distance inside the feature's region when it is turned down, times the share of usual tokens; 0 beyond safe."""
     more: float
     """The same when it is turned up."""
     balance: float
@@ -343,13 +342,22 @@ class _Search:
         return demos
 
     def _images_of(self, feature: int) -> list[int]:
-        """Images from the strongest down to a weak one, evenly over the ranks of those where the feature fires."""
+        """Images from the strongest down to a weak one, evenly over the ranks of those where the feature fires.
+
+        Where prompts name its label, only theirs: a demo shows what its name says.
+        """
         own = self.scores.feature(feature)
         ranked = torch.argsort(own, descending=True, stable=True)[: int((own > 0).sum())].tolist()
         if not ranked:
             raise FluxSaeError(f"Feature {feature} of {self.place} fires in none of the run's images; choose another.")
+        ranked = [image_id for image_id in ranked if self._is_named(feature, image_id)] or ranked
         places = np.linspace(0, max(0, len(ranked) - 1) * 0.75, min(self.config.n_candidates, len(ranked)))
         return [ranked[int(place)] for place in dict.fromkeys(places.round().astype(int).tolist())]
+
+    def _is_named(self, feature: int, image_id: int) -> bool:
+        """Whether an image's prompt has every word of the feature's label; false without a label."""
+        words = set(self.labels.get(feature, "").lower().replace(",", " ").split())
+        return bool(words) and words <= set(self.images[image_id].prompt.lower().split())
 
     def _variants(self, feature: int) -> list[tuple[SteeringEdit, ...]]:
         config = self.config
@@ -477,8 +485,8 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _responsiveness(measured: EditMeasurement) -> float:
-    """How much an edit changed the picture where it acts, less by the odd tokens; nothing where the picture broke."""
-    if (measured.denoising_error_ratio or 0.0) > MAX_DENOISING_ERROR_RATIO:
+    """How much an edit changed the picture where it acts, less by the odd tokens; nothing beyond safe."""
+    if not measured.is_safe:
         return 0.0
     return (measured.distance_inside or 0.0) * (1 - measured.out_of_distribution)
 

@@ -31,7 +31,7 @@ class GridCell:
     direction: int = 0
     """-1 turned down, 0 unchanged, 1 turned up: the colour of the caption."""
     is_safe: bool = True
-    """Whether the edited tokens stayed in distribution; a cell that did not is marked."""
+    """Whether the edit was safe; a cell that was not is marked."""
 
 
 @dataclass(frozen=True)

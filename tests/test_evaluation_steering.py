@@ -270,7 +270,7 @@ def test_rivals_taken_away_alone_are_a_control(tiny_flux: FluxPipeline, read_in_
 
 
 def test_the_headline_is_the_mean_over_targeted_concepts_and_narrower_than_each() -> None:
-    wide = Tally(4, Estimate(0.5, 0.3, 0.7), Estimate(1.0, 0.9, 1.0), Estimate(1.0, 1.0, 1.0))
+    wide = Tally(4, Estimate(0.5, 0.0, 1.0), Estimate(1.0, 1.0, 1.0), Estimate(1.0, 1.0, 1.0))
     results = [
         ConceptResult(concept, "amplify", (3,), {"feature": wide}, {})
         for concept in (RED, Concept("texture", "dotted"), Concept("shape", "ring"))
@@ -280,8 +280,8 @@ def test_the_headline_is_the_mean_over_targeted_concepts_and_narrower_than_each(
     assert success is not None
     assert specificity is not None
     assert success.value == 0.5
-    assert success.high - success.low == pytest.approx(0.4 / 2**0.5)
-    assert specificity.high == 1.0
+    assert success.high - success.low == pytest.approx((0.850 - 0.150) / 2**0.5, abs=0.002)  # Wilson's of 2 in 4
+    assert specificity.low < specificity.value == specificity.high == 1.0
     assert report.headline("suppress") is None
 
 

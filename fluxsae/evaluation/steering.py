@@ -533,7 +533,7 @@ class _Bench:
         ]
         outcomes = self._outcomes("report", concept, direction, arms, {chosen.hookpoint: sae})
         tallies = [Tally.of(one, wanted=direction == "amplify") for one in outcomes]
-        # its best strength: the reference is given every advantage
+        # its best strength; alone, without rivals taken away, and not below nothing
         return {"difference of means": max(tallies, key=lambda t: t.success.value * t.specificity.value)}
 
     def _prompt_editing(self, concept: Concept, direction: Direction) -> dict[str, Tally]:

@@ -16,6 +16,8 @@ Direction = Literal["amplify", "suppress"]
 DIRECTIONS: Final[tuple[Direction, ...]] = ("amplify", "suppress")
 TARGET_ATTRIBUTES: Final = ("colour", "texture", "background")
 LEAST_SPECIFICITY: Final = 0.8
+_Z: Final = 1.96
+"""Of 95 % intervals."""
 _PENALTY: Final = 2.0
 """Success that a setting must gain for each unit of specificity that it misses."""
 
@@ -61,7 +63,8 @@ class ConceptResult:
     direction: Direction
     features: tuple[int, ...]
     arms: dict[str, Tally]
-    """feature (at the default settings), random direction, random feature, difference of means, prompt."""
+    """feature (at the default settings), random direction, random feature, rivals alone (where they are taken away),
+    difference of means, prompt."""
     curve: dict[float, Tally]
     """Strength -> the feature's tally: the dose-response curve."""
 
@@ -134,7 +137,7 @@ class LaboratoryReport:
     def headline(self, direction: Direction) -> tuple[Estimate, Estimate] | None:
         """Success and specificity at the defaults over the attributes that targets speak of.
 
-        The intervals resample the pictures of each concept; the concepts are those that there are.
+        The intervals are over pictures: Wilson's of each concept, added as independent.
         """
         tallies = [
             result.arms["feature"]
@@ -143,7 +146,8 @@ class LaboratoryReport:
         ]
         if not tallies:
             return None
-        return _mean_estimate([t.success for t in tallies]), _mean_estimate([t.specificity for t in tallies])
+        n = [tally.n for tally in tallies]
+        return _mean_share([t.success for t in tallies], n), _mean_share([t.specificity for t in tallies], n)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -155,8 +159,9 @@ class LaboratoryReport:
         }
 
 
-def _mean_estimate(parts: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates."""
-    value = float(np.mean([part.value for part in parts]))
-    half = float(np.hypot.reduce([(part.high - part.low) / 2 for part in parts])) / len(parts)
+def _mean_share(parts: Sequence[Estimate], counts: Sequence[int]) -> Estimate:
+    """The mean of shares of `counts` pictures; a concept at 0 or 1 is not certain, as resampling would have it."""
+    share, n = np.array([part.value for part in parts]), np.array(counts)
+    widths = _Z * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
+    value, half = float(share.mean()), float(np.sqrt(np.square(widths).sum())) / len(parts)
     return Estimate(value, max(0.0, value - half), min(1.0, value + half))

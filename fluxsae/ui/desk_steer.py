@@ -32,6 +32,10 @@ MAX_PAGE_EDITS = 6
 SUGGESTED = 14
 MAX_STARTERS = 6
 CONTROL_SEED = 0
+LEAST_CLARITY = 0.02
+"""Of a demo's suppressed side, from which a change is seen at a glance."""
+FAINT = 0.05
+"""Share of the distance between unrelated images below which a result is said to have changed little."""
 EMBEDDED_RUN = "fluxsae/miniature/run"
 
 
@@ -399,18 +403,22 @@ class SteerDesk:
             "seed": request.seed,
             "rows": self.limits.rows,
             "cols": self.limits.cols,
-            "region": request.edits[0].to_dict()["region"] if request.edits else None,
+            "region": common_region(request.edits),
             "before": views.image_url(before),
             "after": views.image_url(after),
             "random": views.image_url(random),
-            "words": [edit_words(slider, self._edit(slider)) for slider in self._edits_of(state)],
+            "words": [result_words(slider, self._edit(slider)) for slider in self._edits_of(state)],
             "measurement": steered.measurements[1],
             "random_measurement": steered.measurements[2],
             "png": base64.b64encode(png_bytes(after, [recipe])).decode("ascii"),
             "recipe": recipe.to_dict(),
             "link": views.encode_view({"tab": "steer", **values}),
             "versions": dict(self.bench.versions),
-            "notices": [*views.unknown_words_notice(steered.unknown_words), *unsafe_notice(request.edits, steered)],
+            "notices": [
+                *views.unknown_words_notice(steered.unknown_words),
+                *unsafe_notice(request.edits, steered),
+                *faint_notice(request.edits, steered),
+            ],
             "code": snippets("steer", values, "before, after, facts"),
         }
 
@@ -445,6 +453,8 @@ class SteerDesk:
             panels = [_panel(demo["recipes"][side]) for side in ("less", "before", "more")]
             picture = self.bench.run.demo_image_path(hookpoint, demo["image"])
             clear = clarity(demo["score"])
+            if clear < LEAST_CLARITY:
+                return None
         except (KeyError, FluxSaeError):
             return None
         label = ", ".join(str(slider["label"] or f"#{slider['feature']}") for slider in sliders)
@@ -464,7 +474,7 @@ class SteerDesk:
 
 def clarity(score: Mapping[str, float]) -> float:
     """How clearly a demo of this score shows its feature being taken away: far, with little else changed or odd."""
-    return score["score"] * score["less"] * (1 - score["collateral"]) * (1 - score["out_of_distribution"])
+    return score["less"] * (1 - score["collateral"]) * (1 - score["out_of_distribution"])
 
 
 def _strip_pictures(path: Path) -> list[str]:
@@ -492,6 +502,18 @@ def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
     return f"{name}: {edit.mode} {edit.strength:.2g}"
 
 
+def result_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
+    """An edit in plain words, with where it acted if that was painted."""
+    words = edit_words(slider, edit)
+    return words if edit.region is None or edit.is_identity else f"{words}, in the painted region"
+
+
+def common_region(edits: Sequence[SteeringEdit]) -> Any:
+    """The region of all edits as JSON values, to paint on; None where they act everywhere or differ."""
+    regions = {edit.region for edit in edits}
+    return edits[0].to_dict()["region"] if len(regions) == 1 else None
+
+
 def unsafe_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
     """What to do about a picture that went beyond the safe range."""
     measured = steered.measurements[1]
@@ -500,6 +522,17 @@ def unsafe_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
     if any(edit.mode == "add" and edit.strength > 0 and edit.region is None for edit in edits):
         return ["Beyond the safe range: without a region it is added everywhere. Paint where it acts, or add less."]
     return ["Beyond the safe range: the picture may be broken. Turn the feature less."]
+
+
+def faint_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
+    """What to try where an edit was safe and did little."""
+    measured = steered.measurements[1]
+    if measured is None or not measured["is_safe"] or all(edit.is_identity for edit in edits):
+        return []
+    unrelated = measured["distance_of_unrelated"]
+    if unrelated is None or measured["distance"] >= FAINT * unrelated:
+        return []
+    return ["Little changed. One feature alone is often weak: add others of its name, or take away what it replaces."]
 
 
 def safe_turns(points: Sequence[tuple[float, bool]]) -> list[float] | None:

@@ -135,9 +135,9 @@ class Workbench:
 
     @property
     def example_edit(self) -> dict[str, Any]:
-        """An edit that this run knows: its most meaningful feature, turned up."""
+        """An edit that this run knows: its most meaningful feature, taken away."""
         hookpoint = self.limits.default_hookpoint
-        return {"hookpoint": hookpoint, "feature": self.cards[hookpoint].ranked[0], "mode": "add", "strength": 0.3}
+        return {"hookpoint": hookpoint, "feature": self.cards[hookpoint].ranked[0], "mode": "scale", "strength": 0.0}
 
     @functools.cached_property
     def saes(self) -> dict[str, SparseAutoencoder]:
@@ -185,12 +185,14 @@ class Workbench:
         return load_distance("random-features", device=self.device)
 
     @functools.cached_property
-    def unrelated_distance(self) -> float:
-        """Median distance between two images of the run with nothing in common but the run: what to compare with."""
+    def unrelated_distance(self) -> float | None:
+        """Median distance between two random images of the run, to compare with; None of fewer than two."""
         images = self.cards[self.limits.default_hookpoint].images
         chosen = np.random.default_rng(0).permutation(len(images))[: 2 * UNRELATED_PAIRS].tolist()
         pictures = [images.picture(image) for image in chosen]
         half = len(pictures) // 2
+        if not half:
+            return None
         return float(self.distance.distance(pictures[:half], pictures[half : 2 * half]).median())
 
     @functools.cached_property

@@ -15,6 +15,8 @@ from train.miniature.flow import predict_velocity
 from train.miniature.models import LATENT_CHANNELS
 
 GUIDANCE = 3.5
+LARGEST = 2.0**10
+"""No channel is rescaled by more: one that is shut for good would become infinite."""
 LEVELS = torch.linspace(0.05, 1.0, 20)
 """Noise levels over which a gate is averaged."""
 
@@ -47,7 +49,7 @@ def balance_gates(generator: nn.ModuleDict, tokens: torch.Tensor) -> None:
     """Rescales every gated channel in place; gates are averaged over some captions' `tokens` (n, text tokens)."""
     sizes = _mean_gates(generator, tokens)
     for (layer, maker, chunk), size in zip(gated_layers(generator["transformer"]), sizes, strict=True):
-        factor = torch.exp2(torch.log2(size).round())
+        factor = torch.exp2(torch.log2(size.clamp(1 / LARGEST, LARGEST)).round())
         rows = slice(chunk * len(size), (chunk + 1) * len(size))
         for part in (layer.weight, layer.bias):
             part.mul_(factor.reshape(-1, *[1] * (part.ndim - 1)))

@@ -53,7 +53,7 @@ FS.define("fs-edits", (root, data) => {
           onclick: () => { state.edits = state.edits.filter((other) => other !== edit); changed(true); } })),
       FS.el("div", { class: "fs-turnbox" }, zone(edit), slider),
       FS.el("div", { class: "fs-row fs-between fs-quiet" }, FS.el("span", { text: "◂ less" }), words, FS.el("span", { text: "more ▸" })),
-      FS.el("p", { class: "fs-quiet fs-hint", text: safe ? "The band marks the safe range on this image: there it stays one that FLUX could have painted." : "“Seven strengths” below measures the safe range of this slider." }),
+      FS.el("p", { class: "fs-quiet fs-hint", text: safe ? "The band marks the safe range that “Seven strengths” found: there its image stayed one that FLUX could have painted." : "“Seven strengths” below measures the safe range of this slider." }),
       FS.el("details", { class: "fs-fold" }, FS.el("summary", { text: "When and where" }),
         FS.el("div", { class: "fs-row fs-wrap" }, FS.el("span", { class: "fs-quiet", text: "Denoising steps from" }), bound(0, "First step edited"),
           FS.el("span", { class: "fs-quiet", text: "to before" }), bound(1, "Step at which the edit ends"),
@@ -101,7 +101,10 @@ FS.define("fs-result", (root, data) => {
   const stage = FS.el("div", { class: "fs-ba" }, left, right, knob, ...labels, range, grid);
   const cut = (value) => { view.cut = value; right.style.clipPath = `inset(0 0 0 ${value}%)`; knob.style.left = `${value}%`; };
   range.addEventListener("input", () => cut(Number(range.value)));
-  cut(50);
+  // What was painted is seen whole: the handle starts at its left edge.
+  const painted = (data.region || []).flatMap((line) => line.flatMap((on, at) => (on ? [at] : [])));
+  range.value = String(painted.length ? (100 * Math.min(...painted)) / data.cols : 50);
+  cut(Number(range.value));
   const show = (which) => {
     view.right = which;
     right.src = images[which];
@@ -120,7 +123,7 @@ FS.define("fs-result", (root, data) => {
     if (focus !== null) pixels.data.set(mask[focus] ? [190, 185, 255, 230] : [255, 255, 255, 160], focus * 4);
     context.putImageData(pixels, 0, 0);
   };
-  let focus = null, brush = 1;
+  let focus = null, brush = 1, stroked = false;
   const cell = (event) => {
     const rect = grid.getBoundingClientRect();
     const row = Math.min(data.rows - 1, Math.max(0, Math.floor(((event.clientY - rect.top) / rect.height) * data.rows)));
@@ -153,7 +156,8 @@ FS.define("fs-result", (root, data) => {
     grid.hidden = !view.painting;
     range.hidden = view.painting;
     if (view.painting) { paint(); grid.focus(); return; }
-    if (editor() && editor().applyRegion) editor().applyRegion(region());
+    if (stroked && editor() && editor().applyRegion) editor().applyRegion(region());
+    stroked = false;
   } });
   const everywhere = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Everywhere", onclick: () => { mask.fill(0); paint(); if (editor() && editor().applyRegion) editor().applyRegion(null); } });
 
@@ -165,6 +169,7 @@ FS.define("fs-result", (root, data) => {
   const recipe = download("recipe.json", recipeFile(data.recipe), "Recipe");
   const later = FS.el("p", { class: "fs-notice", role: "status", hidden: true, text: "The painted region is not in this picture yet: press Steer. The link and the recipe have it." });
   const mark = () => {
+    stroked = true;
     if (editor() && editor().markRegion) editor().markRegion(region());
     const { prompt, seed, settings, batch, index } = asked();
     recipe.href = recipeFile(asked());
@@ -203,7 +208,7 @@ FS.measured = (measurement, isRandom) => {
   const inside = measurement.activation_before === null ? null : ["Feature in the image", `${FS.number(measurement.activation_before, 2)} → ${FS.number(measurement.activation_after, 2)}`, "largest activation before and after, in multiples of its usual strength"];
   const odd = measurement.out_of_distribution, doubt = measurement.denoising_error_ratio;
   return [FS.facts([
-    ["Picture changed", FS.changed(measurement.distance / measurement.distance_of_unrelated), `${measurement.distance_name} ${FS.number(measurement.distance, 2)}; two unrelated images of this run are ${FS.number(measurement.distance_of_unrelated, 2)} apart (median)`],
+    measurement.distance_of_unrelated === null ? null : ["Picture changed", FS.changed(measurement.distance / measurement.distance_of_unrelated), `${measurement.distance_name} ${FS.number(measurement.distance, 2)}; two unrelated images of this run are ${FS.number(measurement.distance_of_unrelated, 2)} apart (median)`],
     inside,
     ["Unusual patches", `${FS.share(odd)}${odd > 0.1 ? ", beyond safe" : ""}`, "share of edited patches that look unlike any that FLUX makes by itself; safe up to 10 %"],
     ["FLUX's error on it", `${FS.number(doubt, 2)} ×${doubt > 1.5 ? ", beyond safe" : ""}`, "how badly FLUX, without a prompt, denoises this picture, as a multiple of the picture before: 1 where it could have painted it; safe up to 1.5"],
@@ -213,7 +218,7 @@ FS.measured = (measurement, isRandom) => {
 };
 
 FS.define("fs-strip", (root, data) => {
-  if (data.safe) FS.safe.set(FS.safeKey(data), data.safe);
+  if (data.safe) FS.safe.set(FS.safeKey(data), data.safe); else FS.safe.delete(FS.safeKey(data));
   const editor = document.querySelector("fs-edits");
   if (editor && editor.redraw) editor.redraw();
   root.append(FS.el("section", { class: "fs-strip", "aria-label": "Seven strengths", style: { "--chip": data.colour } },
