@@ -91,7 +91,7 @@ def test_view_api_tells_what_an_edit_is(client: Client, capsys: pytest.CaptureFi
     for words in ("hookpoint: str", "feature: int", "strength: float", "Literal['scale'", "steps: list[int] | None"):
         assert words in line
     example = json.loads(line.partition("Example: ")[2].rpartition("]")[0] + "]")
-    assert SteeringEdit.from_dict(example[0]).strength > 0
+    assert not SteeringEdit.from_dict(example[0]).is_identity
 
 
 def test_heatmap_gives_an_image_ranked_features_and_their_overlays(client: Client, place: str) -> None:

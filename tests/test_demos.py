@@ -27,7 +27,7 @@ from fluxsae.tables import FeatureRow, FeatureTable, ImageRow, encode_webp
 PLACE = HookPoint.parse("layer1")
 PROMPTS = ["a red circle", "a blue star", "a small green ring", "a large pink heart", "a cyan cross", "a black square"]
 CONFIG = DemoConfig(
-    n_candidates=2, suppress=(-1.0, -4.0), amplify=(1.0, 3.0), steps=(1, 4), n_limit_images=4, least_score=0.0
+    n_candidates=2, suppress=(0.5, 0.0), amplify=(0.1, 0.3), steps=(1, 4), n_limit_images=4, least_score=0.0
 )
 
 
