@@ -16,7 +16,7 @@ from fluxsae.artifacts import RunFolder
 from fluxsae.errors import FluxSaeError
 from fluxsae.heatmaps import token_heatmap
 from fluxsae.hookpoints import HookPoint, TokenGrid
-from fluxsae.labels import STOP_WORDS
+from fluxsae.labels import CURVE_LEVELS, STOP_WORDS
 from fluxsae.perceptual import ImageEmbedder
 from fluxsae.selection import rank_features
 from fluxsae.tables import FeatureRow
@@ -200,10 +200,46 @@ class CardIndex:
         coherent = [feature for feature in ranked if is_coherent[feature]]
         return [*varied(coherent, self.labels), *(feature for feature in ranked if not is_coherent[feature])]
 
+    def label_confidence_at(
+        self, shares: Float[np.ndarray, " n"], features: Sequence[int] | None = None
+    ) -> Float[np.ndarray, " n"]:
+        """How far to trust a feature's label where it fires at this share of its maximum; 0 without a label.
+
+        One share for each of `features`, or for every feature of the hook point.
+        """
+        curves = self._label_curves if features is None else self._label_curves[np.asarray(features, dtype=np.int64)]
+        at = np.clip(shares, 0.0, 1.0) * (len(CURVE_LEVELS) - 1)
+        low = np.minimum(at.astype(np.int64), len(CURVE_LEVELS) - 2)
+        every, beyond = np.arange(len(curves)), at - low
+        found = curves[every, low] * (1 - beyond) + curves[every, low + 1] * beyond
+        return np.where(shares > 0, found, 0.0)
+
+    @functools.cached_property
+    def _label_curves(self) -> Float[np.ndarray, "features levels"]:
+        sure = np.nan_to_num(self._floats("label_confidence"), nan=0.0)
+        in_proportion = sure[:, None] * CURVE_LEVELS  # of a run that was selected before there were curves
+        known = self._column("label_curve")
+        return np.array([line if curve is None else curve for curve, line in zip(known, in_proportion, strict=True)])
+
+    @functools.cached_property
+    def max_acts(self) -> Float[np.ndarray, " features"]:
+        """Each feature's highest activation in the run; 0 for a dead one."""
+        return self._floats("max_act")
+
+    @functools.cached_property
+    def rarity(self) -> Float[np.ndarray, " features"]:
+        """Share of the run's images in which each feature is silent."""
+        return 1.0 - self._floats("image_density")
+
     @property
     def grid(self) -> TokenGrid:
         """The token grid of the run's images."""
         return TokenGrid(self.info.rows, self.info.cols)
+
+    def acts(self, feature: int) -> dict[int, Float[np.ndarray, " tokens"]]:
+        """Image id -> activations on the tokens of the feature's top images, best first."""
+        acts: dict[int, Float[np.ndarray, " tokens"]] = self._heatmaps.acts(feature)
+        return acts
 
     def heatmaps(
         self, feature: int, *, scale: Literal["feature", "image"] = "feature"
@@ -213,12 +249,11 @@ class CardIndex:
         `scale` "feature": fractions of the feature's run-wide maximum; "image": of each image's own.
         """
         row_maximum = self.features[feature].max_act
-        maps = self._heatmaps.acts(feature)
         return {
             image_id: token_heatmap(
                 torch.from_numpy(acts), self.grid, reference=row_maximum if scale == "feature" else float(acts.max())
             )
-            for image_id, acts in maps.items()
+            for image_id, acts in self.acts(feature).items()
         }
 
     def picture(self, image_id: int) -> Image.Image:

@@ -10,7 +10,9 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from fluxsae.artifacts import RunFolder
 from fluxsae.edits import Recipe, SaeSource, SteeringEdit
@@ -78,6 +80,18 @@ class DemoScore:
     """Strength (add) that was best."""
     out_of_distribution: float
     """The larger share of both directions."""
+    label_less: float | None = None
+    """How much nearer the picture came to the feature's label when turned down, in CLIP cosine: below 0 if it shows
+    what its name says. None without a label or CLIP."""
+    label_more: float | None = None
+    """The same when it is turned up: above 0 if it shows what its name says."""
+
+    @property
+    def worth(self) -> float:
+        """By which images of one feature compare: the score times what CLIP sees of the label going and coming."""
+        if self.label_less is None or self.label_more is None:
+            return self.score
+        return self.score * max(0.0, min(-self.label_less, self.label_more))
 
 
 @dataclass(frozen=True)
@@ -288,6 +302,24 @@ def grid_row(
     return GridRow(feature, label or "no label", detail, cells)
 
 
+def candidate_images(
+    scores: Float[Tensor, " images"], prompts: Sequence[str], *, label: str, n_wanted: int
+) -> list[int]:
+    """Images to turn a feature in, from those where it fires strongest down to a weak one, evenly over their ranks.
+
+    Where prompts have every word of its label, only theirs: a demo shows what its name says. And of these the quarter
+    that says most: what a prompt leaves open drifts with any edit.
+    """
+    ranked = torch.argsort(scores, descending=True, stable=True)[: int((scores > 0).sum())].tolist()
+    words = {image: prompts[image].lower().split() for image in ranked}
+    name = set(label.lower().replace(",", " ").split())
+    named = [image for image in ranked if name and name <= set(words[image])] or ranked
+    told = set(sorted(named, key=lambda image: -len(words[image]))[: max(n_wanted, len(named) // 4)])
+    named = [image for image in named if image in told]
+    places = np.linspace(0, max(0, len(named) - 1) * 0.75, min(n_wanted, len(named)))
+    return [named[int(place)] for place in dict.fromkeys(places.round().astype(int).tolist())]
+
+
 @dataclass(eq=False)
 class _Search:
     """The search at one hook point and what it keeps in the work folder."""
@@ -321,19 +353,23 @@ class _Search:
         """Measures one feature on one image and keeps the score."""
         baseline = self._stored_baseline(image_id)
         variants, measured = self._sweep(feature, image_id, baseline)
+        images = [variant.image for variant in variants]
         if baseline is None:
-            write_bytes(self._baseline_path(image_id), _png(variants[0].image))
+            write_bytes(self._baseline_path(image_id), _png(images[0]))
             measured = measured[1:]
-        self.done[feature, image_id] = self._score(measured)
+        else:
+            images = [baseline, *images]
+        self.done[feature, image_id] = self._with_label(feature, self._score(measured), images)
         self._save_checkpoint()
 
     def write_demos(self) -> list[SteeringDemo]:
         """The best image of every feature whose turning shows, as demos in the run folder."""
         demos = []
         for feature in self.features:
-            best = max(self._images_of(feature), key=lambda image_id: self.done[feature, image_id].score)
-            if self.done[feature, best].score > self.config.least_score:
-                demos.append(self._demo(feature, best, self.done[feature, best]))
+            scores = {image_id: self.done[feature, image_id] for image_id in self._images_of(feature)}
+            best = max(scores, key=lambda image_id: (scores[image_id].worth, scores[image_id].score))
+            if scores[best].score > self.config.least_score:
+                demos.append(self._demo(feature, best, scores[best]))
         demos.sort(key=lambda demo: -demo.score.score)
         self.run.save_demos(self.place, [json.dumps(demo.to_dict()) for demo in demos])
         named = {self.run.demo_image_path(self.place, demo.image) for demo in demos}
@@ -342,22 +378,11 @@ class _Search:
         return demos
 
     def _images_of(self, feature: int) -> list[int]:
-        """Images from the strongest down to a weak one, evenly over the ranks of those where the feature fires.
-
-        Where prompts name its label, only theirs: a demo shows what its name says.
-        """
-        own = self.scores.feature(feature)
-        ranked = torch.argsort(own, descending=True, stable=True)[: int((own > 0).sum())].tolist()
-        if not ranked:
+        label, n_wanted = self.labels.get(feature, ""), self.config.n_candidates
+        found = candidate_images(self.scores.feature(feature), self.images.prompts, label=label, n_wanted=n_wanted)
+        if not found:
             raise FluxSaeError(f"Feature {feature} of {self.place} fires in none of the run's images; choose another.")
-        ranked = [image_id for image_id in ranked if self._is_named(feature, image_id)] or ranked
-        places = np.linspace(0, max(0, len(ranked) - 1) * 0.75, min(self.config.n_candidates, len(ranked)))
-        return [ranked[int(place)] for place in dict.fromkeys(places.round().astype(int).tolist())]
-
-    def _is_named(self, feature: int, image_id: int) -> bool:
-        """Whether an image's prompt has every word of the feature's label; false without a label."""
-        words = set(self.labels.get(feature, "").lower().replace(",", " ").split())
-        return bool(words) and words <= set(self.images[image_id].prompt.lower().split())
+        return found
 
     def _variants(self, feature: int) -> list[tuple[SteeringEdit, ...]]:
         config = self.config
@@ -391,6 +416,23 @@ class _Search:
         less = list(zip(self.config.suppress, measured[:n_less], strict=True))
         return demo_score(less, list(zip(self.config.amplify, measured[n_less:], strict=True)))
 
+    def _with_label(self, feature: int, score: DemoScore, images: Sequence[Image.Image]) -> DemoScore:
+        """The score with what CLIP sees of the feature's label in the pictures; the first image is unedited."""
+        if self.embedder is None or feature not in self.labels:
+            return score
+        label = self.embedder.embed_texts([self.labels[feature]])[0]
+        shown = self.embedder.embed_images([images[place] for place in self._places(score).values()])
+        less, before, more = (shown @ label).tolist()
+        return replace(score, label_less=less - before, label_more=more - before)
+
+    def _places(self, score: DemoScore) -> dict[str, int]:
+        """Which variants show the feature turned down, not at all and up; the first variant is unedited."""
+        return {
+            "less": 1 + self.config.suppress.index(score.suppress),
+            "before": 0,
+            "more": 1 + len(self.config.suppress) + self.config.amplify.index(score.amplify),
+        }
+
     def _limits(self, feature: int) -> TokenLimits:
         if self.limits is None:
             self.limits = load_limits(self.run, self.place) or self._measure_limits(feature)
@@ -415,11 +457,7 @@ class _Search:
     def _demo(self, feature: int, image_id: int, score: DemoScore) -> SteeringDemo:
         row = self.images[image_id]
         variants, measured = self._sweep(feature, image_id, None)
-        chosen = {
-            "less": 1 + self.config.suppress.index(score.suppress),
-            "before": 0,
-            "more": 1 + len(self.config.suppress) + self.config.amplify.index(score.amplify),
-        }
+        chosen = self._places(score)
         name = f"feature-{feature}"
         strip = join_pictures([variants[place].image for place in chosen.values()])
         webp = encode_webp(strip, longest_side=3 * self.config.picture_side, quality=92)
@@ -449,8 +487,9 @@ class _Search:
     def _identity(self) -> str:
         """Changes whenever an earlier measurement would not be comparable."""
         asked = replace(self.config, n_candidates=1, picture_side=1)
+        judges = (self.distance.name, self.embedder.name if self.embedder is not None else None)
         weights = {name: float(tensor.double().sum()) for name, tensor in self.sae.state_dict().items()}
-        parts = [asdict(asked), self.settings.to_dict(), weights, self.distance.name, list(flux_identity(self.pipe))]
+        parts = [asdict(asked), self.settings.to_dict(), weights, judges, list(flux_identity(self.pipe))]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

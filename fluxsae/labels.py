@@ -1,18 +1,23 @@
 """Names for features without a language model: words enriched in captions, phrases near in CLIP's space."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 from scipy.special import gammaln, logsumexp
 from scipy.stats import norm
 from torch import Tensor
 
 from fluxsae.selection import SelectionConfig, label_images, prompt_groups
+
+CURVE_LEVELS = np.linspace(0.0, 1.0, 11)
+"""Shares of a feature's highest score at which `label_curve` tells how far to trust its name."""
+_CURVE_WIDTH, _CURVE_PRIOR, _CURVE_BINS = 0.1, 4.0, 100
 
 STOP_WORDS = frozenset(
     {"a", "an", "the", "of", "on", "in", "at", "and", "or", "with", "to", "by", "for", "from", "is", "are", "it", "its"}
@@ -102,6 +107,31 @@ class CaptionLabeller:
         found = [self.terms[term] for term in seen]
         order = sorted(np.flatnonzero(p_values < 0.05), key=lambda i: (round(float(log_p[i]), 6), -len(found[i])))
         return [Label(found[i], float(lift[i]), float(p_values[i]), float(delta[i]), self.name) for i in order[:8]]
+
+    def holds(self, text: str) -> np.ndarray | None:
+        """For each image whether its caption has this term; None for a text that is no term of the captions."""
+        at = bisect_left(self.terms, text)
+        if at == len(self.terms) or self.terms[at] != text:
+            return None
+        found: np.ndarray = self.presence[:, [at]].toarray().ravel()[self.groups.numpy()] > 0
+        return found
+
+
+def label_curve(scores: Float[np.ndarray, " images"], holds: Bool[np.ndarray, " images"]) -> list[float]:
+    """How far to trust a feature's name at `CURVE_LEVELS` of its highest score: 0 is chance, 1 certainty.
+
+    A feature that barely fires often means nothing of what it is named after. So at each level: the share of images
+    scored near it whose captions hold the name, above the share in all images; never lower at a higher level.
+    """
+    shares, base = scores / max(float(scores.max()), 1e-12), float(holds.mean())
+    fires = shares > 0
+    bins = np.minimum((shares[fires] * _CURVE_BINS).astype(np.int64), _CURVE_BINS - 1)
+    n_near, n_held = (np.bincount(bins, weights=w, minlength=_CURVE_BINS) for w in (None, holds[fires]))
+    centres = (np.arange(_CURVE_BINS) + 0.5) / _CURVE_BINS
+    near = np.exp(-0.5 * np.square((CURVE_LEVELS[:, None] - centres) / _CURVE_WIDTH))
+    held = (near @ n_held + _CURVE_PRIOR * base) / (near @ n_near + _CURVE_PRIOR)
+    lift = np.clip((held - base) / max(1.0 - base, 1e-12), 0.0, 1.0)
+    return [float(value) for value in np.maximum.accumulate(lift)]
 
 
 def enrichment_log_p(

@@ -32,6 +32,11 @@ MAX_DENOISING_ERROR_RATIO: Final = 1.5
 Of 223 pictures of the miniature, judged by eye, 12 % of the sound and 93 % of the broken ones lie beyond this bound or
 the one above; the one above alone tells 7 % and 43 %. The bound was chosen on these pictures.
 """
+SAFE_UP_TO: Final = {
+    "out_of_distribution": MAX_OUT_OF_DISTRIBUTION,
+    "denoising_error_ratio": MAX_DENOISING_ERROR_RATIO,
+}
+"""Every bound of what is called safe, by the name of the measurement."""
 _ADDED_DIRECTLY: Final = ("", "ff", "ff_context", "attn", "proj_out")
 
 

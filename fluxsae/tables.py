@@ -190,6 +190,8 @@ class FeatureRow:
     monosemanticity: float | None = None
     label: str | None = None
     label_confidence: float | None = None
+    label_curve: list[float] | None = None
+    """How far to trust the label at 0, 10, ..., 100 % of `max_act`: 0 is chance, 1 certainty."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Columns that this class does not name."""
 

@@ -99,6 +99,11 @@ def turn(page: Page, value: float) -> None:
     )
 
 
+def wait_until_turned(page: Page) -> None:
+    """A feature that was added is shown unturned first."""
+    page.wait_for_function("(document.querySelector('fs-result').data || {}).measurement")
+
+
 def test_the_page_opens_on_a_ready_example_without_generating(visit: Open, served: page_server.Page) -> None:
     page = visit()
     assert page.evaluate("document.querySelector('fs-lab').data.kind") == "example"
@@ -110,10 +115,10 @@ def test_a_prompt_shows_overlays_that_change_with_the_chosen_feature(visit: Open
     page = visit()
     generate(page)
     first, feature = canvas_pixels(page), chosen(page)
-    page.locator("fs-lab .fs-card").nth(1).click()
+    page.locator("fs-lab .fs-card[aria-pressed=false]").first.click()
     assert chosen(page) != feature
     assert canvas_pixels(page) != first
-    page.locator("fs-lab .fs-card").nth(0).click()
+    page.locator(f"fs-lab .fs-card[data-feature='{feature}']").click()
     assert canvas_pixels(page) == first
 
 
@@ -121,13 +126,36 @@ def test_what_fires_is_told_once_a_label_and_the_rest_on_request(visit: Open) ->
     page = visit()
     generate(page)
     cards = page.locator("fs-lab .fs-card")
-    labels = cards.locator(".fs-label").all_inner_texts()
+    labels = cards.locator(".fs-label").all_text_contents()
     assert len(set(labels)) == len(labels)
     page.locator("fs-lab .fs-alike summary").first.click()
     expect(cards).not_to_have_count(len(labels))
     alike = page.locator("fs-lab .fs-alike .fs-card").first
     alike.click()
     assert chosen(page) == int(alike.get_attribute("data-feature") or -1)
+
+
+def test_names_that_are_guesses_stand_folded_behind_the_others(visit: Open) -> None:
+    page = visit()
+    generate(page)
+    told = page.locator("fs-lab .fs-side > .fs-list > .fs-card")
+    assert 4 <= told.count() < page.locator("fs-lab .fs-card").count()
+    assert "a guess" not in " ".join(told.all_inner_texts()[4:])
+    fold = page.locator("fs-lab .fs-side > .fs-list > details", has_text="their names are guesses here")
+    hidden = fold.locator(".fs-card").first
+    expect(hidden).not_to_be_visible()
+    fold.locator("summary").first.click()
+    expect(hidden).to_contain_text("a guess")
+
+
+def test_a_surprise_is_made_and_told(visit: Open) -> None:
+    page = visit()
+    before = page.evaluate("document.querySelector('fs-lab').data.prompt")
+    page.locator("#heatmap-surprise").click()
+    page.wait_for_function("document.querySelector('fs-lab').data.kind === 'live'")
+    prompt = page.evaluate("document.querySelector('fs-lab').data.prompt")
+    expect(page.locator("#heatmap-prompt textarea")).to_have_value(prompt)
+    assert prompt != before or page.evaluate("document.querySelector('fs-lab').data.features.length") > 0
 
 
 def test_opacity_threshold_scale_and_steps_redraw_the_heat(visit: Open) -> None:
@@ -157,12 +185,12 @@ def test_a_patch_answers_to_mouse_and_keyboard(visit: Open) -> None:
     page.locator(".fs-stage").hover(position={"x": 200, "y": 200})
     expect(page.locator(".fs-stage .fs-tip")).to_contain_text("patch")
     page.locator(".fs-stage").click(position={"x": 200, "y": 200})
-    page.wait_for_selector("fs-patch section")
-    before = page.locator("fs-patch h3").inner_text()
+    page.wait_for_selector(".fs-patch")
+    before = page.locator(".fs-patch h2").inner_text()
     page.locator(".fs-stage").focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    expect(page.locator("fs-patch h3")).not_to_have_text(before)
+    expect(page.locator(".fs-patch h2")).not_to_have_text(before)
 
 
 def test_unknown_words_are_named_and_a_blank_prompt_is_refused_keeping_the_result(visit: Open) -> None:
@@ -293,7 +321,7 @@ def test_steering_turns_a_feature_and_a_link_opens_the_same(visit: Open) -> None
     page.locator("#steer-prompt textarea").fill(PROMPT)
     add_feature(page)
     turn(page, 0.75)
-    page.wait_for_selector("fs-result section")
+    wait_until_turned(page)
     result = page.evaluate(
         "(({before, after, link}) => ({before, after, link}))(document.querySelector('fs-result').data)"
     )
@@ -307,12 +335,26 @@ def test_steering_turns_a_feature_and_a_link_opens_the_same(visit: Open) -> None
     expect(other.locator(".fs-edit output")).to_contain_text("usual strength added")
 
 
+def test_a_feature_that_is_added_shows_its_picture_unturned_and_is_in_view(visit: Open) -> None:
+    page = visit(viewport=PHONE)
+    go_to(page, "Steer")
+    add_feature(page)
+    page.wait_for_selector("fs-result section")
+    expect(page.locator("fs-result")).to_contain_text("Nothing is turned yet")
+    expect(page.get_by_role("button", name="Paint where it acts")).to_be_visible()
+    page.wait_for_timeout(1500)  # scrolling is smooth
+    expect(page.locator("fs-result .fs-ba")).to_be_in_viewport(ratio=0.9)
+    turn(page, 0.5)
+    wait_until_turned(page)
+    expect(page.locator(".fs-edit")).to_be_in_viewport()
+
+
 def test_the_old_result_is_dimmed_until_the_new_one_is_there(visit: Open) -> None:
     page = visit()
     go_to(page, "Steer")
     add_feature(page)
     turn(page, 0.3)
-    page.wait_for_selector("fs-result section")
+    wait_until_turned(page)
     opacity = "getComputedStyle(document.querySelector('#steer-result')).opacity"
     expect(page.locator("#steer-status .fs-status")).to_have_count(0)
     turn(page, 0.4)
@@ -343,7 +385,7 @@ def paint_a_stroke(page: Page) -> None:
     go_to(page, "Steer")
     add_feature(page)
     turn(page, 0.5)
-    page.wait_for_selector("fs-result section")
+    wait_until_turned(page)
     page.get_by_role("button", name="Paint where it acts").click()
     box = page.locator(".fs-paint").bounding_box()
     assert box is not None
@@ -392,7 +434,7 @@ def test_image_and_recipe_are_downloaded_and_the_recipe_loads_again(visit: Open,
     go_to(page, "Steer")
     add_feature(page)
     turn(page, -1)
-    page.wait_for_selector("fs-result section")
+    wait_until_turned(page)
     with page.expect_download() as download:
         page.get_by_role("link", name="Image with recipe").click()
     picture = tmp_path / "steered.png"
@@ -427,7 +469,7 @@ def prepare(page: Page, tab: str) -> None:
     elif tab == "Steer":
         add_feature(page)
         turn(page, 0.5)
-        page.wait_for_selector("fs-result section")
+        wait_until_turned(page)
     page.wait_for_timeout(500)
 
 

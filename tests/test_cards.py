@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import train.select
 from fluxsae.cards import CardIndex, FeatureCard, build_cards, silencing_words, varied
 from fluxsae.errors import FluxSaeError
 from fluxsae.labels import Label
+from fluxsae.tables import FeatureTable
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,31 @@ def test_a_card_of_another_version_is_refused(index: CardIndex) -> None:
 def test_labels_on_the_cards_name_the_true_concepts(index: CardIndex) -> None:
     right = [concept[1] in (index[feature_of(concept)].label or "").split() for concept in CONCEPTS]
     assert np.mean(right) >= 0.9
+
+
+def test_a_label_is_trusted_where_the_feature_fires_strongly(index: CardIndex) -> None:
+    feature = feature_of(("colour", "red"))
+    weak, strong = index.label_confidence_at(np.array([0.05, 1.0]), [feature, feature])
+    assert weak < 0.2
+    assert strong > 0.5
+    every = index.label_confidence_at(np.full(len(index), 1.0))
+    assert every[feature] == strong
+    assert every[0] == 0  # dead, no label
+    assert index.label_confidence_at(np.zeros(len(index))).max() == 0
+    curve = index.features[feature].label_curve
+    assert curve is not None
+    (between,) = index.label_confidence_at(np.array([0.97]), [feature])
+    assert between == pytest.approx(0.3 * curve[9] + 0.7 * curve[10])
+
+
+def test_without_curves_a_label_is_trusted_in_proportion(index: CardIndex) -> None:
+    feature = feature_of(("colour", "red"))
+    older = copy.copy(index)
+    older.__dict__.pop("_label_curves", None)
+    older.features = FeatureTable(index.features.table.drop_columns(["label_curve"]))
+    sure = index[feature].label_confidence
+    assert sure is not None
+    assert older.label_confidence_at(np.array([0.5]), [feature]).tolist() == pytest.approx([0.5 * sure])
 
 
 def test_a_card_holds_the_top_images_in_order_with_their_prompts(selected: Synthetic, index: CardIndex) -> None:

@@ -1,7 +1,9 @@
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +15,16 @@ import train.find_demos
 import train.steer
 import train.steering_grids
 from fluxsae.artifacts import RunFolder, RunInfo
-from fluxsae.demos import DemoConfig, demo_score, describe_edit, edit_direction, find_demos, load_limits, measured_sweep
+from fluxsae.demos import (
+    DemoConfig,
+    candidate_images,
+    demo_score,
+    describe_edit,
+    edit_direction,
+    find_demos,
+    load_limits,
+    measured_sweep,
+)
 from fluxsae.edits import Recipe, SteeringEdit, load_recipes
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import save_tensors
@@ -107,7 +118,24 @@ def test_collateral_and_foreign_tokens_lower_the_score() -> None:
     assert foreign < clean
 
 
+def test_an_image_is_worth_what_clip_sees_of_the_label_between_its_pictures() -> None:
+    score = demo_score([(0.0, measured(0.5, 0.0))], [(1.0, measured(0.5, 0.0))])
+    assert score.worth == score.score
+    assert replace(score, label_less=-0.1, label_more=0.3).worth == pytest.approx(0.1 * score.score)
+    assert replace(score, label_less=0.2, label_more=0.5).worth == 0
+
+
 # The search
+
+
+def test_demos_are_sought_where_prompts_name_the_feature_and_say_most() -> None:
+    prompts = ["a red circle", "a star", "a large red striped circle on the left", "a red ring", "a red circle, a ring"]
+    scores = torch.tensor([5.0, 9.0, 1.0, 4.0, 3.0])
+    assert candidate_images(scores, prompts, label="red", n_wanted=2) == [4, 2]
+    assert candidate_images(scores, prompts, label="red circle", n_wanted=9) == [0, 2]
+    assert candidate_images(scores, prompts, label="", n_wanted=1) == [2]  # the wordiest of all
+    assert candidate_images(scores, prompts, label="blue", n_wanted=5)[0] == 1  # none is named so: the strongest
+    assert candidate_images(torch.zeros(5), prompts, label="red", n_wanted=2) == []
 
 
 def test_demos_that_show_nothing_are_not_kept(run: RunFolder, tiny_flux: FluxPipeline, features: list[int]) -> None:
@@ -183,6 +211,34 @@ def test_a_feature_that_never_fires_is_refused(run: RunFolder, tiny_flux: FluxPi
         pytest.skip("every feature of this random SAE fires")
     with pytest.raises(FluxSaeError, match="fires in none"):
         search(run, tiny_flux, silent[:1])
+
+
+class Reds:
+    """Pictures by their mean colour, every text as red."""
+
+    name = "reds"
+
+    def embed_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        means = [np.asarray(image, dtype=np.float32).mean(axis=(0, 1)) for image in images]
+        return torch.nn.functional.normalize(torch.tensor(np.stack(means)), dim=1)
+
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[1.0, 0.0, 0.0]] * len(texts))
+
+    def unknown_words(self, text: str) -> list[str]:
+        return []
+
+
+def test_a_demo_tells_what_clip_sees_of_its_label(
+    run: RunFolder, tiny_flux: FluxPipeline, features: list[int], tmp_path: Path
+) -> None:
+    found = search(copy_of(run, tmp_path), tiny_flux, features, embedder=Reds())
+    assert found
+    for demo in found:
+        pictures = [reproduce(tiny_flux, {PLACE: random_sae()}, demo.recipes[word]).image for word in demo.recipes]
+        less, before, more = Reds().embed_images(pictures)[:, 0].tolist()
+        assert demo.score.label_less == pytest.approx(less - before, abs=1e-4)
+        assert demo.score.label_more == pytest.approx(more - before, abs=1e-4)
 
 
 def test_a_stored_baseline_measures_like_one_in_the_batch(run: RunFolder, tiny_flux: FluxPipeline, features) -> None:

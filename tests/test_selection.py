@@ -7,7 +7,16 @@ from scipy.stats import binom, false_discovery_control, hypergeom
 from synthetic_run import CONCEPTS, FEATURES, SceneEmbedder, Synthetic, build
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.labels import CaptionLabeller, Label, PhraseLabeller, caption_terms, combined_label, enrichment_log_p
+from fluxsae.labels import (
+    CURVE_LEVELS,
+    CaptionLabeller,
+    Label,
+    PhraseLabeller,
+    caption_terms,
+    combined_label,
+    enrichment_log_p,
+    label_curve,
+)
 from fluxsae.selection import (
     SelectionConfig,
     benjamini_hochberg,
@@ -164,6 +173,48 @@ def test_a_word_in_every_top_caption_and_in_no_other_is_the_label() -> None:
     assert best.text == "red thing"
     assert best.confidence == 1.0
     assert best.p_value < 1e-9
+
+
+def test_which_captions_hold_a_term_is_told_image_by_image() -> None:
+    prompts = ["a red star", "a blue star", "a red star", "a red ring", "a blue ring", "a red cross"]
+    labeller = CaptionLabeller(prompts, min_count=2)
+    held = labeller.holds("red")
+    assert held is not None
+    assert held.tolist() == [True, False, True, True, False, True]
+    assert labeller.holds("purple") is None
+    assert labeller.holds("a") is None
+
+
+def curve(scores: np.ndarray, holds: np.ndarray) -> np.ndarray:
+    found = np.array(label_curve(scores, holds))
+    assert len(found) == len(CURVE_LEVELS)
+    assert (np.diff(found) >= 0).all()
+    assert 0 <= found.min() <= found.max() <= 1
+    return found
+
+
+def test_a_name_is_trusted_as_far_as_images_that_fire_so_strongly_bear_it_out() -> None:
+    rng = np.random.default_rng(0)
+    scores = np.where(rng.random(4000) < 0.5, rng.random(4000), 0.0)
+    found = curve(5 * scores, scores > 0.6)  # 0.2 of all images
+    assert found[CURVE_LEVELS <= 0.3].max() == 0
+    assert found[CURVE_LEVELS >= 0.8].min() > 0.95
+    assert 0.3 < found[6] < 0.7
+    half = curve(scores, (scores > 0.6) & (rng.random(4000) < 0.5))
+    assert 0.35 < half[-1] < 0.55  # half of them hold it, 0.1 of all: a lift of (0.5 - 0.1) / 0.9
+
+
+def test_a_name_that_has_nothing_to_do_with_the_activation_is_never_trusted() -> None:
+    rng = np.random.default_rng(1)
+    scores = rng.random(4000)
+    assert curve(scores, rng.random(4000) < 0.3).max() < 0.1
+    assert curve(scores, np.ones(4000, bool)).max() == 0  # what every caption says tells nothing
+    assert curve(np.zeros(50), np.arange(50) < 10).max() == 0
+
+
+def test_few_images_make_no_certainty() -> None:
+    scores = np.array([1.0, 0.98, *[0.0] * 98])
+    assert curve(scores, scores > 0).max() < 0.5
 
 
 def test_weak_images_say_nothing_about_a_label() -> None:

@@ -21,14 +21,14 @@ from PIL import Image
 
 from fluxsae.cards import prompts_without_words
 from fluxsae.demos import DemoConfig
-from fluxsae.edits import SteeringEdit
+from fluxsae.edits import Recipe, SteeringEdit
 from fluxsae.errors import FluxSaeError
 from fluxsae.hookpoints import HookPoint, TokenGrid
 from fluxsae.measurements import MAX_OUT_OF_DISTRIBUTION
 from fluxsae.settings import GenerationSettings
 from fluxsae.ui.desk_gallery import GalleryDesk
 from fluxsae.ui.desk_heatmap import HeatmapDesk
-from fluxsae.ui.desk_steer import STRIP, SteerDesk, SteerJob, safe_turns
+from fluxsae.ui.desk_steer import STRIP, SteerDesk, Steered, SteerJob, safe_turns
 from fluxsae.ui.desk_words import WordsDesk
 from fluxsae.ui.guard import guarded, validator
 from fluxsae.ui.lane import Cancelled, Done, FluxLane, StepDone
@@ -47,7 +47,16 @@ from fluxsae.ui.requests import (
 )
 from fluxsae.ui.session import ReadJob, ResultCache, Workbench, open_workbench
 from fluxsae.ui.snippets import snippets
-from fluxsae.ui.views import decode_view, encode_view, features_at, ranked_features, view_of, with_alike
+from fluxsae.ui.views import (
+    decode_view,
+    encode_view,
+    features_at,
+    first_thing,
+    ranked_features,
+    standing_out,
+    view_of,
+    with_alike,
+)
 from fluxsae.ui.visitors import WINDOW, VisitorLimits
 
 EARLY, LATE = whole_run.EARLY, whole_run.LATE
@@ -312,6 +321,56 @@ def test_means_are_over_patches_and_steps() -> None:
     assert maps.means(6).tolist() == [0, 1, 0, 0]
 
 
+def test_a_spread_is_the_share_of_patches_above_half_the_peak() -> None:
+    values = np.array([[[4.0, 1.0], [2.5, 1.0], [1.0, 0.0], [0.0, 0.0]]])
+    indices = np.array([[[1, 2], [1, 2], [1, 0], [1, 0]]])
+    maps = SparseMaps((2,), (0.9,), (2,), values, indices, n_features=4)
+    assert maps.spreads(None).tolist() == [0, 0.5, 0.5, 0]
+
+
+def test_what_glows_on_a_speck_or_everywhere_stands_out_less() -> None:
+    speck, thing, everywhere = standing_out(np.array([0.01, 0.15, 0.6]), np.array([0.01, 0.2, 0.9]))
+    assert thing > speck
+    assert thing > everywhere
+
+
+def test_heat_is_first_shown_on_a_thing_not_on_its_background() -> None:
+    told = [{"feature": n, "label": label} for n, label in enumerate(["brown background", None, "red"])]
+    assert first_thing(told[:1]) == 0
+    assert first_thing([told[0], told[2]]) == 2
+    assert first_thing([]) is None
+
+
+def test_a_surprise_is_an_image_of_the_run(bench: Workbench) -> None:
+    prompt, seed = HeatmapDesk(bench).surprise()
+    assert (prompt, seed) in zip(bench.images.prompts, bench.images.seeds, strict=True)
+
+
+def test_the_miniatures_words_are_told_and_anothers_are_not(bench: Workbench, tmp_path: Path) -> None:
+    words = bench.vocabulary.replace(";", "").split()
+    assert {"heart", "cyan", "dotted", "small", "bottom", "brown"} <= set(words)
+    assert Workbench(whole_run.build(tmp_path / "run", flux_id="someone/flux")).vocabulary == ""
+
+
+def test_a_patch_tells_each_label_once_and_the_rest_of_it_behind(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = bench.cards[LATE]
+    labels = [None, "red", "red", "red", "blue", *[None] * (len(cards) - 5)]
+    monkeypatch.setattr(cards, "labels", labels)
+    monkeypatch.setattr(cards, "features", cards.features.with_columns({"label": labels}))
+    values, indices = np.full((1, 1, 4), 2.0), np.array([[[1, 2, 3, 4]]])
+    maps = SparseMaps((4,), (0.8,), (4,), values, indices, len(cards))
+    shown = replace(reading(), grid=TokenGrid(1, 1), maps={LATE: maps})
+    monkeypatch.setattr(bench, "read", lambda *_: iter([Done(shown)]))
+    request = {"prompt": "a circle", "hookpoint": LATE, "seed": 0, "num_inference_steps": 20}
+    *_, done = HeatmapDesk(bench).patch(request, {"row": 0, "column": 0, "step": None})
+    told = [feature["label"] for feature in done.value["features"]]
+    assert sorted(told[:2]) == ["blue", "red"]
+    assert told[2:] == ["red", "red"]
+    assert {key: done.value[key] for key in request} == request
+
+
 def test_features_of_one_label_stand_together_behind_the_most_telling() -> None:
     ranked = [
         {"feature": n, "label": label} for n, label in enumerate(["red", "star", None, "red", "blue", None, "red"])
@@ -409,6 +468,54 @@ def test_an_edit_that_no_slider_stands_for_is_refused_not_bent(bench: Workbench,
     desk = SteerDesk(bench)
     with pytest.raises(FluxSaeError, match=f"No slider stands for {mode} {strength:g}"):
         desk.sliders([SteeringEdit(HookPoint.parse(LATE), 3, mode, strength)])
+
+
+def test_a_feature_that_was_just_added_is_shown_unturned_with_one_image(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[SteerJob] = []
+
+    def cached(job: SteerJob) -> Any:
+        asked.append(job)
+        recipe = Recipe("a circle", 0, GenerationSettings(height=16, width=16), "miniature", batch=((),) * 3)
+        yield Done(Steered((Image.new("RGB", (16, 16)),) * 3, (recipe,) * 3, (None,) * 3))
+
+    monkeypatch.setattr(bench, "cached", cached)
+    desk = SteerDesk(bench)
+    page = desk.add({"hookpoint": LATE, "feature": 3}, {"edits": []})
+    assert page["added"]
+    assert [edit["turn"] for edit in page["edits"]] == [0]
+    *_, done = desk.turn("a circle", 0, 20, {"edits": page["edits"]})
+    assert asked[0].variants == ((), (), ())
+    assert done.value["words"] == ["Nothing is turned yet: move a slider."]
+    assert done.value["measurement"] is None
+    view = decode_view(done.value["link"])
+    assert [(edit["feature"], edit["strength"]) for edit in view["edits"]] == [(3, 0)]
+
+
+def demo_of(feature: int, less: float, label_less: float | None) -> dict[str, Any]:
+    edit = SteeringEdit(HookPoint.parse(LATE), feature, "scale", 0.0)
+    recipe = Recipe("a circle", 1, GenerationSettings(height=16, width=16), "miniature", batch=((edit,),))
+    score = {"less": less, "collateral": 0.2, "out_of_distribution": 0.0, "label_less": label_less}
+    recipes = dict.fromkeys(("less", "before", "more"), recipe.to_dict())
+    return {"feature": feature, "image": "none", "score": score, "recipes": recipes}
+
+
+def test_starters_are_the_clear_demos_in_which_clip_sees_the_label_go(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demos = [
+        demo_of(1, 0.3, -0.2),
+        demo_of(2, 0.9, -0.01),  # far, but what its name says stays
+        demo_of(3, 0.6, -0.1),
+        demo_of(4, 0.02, -0.2),  # nothing to see
+        demo_of(5, 0.2, None),  # made without CLIP
+        demo_of(6, 0.5, 0.3),  # comes nearer to its label
+    ]
+    monkeypatch.setattr(bench.run, "load_demos", lambda name: demos if str(name) == LATE else [])
+    monkeypatch.setattr(bench.run, "demo_image_path", lambda *_: Path("none"))
+    started = SteerDesk(bench).starters()
+    assert [starter["edits"][0]["feature"] for starter in started] == [3, 1, 5]
 
 
 def test_the_strip_holds_the_strengths_that_demos_use(bench: Workbench) -> None:

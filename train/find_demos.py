@@ -18,7 +18,7 @@ from fluxsae.demos import DemoConfig, SteeringDemo, find_demos
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import load_flux
 from fluxsae.hookpoints import HookPoint
-from fluxsae.perceptual import load_distance, load_embedder
+from fluxsae.perceptual import ImageEmbedder, load_distance, load_embedder
 from fluxsae.sae import SparseAutoencoder
 from train.stages import StageResult, run_stage
 
@@ -91,7 +91,7 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
             saes,
             features,
             distance=load_distance(config.distance, device=str(pipe.device)),
-            embedder=load_embedder("miniature") if info.flux_id == "miniature" else None,
+            embedder=_embedder(run),
             config=config.search,
             max_batch=config.max_batch,
             on_candidate=lambda done, total: _advance(bar, done, total),
@@ -100,6 +100,17 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
         print(f"{place}: {len(demos)} demos of {len(features[place])} features")
         for demo in demos[:8]:
             print(_line(demo))
+
+
+def _embedder(run: RunFolder) -> ImageEmbedder | None:
+    """The CLIP model that embedded the run's images, where it can be had."""
+    if not run.embeddings_path.is_file():
+        return None
+    try:
+        return load_embedder(run.load_embeddings().model)
+    except FluxSaeError as error:
+        print(f"demos are chosen without CLIP: {error}")
+        return None
 
 
 def _advance(bar: Any, done: int, total: int) -> None:

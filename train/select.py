@@ -18,7 +18,16 @@ from torch.nn.functional import normalize
 from fluxsae.artifacts import RunFolder
 from fluxsae.errors import FluxSaeError
 from fluxsae.hookpoints import HookPoint
-from fluxsae.labels import CaptionLabeller, Label, Labeller, PhraseLabeller, caption_vocabulary, combined_label
+from fluxsae.labels import (
+    CURVE_LEVELS,
+    CaptionLabeller,
+    Label,
+    Labeller,
+    PhraseLabeller,
+    caption_vocabulary,
+    combined_label,
+    label_curve,
+)
 from fluxsae.perceptual import load_embedder
 from fluxsae.scores import ScoreMatrix
 from fluxsae.selection import (
@@ -112,6 +121,7 @@ def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], con
     judged = feature_coherence(scores, embeddings, prompts, config=config.selection)
     named = [[labeller.label(column) for labeller in labellers] for column in scores.T.contiguous()]
     best = [combined_label(labels) for labels in named]
+    captions = next(labeller for labeller in labellers if isinstance(labeller, CaptionLabeller))
     groups = prompt_groups(prompts)
     silent = [
         nearest_silent_images(column, embeddings, top_unique(column, groups, n=config.selection.top_images)).tolist()
@@ -121,12 +131,29 @@ def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], con
         **_coherence_columns(judged, config.selection.max_q),
         "label": [label.text if label else None for label in best],
         "label_confidence": [label.confidence if label else None for label in best],
+        "label_curve": _label_curves(scores.numpy(), best, captions),
         "caption_words": [[label.text for label in labels[-2]] for labels in named],
         "clip_phrases": [[label.text for label in labels[-1]] for labels in named],
         "silent_images": [images[: config.n_silent] for images in silent],
     }
     run.save_features(hookpoint, run.load_features(hookpoint).with_columns(columns))
     _report(hookpoint, judged, best, config.selection.max_q)
+
+
+def _label_curves(
+    scores: Float[np.ndarray, "images features"], labels: Sequence[Label | None], captions: CaptionLabeller
+) -> list[list[float] | None]:
+    """How far to trust each name at each level; a name that captions never hold is trusted in proportion."""
+    curves: list[list[float] | None] = []
+    for label, column in zip(labels, scores.T, strict=True):
+        holds = captions.holds(label.text) if label else None
+        if label is None:
+            curves.append(None)
+        elif holds is None:
+            curves.append([float(value) for value in label.confidence * CURVE_LEVELS])
+        else:
+            curves.append(label_curve(column, holds))
+    return curves
 
 
 def _coherence_columns(judged: FeatureCoherence, max_q: float) -> dict[str, list[Any]]:

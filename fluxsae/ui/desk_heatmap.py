@@ -1,19 +1,22 @@
 """What the Heatmap tab and its endpoints ask for: readings turned into pages and JSON."""
 
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fluxsae.cards import varied
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui import views
 from fluxsae.ui.lane import Done, StepDone
 from fluxsae.ui.reading import Reading
-from fluxsae.ui.requests import FeatureRequest, FeaturesAtRequest, HeatmapRequest
+from fluxsae.ui.requests import MAX_RESULTS, FeatureRequest, FeaturesAtRequest, HeatmapRequest
 from fluxsae.ui.session import Workbench
 from fluxsae.ui.snippets import snippets
 
 SHOWN = 10
 """Cards beside the image."""
-PATCH_SHOWN = 8
+PATCH_SHOWN = 6
+"""Lines about a patch, each of another label as far as there are."""
 
 
 class HeatmapDesk:
@@ -36,6 +39,12 @@ class HeatmapDesk:
     def example_request(self) -> dict[str, Any]:
         """The example's values, for questions about its patches."""
         return self._values(self.example_prompt, self.limits.default_hookpoint, self.example_seed, None)
+
+    def surprise(self) -> tuple[str, int]:
+        """Prompt and seed of some image of the run."""
+        images = self.bench.images
+        row = random.randrange(len(images))
+        return images.prompts[row], images.seeds[row]
 
     def show(self, prompt: Any, hookpoint: Any, seed: Any, steps: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
         """Steps, then the page's data for a prompt."""
@@ -86,7 +95,7 @@ class HeatmapDesk:
             column=place.get("column"),
             limit=PATCH_SHOWN,
         )
-        for event in self.features_at(request):
+        for event in self.features_at(request.model_copy(update={"limit": MAX_RESULTS})):
             yield Done(self._patch(request, event.value)) if isinstance(event, Done) else event
 
     def compare(
@@ -148,11 +157,17 @@ class HeatmapDesk:
         }
 
     def _patch(self, request: FeaturesAtRequest, features: list[dict[str, Any]]) -> dict[str, Any]:
+        labels = self.bench.cards[request.hookpoint].labels
+        ranked = {feature["feature"]: feature for feature in features}
+        told = views.with_alike([ranked[f] for f in varied(list(ranked), labels)], PATCH_SHOWN)
         return {
             "row": request.row,
             "column": request.column,
+            "prompt": request.prompt,
+            "seed": request.seed,
+            "num_inference_steps": request.num_inference_steps,
             "hookpoint": request.hookpoint,
-            "features": [views.chip(feature) for feature in sorted(features, key=lambda f: -f["relative"])],
+            "features": [views.chip(feature) for feature in told],
             "code": snippets("features_at", request.model_dump(), "features"),
         }
 

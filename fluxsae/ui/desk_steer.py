@@ -32,8 +32,10 @@ MAX_PAGE_EDITS = 6
 SUGGESTED = 14
 MAX_STARTERS = 6
 CONTROL_SEED = 0
-LEAST_CLARITY = 0.02
+LEAST_CLARITY = 0.04
 """Of a demo's suppressed side, from which a change is seen at a glance."""
+SEEN = 0.15
+"""Share of the best demo's loss of its label, as CLIP sees it, from which a starter shows what its name says."""
 FAINT = 0.05
 """Share of the distance between unrelated images below which a result is said to have changed little."""
 EMBEDDED_RUN = "fluxsae/miniature/run"
@@ -110,7 +112,7 @@ class SteerJob:
     def _measured(
         self, bench: Workbench, images: Sequence[Image.Image], recorded: Sequence[Any]
     ) -> tuple[dict[str, Any] | None, ...]:
-        from fluxsae.measurements import measure_edit
+        from fluxsae.measurements import SAFE_UP_TO, measure_edit
         from fluxsae.naturalness import denoising_errors
 
         errors = denoising_errors(bench.pipe, images, bench.settings(self.num_inference_steps))
@@ -127,8 +129,14 @@ class SteerJob:
                 prompt=self.prompt,
                 denoising_errors=(errors[0], error),
             )
-            typical = {"distance_of_unrelated": bench.unrelated_distance, "is_safe": measured.is_safe}
-            values.append({**measured.to_dict(), **typical})
+            values.append(
+                {
+                    **measured.to_dict(),
+                    "distance_of_unrelated": bench.unrelated_distance,
+                    "is_safe": measured.is_safe,
+                    "safe_up_to": dict(SAFE_UP_TO),
+                }
+            )
         return tuple(values)
 
 
@@ -215,13 +223,14 @@ class SteerDesk:
     @functools.cache  # noqa: B019 - one desk a page, for as long as it is served
     def starters(self) -> list[dict[str, Any]]:
         """Recipes that work, from the run's steering demos: turned down, each label once, the clearest first."""
+        demos = [(name, demo) for name in reversed(self.bench.hookpoints) for demo in self.bench.run.load_demos(name)]
+        made = [starter for name, demo in demos if (starter := self._starter(name, demo)) is not None]
+        gone = [starter["gone"] for starter in made if starter["gone"] is not None]
+        seen = [starter for starter in made if starter["gone"] is None or starter["gone"] >= SEEN * max(gone)]
         found: dict[str, dict[str, Any]] = {}
-        for name in reversed(self.bench.hookpoints):
-            made = [self._starter(name, demo) for demo in self.bench.run.load_demos(name)]
-            for starter in sorted(filter(None, made), key=lambda starter: starter["clarity"], reverse=True):
-                if len(found) < MAX_STARTERS:
-                    found.setdefault(starter["label"], starter)
-        return list(found.values())
+        for starter in sorted(seen, key=lambda starter: -starter["clarity"]):
+            found.setdefault(starter["label"], starter)
+        return list(found.values())[:MAX_STARTERS]
 
     def begin(self, chosen: Any) -> tuple[str, int, int, dict[str, Any]]:
         """Prompt, seed, steps and sliders of a starter."""
@@ -242,7 +251,7 @@ class SteerDesk:
             if len(edits) >= MAX_PAGE_EDITS:
                 raise FluxSaeError(f"There are {len(edits)} features on the sliders already; take one away first.")
             edits = [*edits, self._slider(request.hookpoint, request.feature)]
-        return {**self._frame(), "edits": edits}
+        return {**self._frame(), "edits": edits, "added": True}
 
     def follow(self, chosen: Mapping[str, Any], state: Any) -> dict[str, Any] | None:
         """The sliders with a feature that another tab sent here; None for one that was only looked at."""
@@ -273,7 +282,9 @@ class SteerDesk:
         request = SteerRequest.parse(
             self.limits, prompt=prompt, edits=[edit.to_dict() for edit in edits], seed=seed, num_inference_steps=steps
         )
-        for event in self._run([(), request.edits, request.edits], request, control=2):
+        is_turned = not all(edit.is_identity for edit in edits)
+        variants = [(), request.edits, request.edits] if is_turned else [()] * 3  # nothing turned: every step is shared
+        for event in self._run(variants, request, control=2):
             yield Done(self._result(request, event.value, state)) if isinstance(event, Done) else event
 
     def strip(self, prompt: Any, seed: Any, steps: Any, state: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
@@ -391,6 +402,7 @@ class SteerDesk:
 
     def _result(self, request: SteerRequest, steered: Steered, state: Any) -> dict[str, Any]:
         before, after, random = steered.images
+        is_turned = bool(steered.recipes[1].edits)
         recipe = steered.recipes[1]
         values = {
             "prompt": request.prompt,
@@ -401,15 +413,16 @@ class SteerDesk:
         return {
             "prompt": request.prompt,
             "seed": request.seed,
+            "picture": _picture_of(recipe),
             "rows": self.limits.rows,
             "cols": self.limits.cols,
             "region": common_region(request.edits),
             "before": views.image_url(before),
             "after": views.image_url(after),
             "random": views.image_url(random),
-            "words": [result_words(slider, self._edit(slider)) for slider in self._edits_of(state)],
-            "measurement": steered.measurements[1],
-            "random_measurement": steered.measurements[2],
+            "words": result_words([(slider, self._edit(slider)) for slider in self._edits_of(state)]),
+            "measurement": steered.measurements[1] if is_turned else None,
+            "random_measurement": steered.measurements[2] if is_turned else None,
             "png": base64.b64encode(png_bytes(after, [recipe])).decode("ascii"),
             "recipe": recipe.to_dict(),
             "link": views.encode_view({"tab": "steer", **values}),
@@ -440,6 +453,9 @@ class SteerDesk:
         return {
             "hookpoint": slider["hookpoint"],
             "feature": slider["feature"],
+            "steps": slider.get("steps"),
+            "region": slider.get("region"),
+            "picture": _picture_of(steered.recipes[0]),
             "colour": feature_colour(slider.get("label")),
             "label": slider.get("label"),
             "cells": cells,
@@ -452,7 +468,7 @@ class SteerDesk:
             sliders = [self._slider_of(edit) for edit in recipe.edits]
             panels = [_panel(demo["recipes"][side]) for side in ("less", "before", "more")]
             picture = self.bench.run.demo_image_path(hookpoint, demo["image"])
-            clear = clarity(demo["score"])
+            clear, label_less = clarity(demo["score"]), demo["score"].get("label_less")
             if clear < LEAST_CLARITY:
                 return None
         except (KeyError, FluxSaeError):
@@ -461,6 +477,7 @@ class SteerDesk:
         return {
             "title": f"Less {label}",
             "clarity": clear,
+            "gone": None if label_less is None else -label_less,
             "label": label,
             "pictures": _strip_pictures(picture) if picture.is_file() else [],
             "panels": panels,
@@ -472,9 +489,14 @@ class SteerDesk:
         }
 
 
-def clarity(score: Mapping[str, float]) -> float:
+def _picture_of(recipe: Recipe) -> list[Any]:
+    """What an unedited picture is made of: a safe range holds for it alone."""
+    return [recipe.prompt, recipe.seed, recipe.settings.num_inference_steps]
+
+
+def clarity(score: Mapping[str, Any]) -> float:
     """How clearly a demo of this score shows its feature being taken away: far, with little else changed or odd."""
-    return score["less"] * (1 - score["collateral"]) * (1 - score["out_of_distribution"])
+    return float(score["less"] * (1 - score["collateral"]) * (1 - score["out_of_distribution"]))
 
 
 def _strip_pictures(path: Path) -> list[str]:
@@ -502,10 +524,14 @@ def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
     return f"{name}: {edit.mode} {edit.strength:.2g}"
 
 
-def result_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
-    """An edit in plain words, with where it acted if that was painted."""
-    words = edit_words(slider, edit)
-    return words if edit.region is None or edit.is_identity else f"{words}, in the painted region"
+def result_words(turned: Sequence[tuple[Mapping[str, Any], SteeringEdit]]) -> list[str]:
+    """Edits in plain words, with where they acted if that was painted."""
+    if turned and all(edit.is_identity for _, edit in turned):
+        return ["Nothing is turned yet: move a slider."]
+    return [
+        edit_words(slider, edit) + (", in the painted region" if edit.region and not edit.is_identity else "")
+        for slider, edit in turned
+    ]
 
 
 def common_region(edits: Sequence[SteeringEdit]) -> Any:

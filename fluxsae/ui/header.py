@@ -20,9 +20,9 @@ def header_html(bench: Workbench) -> str:
     """Name, one sentence, and the facts: FLUX, hook points, run, device."""
     facts = {
         "FLUX": flux_words(bench),
+        "Device": "GPU" if bench.device == "cuda" else "CPU",
         "Looking at": ", ".join(f"{bench.word(name)} = {name}" for name in bench.hookpoints),
         "Run": bench.source,
-        "Device": "GPU" if bench.device == "cuda" else "CPU",
     }
     terms = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in facts.items())
     notice = f'<p class="fs-notice" role="status">{escape(bench.notice)}</p>' if bench.notice else ""

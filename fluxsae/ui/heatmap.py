@@ -20,9 +20,15 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
     desk = HeatmapDesk(bench)
     with gr.Row(equal_height=True, elem_classes="fs-ask"):
         prompt = gr.Textbox(
-            desk.example_prompt, label="What should the image show?", max_lines=3, scale=6, elem_id="heatmap-prompt"
+            desk.example_prompt,
+            label="What should the image show?",
+            info=bench.vocabulary or None,
+            max_lines=3,
+            scale=6,
+            elem_id="heatmap-prompt",
         )
-        go = gr.Button("Show what fires", variant="primary", scale=1, min_width=150, elem_id="heatmap-go")
+        go = gr.Button("Show what fires", variant="primary", scale=0, min_width=165, elem_id="heatmap-go")
+        surprise = gr.Button("Surprise me", scale=0, min_width=130, elem_id="heatmap-surprise")
         stop = gr.Button("Stop", scale=0, min_width=80, elem_id="heatmap-stop")
     with gr.Row(elem_classes="fs-settings", elem_id="heatmap-settings"):
         hookpoint = gr.Radio(
@@ -31,9 +37,7 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
             label="Where to look",
             elem_id="heatmap-hook",
         )
-        seed = gr.Number(
-            desk.example_seed, label="Seed", precision=0, minimum=0, min_width=110, info="same seed, same image"
-        )
+        seed = gr.Number(desk.example_seed, label="Seed", precision=0, minimum=0, min_width=110)
         steps = gr.Slider(
             1, bench.limits.max_steps, bench.limits.default_steps, step=1, label="Denoising steps", min_width=160
         )
@@ -44,7 +48,7 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         js_on_load=mount(select="select", patch="submit", steer="edit", page="expand"),
         elem_id="heatmap-lab",
     )
-    patch = gr.HTML(None, html_template=element("fs-patch"), js_on_load=mount(select="select"), elem_id="heatmap-patch")
+    patch = gr.HTML(None, html_template=element("fs-patch"), js_on_load=mount(), elem_id="heatmap-patch")
     with gr.Accordion("Compare with another prompt: what differs?", open=False, elem_id="heatmap-compare"):
         with gr.Row():
             other = gr.Textbox(
@@ -74,58 +78,39 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
     def compare(*values: Any) -> Iterator[Any]:
         yield from with_progress(desk.compare(*values), makes="heatmap-diff")
 
-    running = gr.on(
-        [go.click, prompt.submit],
-        guarded(show, bench.visitors),
-        [prompt, hookpoint, seed, steps],
-        [status, lab, patch, current],
-        show_progress="minimal",
-        show_progress_on=status,
-        concurrency_id=LANE,
-        concurrency_limit=1,
-        api_visibility="private",
+    asked, shown = [prompt, hookpoint, seed, steps], [status, lab, patch, current]
+    lane = {
+        "show_progress": "minimal",
+        "show_progress_on": status,
+        "concurrency_id": LANE,
+        "concurrency_limit": 1,
+        "api_visibility": "private",
+    }
+    running = gr.on([go.click, prompt.submit], guarded(show, bench.visitors), asked, shown, **lane)
+    surprised = surprise.click(guarded(desk.surprise), None, [prompt, seed], **QUIET).success(
+        guarded(show, bench.visitors), asked, shown, **lane
     )
     comparing = gr.on(
         [compare_go.click, other.submit],
         guarded(compare, bench.visitors),
         [prompt, other, hookpoint, seed, steps],
         [status, diff],
-        show_progress="minimal",
-        show_progress_on=status,
-        concurrency_id=LANE,
-        api_visibility="private",
+        **lane,
     )
-    hookpoint.change(
-        guarded(desk.change_hookpoint),
-        [hookpoint, current],
-        [lab, current],
-        **QUIET,
-    )
-    asking = lab.submit(
-        guarded(ask, bench.visitors),
-        current,
-        [status, patch],
-        show_progress="hidden",
-        concurrency_id=LANE,
-        api_visibility="private",
-    )
-    shell.remember(lab, patch, diff)
+    hookpoint.change(guarded(desk.change_hookpoint), [hookpoint, current], [lab, current], **QUIET)
+    asking = lab.submit(guarded(ask, bench.visitors), current, [status, patch], **{**lane, "show_progress": "hidden"})
+    shell.remember(lab, diff)
     shell.open_on(lab.edit, "steer")
     shell.open_on(lab.expand, "gallery")
     shell.follow(lambda chosen: chosen, [], follow)
     follow.select(
         guarded(lambda chosen, values: desk.pin(chosen, values) or gr.skip()), [shell.selection, current], lab, **QUIET
     )
-    linking = shell.open_link("heatmap", desk.linked, [prompt, hookpoint, seed, steps]).submit(
-        guarded(show, bench.visitors),
-        [prompt, hookpoint, seed, steps],
-        [status, lab, patch, current],
-        show_progress_on=status,
-        concurrency_id=LANE,
-        api_visibility="private",
-    )
-    stop.click(lambda: IDLE, None, status, cancels=[running, comparing, asking, linking], **QUIET)
-    for run in (running, comparing, asking, linking):
+    linked = shell.open_link("heatmap", desk.linked, asked)
+    linking = linked.submit(guarded(show, bench.visitors), asked, shown, **lane)
+    runs = [running, surprised, comparing, asking, linking]
+    stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
+    for run in runs:
         end_at_idle(run, status)
 
 

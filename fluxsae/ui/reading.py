@@ -54,6 +54,15 @@ class SparseMaps:
         means: Float[np.ndarray, " n_features"] = totals / (len(chosen) * self.values.shape[1])
         return means
 
+    def spreads(self, step: int | None) -> Float[np.ndarray, " n_features"]:
+        """Share of all patches (and steps) on which each feature fires with more than half of its peak."""
+        chosen, peaks = self._chosen(step), self.peaks(step)
+        strong = self.indices[chosen][self.values[chosen] > 0.5 * peaks[self.indices[chosen]]]
+        spreads: Float[np.ndarray, " n_features"] = np.bincount(strong.ravel(), minlength=self.n_features) / (
+            len(chosen) * self.values.shape[1]
+        )
+        return spreads
+
     def at(self, token: int, step: int | None) -> dict[int, float]:
         """Feature -> activation at one token, of those that fire there."""
         chosen = self._chosen(step)

@@ -18,9 +18,11 @@ from fluxsae.cards import CardIndex
 from fluxsae.errors import FluxSaeError
 from fluxsae.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
+from fluxsae.miniature.scenes import ATTRIBUTES
 from fluxsae.perceptual import ImageEmbedder, PerceptualDistance, load_distance, load_embedder
 from fluxsae.sae import SparseAutoencoder
 from fluxsae.settings import GenerationSettings
+from fluxsae.tables import ImageTable
 from fluxsae.ui.lane import Done, FluxLane, OnStep, StepDone
 from fluxsae.ui.reading import Reading, read_image
 from fluxsae.ui.requests import Limits
@@ -184,12 +186,31 @@ class Workbench:
                 log.warning("LPIPS cannot be had: %s", error)
         return load_distance("random-features", device=self.device)
 
+    @property
+    def images(self) -> ImageTable:
+        """The run's images: prompts, seeds, thumbnails."""
+        return self.cards[self.limits.default_hookpoint].images
+
+    @property
+    def vocabulary(self) -> str:
+        """The words that the miniature knows, kind by kind; empty for a FLUX that reads any."""
+        if not self.is_miniature:
+            return ""
+        kinds = ("shape", "colour", "texture", "size", "position", "background")
+        return "It knows: " + "; ".join(" ".join(ATTRIBUTES[kind]) for kind in kinds) + " background"
+
     @functools.cached_property
     def unrelated_distance(self) -> float | None:
-        """Median distance between two random images of the run, to compare with; None of fewer than two."""
-        images = self.cards[self.limits.default_hookpoint].images
-        chosen = np.random.default_rng(0).permutation(len(images))[: 2 * UNRELATED_PAIRS].tolist()
-        pictures = [images.picture(image) for image in chosen]
+        """Median distance between two images of different prompts, to compare with; None of fewer than two.
+
+        Thumbnails are enlarged to the run's own size, since distances of small and of large pictures differ.
+        """
+        images, size = self.images, (self.info.settings.width, self.info.settings.height)
+        by_prompt = {
+            images.prompts[image]: image for image in np.random.default_rng(0).permutation(len(images)).tolist()
+        }
+        chosen = list(by_prompt.values())[: 2 * UNRELATED_PAIRS]
+        pictures = [images.picture(image).resize(size) for image in chosen]
         half = len(pictures) // 2
         if not half:
             return None

@@ -1,9 +1,9 @@
 """What the page's elements draw, as plain JSON values computed from cards and readings."""
 
 import base64
-import functools
 import json
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,41 +103,49 @@ def summary(cards: CardIndex, feature: int) -> dict[str, Any]:
     }
 
 
-def telling(acts: np.ndarray, cards: CardIndex) -> np.ndarray:
-    """How telling each feature's activation is: the square of its share of the feature's maximum, times its weight."""
-    scores: np.ndarray = np.square(shares_of_maximum(acts, cards)) * weights(cards)
+def telling(acts: np.ndarray, cards: CardIndex, features: Sequence[int] | None = None) -> np.ndarray:
+    """How telling activations of `features` (of all, where None) are: the surer the name where it fires this strongly.
+
+    What fires in almost every image says little; a feature without a name counts by its activation, behind the named.
+    """
+    shares, rarity = (
+        shares_of_maximum(acts, cards, features),
+        cards.rarity if features is None else cards.rarity[features],
+    )
+    sure = cards.label_confidence_at(shares, features)
+    scores: np.ndarray = (np.square(sure) + 0.01 * np.square(shares)) * np.maximum(rarity, 0.02)
     return scores
 
 
-def shares_of_maximum(acts: np.ndarray, cards: CardIndex) -> np.ndarray:
+def shares_of_maximum(acts: np.ndarray, cards: CardIndex, features: Sequence[int] | None = None) -> np.ndarray:
     """Activations as shares of each feature's maximum in the run, at most 1."""
-    maxima = cards.features.column("max_act").astype(np.float64)
+    maxima = cards.max_acts if features is None else cards.max_acts[features]
     shares: np.ndarray = np.minimum(1.0, np.divide(acts, maxima, out=np.zeros(len(maxima)), where=maxima > 0))
     return shares
-
-
-@functools.lru_cache(maxsize=64)
-def weights(cards: CardIndex) -> np.ndarray:
-    """What a feature has to say: more the fewer images fire it, and far more with a sure label than with a guess."""
-    rarity = 1 - cards.features.column("image_density").astype(np.float64)
-    sure = cards.features.column("label_confidence") if "label_confidence" in cards.features else [None] * len(cards)
-    confidence = [value or 0.0 if label else 0.0 for label, value in zip(cards.labels, sure, strict=True)]
-    known: np.ndarray = np.clip(rarity, 0.02, 1.0) * (0.1 + np.square(confidence))
-    return known
 
 
 def ranked_features(maps: SparseMaps, cards: CardIndex, *, step: int | None, limit: int) -> list[dict[str, Any]]:
     """The features that fire in an image: the most telling of each label, then the second of each, and so on.
 
-    What fires strongly and widely says more: labels come from whole images, and a speck at an edge has borrowed one.
+    Those before others that show where something is, by `standing_out`.
     """
-    peaks = maps.peaks(step)
-    scores = telling(peaks, cards) * np.sqrt(shares_of_maximum(maps.means(step), cards))
+    peaks, levels = maps.peaks(step), shares_of_maximum(maps.means(step), cards)
+    scores = telling(peaks, cards) * standing_out(levels, maps.spreads(step))
     fired = [int(f) for f in np.argsort(-scores, kind="stable") if peaks[f] > 0]
     return [
         {**summary(cards, f), **_activation(cards, f, float(peaks[f])), "score": float(scores[f])}
         for f in varied(fired, cards.labels)[:limit]
     ]
+
+
+def standing_out(levels: np.ndarray, spreads: np.ndarray) -> np.ndarray:
+    """How well heatmaps show where something is: of mean activation `levels` and glowing on `spreads` of the patches.
+
+    A speck at an edge shows little (its label is borrowed from the image around it), and neither does what glows
+    everywhere. Both are shares: of the feature's maximum, and of the patches above half of the peak.
+    """
+    shown: np.ndarray = np.sqrt(levels) * np.square(1 - spreads)
+    return shown
 
 
 def with_alike(features: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
@@ -152,17 +160,16 @@ def features_at(
 ) -> list[dict[str, Any]]:
     """The features that fire at one patch, most telling first."""
     found = maps.at(token, step)
-    peaks = np.zeros(maps.n_features)
-    for feature, value in found.items():
-        peaks[feature] = value
-    scores = telling(peaks, cards)
-    order = sorted(found, key=lambda feature: (-scores[feature], feature))[:limit]
-    return [{**summary(cards, f), **_activation(cards, f, found[f]), "score": float(scores[f])} for f in order]
+    scores = telling(np.array(list(found.values())), cards, list(found))
+    order = sorted(zip(-scores, found, strict=True))[:limit]
+    return [{**summary(cards, f), **_activation(cards, f, found[f]), "score": -float(low)} for low, f in order]
 
 
 def _activation(cards: CardIndex, feature: int, value: float) -> dict[str, float]:
     maximum = cards.features[feature].max_act
-    return {"activation": value, "relative": min(1.0, value / maximum) if maximum > 0 else 0.0}
+    share = min(1.0, value / maximum) if maximum > 0 else 0.0
+    sure = cards.label_confidence_at(np.array([share]), [feature])
+    return {"activation": value, "relative": share, "label_confidence_here": float(sure[0])}
 
 
 def overlays(
@@ -192,7 +199,7 @@ def chip(feature: Mapping[str, Any]) -> dict[str, Any]:
         "hookpoint": feature["hookpoint"],
         "feature": feature["feature"],
         "label": feature["label"],
-        "confidence": feature["label_confidence"],
+        "confidence": feature.get("label_confidence_here", feature["label_confidence"]),
         "class": feature["feature_class"],
         "density": feature["density"],
         "image_density": feature["image_density"],
@@ -212,6 +219,7 @@ def lab(
     if pinned is not None and pinned not in {feature["feature"] for feature in features}:
         peak = float(maps.acts(pinned, step).max())
         features = [{**summary(cards, pinned), **_activation(cards, pinned, peak)}, *features]
+    fired = Counter(cards.labels[int(feature)] for feature in np.flatnonzero(maps.peaks(step)))
     patches, values = _patches(maps, cards, step)
     known = sorted({int(feature) for feature in np.unique(patches)})
     return {
@@ -225,13 +233,16 @@ def lab(
         "cols": reading.grid.cols,
         "steps": list(maps.steps),
         "sigmas": list(maps.sigmas),
-        "features": [{**chip(f), "maps": _planes(maps, f["feature"], f["max_act"], step)} for f in features],
+        "features": [
+            {**chip(f), "alike": fired[f["label"]] - 1, "maps": _planes(maps, f["feature"], f["max_act"], step)}
+            for f in features
+        ],
         "patch_features": base64_text(patches.astype("<u4")),
         "patch_values": base64_text(values),
         "labels": {str(feature): cards.labels[feature] for feature in known if cards.labels[feature]},
         "colours": {str(feature): feature_colour(cards.labels[feature]) for feature in known},
         "notices": notices(reading),
-        "selected": pinned,
+        "selected": first_thing(features) if pinned is None else pinned,
     }
 
 
@@ -254,12 +265,10 @@ def unknown_words_notice(unknown: Sequence[str]) -> list[str]:
 def diff(first: Reading, second: Reading, cards: CardIndex, *, limit: int) -> dict[str, Any]:
     """Two images and the features whose peaks differ most between them, with their maps on both."""
     pair = [reading.maps[str(cards.hookpoint)] for reading in (first, second)]
-    maxima = cards.features.column("max_act").astype(np.float64)
-    shares = [
-        np.minimum(1, np.divide(m.peaks(None), maxima, out=np.zeros(len(maxima)), where=maxima > 0)) for m in pair
-    ]
-    change = np.abs(shares[1] - shares[0])
-    differing = [int(f) for f in np.argsort(-change * weights(cards), kind="stable") if change[f] > 0]
+    shares = [shares_of_maximum(m.peaks(None), cards) for m in pair]
+    change = np.abs(telling(pair[1].peaks(None), cards) - telling(pair[0].peaks(None), cards))
+    sure = cards.label_confidence_at(np.maximum(*shares))
+    differing = [int(f) for f in np.argsort(-change, kind="stable") if change[f] > 0]
     return {
         "hookpoint": str(cards.hookpoint),
         "rows": first.grid.rows,
@@ -267,9 +276,9 @@ def diff(first: Reading, second: Reading, cards: CardIndex, *, limit: int) -> di
         "images": [{"image": image_url(reading.image), "prompt": reading.prompt} for reading in (first, second)],
         "features": [
             {
-                **chip(summary(cards, f)),
+                **chip({**summary(cards, f), "label_confidence_here": float(sure[f])}),
                 "relatives": [float(share[f]) for share in shares],
-                "maps": [base64_text(byte_map(m.acts(f, None), float(maxima[f]))) for m in pair],
+                "maps": [base64_text(byte_map(m.acts(f, None), float(cards.max_acts[f]))) for m in pair],
             }
             for f in varied(differing, cards.labels)[:limit]
         ],
@@ -287,12 +296,12 @@ def _patches(maps: SparseMaps, cards: CardIndex, step: int | None) -> tuple[np.n
     n_tokens = maps.values.shape[1]
     patches = np.zeros((n_tokens, PER_PATCH), dtype=np.int64)
     values = np.zeros((n_tokens, PER_PATCH), dtype=np.uint8)
-    maxima = cards.features.column("max_act").astype(np.float64)
-    known = weights(cards)
     for token in range(n_tokens):
         found = maps.at(token, step)
-        shares = {f: min(1.0, value / maxima[f]) if maxima[f] > 0 else 0.0 for f, value in found.items()}
-        best = sorted(shares, key=lambda f: -(shares[f] ** 2) * known[f])[:PER_PATCH]
+        acts, features = np.array(list(found.values())), list(found)
+        scores = dict(zip(features, telling(acts, cards, features), strict=True))
+        shares = dict(zip(features, shares_of_maximum(acts, cards, features), strict=True))
+        best = varied(sorted(features, key=lambda f: -scores[f]), cards.labels)[:PER_PATCH]
         patches[token, : len(best)] = best
         values[token, : len(best)] = [max(1, round(shares[f] * 255)) for f in best]
     return patches, values
@@ -329,20 +338,31 @@ def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
         "labels": {str(feature): cards.labels[feature] for feature in features if cards.labels[feature]},
         "colours": {str(feature): feature_colour(cards.labels[feature]) for feature in features},
         "notices": [],
+        "selected": first_thing(shown),
     }
+
+
+def first_thing(features: Sequence[Mapping[str, Any]]) -> int | None:
+    """The feature whose heat is shown first: the most telling one that is not named after a background."""
+    things = [feature for feature in features if "background" not in (feature["label"] or "").split()]
+    first = next(iter([*things, *features]), None)
+    return None if first is None else int(first["feature"])
 
 
 def best_example(cards: CardIndex, limit: int) -> tuple[int | None, list[int]]:
     """The image about which the best features say most, each label once, and those features, most telling first."""
     by_image: dict[int, dict[str, tuple[float, int]]] = {}
     for feature in cards.ranked[:200]:
-        row = cards.features[feature]
-        if not row.label:
+        label, maps = cards.labels[feature], cards.acts(feature)
+        if not label or not maps:
             continue
-        for image, score in zip(row.top_images, row.top_scores, strict=True):
-            said = score / row.max_act * (0.1 + (row.label_confidence or 0.0)) * (1 - row.image_density)
+        acts, n = np.array(list(maps.values())).reshape(len(maps), -1), [feature] * len(maps)
+        peaks = acts.max(axis=1)
+        spreads = (acts > 0.5 * peaks[:, None]).mean(axis=1)
+        scores = telling(peaks, cards, n) * standing_out(shares_of_maximum(acts.mean(axis=1), cards, n), spreads)
+        for image, said in zip(maps, scores.tolist(), strict=True):
             found = by_image.setdefault(image, {})
-            found[row.label] = max(found.get(row.label, (0.0, feature)), (said, feature))
+            found[label] = max(found.get(label, (0.0, feature)), (said, feature))
     if not by_image:
         return None, []
     ranked = {image: sorted(found.values(), reverse=True)[:limit] for image, found in by_image.items()}

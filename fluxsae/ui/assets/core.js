@@ -150,6 +150,29 @@ FS.sure = (confidence) => {
 // A name that is more likely wrong than right is asked, not told.
 FS.title = (feature) => (feature.label ? `${feature.label}${FS.sure(feature.confidence) === "a guess" ? "?" : ""}` : "unnamed");
 
+// Features told once a label: the first of each, with the others of its label.
+FS.byLabel = (features) => {
+  const groups = new Map();
+  for (const feature of features) {
+    const key = feature.label || feature.feature;
+    groups.set(key, [...(groups.get(key) || []), feature]);
+  }
+  return [...groups.values()];
+};
+
+// The others of a label, drawn by `draw` when they are asked for; `count` tells how many there are in all.
+FS.alike = (others, draw, count = others.length) => {
+  const fold = FS.el("details", { class: "fs-fold fs-alike" },
+    FS.el("summary", { text: `and ${count} more of this name`, title: "Other directions that earned the same name: each fires on its own patches, or on its own kind of it" }));
+  fold.addEventListener("toggle", () => {
+    if (fold.childElementCount > 1) return;
+    fold.append(draw(others));
+    if (count > others.length) fold.append(FS.el("p", { class: "fs-quiet fs-hint", text: `The ${others.length} most telling of ${count}.` }));
+  });
+  fold.holds = (feature) => others.some((other) => other.feature === feature);
+  return fold;
+};
+
 FS.bar = (fraction, colour, text) =>
   FS.el("span", { class: "fs-bar", role: "img", "aria-label": text },
     FS.el("span", { style: { width: `${Math.max(1, Math.min(1, fraction || 0) * 100)}%`, background: colour } }));
@@ -237,6 +260,8 @@ FS.toggle = ({ label, options, value, onchange }) => {
   return FS.el("div", { class: "fs-toggle" }, FS.el("span", { text: label, class: "fs-quiet" }),
     FS.el("span", { class: "fs-segments", role: "group", "aria-label": label }, buttons));
 };
+
+FS.bringIntoView = (node) => node.scrollIntoView({ block: "nearest", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
 
 // A custom element whose `data` is set by Gradio; `draw` runs whenever it changes.
 FS.define = (name, draw) => {

@@ -1,6 +1,9 @@
 // The heatmap tab's laboratory: the image large, one feature's heat on it, ranked cards, patch look-up, steps.
 "use strict";
 
+// Cards that stand open even where their names are guesses.
+const LEAST_TOLD = 4;
+
 FS.define("fs-lab", (root, data) => {
   const tokens = data.rows * data.cols;
   const planes = new Map(data.features.map((feature) => [feature.feature, FS.bytes(feature.maps)]));
@@ -59,20 +62,16 @@ FS.define("fs-lab", (root, data) => {
     extra: `${FS.percent(feature.relative)} of its maximum`,
     onopen: () => select(feature.feature),
   });
-  // One card a label; the others of that label are drawn when they are asked for.
-  const alike = (others) => {
-    const fold = FS.el("details", { class: "fs-fold fs-alike" }, FS.el("summary", { text: `and ${others.length} more like it` }));
-    const fill = () => { if (fold.childElementCount === 1) fold.append(FS.el("div", { class: "fs-list" }, others.map(card))); };
-    fold.addEventListener("toggle", fill);
-    fold.holds = (feature) => others.some((other) => other.feature === feature);
-    return fold;
-  };
-  const groups = new Map();
-  for (const feature of data.features) {
-    const key = feature.label || feature.feature;
-    groups.set(key, [...(groups.get(key) || []), feature]);
+  const alike = (others, count) => FS.alike(others, (all) => FS.el("div", { class: "fs-list" }, all.map(card)), count);
+  const groups = FS.byLabel(data.features).map(([head, ...others], at) => ({ head, others, told: at < LEAST_TOLD || FS.sure(head.confidence) !== "a guess" }));
+  const cards = (shown) => shown.flatMap(({ head, others }) => (others.length ? [card(head), alike(others, head.alike)] : [card(head)]));
+  list.append(...cards(groups.filter((group) => group.told)));
+  const guessed = groups.filter((group) => !group.told);
+  if (guessed.length) {
+    const fold = FS.el("details", { class: "fs-fold" }, FS.el("summary", { text: `${guessed.length} weaker: their names are guesses here` }), FS.el("div", { class: "fs-list" }, cards(guessed)));
+    fold.holds = (feature) => guessed.some(({ head, others }) => [head, ...others].some((each) => each.feature === feature));
+    list.append(fold);
   }
-  for (const [head, ...others] of groups.values()) list.append(card(head), others.length ? alike(others) : "");
 
   const fires = (row, column) => { // strongest first
     const token = row * data.cols + column;
@@ -177,17 +176,26 @@ FS.define("fs-lab", (root, data) => {
       recipe: { prompt: data.prompt, seed: data.seed, num_inference_steps: data.num_inference_steps, hookpoint: data.hookpoint,
         features: data.features.map(({ feature, label, relative, activation }) => ({ feature, label, relative, activation })) } });
   };
+  // What fires at the patch that was asked about, beside the picture; it stays while the picture does.
+  const isOf = (patch) => patch && ["prompt", "seed", "hookpoint", "num_inference_steps"].every((key) => patch[key] === data[key]);
+  const asked = FS.el("div", { hidden: true });
+  root.tellPatch = (patch) => {
+    root.patch = patch;
+    asked.hidden = !isOf(patch);
+    asked.replaceChildren(...(asked.hidden ? [] : [FS.patch(root, patch)]));
+  };
+  root.tellPatch(root.patch);
   const notices = (data.notices || []).map((text) => FS.el("p", { class: "fs-notice", text }));
   root.append(FS.el("div", { class: "fs-lab" },
     FS.el("section", { class: "fs-main", "aria-label": "Image and heatmap" },
-      ...notices,
+      ...notices, stage, legend,
       FS.el("p", { class: "fs-prompt" }, data.kind === "example" ? FS.el("span", { class: "fs-badge", text: "example" }) : null,
         FS.el("span", { text: `“${data.prompt}”` }), FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}` })),
-      stage, legend, caption, steps,
+      caption, steps,
       FS.el("div", { class: "fs-row fs-wrap fs-controls" }, controls), toggles),
-    FS.el("section", { class: "fs-side", "aria-label": "Features" },
+    FS.el("section", { class: "fs-side", "aria-label": "Features" }, asked,
       FS.el("h2", { class: "fs-h", text: "What fires here" }),
-      FS.el("p", { class: "fs-quiet", text: "A feature is one direction the autoencoder (SAE) learned. Most telling first; choose one to see where it fires." }),
+      FS.el("p", { class: "fs-quiet", text: "A feature is one direction the autoencoder (SAE) learned. Most telling first; choose one to see where it fires. “Sure” says how well its name fits where it fires this strongly." }),
       list)),
   FS.el("div", { class: "fs-row fs-wrap fs-tight" },
     FS.copyButton(link, "Copy link"),

@@ -12,21 +12,26 @@ FS.short = (words) => words.replace(/(^|; )[^;]*?: /g, "$1").replace(/ times (it
 FS.panels = (pictures, words = []) => FS.el("span", { class: "fs-panels" }, pictures.map((src, at) => FS.el("span", {},
   FS.el("img", { src, alt: "" }), FS.el("strong", { text: ["less", "original", "more"][at] }),
   words[at] && at !== 1 ? FS.el("span", { class: "fs-quiet", text: FS.short(words[at]) }) : null)));
-FS.safe = FS.safe || new Map();
-FS.safeKey = (edit) => `${edit.hookpoint}/${edit.feature}`;
+// Safe ranges that strips have found, for the picture on screen alone: another prompt or seed has others.
+FS.safe = { picture: null, ranges: new Map() };
+FS.safeKey = (edit) => JSON.stringify([edit.hookpoint, edit.feature, edit.steps || null, edit.region || null]);
+FS.safeOf = (picture) => {
+  if (JSON.stringify(FS.safe.picture) !== JSON.stringify(picture)) FS.safe = { picture, ranges: new Map() };
+  return FS.safe.ranges;
+};
 
 FS.define("fs-edits", (root, data) => {
   const state = { edits: data.edits };
   const tell = () => FS.emit(root, "turn", { edits: state.edits });
   const changed = (structure) => { tell(); if (structure) draw(); };
   const zone = (edit) => {
-    const safe = FS.safe.get(FS.safeKey(edit));
+    const safe = FS.safe.ranges.get(FS.safeKey(edit));
     return FS.el("div", { class: "fs-zone", "aria-hidden": "true" },
       safe ? FS.el("span", { class: "fs-safe", style: { left: `${(safe[0] + 1) * 50}%`, width: `${(safe[1] - safe[0]) * 50}%` } }) : null,
       FS.el("span", { class: "fs-middle" }));
   };
   const row = (edit, at) => {
-    const safe = FS.safe.get(FS.safeKey(edit));
+    const safe = FS.safe.ranges.get(FS.safeKey(edit));
     const words = FS.el("output", { class: "fs-num", text: FS.turnWords(edit.turn, data) });
     const slider = FS.el("input", { type: "range", min: -1, max: 1, step: 1 / 60, value: String(edit.turn), class: "fs-turn",
       "aria-label": `Strength of ${FS.title(edit)}, feature ${edit.feature}: left takes away, right adds` });
@@ -67,12 +72,12 @@ FS.define("fs-edits", (root, data) => {
         data.starters.map((starter, at) => FS.el("button", { class: "fs-starter", type: "button", onclick: () => FS.emit(root, "begin", { starter: at }) },
           starter.pictures.length ? FS.panels(starter.pictures) : null, FS.el("span", { class: "fs-row fs-tight" }, FS.chip(starter.colour), FS.el("span", { text: starter.title }))))) : null,
       state.edits.length ? FS.el("ul", { class: "fs-edits" }, state.edits.map(row))
-        : FS.el("p", { class: "fs-quiet", text: "Choose a feature to turn. Left of the middle takes it away, right adds it; in the middle nothing changes." }),
-      FS.el("div", { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": "Add a feature" },
-        FS.el("span", { class: "fs-quiet", text: "Add:" }),
-        data.suggestions.filter((other) => !state.edits.some((edit) => edit.feature === other.feature && edit.hookpoint === other.hookpoint)).map((other) =>
-          FS.el("button", { class: "fs-button fs-small fs-row", type: "button", onclick: () => FS.emit(root, "add", { hookpoint: other.hookpoint, feature: other.feature }) },
-            FS.chip(other.colour), FS.el("span", { text: other.label })))),
+        : FS.el("p", { class: "fs-quiet", text: "Begin with one of these, or choose a feature below. Its slider takes it away to the left and adds it to the right; in the middle nothing changes." }),
+      FS.el("details", { class: "fs-fold", open: !state.edits.length }, FS.el("summary", { text: state.edits.length ? "Add another feature" : "Features to turn" }),
+        FS.el("div", { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": "Add a feature" },
+          data.suggestions.filter((other) => !state.edits.some((edit) => edit.feature === other.feature && edit.hookpoint === other.hookpoint)).map((other) =>
+            FS.el("button", { class: "fs-button fs-small fs-row", type: "button", onclick: () => FS.emit(root, "add", { hookpoint: other.hookpoint, feature: other.feature }) },
+              FS.chip(other.colour), FS.el("span", { text: other.label }))))),
       state.edits.length ? FS.el("div", { class: "fs-row" },
         FS.el("button", { class: "fs-button fs-small", type: "button", text: "Reset sliders", onclick: () => { state.edits.forEach((edit) => { edit.turn = 0; edit.steps = null; edit.region = null; }); changed(true); } })) : null));
   };
@@ -81,6 +86,8 @@ FS.define("fs-edits", (root, data) => {
   root.applyRegion = (region) => { root.markRegion(region); tell(); };
   root.redraw = draw;
   draw();
+  // A feature that was just added is brought into view, and its picture, still unturned, is asked for.
+  if (data.added) { FS.bringIntoView(root.querySelector(".fs-edit:last-child")); tell(); }
 });
 
 FS.define("fs-result", (root, data) => {
@@ -149,6 +156,8 @@ FS.define("fs-result", (root, data) => {
   const rows = () => Array.from({ length: data.rows }, (_, row) => Array.from(mask.subarray(row * data.cols, (row + 1) * data.cols)));
   const region = () => (mask.some(Boolean) ? rows() : null);
   const editor = () => document.querySelector("fs-edits");
+  const had = FS.safe.ranges.size;
+  if (had && !FS.safeOf(data.picture).size && editor()) editor().redraw();
   const painter = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Paint where it acts", "aria-pressed": "false", onclick: () => {
     view.painting = !view.painting;
     painter.setAttribute("aria-pressed", String(view.painting));
@@ -181,10 +190,10 @@ FS.define("fs-result", (root, data) => {
     FS.el("p", { class: "fs-prompt" }, FS.el("span", { text: `“${data.prompt}”` }), FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}, kept` })),
     stage,
     FS.el("div", { class: "fs-row fs-wrap" },
-      FS.toggle({ label: "Right half", options: [["after", "after"], ["random", "a random direction"]], value: "after", onchange: show }),
+      data.measurement && FS.toggle({ label: "Right half", options: [["after", "after"], ["random", "a random direction"]], value: "after", onchange: show }),
       FS.el("span", { class: "fs-row" }, painter, everywhere)),
     later,
-    FS.el("ul", { class: "fs-words" }, (data.words.length ? data.words : ["nothing is turned: before and after are the same"]).map((text) => FS.el("li", { text }))),
+    FS.el("ul", { class: "fs-words" }, (data.words.length ? data.words : ["no feature is chosen: before and after are the same"]).map((text) => FS.el("li", { text }))),
     measured,
     FS.el("div", { class: "fs-row fs-wrap fs-tight" },
       FS.copyButton(link, "Copy link"),
@@ -194,6 +203,7 @@ FS.define("fs-result", (root, data) => {
         title: data.words.join("; ") || data.prompt, words: FS.told(data), link: link(), versions: data.versions,
         pictures: [["before", data.before], ["after", data.after], ["random direction, same strength", data.random]], recipe: data.recipe, measurement: data.measurement }) })),
     FS.code(data.code)));
+  if (matchMedia("(max-width: 760px)").matches) left.decode().then(() => FS.bringIntoView(stage)); // it has its height once its picture is there
 });
 
 // A distance between two pictures in words, from its share of the distance between unrelated ones.
@@ -207,19 +217,21 @@ FS.measured = (measurement, isRandom) => {
   if (!measurement) return [];
   const inside = measurement.activation_before === null ? null : ["Feature in the image", `${FS.number(measurement.activation_before, 2)} → ${FS.number(measurement.activation_after, 2)}`, "largest activation before and after, in multiples of its usual strength"];
   const odd = measurement.out_of_distribution, doubt = measurement.denoising_error_ratio;
+  const most = measurement.safe_up_to;
   return [FS.facts([
     measurement.distance_of_unrelated === null ? null : ["Picture changed", FS.changed(measurement.distance / measurement.distance_of_unrelated), `${measurement.distance_name} ${FS.number(measurement.distance, 2)}; two unrelated images of this run are ${FS.number(measurement.distance_of_unrelated, 2)} apart (median)`],
     inside,
-    ["Unusual patches", `${FS.share(odd)}${odd > 0.1 ? ", beyond safe" : ""}`, "share of edited patches that look unlike any that FLUX makes by itself; safe up to 10 %"],
-    ["FLUX's error on it", `${FS.number(doubt, 2)} ×${doubt > 1.5 ? ", beyond safe" : ""}`, "how badly FLUX, without a prompt, denoises this picture, as a multiple of the picture before: 1 where it could have painted it; safe up to 1.5"],
-    measurement.relative_size === null ? null : ["Size of the push", FS.percent(measurement.relative_size), "edit where it joins what flows through FLUX, relative to that"],
-    measurement.clip_change === null ? null : ["Meaning changed by", FS.number(measurement.clip_change, 2), "1 - CLIP cosine between the two pictures"],
+    ["Unusual patches", `${FS.share(odd)}${odd > most.out_of_distribution ? ", beyond safe" : ""}`, `share of edited patches that look unlike any that FLUX makes by itself; safe up to ${FS.percent(most.out_of_distribution)}`],
+    ["Odd to FLUX", `${FS.number(doubt, 2)} × the picture before${doubt > most.denoising_error_ratio ? ", beyond safe" : ""}`, `how badly FLUX, without a prompt, denoises this picture, as a multiple of the picture before: 1 where it could have painted it; safe up to ${most.denoising_error_ratio}`],
+    measurement.relative_size === null ? null : ["Push on the edited patches", `${FS.percent(measurement.relative_size)} of what flows there`, "size of the edit where it joins what flows through FLUX (the residual stream), relative to that"],
+    measurement.clip_change === null ? null : ["Meaning apart (CLIP)", `${FS.number(Math.max(0, measurement.clip_change), 2)} (0: the same)`, "1 - CLIP cosine between the two pictures"],
   ]), isRandom ? FS.el("p", { class: "fs-quiet fs-hint", text: "The same push in a random direction: what changes here is no merit of the feature." }) : ""];
 };
 
 FS.define("fs-strip", (root, data) => {
-  if (data.safe) FS.safe.set(FS.safeKey(data), data.safe); else FS.safe.delete(FS.safeKey(data));
-  const editor = document.querySelector("fs-edits");
+  const ranges = FS.safeOf(data.picture);
+  if (data.safe) ranges.set(FS.safeKey(data), data.safe); else ranges.delete(FS.safeKey(data));
+  const editor = document.querySelector("fs-edits"), most = data.cells[0].measurement.safe_up_to;
   if (editor && editor.redraw) editor.redraw();
   root.append(FS.el("section", { class: "fs-strip", "aria-label": "Seven strengths", style: { "--chip": data.colour } },
     FS.el("h3", { class: "fs-h", text: `${data.label || `Feature ${data.feature}`} at seven strengths` }),
@@ -227,5 +239,5 @@ FS.define("fs-strip", (root, data) => {
       FS.el("img", { src: cell.image, alt: cell.words }),
       FS.el("span", { class: "fs-num", text: FS.short(cell.words) }),
       FS.el("span", { class: "fs-quiet", text: cell.safe ? "safe" : "beyond safe" })))),
-    FS.el("p", { class: "fs-quiet", text: "Safe: at most 10 % of the edited patches look unlike any that FLUX makes by itself, and FLUX denoises the picture nearly as well as the one before (error up to 1.5 ×). The band on the slider shows this range." })));
+    FS.el("p", { class: "fs-quiet", text: `Safe: at most ${FS.percent(most.out_of_distribution)} of the edited patches look unlike any that FLUX makes by itself, and FLUX denoises the picture nearly as well as the one before (error up to ${most.denoising_error_ratio} ×). The band on the slider shows this range, for this picture.` })));
 });
