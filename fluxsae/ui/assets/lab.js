@@ -178,7 +178,7 @@ FS.define("fs-lab", (root, data) => {
   };
   // What fires at the patch that was asked about, beside the picture; it stays while the picture does.
   const isOf = (patch) => patch && ["prompt", "seed", "hookpoint", "num_inference_steps"].every((key) => patch[key] === data[key]);
-  const asked = FS.el("div", { hidden: true });
+  const asked = FS.el("div", { class: "fs-asked", hidden: true });
   root.tellPatch = (patch) => {
     root.patch = patch;
     asked.hidden = !isOf(patch);
