@@ -363,12 +363,12 @@ class _Search:
         self._save_checkpoint()
 
     def write_demos(self) -> list[SteeringDemo]:
-        """The best image of every feature whose turning shows, as demos in the run folder."""
+        """The best image of every feature whose turning shows what its label says, as demos in the run folder."""
         demos = []
         for feature in self.features:
             scores = {image_id: self.done[feature, image_id] for image_id in self._images_of(feature)}
             best = max(scores, key=lambda image_id: (scores[image_id].worth, scores[image_id].score))
-            if scores[best].score > self.config.least_score:
+            if scores[best].score > self.config.least_score and scores[best].worth > 0:
                 demos.append(self._demo(feature, best, scores[best]))
         demos.sort(key=lambda demo: -demo.score.score)
         self.run.save_demos(self.place, [json.dumps(demo.to_dict()) for demo in demos])
@@ -490,6 +490,7 @@ class _Search:
         judges = (self.distance.name, self.embedder.name if self.embedder is not None else None)
         weights = {name: float(tensor.double().sum()) for name, tensor in self.sae.state_dict().items()}
         parts = [asdict(asked), self.settings.to_dict(), weights, judges, list(flux_identity(self.pipe))]
+        parts.append([self.labels.get(feature) for feature in self.features])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

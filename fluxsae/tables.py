@@ -190,6 +190,7 @@ class FeatureRow:
     monosemanticity: float | None = None
     label: str | None = None
     label_confidence: float | None = None
+    """How far to trust the label where the feature fires at its strongest: the end of `label_curve`."""
     label_curve: list[float] | None = None
     """How far to trust the label at 0, 10, ..., 100 % of `max_act`: 0 is chance, 1 certainty."""
     extra: dict[str, Any] = field(default_factory=dict)

@@ -10,6 +10,8 @@ import page_server
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from fluxsae.artifacts import RunFolder
+from fluxsae.miniature import miniature_path
 from fluxsae.ui.views import decode_view, encode_view
 
 pytestmark = pytest.mark.browser
@@ -150,12 +152,11 @@ def test_names_that_are_guesses_stand_folded_behind_the_others(visit: Open) -> N
 
 def test_a_surprise_is_made_and_told(visit: Open) -> None:
     page = visit()
-    before = page.evaluate("document.querySelector('fs-lab').data.prompt")
     page.locator("#heatmap-surprise").click()
     page.wait_for_function("document.querySelector('fs-lab').data.kind === 'live'")
     prompt = page.evaluate("document.querySelector('fs-lab').data.prompt")
     expect(page.locator("#heatmap-prompt textarea")).to_have_value(prompt)
-    assert prompt != before or page.evaluate("document.querySelector('fs-lab').data.features.length") > 0
+    assert prompt in RunFolder(miniature_path("run")).load_images().prompts
 
 
 def test_opacity_threshold_scale_and_steps_redraw_the_heat(visit: Open) -> None:
@@ -191,6 +192,20 @@ def test_a_patch_answers_to_mouse_and_keyboard(visit: Open) -> None:
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     expect(page.locator(".fs-patch h2")).not_to_have_text(before)
+    for _ in range(2):  # closed and asked again
+        page.locator(".fs-patch").get_by_role("button", name="Close").click()
+        expect(page.locator(".fs-patch")).to_have_count(0)
+        page.locator(".fs-stage").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator(".fs-patch")).to_have_count(1)
+
+
+def test_patches_of_another_hook_points_example_answer(visit: Open) -> None:
+    page = visit()
+    page.get_by_label("early").click()
+    page.wait_for_function("document.querySelector('fs-lab').data.hookpoint.includes('.1.ff')")
+    page.locator(".fs-stage").click(position={"x": 200, "y": 200})
+    expect(page.locator(".fs-patch")).to_have_count(1)
 
 
 def test_unknown_words_are_named_and_a_blank_prompt_is_refused_keeping_the_result(visit: Open) -> None:
@@ -363,6 +378,20 @@ def test_the_old_result_is_dimmed_until_the_new_one_is_there(visit: Open) -> Non
     assert page.evaluate("document.querySelector('fs-result').data.recipe.batch[1][0].strength") == 0.4
 
 
+def test_stop_keeps_the_old_result_and_takes_the_dimming_away(visit: Open) -> None:
+    page = visit()
+    page.locator("#heatmap-settings input[type=number]").last.fill("60")
+    page.locator("#heatmap-prompt textarea").fill(PROMPT)
+    page.locator("#heatmap-go").click()
+    opacity = "getComputedStyle(document.querySelector('#heatmap-lab')).opacity"
+    page.wait_for_function(f"{opacity} < 0.9")
+    page.locator("#heatmap-stop").click()
+    page.wait_for_function(f"{opacity} === '1'")
+    expect(page.locator("#heatmap-status .fs-status")).to_have_count(0)
+    page.wait_for_timeout(1500)
+    assert page.evaluate("document.querySelector('fs-lab').data.kind") == "example"
+
+
 def test_a_starter_tells_which_picture_is_the_original(visit: Open) -> None:
     page = visit()
     go_to(page, "Steer")
@@ -386,6 +415,10 @@ def paint_a_stroke(page: Page) -> None:
     add_feature(page)
     turn(page, 0.5)
     wait_until_turned(page)
+    stroke(page)
+
+
+def stroke(page: Page) -> None:
     page.get_by_role("button", name="Paint where it acts").click()
     box = page.locator(".fs-paint").bounding_box()
     assert box is not None
@@ -427,6 +460,39 @@ def test_a_painted_region_is_in_the_link_the_recipe_and_the_strip_before_any_pic
     page.wait_for_selector("fs-strip section")
     strongest = page.evaluate("document.querySelector('fs-strip').data.cells.at(-1).measurement")
     assert strongest["edited_share"] == sum(map(sum, region)) / 64
+
+
+def test_a_region_painted_before_anything_is_turned_is_kept(visit: Open) -> None:
+    page = visit()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    go_to(page, "Steer")
+    add_feature(page)
+    page.wait_for_selector("fs-result section")
+    stroke(page)
+    result = page.locator("fs-result")
+    result.get_by_role("button", name="Copy link").click()
+    expect(result.get_by_role("button", name="Copied")).to_be_visible()
+    (edit,) = decode_view(page.evaluate("navigator.clipboard.readText()").partition("?view=")[2])["edits"]
+    assert 1 <= sum(map(sum, edit["region"])) < 60
+    turn(page, 0.5)
+    wait_until_turned(page)
+    assert page.evaluate(REGION) == edit["region"]
+
+
+def test_the_safe_range_goes_when_the_steps_of_an_edit_change(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    page.locator(".fs-starter").first.click()
+    wait_until_turned(page)
+    page.locator("#steer-strip-go").click()
+    expect(page.locator(".fs-safe")).to_have_count(1)
+    page.get_by_text("When and where").click()
+    page.get_by_label("First step edited").fill("8")
+    page.get_by_label("First step edited").press("Enter")
+    expect(page.locator(".fs-safe")).to_have_count(0)
+    expect(page.get_by_label("First step edited")).to_be_visible()
+    page.wait_for_function("document.querySelector('fs-result').data.edits[0].steps")
+    assert page.evaluate("document.querySelector('fs-result').data.edits[0].steps") == [8, 20]
 
 
 def test_image_and_recipe_are_downloaded_and_the_recipe_loads_again(visit: Open, tmp_path: Path) -> None:

@@ -54,6 +54,11 @@ def test_every_make_target_that_is_named_exists(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", TEXT)
+def test_no_figure_is_still_to_be_filled_in(page: str) -> None:
+    assert re.findall(r"@[A-Z][A-Z0-9]*@|TODO|TBD", TEXT[page]) == []
+
+
+@pytest.mark.parametrize("page", TEXT)
 def test_every_local_link_and_picture_is_there(page: str) -> None:
     linked = re.findall(r"\]\(([^)#\s]+)[^)]*\)", TEXT[page])
     local = [link for link in linked if "://" not in link and not link.startswith("mailto:")]

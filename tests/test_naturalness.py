@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,3 +32,11 @@ def test_the_error_is_of_the_picture_alone(tiny_flux: FluxPipeline) -> None:
     first, second = denoising_errors(tiny_flux, images, SETTINGS)
     assert denoising_errors(tiny_flux, [images[1]], SETTINGS) == pytest.approx([second])
     assert min(first, second) > 0
+
+
+def test_pictures_that_are_not_square_are_judged_at_their_own_size(tiny_flux: FluxPipeline) -> None:
+    wide = replace(SETTINGS, width=2 * SETTINGS.height)
+    (image,) = generate(tiny_flux, ["a red circle"], seeds=[0], settings=wide)
+    (found,) = denoising_errors(tiny_flux, [image], wide)
+    assert found > 0
+    assert denoising_errors(tiny_flux, [image.resize((32, 32))], SETTINGS) != [found]

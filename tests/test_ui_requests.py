@@ -332,6 +332,7 @@ def test_what_glows_on_a_speck_or_everywhere_stands_out_less() -> None:
     speck, thing, everywhere = standing_out(np.array([0.01, 0.15, 0.6]), np.array([0.01, 0.2, 0.9]))
     assert thing > speck
     assert thing > everywhere
+    assert standing_out(np.array([0.6]), np.array([1.0]))[0] > 0  # a style is everywhere and still something
 
 
 def test_heat_is_first_shown_on_a_thing_not_on_its_background() -> None:
@@ -342,8 +343,28 @@ def test_heat_is_first_shown_on_a_thing_not_on_its_background() -> None:
 
 
 def test_a_surprise_is_an_image_of_the_run(bench: Workbench) -> None:
-    prompt, seed = HeatmapDesk(bench).surprise()
-    assert (prompt, seed) in zip(bench.images.prompts, bench.images.seeds, strict=True)
+    found = {HeatmapDesk(bench).surprise() for _ in range(40)}
+    assert found <= set(zip(bench.images.prompts, bench.images.seeds, [bench.limits.default_steps] * 24, strict=True))
+    assert len(found) > 5
+
+
+def test_another_hook_points_example_is_what_its_patches_are_asked_of(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = HeatmapDesk(bench)
+    monkeypatch.setattr(desk, "example", lambda name: {"prompt": f"a circle at {name}", "seed": 4})
+    nothing = {**desk.example_request(), "prompt": ""}
+    assert desk.change_hookpoint(EARLY, nothing) == (None, {**nothing, "hookpoint": EARLY})
+    page, values = desk.change_hookpoint(EARLY, {**nothing, "prompt": "a star"})
+    assert (page["prompt"], page["seed"]) == (values["prompt"], values["seed"]) == (f"a circle at {EARLY}", 4)
+    assert values["hookpoint"] == EARLY
+
+
+def test_a_feature_without_a_name_is_no_guess(bench: Workbench) -> None:
+    cards = bench.cards[LATE]
+    unnamed = [f for f in ranked_features(reading().maps[LATE], cards, step=None, limit=5) if f["label"] is None]
+    assert unnamed
+    assert {feature["label_confidence_here"] for feature in unnamed} == {None}
 
 
 def test_the_miniatures_words_are_told_and_anothers_are_not(bench: Workbench, tmp_path: Path) -> None:
@@ -366,6 +387,7 @@ def test_a_patch_tells_each_label_once_and_the_rest_of_it_behind(
     request = {"prompt": "a circle", "hookpoint": LATE, "seed": 0, "num_inference_steps": 20}
     *_, done = HeatmapDesk(bench).patch(request, {"row": 0, "column": 0, "step": None})
     told = [feature["label"] for feature in done.value["features"]]
+    assert done.value["at"] > 0
     assert sorted(told[:2]) == ["blue", "red"]
     assert told[2:] == ["red", "red"]
     assert {key: done.value[key] for key in request} == request
@@ -516,6 +538,12 @@ def test_starters_are_the_clear_demos_in_which_clip_sees_the_label_go(
     monkeypatch.setattr(bench.run, "demo_image_path", lambda *_: Path("none"))
     started = SteerDesk(bench).starters()
     assert [starter["edits"][0]["feature"] for starter in started] == [3, 1, 5]
+
+
+def test_a_step_window_ends_with_the_picture(bench: Workbench) -> None:
+    windows = ([3, 60], None, [1, 5])
+    kept = SteerDesk(bench)._within({"edits": [{"steps": window} for window in windows]}, 20)["edits"]
+    assert [slider["steps"] for slider in kept] == [[3, 20], None, [1, 5]]
 
 
 def test_the_strip_holds_the_strengths_that_demos_use(bench: Workbench) -> None:

@@ -4,7 +4,7 @@ python -m train.select --run runs/miniature
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ def main(config: SelectConfig, *, labellers: Sequence[Labeller] = ()) -> StageRe
         "vocabulary": str(config.vocabulary) if config.vocabulary else None,
         "max_phrases": config.max_phrases,
         "n_silent": config.n_silent,
+        "label_levels": len(CURVE_LEVELS),
     }
     return run_stage(
         run,
@@ -120,8 +121,14 @@ def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], con
     prompts, embeddings = run.load_images().prompts, _unit_vectors(run)
     judged = feature_coherence(scores, embeddings, prompts, config=config.selection)
     named = [[labeller.label(column) for labeller in labellers] for column in scores.T.contiguous()]
-    best = [combined_label(labels) for labels in named]
     captions = next(labeller for labeller in labellers if isinstance(labeller, CaptionLabeller))
+    drawn = [combined_label(labels) for labels in named]
+    curves = _label_curves(scores.numpy(), drawn, captions)
+    # one measure of how far to trust a name, whether at the feature's best or at less
+    best = [
+        replace(label, confidence=curve[-1]) if label and curve else None
+        for label, curve in zip(drawn, curves, strict=True)
+    ]
     groups = prompt_groups(prompts)
     silent = [
         nearest_silent_images(column, embeddings, top_unique(column, groups, n=config.selection.top_images)).tolist()
@@ -131,7 +138,7 @@ def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], con
         **_coherence_columns(judged, config.selection.max_q),
         "label": [label.text if label else None for label in best],
         "label_confidence": [label.confidence if label else None for label in best],
-        "label_curve": _label_curves(scores.numpy(), best, captions),
+        "label_curve": curves,
         "caption_words": [[label.text for label in labels[-2]] for labels in named],
         "clip_phrases": [[label.text for label in labels[-1]] for labels in named],
         "silent_images": [images[: config.n_silent] for images in silent],

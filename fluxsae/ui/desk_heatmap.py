@@ -1,10 +1,10 @@
 """What the Heatmap tab and its endpoints ask for: readings turned into pages and JSON."""
 
 import random
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fluxsae.cards import varied
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui import views
 from fluxsae.ui.lane import Done, StepDone
@@ -40,11 +40,11 @@ class HeatmapDesk:
         """The example's values, for questions about its patches."""
         return self._values(self.example_prompt, self.limits.default_hookpoint, self.example_seed, None)
 
-    def surprise(self) -> tuple[str, int]:
-        """Prompt and seed of some image of the run."""
+    def surprise(self) -> tuple[str, int, int]:
+        """Prompt, seed and steps of some image of the run."""
         images = self.bench.images
         row = random.randrange(len(images))
-        return images.prompts[row], images.seeds[row]
+        return images.prompts[row], images.seeds[row], self.limits.default_steps
 
     def show(self, prompt: Any, hookpoint: Any, seed: Any, steps: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
         """Steps, then the page's data for a prompt."""
@@ -59,6 +59,8 @@ class HeatmapDesk:
 
     def change_hookpoint(self, hookpoint: Any, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The same image at another hook point: the reading on screen, or the example where none is."""
+        if not values["prompt"]:  # a run that has no example, and nothing made yet
+            return None, {**values, "hookpoint": hookpoint}
         request = HeatmapRequest.parse(
             self.limits,
             **self._values(values["prompt"], hookpoint, values["seed"], values["num_inference_steps"]),
@@ -67,7 +69,12 @@ class HeatmapDesk:
         )
         changed = {**values, "hookpoint": request.hookpoint}
         reading = self.bench.kept_reading(request.prompt, request.seed, request.num_inference_steps)
-        return (self._lab(reading, request.hookpoint) if reading else self.example(request.hookpoint)), changed
+        if reading is not None:
+            return self._lab(reading, request.hookpoint), changed
+        example = self.example(request.hookpoint)
+        if example is None:
+            return None, changed
+        return example, self._values(example["prompt"], request.hookpoint, example["seed"], None)
 
     def pin(self, chosen: Any, values: Mapping[str, Any]) -> dict[str, Any] | None:
         """The image on screen with a feature that was chosen elsewhere among its cards; None where that cannot be."""
@@ -157,17 +164,15 @@ class HeatmapDesk:
         }
 
     def _patch(self, request: FeaturesAtRequest, features: list[dict[str, Any]]) -> dict[str, Any]:
-        labels = self.bench.cards[request.hookpoint].labels
-        ranked = {feature["feature"]: feature for feature in features}
-        told = views.with_alike([ranked[f] for f in varied(list(ranked), labels)], PATCH_SHOWN)
         return {
+            "at": time.monotonic(),  # asked again, it is told again
             "row": request.row,
             "column": request.column,
             "prompt": request.prompt,
             "seed": request.seed,
             "num_inference_steps": request.num_inference_steps,
             "hookpoint": request.hookpoint,
-            "features": [views.chip(feature) for feature in told],
+            "features": [views.chip(feature) for feature in views.with_alike(features, PATCH_SHOWN)],
             "code": snippets("features_at", request.model_dump(), "features"),
         }
 

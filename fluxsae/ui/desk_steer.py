@@ -278,18 +278,20 @@ class SteerDesk:
 
     def turn(self, prompt: Any, seed: Any, steps: Any, state: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
         """Steps, then the page's before and after, with a random-direction control beside it."""
+        state = self._within(state, steps)
         edits = [self._edit(slider) for slider in self._edits_of(state)]
         request = SteerRequest.parse(
             self.limits, prompt=prompt, edits=[edit.to_dict() for edit in edits], seed=seed, num_inference_steps=steps
         )
         is_turned = not all(edit.is_identity for edit in edits)
-        variants = [(), request.edits, request.edits] if is_turned else [()] * 3  # nothing turned: every step is shared
+        # where nothing is turned all three are one image until the last step
+        variants = [(), request.edits, request.edits] if is_turned else [()] * 3
         for event in self._run(variants, request, control=2):
             yield Done(self._result(request, event.value, state)) if isinstance(event, Done) else event
 
     def strip(self, prompt: Any, seed: Any, steps: Any, state: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
         """Steps, then the first slider's feature at seven strengths."""
-        sliders = self._edits_of(state)
+        sliders = self._edits_of(self._within(state, steps))
         if not sliders:
             raise FluxSaeError("Add a feature first: the strip shows it at seven strengths.")
         edits = [self._edit({**sliders[0], "turn": position}) for position in STRIP]
@@ -394,6 +396,17 @@ class SteerDesk:
             }
         )
 
+    def _within(self, state: Any, n_steps: Any) -> dict[str, Any]:
+        """The sliders with step windows that end with the last step of this picture: they are drawn for any number."""
+
+        def cut(slider: dict[str, Any]) -> dict[str, Any]:
+            match slider.get("steps"):
+                case [start, int(stop)] if isinstance(n_steps, int):
+                    return {**slider, "steps": [start, min(stop, n_steps)]}
+            return slider
+
+        return {"edits": [cut(slider) for slider in self._edits_of(state)]}
+
     def _edits_of(self, state: Any) -> list[dict[str, Any]]:
         edits = state.get("edits", []) if isinstance(state, Mapping) else []
         if not isinstance(edits, list) or len(edits) > MAX_PAGE_EDITS:
@@ -414,6 +427,7 @@ class SteerDesk:
             "prompt": request.prompt,
             "seed": request.seed,
             "picture": _picture_of(recipe),
+            "edits": values["edits"],
             "rows": self.limits.rows,
             "cols": self.limits.cols,
             "region": common_region(request.edits),

@@ -87,7 +87,7 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         "api_visibility": "private",
     }
     running = gr.on([go.click, prompt.submit], guarded(show, bench.visitors), asked, shown, **lane)
-    surprised = surprise.click(guarded(desk.surprise), None, [prompt, seed], **QUIET).success(
+    surprised = surprise.click(guarded(desk.surprise), None, [prompt, seed, steps], **QUIET).success(
         guarded(show, bench.visitors), asked, shown, **lane
     )
     comparing = gr.on(

@@ -142,9 +142,10 @@ def standing_out(levels: np.ndarray, spreads: np.ndarray) -> np.ndarray:
     """How well heatmaps show where something is: of mean activation `levels` and glowing on `spreads` of the patches.
 
     A speck at an edge shows little (its label is borrowed from the image around it), and neither does what glows
-    everywhere. Both are shares: of the feature's maximum, and of the patches above half of the peak.
+    everywhere; but that counts something too. Both are shares: of the feature's maximum, and of the patches above half
+    of the peak.
     """
-    shown: np.ndarray = np.sqrt(levels) * np.square(1 - spreads)
+    shown: np.ndarray = np.sqrt(levels) * np.maximum(np.square(1 - spreads), 0.1)
     return shown
 
 
@@ -158,18 +159,18 @@ def with_alike(features: Sequence[dict[str, Any]], limit: int) -> list[dict[str,
 def features_at(
     maps: SparseMaps, cards: CardIndex, *, token: int, step: int | None, limit: int
 ) -> list[dict[str, Any]]:
-    """The features that fire at one patch, most telling first."""
+    """The features that fire at one patch: the most telling of each label, then the second of each, and so on."""
     found = maps.at(token, step)
-    scores = telling(np.array(list(found.values())), cards, list(found))
-    order = sorted(zip(-scores, found, strict=True))[:limit]
-    return [{**summary(cards, f), **_activation(cards, f, found[f]), "score": -float(low)} for low, f in order]
+    scores = dict(zip(found, telling(np.array(list(found.values())), cards, list(found)).tolist(), strict=True))
+    order = varied(sorted(found, key=lambda f: (-scores[f], f)), cards.labels)[:limit]
+    return [{**summary(cards, f), **_activation(cards, f, found[f]), "score": scores[f]} for f in order]
 
 
-def _activation(cards: CardIndex, feature: int, value: float) -> dict[str, float]:
+def _activation(cards: CardIndex, feature: int, value: float) -> dict[str, float | None]:
     maximum = cards.features[feature].max_act
     share = min(1.0, value / maximum) if maximum > 0 else 0.0
-    sure = cards.label_confidence_at(np.array([share]), [feature])
-    return {"activation": value, "relative": share, "label_confidence_here": float(sure[0])}
+    sure = float(cards.label_confidence_at(np.array([share]), [feature])[0]) if cards.labels[feature] else None
+    return {"activation": value, "relative": share, "label_confidence_here": sure}
 
 
 def overlays(
@@ -276,7 +277,7 @@ def diff(first: Reading, second: Reading, cards: CardIndex, *, limit: int) -> di
         "images": [{"image": image_url(reading.image), "prompt": reading.prompt} for reading in (first, second)],
         "features": [
             {
-                **chip({**summary(cards, f), "label_confidence_here": float(sure[f])}),
+                **chip({**summary(cards, f), "label_confidence_here": float(sure[f]) if cards.labels[f] else None}),
                 "relatives": [float(share[f]) for share in shares],
                 "maps": [base64_text(byte_map(m.acts(f, None), float(cards.max_acts[f]))) for m in pair],
             }

@@ -161,7 +161,8 @@ FS.byLabel = (features) => {
 };
 
 // The others of a label, drawn by `draw` when they are asked for; `count` tells how many there are in all.
-FS.alike = (others, draw, count = others.length) => {
+FS.alike = (others, draw, known = 0) => {
+  const count = Math.max(known, others.length);
   const fold = FS.el("details", { class: "fs-fold fs-alike" },
     FS.el("summary", { text: `and ${count} more of this name`, title: "Other directions that earned the same name: each fires on its own patches, or on its own kind of it" }));
   fold.addEventListener("toggle", () => {

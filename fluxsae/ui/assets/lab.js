@@ -63,7 +63,7 @@ FS.define("fs-lab", (root, data) => {
     onopen: () => select(feature.feature),
   });
   const alike = (others, count) => FS.alike(others, (all) => FS.el("div", { class: "fs-list" }, all.map(card)), count);
-  const groups = FS.byLabel(data.features).map(([head, ...others], at) => ({ head, others, told: at < LEAST_TOLD || FS.sure(head.confidence) !== "a guess" }));
+  const groups = FS.byLabel(data.features).map(([head, ...others], at) => ({ head, others, told: at < LEAST_TOLD || !head.label || FS.sure(head.confidence) !== "a guess" }));
   const cards = (shown) => shown.flatMap(({ head, others }) => (others.length ? [card(head), alike(others, head.alike)] : [card(head)]));
   list.append(...cards(groups.filter((group) => group.told)));
   const guessed = groups.filter((group) => !group.told);

@@ -1,4 +1,4 @@
-// What fires at one patch: the complete ranking, asked of the server and told beside the picture.
+// What fires at one patch, each name once: asked of the server and told beside the picture.
 "use strict";
 
 FS.patch = (root, data) => {

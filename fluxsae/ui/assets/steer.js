@@ -21,7 +21,7 @@ FS.safeOf = (picture) => {
 };
 
 FS.define("fs-edits", (root, data) => {
-  const state = { edits: data.edits };
+  const state = { edits: data.edits }, unfolded = new WeakSet();
   const tell = () => FS.emit(root, "turn", { edits: state.edits });
   const changed = (structure) => { tell(); if (structure) draw(); };
   const zone = (edit) => {
@@ -48,7 +48,7 @@ FS.define("fs-edits", (root, data) => {
         const now = [...(edit.steps || [0, data.max_steps])];
         now[place] = event.target.value === "" ? (place ? data.max_steps : 0) : Number(event.target.value);
         edit.steps = event.target.value === "" && !edit.steps ? null : now;
-        changed(false);
+        changed(true);
       } });
     return FS.el("li", { class: "fs-edit", style: { "--chip": edit.colour } },
       FS.el("div", { class: "fs-row fs-between" },
@@ -59,7 +59,7 @@ FS.define("fs-edits", (root, data) => {
       FS.el("div", { class: "fs-turnbox" }, zone(edit), slider),
       FS.el("div", { class: "fs-row fs-between fs-quiet" }, FS.el("span", { text: "◂ less" }), words, FS.el("span", { text: "more ▸" })),
       FS.el("p", { class: "fs-quiet fs-hint", text: safe ? "The band marks the safe range that “Seven strengths” found: there its image stayed one that FLUX could have painted." : "“Seven strengths” below measures the safe range of this slider." }),
-      FS.el("details", { class: "fs-fold" }, FS.el("summary", { text: "When and where" }),
+      FS.el("details", { class: "fs-fold", open: unfolded.has(edit), ontoggle: (event) => (event.target.open ? unfolded.add(edit) : unfolded.delete(edit)) }, FS.el("summary", { text: "When and where" }),
         FS.el("div", { class: "fs-row fs-wrap" }, FS.el("span", { class: "fs-quiet", text: "Denoising steps from" }), bound(0, "First step edited"),
           FS.el("span", { class: "fs-quiet", text: "to before" }), bound(1, "Step at which the edit ends"),
           FS.el("button", { class: "fs-button fs-small", type: "button", text: "as trained", onclick: () => { edit.steps = null; changed(true); } })),
@@ -173,7 +173,8 @@ FS.define("fs-result", (root, data) => {
   let viewText = data.link;
   const link = () => FS.viewLink(viewText);
   const download = (name, href, text) => FS.el("a", { class: "fs-button fs-small", href, download: name, text });
-  const asked = () => ({ ...data.recipe, batch: data.recipe.batch.map((edits) => edits.map((edit) => ({ ...edit, region: region() }))) });
+  // What is asked for with the region that is painted: the first image of the batch is the unedited one.
+  const asked = () => ({ ...data.recipe, batch: data.recipe.batch.map((_, at) => (at ? data.edits.map((edit) => ({ ...edit, region: region() })) : [])) });
   const recipeFile = (recipe) => `data:application/json;charset=utf-8,${encodeURIComponent(JSON.stringify(recipe, null, 1))}`;
   const recipe = download("recipe.json", recipeFile(data.recipe), "Recipe");
   const later = FS.el("p", { class: "fs-notice", role: "status", hidden: true, text: "The painted region is not in this picture yet: press Steer. The link and the recipe have it." });
