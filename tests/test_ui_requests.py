@@ -23,12 +23,13 @@ from fluxsae.cards import prompts_without_words
 from fluxsae.demos import DemoConfig
 from fluxsae.edits import Recipe, SteeringEdit
 from fluxsae.errors import FluxSaeError
+from fluxsae.grids import join_pictures
 from fluxsae.hookpoints import HookPoint, TokenGrid
 from fluxsae.measurements import MAX_OUT_OF_DISTRIBUTION
 from fluxsae.settings import GenerationSettings
 from fluxsae.ui.desk_gallery import GalleryDesk
 from fluxsae.ui.desk_heatmap import HeatmapDesk
-from fluxsae.ui.desk_steer import STRIP, SteerDesk, Steered, SteerJob, safe_turns
+from fluxsae.ui.desk_steer import STRIP, SteerDesk, Steered, SteerJob, safe_turns, share_seen
 from fluxsae.ui.desk_words import WordsDesk
 from fluxsae.ui.guard import guarded, validator
 from fluxsae.ui.lane import Cancelled, Done, FluxLane, StepDone
@@ -530,7 +531,6 @@ def test_starters_are_the_clear_demos_in_which_clip_sees_the_label_go(
         demo_of(1, 0.3, -0.2),
         demo_of(2, 0.9, -0.01),  # far, but what its name says stays
         demo_of(3, 0.6, -0.1),
-        demo_of(4, 0.02, -0.2),  # nothing to see
         demo_of(5, 0.2, None),  # made without CLIP
         demo_of(6, 0.5, 0.3),  # comes nearer to its label
     ]
@@ -544,6 +544,21 @@ def test_a_step_window_ends_with_the_picture(bench: Workbench) -> None:
     windows = ([3, 60], None, [1, 5])
     kept = SteerDesk(bench)._within({"edits": [{"steps": window} for window in windows]}, 20)["edits"]
     assert [slider["steps"] for slider in kept] == [[3, 20], None, [1, 5]]
+
+
+def test_a_demo_that_nobody_sees_change_is_no_starter(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before, subtle, clear = (Image.new("RGB", (32, 32), (level, level, level)) for level in (100, 120, 100))
+    clear.paste((200, 20, 20), (0, 0, 8, 8))
+    assert share_seen(before, subtle) == 0
+    assert share_seen(before, clear) == 1 / 16
+    for name, less in (("subtle", subtle), ("clear", clear)):
+        join_pictures([less, before, before]).save(tmp_path / f"{name}.png")
+    demos = [{**demo_of(1, 0.9, -0.2), "image": "subtle"}, {**demo_of(3, 0.3, -0.2), "image": "clear"}]
+    monkeypatch.setattr(bench.run, "load_demos", lambda name: demos if str(name) == LATE else [])
+    monkeypatch.setattr(bench.run, "demo_image_path", lambda _, name: tmp_path / f"{name}.png")
+    assert [starter["edits"][0]["feature"] for starter in SteerDesk(bench).starters()] == [3]
 
 
 def test_the_strip_holds_the_strengths_that_demos_use(bench: Workbench) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -32,8 +33,10 @@ MAX_PAGE_EDITS = 6
 SUGGESTED = 14
 MAX_STARTERS = 6
 CONTROL_SEED = 0
-LEAST_CLARITY = 0.04
-"""Of a demo's suppressed side, from which a change is seen at a glance."""
+LEAST_SEEN = 0.01
+"""Share of a demo's picture that must change at a glance when the feature is taken away."""
+AT_A_GLANCE = 48
+"""Difference of a colour channel, of 255, from which a pixel is seen to change."""
 SEEN = 0.15
 """Share of the best demo's loss of its label, as CLIP sees it, from which a starter shows what its name says."""
 FAINT = 0.05
@@ -483,7 +486,8 @@ class SteerDesk:
             panels = [_panel(demo["recipes"][side]) for side in ("less", "before", "more")]
             picture = self.bench.run.demo_image_path(hookpoint, demo["image"])
             clear, label_less = clarity(demo["score"]), demo["score"].get("label_less")
-            if clear < LEAST_CLARITY:
+            shown = _strip_pictures(picture) if picture.is_file() else []
+            if shown and share_seen(shown[0], shown[1]) < LEAST_SEEN:
                 return None
         except (KeyError, FluxSaeError):
             return None
@@ -493,7 +497,7 @@ class SteerDesk:
             "clarity": clear,
             "gone": None if label_less is None else -label_less,
             "label": label,
-            "pictures": _strip_pictures(picture) if picture.is_file() else [],
+            "pictures": [views.image_url(image) for image in shown],
             "panels": panels,
             "colour": sliders[0]["colour"],
             "prompt": recipe.prompt,
@@ -513,10 +517,16 @@ def clarity(score: Mapping[str, Any]) -> float:
     return float(score["less"] * (1 - score["collateral"]) * (1 - score["out_of_distribution"]))
 
 
-def _strip_pictures(path: Path) -> list[str]:
+def _strip_pictures(path: Path) -> list[Image.Image]:
     """The three pictures of a demo's strip."""
     with Image.open(path) as strip:
-        return [views.image_url(picture) for picture in split_pictures(strip, 3)]
+        return split_pictures(strip.convert("RGB"), 3)
+
+
+def share_seen(first: Image.Image, second: Image.Image) -> float:
+    """Share of the pixels that anyone sees differ between two pictures of one size."""
+    difference = np.abs(np.asarray(first, dtype=np.int16) - np.asarray(second, dtype=np.int16)).max(axis=2)
+    return float((difference >= AT_A_GLANCE).mean())
 
 
 def _panel(recipe: Mapping[str, Any]) -> str:
