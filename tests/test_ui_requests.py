@@ -312,6 +312,7 @@ def test_ranked_features_fire_and_say_how_strongly(bench: Workbench) -> None:
     assert all(0 < feature["relative"] <= 1 for feature in ranked)
     at = features_at(reading().maps[LATE], bench.cards[LATE], token=0, step=None, limit=5)
     assert [feature["feature"] for feature in at] == [1]
+    assert features_at(reading().maps[LATE], bench.cards[LATE], token=1, step=None, limit=5) == []
 
 
 def test_means_are_over_patches_and_steps() -> None:

@@ -108,10 +108,8 @@ def telling(acts: np.ndarray, cards: CardIndex, features: Sequence[int] | None =
 
     What fires in almost every image says little; a feature without a name counts by its activation, behind the named.
     """
-    shares, rarity = (
-        shares_of_maximum(acts, cards, features),
-        cards.rarity if features is None else cards.rarity[features],
-    )
+    shares = shares_of_maximum(acts, cards, features)
+    rarity = cards.rarity if features is None else cards.rarity[features]
     sure = cards.label_confidence_at(shares, features)
     scores: np.ndarray = (np.square(sure) + 0.01 * np.square(shares)) * np.maximum(rarity, 0.02)
     return scores
