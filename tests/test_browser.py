@@ -143,7 +143,7 @@ def test_names_that_are_guesses_stand_folded_behind_the_others(visit: Open) -> N
     told = page.locator("fs-lab .fs-side > .fs-list > .fs-card")
     assert 4 <= told.count() < page.locator("fs-lab .fs-card").count()
     assert "a guess" not in " ".join(told.all_inner_texts()[4:])
-    fold = page.locator("fs-lab .fs-side > .fs-list > details", has_text="their names are guesses here")
+    fold = page.locator("fs-lab .fs-side > .fs-list > details", has_text="less sure of their names")
     hidden = fold.locator(".fs-card").first
     expect(hidden).not_to_be_visible()
     fold.locator("summary").first.click()
@@ -178,6 +178,18 @@ def test_opacity_threshold_scale_and_steps_redraw_the_heat(visit: Open) -> None:
         slider.fill(str(value))
         frames.add(canvas_pixels(page))
     assert len(frames) > 1
+
+
+def test_play_runs_through_the_steps_and_ends(visit: Open) -> None:
+    page = visit()
+    generate(page)
+    play = page.get_by_role("button", name="Play the denoising steps")
+    whole = canvas_pixels(page)
+    play.click()
+    page.wait_for_function("document.querySelector('fs-lab input[aria-label=\"Denoising step\"]').value === '2'")
+    assert canvas_pixels(page) != whole
+    expect(play).to_have_text("Play")
+    assert page.get_by_label("Denoising step", exact=True).input_value() == "0"
 
 
 def test_a_patch_answers_to_mouse_and_keyboard(visit: Open) -> None:
@@ -270,6 +282,31 @@ def test_a_new_search_closes_the_open_feature_and_says_how_each_was_found(visit:
     expect(page.locator("fs-gallery p").first).to_contain_text("match “striped” by name")
     expect(page.locator("fs-gallery p").first).to_contain_text("more by the captions of their best images")
     expect(page.locator("fs-feature article")).to_have_count(0)
+
+
+def test_a_closed_feature_opens_again_and_a_number_too_high_is_told(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Gallery")
+    card = page.locator("fs-gallery .fs-card").first
+    for _ in range(2):
+        card.click()
+        expect(page.locator("fs-feature article")).to_have_count(1)
+        page.locator("fs-feature").get_by_role("button", name="Close").click()
+        expect(page.locator("fs-feature article")).to_have_count(0)
+    page.locator("#gallery-query textarea").press_sequentially("9999", delay=30)
+    expect(page.locator("fs-gallery")).to_contain_text("Feature 9999 does not exist")
+
+
+def test_a_search_for_sliders_adds_the_next_match_and_says_when_there_is_none(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    for count in (1, 2):
+        page.get_by_label("Find a feature").fill("red")
+        page.get_by_label("Find a feature").press("Enter")
+        expect(page.locator(".fs-edit")).to_have_count(count)
+    page.get_by_label("Find a feature").fill("9999")
+    page.get_by_label("Find a feature").press("Enter")
+    expect(page.locator(".toast-body").first).to_contain_text("9999")
 
 
 def test_a_feature_goes_from_the_heatmap_to_its_page_and_to_the_sliders(visit: Open) -> None:

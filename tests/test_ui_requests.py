@@ -29,7 +29,7 @@ from fluxsae.measurements import MAX_OUT_OF_DISTRIBUTION
 from fluxsae.settings import GenerationSettings
 from fluxsae.ui.desk_gallery import GalleryDesk
 from fluxsae.ui.desk_heatmap import HeatmapDesk
-from fluxsae.ui.desk_steer import STRIP, SteerDesk, Steered, SteerJob, safe_turns, share_seen
+from fluxsae.ui.desk_steer import STRIP, SteerDesk, Steered, SteerJob, safe_turns, share_seen, where_it_changed
 from fluxsae.ui.desk_words import WordsDesk
 from fluxsae.ui.guard import guarded, validator
 from fluxsae.ui.lane import Cancelled, Done, FluxLane, StepDone
@@ -545,6 +545,14 @@ def test_a_step_window_ends_with_the_picture(bench: Workbench) -> None:
     windows = ([3, 60], None, [1, 5])
     kept = SteerDesk(bench)._within({"edits": [{"steps": window} for window in windows]}, 20)["edits"]
     assert [slider["steps"] for slider in kept] == [[3, 20], None, [1, 5]]
+
+
+def test_the_handle_splits_what_changed() -> None:
+    before = Image.new("RGB", (40, 10), (0, 0, 0))
+    after = before.copy()
+    assert where_it_changed(before, after) == 0.5
+    after.paste((255, 0, 0), (30, 0, 40, 10))
+    assert where_it_changed(before, after) == pytest.approx(0.875)
 
 
 def test_a_demo_that_nobody_sees_change_is_no_starter(

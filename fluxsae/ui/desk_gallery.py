@@ -1,6 +1,8 @@
 """What the Gallery tab and its endpoints ask for, from the run folder alone."""
 
 import functools
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +44,7 @@ class GalleryDesk:
     def __init__(self, bench: Workbench) -> None:
         self.bench = bench
         self.limits = bench.limits
+        self._lock = threading.Lock()
 
     def search(self, request: SearchRequest) -> list[dict[str, Any]]:
         """Features that a query finds, best first, with the reason."""
@@ -58,7 +61,11 @@ class GalleryDesk:
         chosen_class = feature_class if feature_class in CLASSES else "any"
         chosen_sort = sort if sort in SORTS else "best"
         n_shown = int(shown) if isinstance(shown, int) else PAGE
-        return self._gallery(request, chosen_class, bool(coherent_only), chosen_sort, n_shown)
+        with self._lock:  # what many ask for at once is found once
+            try:
+                return self._gallery(request, chosen_class, bool(coherent_only), chosen_sort, n_shown)
+            except FluxSaeError as error:  # a number that no feature has
+                return {"rows": 0, "cols": 0, "summary": str(error), "cards": [], "more": None, "code": None}
 
     @functools.lru_cache(maxsize=32)  # noqa: B019 - one desk a page, for as long as it is served
     def _gallery(
@@ -88,6 +95,7 @@ class GalleryDesk:
         card = cards[request.feature]
         return {
             **views.chip(views.summary(cards, request.feature)),
+            "at": time.monotonic(),  # closed and chosen again, it is shown again
             "word": f"{self.bench.word(request.hookpoint)} ({request.hookpoint})",
             "closable": closable,
             "rows": cards.info.rows,

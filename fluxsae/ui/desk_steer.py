@@ -34,13 +34,11 @@ SUGGESTED = 14
 MAX_STARTERS = 6
 CONTROL_SEED = 0
 LEAST_SEEN = 0.01
-"""Share of a demo's picture that must change at a glance when the feature is taken away."""
+"""Share of a picture that changes at a glance: below it a demo is no starter, and a result is said to change little."""
 AT_A_GLANCE = 48
 """Difference of a colour channel, of 255, from which a pixel is seen to change."""
 SEEN = 0.15
 """Share of the best demo's loss of its label, as CLIP sees it, from which a starter shows what its name says."""
-FAINT = 0.05
-"""Share of the distance between unrelated images below which a result is said to have changed little."""
 EMBEDDED_RUN = "fluxsae/miniature/run"
 
 
@@ -267,17 +265,20 @@ class SteerDesk:
         return request.prompt, request.seed, request.num_inference_steps, self.sliders(request.edits)
 
     def find(self, query: Any, state: Any) -> dict[str, Any]:
-        """The sliders with the first feature that a search finds."""
+        """The sliders with the first feature that a search finds and that is not among them."""
         from fluxsae.ui.desk_gallery import GalleryDesk
         from fluxsae.ui.requests import SearchRequest
 
         hookpoint = self._turned_hookpoint()
         found = GalleryDesk(self.bench).search(
-            SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=1)
+            SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=MAX_PAGE_EDITS + 1)
         )
-        if not found:
-            raise FluxSaeError(f"No feature matches {query!r}; search for a colour, a shape or a number.")
-        return self.add(found[0], state)
+        known = [(edit["hookpoint"], edit["feature"]) for edit in self._edits_of(state)]
+        new = [hit for hit in found if (hit["hookpoint"], hit["feature"]) not in known]
+        if not new:
+            none = "No other feature" if found else "No feature"
+            raise FluxSaeError(f"{none} matches {query!r}; search for a colour, a shape or a number.")
+        return self.add(new[0], state)
 
     def turn(self, prompt: Any, seed: Any, steps: Any, state: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
         """Steps, then the page's before and after, with a random-direction control beside it."""
@@ -434,6 +435,7 @@ class SteerDesk:
             "rows": self.limits.rows,
             "cols": self.limits.cols,
             "region": common_region(request.edits),
+            "cut": where_it_changed(before, after),
             "before": views.image_url(before),
             "after": views.image_url(after),
             "random": views.image_url(random),
@@ -523,6 +525,14 @@ def _strip_pictures(path: Path) -> list[Image.Image]:
         return split_pictures(strip.convert("RGB"), 3)
 
 
+def where_it_changed(before: Image.Image, after: Image.Image) -> float:
+    """Where the handle between two pictures splits what differs: 0 at the left edge, 1 at the right."""
+    difference = np.abs(np.asarray(before, dtype=np.float64) - np.asarray(after, dtype=np.float64)).sum(axis=(0, 2))
+    if difference.sum() == 0:
+        return 0.5
+    return float((difference * (np.arange(len(difference)) + 0.5)).sum() / difference.sum() / len(difference))
+
+
 def share_seen(first: Image.Image, second: Image.Image) -> float:
     """Share of the pixels that anyone sees differ between two pictures of one size."""
     difference = np.abs(np.asarray(first, dtype=np.int16) - np.asarray(second, dtype=np.int16)).max(axis=2)
@@ -579,8 +589,7 @@ def faint_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
     measured = steered.measurements[1]
     if measured is None or not measured["is_safe"] or all(edit.is_identity for edit in edits):
         return []
-    unrelated = measured["distance_of_unrelated"]
-    if unrelated is None or measured["distance"] >= FAINT * unrelated:
+    if share_seen(*steered.images[:2]) >= LEAST_SEEN:
         return []
     return ["Little changed. One feature alone is often weak: add others of its name, or take away what it replaces."]
 

@@ -97,7 +97,12 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         [status, diff],
         **lane,
     )
-    hookpoint.change(guarded(desk.change_hookpoint), [hookpoint, current], [lab, current], **QUIET)
+    hookpoint.change(
+        guarded(lambda *values: (*desk.change_hookpoint(*values), None)),
+        [hookpoint, current],
+        [lab, current, diff],
+        **QUIET,
+    )
     asking = lab.submit(guarded(ask, bench.visitors), current, [status, patch], **{**lane, "show_progress": "hidden"})
     shell.remember(lab, diff)
     shell.open_on(lab.edit, "steer")

@@ -61,7 +61,7 @@ class Shell:
 
         def go(event: gr.EventData) -> Any:
             chosen = _chosen(event)
-            return {**chosen, "for": tab, "at": time.monotonic()}, gr.Tabs(selected=tab)
+            return {**chosen, "for": tab}, gr.Tabs(selected=tab)
 
         listener(guarded(go), None, [self.selection, self.tabs], **CHOOSING)
 
@@ -88,4 +88,5 @@ def _chosen(event: gr.EventData) -> dict[str, Any]:
     chosen = event._data
     if not isinstance(chosen, Mapping):
         raise FluxSaeError("Choose a feature: its hook point and number are missing.")
-    return {"hookpoint": chosen.get("hookpoint"), "feature": chosen.get("feature")}
+    # with the time, so that the same feature chosen again, as after it was closed, is a change that tabs hear of
+    return {"hookpoint": chosen.get("hookpoint"), "feature": chosen.get("feature"), "at": time.monotonic()}

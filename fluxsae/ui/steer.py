@@ -23,7 +23,7 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
         prompt = gr.Textbox(
             first.get("prompt", ""), label="What should the image show?", max_lines=3, scale=6, elem_id="steer-prompt"
         )
-        seed = gr.Number(first.get("seed", 0), label="Seed, kept", precision=0, minimum=0, min_width=120, scale=1)
+        seed = gr.Number(first.get("seed", 0), label="Seed", precision=0, minimum=0, min_width=120, scale=1)
         steps = gr.Slider(
             1,
             bench.limits.max_steps,
@@ -103,7 +103,7 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
     edits.edit(guarded(set_edits), None, state, **QUIET)
     edits.select(guarded(add), state, [edits, state], **QUIET)
     find.submit(
-        guarded(lambda query, state: _with_state(desk.find(query, state))), [find, state], [edits, state], **QUIET
+        guarded(lambda query, state: _with_state(desk.find(query, state))), [find, state], [edits, state], **CHOOSING
     )
     begun = edits.submit(guarded(begin), None, [prompt, seed, steps, edits, state], **QUIET)
     runs.append(begun.success(guarded(turn, bench.visitors), asked, [status, result], **lane))

@@ -32,7 +32,7 @@ FS.define("fs-lab", (root, data) => {
     legend.replaceChildren();
     if (!feature) { FS.drawHeat(canvas, { url: data.image, map: null }); return; }
     const map = plane(view.feature, view.plane);
-    FS.drawHeat(canvas, { url: data.image, map, rows: data.rows, cols: data.cols, gain: gain(map),
+    FS.drawHeat(canvas, { url: data.image, map: view.style === "plain" ? null : map, rows: data.rows, cols: data.cols, gain: gain(map),
       opacity: view.opacity, threshold: view.threshold, smooth: view.smooth, spotlight: view.style === "spotlight" });
     stage.style.setProperty("--chip", feature.colour);
     const most = view.scale === "shared" ? feature.maximum : (feature.maximum * map.reduce((a, b) => Math.max(a, b), 0)) / 255;
@@ -68,7 +68,7 @@ FS.define("fs-lab", (root, data) => {
   list.append(...cards(groups.filter((group) => group.told)));
   const guessed = groups.filter((group) => !group.told);
   if (guessed.length) {
-    const fold = FS.el("details", { class: "fs-fold" }, FS.el("summary", { text: `${guessed.length} weaker: their names are guesses here` }), FS.el("div", { class: "fs-list" }, cards(guessed)));
+    const fold = FS.el("details", { class: "fs-fold" }, FS.el("summary", { text: `${guessed.length} more, less sure of their names` }), FS.el("div", { class: "fs-list" }, cards(guessed)));
     fold.holds = (feature) => guessed.some(({ head, others }) => [head, ...others].some((each) => each.feature === feature));
     list.append(fold);
   }
@@ -138,7 +138,7 @@ FS.define("fs-lab", (root, data) => {
       oninput: (value) => { view.threshold = value; draw(); } }),
   ];
   const toggles = FS.el("div", { class: "fs-row fs-wrap" },
-    FS.toggle({ label: "Show as", options: [["heat", "heat"], ["spotlight", "spotlight"]], value: "heat",
+    FS.toggle({ label: "Show as", options: [["heat", "heat"], ["spotlight", "spotlight"], ["plain", "plain"]], value: "heat",
       onchange: (value) => { view.style = value; legend.hidden = value !== "heat"; draw(); } }),
     FS.toggle({ label: "Scale", options: [["shared", "same for all images"], ["image", "this image"]], value: view.scale,
       onchange: (value) => { view.scale = value; draw(); } }),
@@ -148,10 +148,10 @@ FS.define("fs-lab", (root, data) => {
   let steps = null;
   if (data.steps && data.steps.length > 1) {
     const words = (value) => value === 0 ? "all together" : `step ${data.steps[value - 1] + 1} of ${data.num_inference_steps} (noise ${data.sigmas[value - 1].toFixed(2)})`;
-    steps = FS.slider({ label: "Denoising step", min: 0, max: data.steps.length, step: 1, value: 0, format: words,
+    const slider = FS.slider({ label: "Denoising step", min: 0, max: data.steps.length, step: 1, value: 0, format: words,
       help: "From pure noise to the finished image: drag to see where the feature is born",
       oninput: (value) => { view.plane = value; draw(); } });
-    steps.classList.add("fs-wide");
+    slider.classList.add("fs-wide");
     let timer = null;
     const play = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Play", "aria-label": "Play the denoising steps", onclick: () => {
       if (timer) { clearInterval(timer); timer = null; play.textContent = "Play"; return; }
@@ -160,11 +160,11 @@ FS.define("fs-lab", (root, data) => {
       timer = setInterval(() => {
         now += 1;
         if (!root.isConnected || now > data.steps.length) { clearInterval(timer); timer = null; play.textContent = "Play"; now = 0; }
-        steps.input.value = String(now);
-        steps.input.dispatchEvent(new Event("input"));
+        slider.input.value = String(now);
+        slider.input.dispatchEvent(new Event("input"));
       }, 260);
     } });
-    steps = FS.el("div", { class: "fs-row fs-steps" }, steps, play);
+    steps = FS.el("div", { class: "fs-row fs-steps" }, slider, play);
   }
 
   const link = () => FS.viewLink(data.link);
@@ -182,6 +182,7 @@ FS.define("fs-lab", (root, data) => {
   root.tellPatch = (patch) => {
     root.patch = patch;
     asked.hidden = !isOf(patch);
+    if (asked.hidden) { view.pinned = false; cursor.hidden = true; }
     asked.replaceChildren(...(asked.hidden ? [] : [FS.patch(root, patch)]));
   };
   root.tellPatch(root.patch);

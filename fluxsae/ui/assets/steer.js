@@ -108,9 +108,9 @@ FS.define("fs-result", (root, data) => {
   const stage = FS.el("div", { class: "fs-ba" }, left, right, knob, ...labels, range, grid);
   const cut = (value) => { view.cut = value; right.style.clipPath = `inset(0 0 0 ${value}%)`; knob.style.left = `${value}%`; };
   range.addEventListener("input", () => cut(Number(range.value)));
-  // What was painted is seen whole: the handle starts at its left edge.
+  // What was painted is seen whole: the handle starts at its left edge. Else it splits what changed.
   const painted = (data.region || []).flatMap((line) => line.flatMap((on, at) => (on ? [at] : [])));
-  range.value = String(painted.length ? (100 * Math.min(...painted)) / data.cols : 50);
+  range.value = String(100 * (painted.length ? Math.min(...painted) / data.cols : data.cut));
   cut(Number(range.value));
   const show = (which) => {
     view.right = which;
@@ -165,6 +165,7 @@ FS.define("fs-result", (root, data) => {
     grid.hidden = !view.painting;
     range.hidden = view.painting;
     if (view.painting) { paint(); grid.focus(); return; }
+    later.hidden = true;
     if (stroked && editor() && editor().applyRegion) editor().applyRegion(region());
     stroked = false;
   } });
@@ -210,7 +211,8 @@ FS.define("fs-result", (root, data) => {
 // A distance between two pictures in words, from its share of the distance between unrelated ones.
 FS.changed = (share) => {
   if (share === 0) return "not at all";
-  const word = share < 0.01 ? "barely" : share < 0.5 ? "clearly" : "wholly";
+  if (share > 1) return "wholly (farther than two images usually are)";
+  const word = share < 0.01 ? "barely" : share < 0.05 ? "a little" : share < 0.5 ? "clearly" : "wholly";
   return `${word} (${FS.share(share)} of the way to another image)`;
 };
 
