@@ -417,7 +417,9 @@ def test_the_old_result_is_dimmed_until_the_new_one_is_there(visit: Open) -> Non
 
 def test_stop_keeps_the_old_result_and_takes_the_dimming_away(visit: Open) -> None:
     page = visit()
-    page.locator("#heatmap-settings input[type=number]").last.fill("60")
+    steps = page.locator("#heatmap-settings input[type=number]").last
+    steps.fill("60")
+    steps.press("Tab")
     page.locator("#heatmap-prompt textarea").fill(PROMPT)
     page.locator("#heatmap-go").click()
     opacity = "getComputedStyle(document.querySelector('#heatmap-lab')).opacity"
