@@ -409,10 +409,11 @@ def test_the_old_result_is_dimmed_until_the_new_one_is_there(visit: Open) -> Non
     wait_until_turned(page)
     opacity = "getComputedStyle(document.querySelector('#steer-result')).opacity"
     expect(page.locator("#steer-status .fs-status")).to_have_count(0)
+    page.evaluate(f"window.least = 1; setInterval(() => (window.least = Math.min(window.least, {opacity})), 20)")
     turn(page, 0.4)
-    page.wait_for_function(f"{opacity} < 0.9")
-    page.wait_for_function(f"{opacity} === '1'")
-    assert page.evaluate("document.querySelector('fs-result').data.recipe.batch[1][0].strength") == 0.4
+    strength = "document.querySelector('fs-result').data.recipe.batch[1][0].strength"
+    page.wait_for_function(f"{strength} === 0.4 && {opacity} === '1'", polling=50)
+    assert page.evaluate("window.least") < 0.9
 
 
 def test_stop_keeps_the_old_result_and_takes_the_dimming_away(visit: Open) -> None:
@@ -423,9 +424,9 @@ def test_stop_keeps_the_old_result_and_takes_the_dimming_away(visit: Open) -> No
     page.locator("#heatmap-prompt textarea").fill(PROMPT)
     page.locator("#heatmap-go").click()
     opacity = "getComputedStyle(document.querySelector('#heatmap-lab')).opacity"
-    page.wait_for_function(f"{opacity} < 0.9")
-    page.locator("#heatmap-stop").click()
-    page.wait_for_function(f"{opacity} === '1'")
+    page.wait_for_function(f"{opacity} < 0.9", polling=20)
+    page.locator("#heatmap-stop").dispatch_event("click")  # at once, without waiting for it to stand still
+    page.wait_for_function(f"{opacity} === '1'", polling=50)
     expect(page.locator("#heatmap-status .fs-status")).to_have_count(0)
     page.wait_for_timeout(1500)
     assert page.evaluate("document.querySelector('fs-lab').data.kind") == "example"
