@@ -416,22 +416,6 @@ def test_the_old_result_is_dimmed_until_the_new_one_is_there(visit: Open) -> Non
     assert page.evaluate("window.least") < 0.9
 
 
-def test_stop_keeps_the_old_result_and_takes_the_dimming_away(visit: Open) -> None:
-    page = visit()
-    steps = page.locator("#heatmap-settings input[type=number]").last
-    steps.fill("60")
-    steps.press("Tab")
-    page.locator("#heatmap-prompt textarea").fill(PROMPT)
-    page.locator("#heatmap-go").click()
-    opacity = "getComputedStyle(document.querySelector('#heatmap-lab')).opacity"
-    page.wait_for_function(f"{opacity} < 0.9", polling=20)
-    page.locator("#heatmap-stop").dispatch_event("click")  # at once, without waiting for it to stand still
-    page.wait_for_function(f"{opacity} === '1'", polling=50)
-    expect(page.locator("#heatmap-status .fs-status")).to_have_count(0)
-    page.wait_for_timeout(1500)
-    assert page.evaluate("document.querySelector('fs-lab').data.kind") == "example"
-
-
 def test_a_starter_tells_which_picture_is_the_original(visit: Open) -> None:
     page = visit()
     go_to(page, "Steer")
