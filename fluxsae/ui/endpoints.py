@@ -20,6 +20,17 @@ REQUIRED: Any = ...
 """Default of a required argument that stands behind optional ones; with None, Gradio would call it optional."""
 
 
+def in_lane(status: gr.HTML) -> dict[str, Any]:
+    """How the page's own events that use FLUX run: one at a time, told in a progress bar, no endpoint."""
+    return {
+        "show_progress": "minimal",
+        "show_progress_on": status,
+        "concurrency_id": LANE,
+        "concurrency_limit": 1,
+        "api_visibility": "private",
+    }
+
+
 def add_endpoint(
     handler: Callable[..., Any],
     *,

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from fluxsae.ui.desk_heatmap import HeatmapDesk
-from fluxsae.ui.endpoints import LANE, REQUIRED, add_endpoint
+from fluxsae.ui.endpoints import REQUIRED, add_endpoint, in_lane
 from fluxsae.ui.guard import guarded
 from fluxsae.ui.lane import StepDone
 from fluxsae.ui.requests import FeaturesAtRequest, HeatmapRequest
@@ -79,13 +79,7 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         yield from with_progress(desk.compare(*values), makes="heatmap-diff")
 
     asked, shown = [prompt, hookpoint, seed, steps], [status, lab, patch, current]
-    lane = {
-        "show_progress": "minimal",
-        "show_progress_on": status,
-        "concurrency_id": LANE,
-        "concurrency_limit": 1,
-        "api_visibility": "private",
-    }
+    lane = in_lane(status)
     running = gr.on([go.click, prompt.submit], guarded(show, bench.visitors), asked, shown, **lane)
     surprised = surprise.click(guarded(desk.surprise), None, [prompt, seed, steps], **QUIET).success(
         guarded(show, bench.visitors), asked, shown, **lane

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from fluxsae.ui.desk_steer import SteerDesk
-from fluxsae.ui.endpoints import LANE, REQUIRED, add_endpoint
+from fluxsae.ui.endpoints import REQUIRED, add_endpoint, in_lane
 from fluxsae.ui.guard import guarded
 from fluxsae.ui.lane import StepDone
 from fluxsae.ui.requests import SteerRequest, SweepRequest
@@ -87,13 +87,7 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
     def set_edits(turned: gr.EventData) -> Any:
         return {"edits": turned._data["edits"]}
 
-    lane = {
-        "show_progress": "minimal",
-        "show_progress_on": status,
-        "concurrency_id": LANE,
-        "concurrency_limit": 1,
-        "api_visibility": "private",
-    }
+    lane = in_lane(status)
     turned = edits.input(guarded(set_edits), None, state, **CHOOSING)
     runs = [
         turned.success(guarded(turn, bench.visitors), asked, [status, result], trigger_mode="always_last", **lane),
