@@ -297,6 +297,38 @@ def test_a_closed_feature_opens_again_and_a_number_too_high_is_told(visit: Open)
     expect(page.locator("fs-gallery")).to_contain_text("Feature 9999 does not exist")
 
 
+def test_what_is_refused_is_told_once(visit: Open, tmp_path: Path) -> None:
+    told = ".toast-body"
+    page = visit(query="&view=damaged")
+    expect(page.locator(told)).to_have_count(1)
+    expect(page.locator(told)).to_contain_text("This link is damaged")
+    assert page.locator(told).inner_text().count("damaged") == 1
+    page = visit(query=f"&view={encode_view({'tab': 'attic'})}")
+    expect(page.locator(told)).to_contain_text("This link leads to 'attic'")
+    page = visit()
+    go_to(page, "Steer")
+    (tmp_path / "recipe.json").write_text("{}")
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "recipe.json")
+    expect(page.locator(told)).to_contain_text("recipe lacks schema_version")
+    page = visit()
+    go_to(page, "Gallery")
+    page.locator("#gallery-query textarea").fill("x" * 3000)
+    expect(page.locator("fs-gallery")).to_contain_text("at most 200")
+
+
+def test_a_search_that_is_pasted_or_cleared_is_answered_too(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Gallery")
+    found = page.locator("fs-gallery p").first
+    every = found.inner_text()
+    page.locator("#gallery-query textarea").focus()
+    page.keyboard.insert_text("striped")
+    expect(found).to_contain_text("match “striped” by name")
+    page.locator("#gallery-query textarea").press("Control+a")
+    page.locator("#gallery-query textarea").press("Backspace")
+    expect(found).to_have_text(every)
+
+
 def test_a_search_for_sliders_adds_the_next_match_and_says_when_there_is_none(visit: Open) -> None:
     page = visit()
     go_to(page, "Steer")
@@ -305,8 +337,26 @@ def test_a_search_for_sliders_adds_the_next_match_and_says_when_there_is_none(vi
         page.get_by_label("Find a feature").press("Enter")
         expect(page.locator(".fs-edit")).to_have_count(count)
     page.get_by_label("Find a feature").fill("9999")
+    expect(page.locator("fs-found")).to_contain_text("9999")
     page.get_by_label("Find a feature").press("Enter")
     expect(page.locator(".toast-body").first).to_contain_text("9999")
+
+
+def test_what_a_search_for_sliders_finds_is_chosen_from_until_six_are_there(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    page.get_by_label("Find a feature").press_sequentially("green")
+    found = page.get_by_role("group", name="Features found for green").get_by_role("button")
+    expect(found.nth(6)).to_be_visible()
+    for count in range(1, 7):
+        found.nth(count).click()
+        expect(page.locator(".fs-edit")).to_have_count(count)
+    expect(page.locator("fs-edits .fs-notice")).to_contain_text("6 features are the most")
+    found.first.click()
+    wanted = [int((found.nth(at).inner_text()).split("#")[1]) for at in range(1, 7)]
+    page.wait_for_function("((document.querySelector('fs-result').data || {}).edits || []).length === 6")
+    shown = page.evaluate("document.querySelector('fs-result').data.edits.map((edit) => edit.feature)")
+    assert shown == wanted
 
 
 def test_a_feature_goes_from_the_heatmap_to_its_page_and_to_the_sliders(visit: Open) -> None:
@@ -385,6 +435,15 @@ def test_steering_turns_a_feature_and_a_link_opens_the_same(visit: Open) -> None
     opened = other.evaluate("(({before, after}) => ({before, after}))(document.querySelector('fs-result').data)")
     assert opened == {"before": result["before"], "after": result["after"]}
     expect(other.locator(".fs-edit output")).to_contain_text("usual strength added")
+
+
+def test_no_move_of_a_slider_is_lost_while_another_is_under_way(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    add_feature(page)
+    for value in (-0.5, 0.2, 0.8):
+        turn(page, value)
+    page.wait_for_function("((document.querySelector('fs-result').data || {}).edits || [{}])[0].strength === 0.8")
 
 
 def test_a_feature_that_is_added_shows_its_picture_unturned_and_is_in_view(visit: Open) -> None:

@@ -506,10 +506,9 @@ def test_a_feature_that_was_just_added_is_shown_unturned_with_one_image(
 
     monkeypatch.setattr(bench, "cached", cached)
     desk = SteerDesk(bench)
-    page = desk.add({"hookpoint": LATE, "feature": 3}, {"edits": []})
-    assert page["added"]
-    assert [edit["turn"] for edit in page["edits"]] == [0]
-    *_, done = desk.turn("a circle", 0, 20, {"edits": page["edits"]})
+    slider = desk.find("3", {"edits": []})["add"]
+    assert (slider["feature"], slider["turn"]) == (3, 0)
+    *_, done = desk.turn("a circle", 0, 20, {"edits": [slider]})
     assert asked[0].variants == ((), (), ())
     assert done.value["words"] == ["Nothing is turned yet: move a slider."]
     assert done.value["measurement"] is None

@@ -39,6 +39,7 @@ def build_app(bench: Workbench | None = None) -> gr.Blocks:
                 build_steer_tab(bench, shell)
             with gr.Tab("About", id="about"):
                 build_about_tab(bench)
+        shell.tell_bad_links("heatmap", "gallery", "directions", "steer")
         add_heatmap_endpoints(bench)
         add_gallery_endpoints(bench)
         add_directions_endpoints(bench)

@@ -57,15 +57,15 @@ class GalleryDesk:
         self, query: Any, hookpoint: Any, feature_class: Any, coherent_only: Any, sort: Any, shown: Any = PAGE
     ) -> dict[str, Any]:
         """The page's cards for a query and its filters."""
-        request = SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=100)
         chosen_class = feature_class if feature_class in CLASSES else "any"
         chosen_sort = sort if sort in SORTS else "best"
         n_shown = int(shown) if isinstance(shown, int) else PAGE
-        with self._lock:  # what many ask for at once is found once
-            try:
+        try:
+            request = SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=100)
+            with self._lock:  # what many ask for at once is found once
                 return self._gallery(request, chosen_class, bool(coherent_only), chosen_sort, n_shown)
-            except FluxSaeError as error:  # a number that no feature has
-                return {"rows": 0, "cols": 0, "summary": str(error), "cards": [], "more": None, "code": None}
+        except FluxSaeError as error:  # too long, or a number that no feature has
+            return {"rows": 0, "cols": 0, "summary": str(error), "cards": [], "more": None, "code": None}
 
     @functools.lru_cache(maxsize=32)  # noqa: B019 - one desk a page, for as long as it is served
     def _gallery(

@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ MAX_AMPLIFY = 1.0
 STRIP = (-2 / 3, -1 / 3, 0.0, 0.1, 0.2, 0.3, 0.6)
 """Slider positions of the strip: twice the feature taken away, once, nothing, then ever more added."""
 MAX_PAGE_EDITS = 6
+MAX_MATCHES = 12
 SUGGESTED = 14
 MAX_STARTERS = 6
 CONTROL_SEED = 0
@@ -243,20 +245,12 @@ class SteerDesk:
         page = {**self._frame(), "edits": [dict(edit) for edit in starter["edits"]]}
         return starter["prompt"], starter["seed"], starter["num_inference_steps"], page
 
-    def add(self, chosen: Any, state: Any) -> dict[str, Any]:
-        """The sliders with a feature added; a feature that is there is kept as it is."""
-        edits = self._edits_of(state)
+    def follow(self, chosen: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The slider of a feature that another tab sent here; None for one that was only looked at."""
+        if chosen.get("for") != "steer":
+            return None
         request = FeatureRequest.parse(self.limits, hookpoint=chosen["hookpoint"], feature=chosen["feature"])
-        known = [(edit["hookpoint"], edit["feature"]) for edit in edits]
-        if (request.hookpoint, request.feature) not in known:
-            if len(edits) >= MAX_PAGE_EDITS:
-                raise FluxSaeError(f"There are {len(edits)} features on the sliders already; take one away first.")
-            edits = [*edits, self._slider(request.hookpoint, request.feature)]
-        return {**self._frame(), "edits": edits, "added": True}
-
-    def follow(self, chosen: Mapping[str, Any], state: Any) -> dict[str, Any] | None:
-        """The sliders with a feature that another tab sent here; None for one that was only looked at."""
-        return self.add(chosen, state) if chosen.get("for") == "steer" else None
+        return {"found": [], "add": self._slider(request.hookpoint, request.feature), "at": time.monotonic()}
 
     def linked(self, view: Mapping[str, Any]) -> tuple[str, int, int, dict[str, Any]]:
         """Prompt, seed, steps and sliders of a link."""
@@ -264,26 +258,29 @@ class SteerDesk:
         request = SteerRequest.parse(self.limits, **{name: view.get(name) for name in names})
         return request.prompt, request.seed, request.num_inference_steps, self.sliders(request.edits)
 
-    def find(self, query: Any, state: Any) -> dict[str, Any]:
-        """The sliders with the first feature that a search finds and that is not among them."""
-        from fluxsae.ui.desk_gallery import GalleryDesk
-        from fluxsae.ui.requests import SearchRequest
+    def matches(self, query: Any) -> dict[str, Any] | None:
+        """The sliders that a search finds, to choose from; None without a query."""
+        if not str(query).strip():
+            return None
+        try:
+            return {"query": str(query), "found": self._search(query)}
+        except FluxSaeError as error:  # a number that no feature has
+            return {"query": str(query), "found": [], "error": str(error)}
 
-        hookpoint = self._turned_hookpoint()
-        found = GalleryDesk(self.bench).search(
-            SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=MAX_PAGE_EDITS + 1)
-        )
-        known = [(edit["hookpoint"], edit["feature"]) for edit in self._edits_of(state)]
+    def find(self, query: Any, page: Any) -> dict[str, Any]:
+        """The sliders that a search finds, the first that is not on the page to be added."""
+        found = self._search(query)
+        known = [(edit["hookpoint"], edit["feature"]) for edit in self._edits_of(page)]
         new = [hit for hit in found if (hit["hookpoint"], hit["feature"]) not in known]
         if not new:
             none = "No other feature" if found else "No feature"
             raise FluxSaeError(f"{none} matches {query!r}; search for a colour, a shape or a number.")
-        return self.add(new[0], state)
+        return {"query": str(query), "found": found, "add": new[0], "at": time.monotonic()}
 
-    def turn(self, prompt: Any, seed: Any, steps: Any, state: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
+    def turn(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
         """Steps, then the page's before and after, with a random-direction control beside it."""
-        state = self._within(state, steps)
-        edits = [self._edit(slider) for slider in self._edits_of(state)]
+        page = self._within(page, steps)
+        edits = [self._edit(slider) for slider in self._edits_of(page)]
         request = SteerRequest.parse(
             self.limits, prompt=prompt, edits=[edit.to_dict() for edit in edits], seed=seed, num_inference_steps=steps
         )
@@ -291,11 +288,11 @@ class SteerDesk:
         # where nothing is turned all three are one image until the last step
         variants = [(), request.edits, request.edits] if is_turned else [()] * 3
         for event in self._run(variants, request, control=2):
-            yield Done(self._result(request, event.value, state)) if isinstance(event, Done) else event
+            yield Done(self._result(request, event.value, page)) if isinstance(event, Done) else event
 
-    def strip(self, prompt: Any, seed: Any, steps: Any, state: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
+    def strip(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
         """Steps, then the first slider's feature at seven strengths."""
-        sliders = self._edits_of(self._within(state, steps))
+        sliders = self._edits_of(self._within(page, steps))
         if not sliders:
             raise FluxSaeError("Add a feature first: the strip shows it at seven strengths.")
         edits = [self._edit({**sliders[0], "turn": position}) for position in STRIP]
@@ -334,16 +331,26 @@ class SteerDesk:
             "max_steps": self.limits.max_steps,
             "max_suppress": MAX_SUPPRESS,
             "max_amplify": MAX_AMPLIFY,
+            "max_edits": MAX_PAGE_EDITS,
             "suggestions": self._suggestions(),
         }
 
+    def _search(self, query: Any) -> list[dict[str, Any]]:
+        from fluxsae.ui.desk_gallery import GalleryDesk
+        from fluxsae.ui.requests import SearchRequest
+
+        hookpoint = self._turned_hookpoint()
+        request = SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=MAX_MATCHES)
+        return [self._slider(hookpoint, hit["feature"]) for hit in GalleryDesk(self.bench).search(request)]
+
     def _suggestions(self) -> list[dict[str, Any]]:
-        cards = self.bench.cards[self._turned_hookpoint()]
+        hookpoint = self._turned_hookpoint()
+        cards = self.bench.cards[hookpoint]
         found: dict[str, dict[str, Any]] = {}
         for feature in cards.ranked[:120]:
             label = cards.labels[feature]
             if label and label not in found and cards.features[feature].max_act > 0:
-                found[label] = views.chip(views.summary(cards, feature))
+                found[label] = self._slider(hookpoint, feature)
         return list(found.values())[:SUGGESTED]
 
     @functools.cache  # noqa: B019 - one desk a page, for as long as it is served
@@ -400,7 +407,7 @@ class SteerDesk:
             }
         )
 
-    def _within(self, state: Any, n_steps: Any) -> dict[str, Any]:
+    def _within(self, page: Any, n_steps: Any) -> dict[str, Any]:
         """The sliders with step windows that end with the last step of this picture: they are drawn for any number."""
 
         def cut(slider: dict[str, Any]) -> dict[str, Any]:
@@ -409,15 +416,15 @@ class SteerDesk:
                     return {**slider, "steps": [start, min(stop, n_steps)]}
             return slider
 
-        return {"edits": [cut(slider) for slider in self._edits_of(state)]}
+        return {"edits": [cut(slider) for slider in self._edits_of(page)]}
 
-    def _edits_of(self, state: Any) -> list[dict[str, Any]]:
-        edits = state.get("edits", []) if isinstance(state, Mapping) else []
+    def _edits_of(self, page: Any) -> list[dict[str, Any]]:
+        edits = page.get("edits", []) if isinstance(page, Mapping) else []
         if not isinstance(edits, list) or len(edits) > MAX_PAGE_EDITS:
             raise FluxSaeError(f"The page holds at most {MAX_PAGE_EDITS} features on sliders.")
         return [dict(edit) for edit in edits if isinstance(edit, Mapping)]
 
-    def _result(self, request: SteerRequest, steered: Steered, state: Any) -> dict[str, Any]:
+    def _result(self, request: SteerRequest, steered: Steered, page: Any) -> dict[str, Any]:
         before, after, random = steered.images
         is_turned = bool(steered.recipes[1].edits)
         recipe = steered.recipes[1]
@@ -439,7 +446,7 @@ class SteerDesk:
             "before": views.image_url(before),
             "after": views.image_url(after),
             "random": views.image_url(random),
-            "words": result_words([(slider, self._edit(slider)) for slider in self._edits_of(state)]),
+            "words": result_words([(slider, self._edit(slider)) for slider in self._edits_of(page)]),
             "measurement": steered.measurements[1] if is_turned else None,
             "random_measurement": steered.measurements[2] if is_turned else None,
             "png": base64.b64encode(png_bytes(after, [recipe])).decode("ascii"),

@@ -9,7 +9,7 @@ from fluxsae.ui.endpoints import REQUIRED, add_endpoint
 from fluxsae.ui.guard import guarded
 from fluxsae.ui.requests import DirectionsRequest
 from fluxsae.ui.session import Workbench
-from fluxsae.ui.shell import QUIET, Shell
+from fluxsae.ui.shell import QUEUED, Shell
 from fluxsae.ui.theme import element, mount
 
 
@@ -40,10 +40,10 @@ def build_directions_tab(bench: Workbench, shell: Shell, tab: gr.Tab) -> None:
                 second = gr.Dropdown(bench.hookpoint_choices(), value=bench.hookpoints[-1], label="The other")
                 go = gr.Button("Compare", variant="primary", scale=0, min_width=140, elem_id="directions-compare-go")
             compared = gr.HTML(None, html_template=element("fs-compared"), js_on_load=mount(select="select"))
-        go.click(guarded(desk.compare), [first, second], compared, **QUIET)
+        go.click(guarded(desk.compare), [first, second], compared, **QUEUED)
         shell.remember(compared)
-    tab.select(guarded(desk.map), [hookpoint, shell.selection], chart, **QUIET)
-    hookpoint.change(guarded(desk.map), [hookpoint, shell.selection], chart, **QUIET)
+    tab.select(guarded(desk.map), [hookpoint, shell.selection], chart, **QUEUED)
+    hookpoint.change(guarded(desk.map), [hookpoint, shell.selection], chart, **QUEUED)
     shell.remember(chart, near)
     shell.follow(desk.near, [], near)
     shell.follow(_other_hookpoint, [hookpoint], hookpoint)

@@ -76,7 +76,7 @@ def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
     )
     end_at_idle(asking, status)
     gr.on(
-        [query.input, hookpoint.change, kind.change, coherent.change, sort.change],
+        [query.change, hookpoint.change, kind.change, coherent.change, sort.change],
         guarded(lambda *values: (desk.gallery(*values), PAGE, None, IDLE, None)),
         inputs,
         [gallery, shown, page, status, silence],

@@ -11,7 +11,7 @@ from fluxsae.ui.guard import guarded
 from fluxsae.ui.lane import StepDone
 from fluxsae.ui.requests import FeaturesAtRequest, HeatmapRequest
 from fluxsae.ui.session import Workbench
-from fluxsae.ui.shell import IDLE, QUIET, Shell, end_at_idle, with_progress, working
+from fluxsae.ui.shell import EACH, IDLE, QUIET, Shell, end_at_idle, with_progress, working
 from fluxsae.ui.theme import element, mount
 
 
@@ -97,7 +97,12 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
         [lab, current, diff],
         **QUIET,
     )
-    asking = lab.submit(guarded(ask, bench.visitors), current, [status, patch], **{**lane, "show_progress": "hidden"})
+    asking = lab.submit(
+        guarded(ask, bench.visitors),
+        current,
+        [status, patch],
+        **{**lane, "show_progress": "hidden", "trigger_mode": EACH["trigger_mode"]},
+    )
     shell.remember(lab, diff)
     shell.open_on(lab.edit, "steer")
     shell.open_on(lab.expand, "gallery")

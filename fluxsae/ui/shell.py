@@ -15,15 +15,20 @@ from fluxsae.ui.views import view_of
 
 IDLE: Final[Mapping[str, Any]] = {"state": "idle"}
 QUIET: Final[Mapping[str, Any]] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-"""Events that are answered at once and are no endpoint."""
+"""Events that are answered at once, are never refused, and are no endpoint."""
 
-CHOOSING: Final[Mapping[str, Any]] = {
+QUEUED: Final[Mapping[str, Any]] = {
     "show_progress": "hidden",
     "api_visibility": "private",
     "concurrency_id": "choose",
     "concurrency_limit": None,
 }
-"""Events that change the chosen feature: Gradio tells a state's listeners only of events that were queued."""
+"""Events that may be refused or that change the chosen feature: Gradio shows the errors of queued events only, and
+only of them does it tell a state's listeners."""
+
+EACH: Final[Mapping[str, Any]] = {**QUEUED, "trigger_mode": "multiple"}
+"""Queued events that carry what was clicked: none is dropped while another is under way, as Gradio's default would, and
+none comes to carry what an earlier one did, as "always_last" would."""
 
 
 def working(event: StepDone, *, makes: str) -> dict[str, Any]:
@@ -54,7 +59,7 @@ class Shell:
     def remember(self, *sources: gr.HTML) -> None:
         """A feature chosen in one of these becomes the visitor's."""
         for source in sources:
-            source.select(guarded(_chosen), None, self.selection, **CHOOSING)
+            source.select(guarded(_chosen), None, self.selection, **EACH)
 
     def open_on(self, listener: Callable[..., Any], tab: str) -> None:
         """An event that brings a feature makes it the visitor's and opens a tab."""
@@ -63,7 +68,7 @@ class Shell:
             chosen = _chosen(event)
             return {**chosen, "for": tab}, gr.Tabs(selected=tab)
 
-        listener(guarded(go), None, [self.selection, self.tabs], **CHOOSING)
+        listener(guarded(go), None, [self.selection, self.tabs], **EACH)
 
     def follow(self, show: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:
         """Shows the chosen feature whenever it changes: `show(selection, *inputs)`."""
@@ -74,14 +79,27 @@ class Shell:
         arrived = gr.HTML(None, html_template=element("fs-arrived"), js_on_load=mount(arrive="submit"))
 
         def open_page(request: gr.Request) -> Any:
-            view = view_of(request.query_params)
+            try:
+                view = view_of(request.query_params)
+            except FluxSaeError:
+                view = {}  # told once, for all tabs
             if view.get("tab") != tab:
                 return tuple(gr.skip() for _ in range(len(outputs) + 2))
             shown = show(view)
             return (gr.Tabs(selected=tab), {"tab": tab}, *(shown if isinstance(shown, tuple) else (shown,)))
 
-        self.app.load(guarded(open_page), None, [self.tabs, arrived, *outputs], **CHOOSING)
+        self.app.load(guarded(open_page), None, [self.tabs, arrived, *outputs], **QUEUED)
         return arrived
+
+    def tell_bad_links(self, *tabs: str) -> None:
+        """Says so when a link is damaged, or leads to no tab of these."""
+
+        def check(request: gr.Request) -> None:
+            view = view_of(request.query_params)
+            if view and view.get("tab") not in tabs:
+                raise FluxSaeError(f"This link leads to {str(view.get('tab'))[:40]!r}; the page has {', '.join(tabs)}.")
+
+        self.app.load(guarded(check), None, None, **QUEUED)
 
 
 def _chosen(event: gr.EventData) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fluxsae.ui.guard import guarded
 from fluxsae.ui.lane import StepDone
 from fluxsae.ui.requests import SteerRequest, SweepRequest
 from fluxsae.ui.session import Workbench
-from fluxsae.ui.shell import CHOOSING, IDLE, QUIET, Shell, end_at_idle, with_progress
+from fluxsae.ui.shell import EACH, IDLE, QUEUED, QUIET, Shell, end_at_idle, with_progress
 from fluxsae.ui.theme import element, mount
 
 
@@ -39,7 +39,7 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
             edits = gr.HTML(
                 desk.start(),
                 html_template=element("fs-edits"),
-                js_on_load=mount(turn="input", add="select", begin="submit", mark="edit"),
+                js_on_load=mount(turn="input", begin="submit"),
                 elem_id="steer-edits",
             )
             with gr.Row():
@@ -59,6 +59,7 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
                     min_width=130,
                     elem_id="steer-load",
                 )
+            found = gr.HTML(None, html_template=element("fs-found"), js_on_load=mount(), elem_id="steer-found")
             with gr.Row():
                 go = gr.Button("Steer", variant="primary", elem_id="steer-go")
                 strip_go = gr.Button("Seven strengths", elem_id="steer-strip-go")
@@ -68,8 +69,7 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
                 first or None, html_template=element("fs-result"), js_on_load=mount(), elem_id="steer-result"
             )
     strip = gr.HTML(None, html_template=element("fs-strip"), js_on_load=mount(), elem_id="steer-strip")
-    state = gr.State({"edits": []})
-    asked = [prompt, seed, steps, state]
+    asked = [prompt, seed, steps, edits]
 
     def turn(*values: Any) -> Iterator[Any]:
         yield from with_progress(desk.turn(*values), makes="steer-result")
@@ -77,48 +77,27 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
     def seven(*values: Any) -> Iterator[Any]:
         yield from with_progress(desk.strip(*values), makes="steer-strip")
 
-    def add(state: Any, chosen: gr.EventData) -> Any:
-        page = desk.add(chosen._data, state)
-        return page, {"edits": page["edits"]}
-
     def begin(starter: gr.EventData) -> Any:
-        return _page(*desk.begin(starter._data))
-
-    def set_edits(turned: gr.EventData) -> Any:
-        return {"edits": turned._data["edits"]}
+        return desk.begin(starter._data)
 
     lane = in_lane(status)
-    turned = edits.input(guarded(set_edits), None, state, **CHOOSING)
     runs = [
-        turned.success(guarded(turn, bench.visitors), asked, [status, result], trigger_mode="always_last", **lane),
+        edits.input(guarded(turn, bench.visitors), asked, [status, result], trigger_mode="always_last", **lane),
         gr.on([go.click, prompt.submit], guarded(turn, bench.visitors), asked, [status, result], **lane),
         strip_go.click(guarded(seven, bench.visitors), asked, [status, strip], **lane),
     ]
-    edits.edit(guarded(set_edits), None, state, **QUIET)
-    edits.select(guarded(add), state, [edits, state], **QUIET)
-    find.submit(
-        guarded(lambda query, state: _with_state(desk.find(query, state))), [find, state], [edits, state], **CHOOSING
-    )
-    begun = edits.submit(guarded(begin), None, [prompt, seed, steps, edits, state], **QUIET)
+    find.change(guarded(desk.matches), find, found, **QUIET)
+    find.submit(guarded(desk.find), [find, edits], found, trigger_mode="always_last", **QUEUED)
+    begun = edits.submit(guarded(begin), None, asked, **EACH)
     runs.append(begun.success(guarded(turn, bench.visitors), asked, [status, result], **lane))
-    loaded = upload.upload(
-        guarded(lambda path: _page(*desk.loaded(path))), upload, [prompt, seed, steps, edits, state], **QUIET
-    )
+    loaded = upload.upload(guarded(desk.loaded), upload, asked, **QUEUED)
     runs.append(loaded.success(guarded(turn, bench.visitors), asked, [status, result], **lane))
-    shell.follow(lambda chosen, state: _with_state(desk.follow(chosen, state)), [state], [edits, state])
-    arrived = shell.open_link("steer", lambda view: _page(*desk.linked(view)), [prompt, seed, steps, edits, state])
+    shell.follow(lambda chosen: desk.follow(chosen) or gr.skip(), [], found)
+    arrived = shell.open_link("steer", desk.linked, asked)
     runs.append(arrived.submit(guarded(turn, bench.visitors), asked, [status, result], **lane))
     stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
     for run in runs:
         end_at_idle(run, status)
-
-
-def _with_state(page: Any) -> Any:
-    return (gr.skip(), gr.skip()) if page is None else (page, {"edits": page["edits"]})
-
-
-def _page(prompt: str, seed: int, steps: int, page: Any) -> Any:
-    return prompt, seed, steps, page, {"edits": page["edits"]}
 
 
 def add_steer_endpoints(bench: Workbench) -> None:

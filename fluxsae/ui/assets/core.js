@@ -277,12 +277,14 @@ FS.define = (name, draw) => {
   });
 };
 
-// Ties a gr.HTML component to its element: value in, fs-* events out.
+// Ties a gr.HTML component to its element: value in, fs-* events out. `keep` makes what the visitor changed the value
+// that every later event sends: Gradio drops or forgets what an event carries while the one before is under way.
 FS.mount = (root, props, trigger, watch, events) => {
+  const node = root.querySelector("[data-fs]");
+  node.keep = (value) => { node._fsValue = value; props.value = value; };
   const update = () => {
-    const node = root.querySelector("[data-fs]");
     const value = props.value && typeof props.value === "object" ? props.value : null;
-    if (node && (node._fsValue || null) !== value) {
+    if ((node._fsValue || null) !== value) {
       node._fsValue = value;
       node.data = value;
     }

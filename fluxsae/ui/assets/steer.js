@@ -22,11 +22,12 @@ FS.safeOf = (picture) => {
 
 FS.define("fs-edits", (root, data) => {
   const state = { edits: data.edits }, unfolded = new WeakSet();
-  const tell = () => FS.emit(root, "turn", { edits: state.edits });
+  const keep = () => root.keep({ ...data, edits: state.edits });
+  const tell = () => { keep(); FS.emit(root, "turn"); };
   const changed = (structure) => { tell(); if (structure) draw(); };
-  const zone = (edit) => {
+  const track = (edit) => {
     const safe = FS.safe.ranges.get(FS.safeKey(edit));
-    return FS.el("div", { class: "fs-zone", "aria-hidden": "true" },
+    return FS.el("div", { class: "fs-track", "aria-hidden": "true" },
       safe ? FS.el("span", { class: "fs-safe", style: { left: `${(safe[0] + 1) * 50}%`, width: `${(safe[1] - safe[0]) * 50}%` } }) : null,
       FS.el("span", { class: "fs-middle" }));
   };
@@ -56,7 +57,7 @@ FS.define("fs-edits", (root, data) => {
           FS.el("span", { class: "fs-quiet fs-num", text: `#${edit.feature}, ${edit.word}` })),
         FS.el("button", { class: "fs-button fs-small", type: "button", text: "Remove", "aria-label": `Remove ${FS.title(edit)}`,
           onclick: () => { state.edits = state.edits.filter((other) => other !== edit); changed(true); } })),
-      FS.el("div", { class: "fs-turnbox" }, zone(edit), slider),
+      FS.el("div", { class: "fs-turnbox" }, track(edit), slider),
       FS.el("div", { class: "fs-row fs-between fs-quiet" }, FS.el("span", { text: "◂ less" }), words, FS.el("span", { text: "more ▸" })),
       FS.el("p", { class: "fs-quiet fs-hint", text: safe ? "The band marks the safe range that “Seven strengths” found: there its image stayed one that FLUX could have painted." : "“Seven strengths” below measures the safe range of this slider." }),
       FS.el("details", { class: "fs-fold", open: unfolded.has(edit), ontoggle: (event) => (event.target.open ? unfolded.add(edit) : unfolded.delete(edit)) }, FS.el("summary", { text: "When and where" }),
@@ -73,21 +74,41 @@ FS.define("fs-edits", (root, data) => {
           starter.pictures.length ? FS.panels(starter.pictures) : null, FS.el("span", { class: "fs-row fs-tight" }, FS.chip(starter.colour), FS.el("span", { text: starter.title }))))) : null,
       state.edits.length ? FS.el("ul", { class: "fs-edits" }, state.edits.map(row))
         : FS.el("p", { class: "fs-quiet", text: "Begin with one of these, or choose a feature below. Its slider takes it away to the left and adds it to the right; in the middle nothing changes." }),
+      state.edits.length >= data.max_edits ? FS.el("p", { class: "fs-notice", role: "status", text: `${data.max_edits} features are the most at a time: take one away to add another.` }) : null,
       FS.el("details", { class: "fs-fold", open: !state.edits.length }, FS.el("summary", { text: state.edits.length ? "Add another feature" : "Features to turn" }),
         FS.el("div", { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": "Add a feature" },
-          data.suggestions.filter((other) => !state.edits.some((edit) => edit.feature === other.feature && edit.hookpoint === other.hookpoint)).map((other) =>
-            FS.el("button", { class: "fs-button fs-small fs-row", type: "button", onclick: () => FS.emit(root, "add", { hookpoint: other.hookpoint, feature: other.feature }) },
+          data.suggestions.filter((other) => !root.has(other)).map((other) =>
+            FS.el("button", { class: "fs-button fs-small fs-row", type: "button", disabled: state.edits.length >= data.max_edits, onclick: () => root.add(other) },
               FS.chip(other.colour), FS.el("span", { text: other.label }))))),
       state.edits.length ? FS.el("div", { class: "fs-row" },
         FS.el("button", { class: "fs-button fs-small", type: "button", text: "Reset sliders", onclick: () => { state.edits.forEach((edit) => { edit.turn = 0; edit.steps = null; edit.region = null; }); changed(true); } })) : null));
   };
   // What is painted belongs to the edits from the end of the stroke; making the picture anew is the visitor's to ask.
-  root.markRegion = (region) => { state.edits.forEach((edit) => { edit.region = region; }); FS.emit(root, "mark", { edits: state.edits }); draw(); };
+  root.markRegion = (region) => { state.edits.forEach((edit) => { edit.region = region; }); keep(); draw(); };
   root.applyRegion = (region) => { root.markRegion(region); tell(); };
+  root.has = (feature) => state.edits.some((edit) => edit.feature === feature.feature && edit.hookpoint === feature.hookpoint);
+  // A feature that was just added is brought into view, and its picture, still unturned, is asked for.
+  root.add = (slider) => {
+    if (root.has(slider) || state.edits.length >= data.max_edits) return;
+    state.edits = [...state.edits, { ...slider }];
+    draw();
+    FS.bringIntoView(root.querySelector(".fs-edit:last-child"));
+    tell();
+  };
   root.redraw = draw;
   draw();
-  // A feature that was just added is brought into view, and its picture, still unturned, is asked for.
-  if (data.added) { FS.bringIntoView(root.querySelector(".fs-edit:last-child")); tell(); }
+});
+
+// What a search for sliders found: press to add. `add` is a slider that was asked for, here or on another tab: it
+// joins those on the page, which may have moved since.
+FS.define("fs-found", (root, data) => {
+  const editor = document.querySelector("fs-edits");
+  if (data.add) { root.keep({ ...data, add: null }); editor.add(data.add); }
+  if (data.query) root.append(data.found.length
+    ? FS.el("div", { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": `Features found for ${data.query}` }, data.found.map((slider) =>
+      FS.el("button", { class: "fs-button fs-small fs-row", type: "button", onclick: () => editor.add(slider) },
+        FS.chip(slider.colour), FS.el("span", { text: FS.title(slider) }), FS.el("span", { class: "fs-quiet fs-num", text: `#${slider.feature}` }))))
+    : FS.el("p", { class: "fs-quiet", role: "status", text: data.error || `No feature matches “${data.query}”: search for a colour, a shape or a number.` }));
 });
 
 FS.define("fs-result", (root, data) => {
