@@ -18,7 +18,6 @@ import train.steering_grids
 from fluxsae.artifacts import RunFolder, RunInfo
 from fluxsae.demos import (
     DemoConfig,
-    _Search,
     candidate_images,
     demo_score,
     describe_edit,
@@ -27,6 +26,7 @@ from fluxsae.demos import (
     load_limits,
     measured_sweep,
 )
+from fluxsae.demos.search import _Search
 from fluxsae.edits import Recipe, SteeringEdit, load_recipes
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import save_tensors
