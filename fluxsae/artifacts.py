@@ -369,6 +369,19 @@ class RunFolder:
         """Writes demos.jsonl from JSON texts of one line each."""
         write_text(self.demos_path(hookpoint), "".join(f"{line}\n" for line in lines))
 
+    def swaps_path(self, hookpoint: HookPoint | str) -> Path:
+        """swaps.jsonl, one swap of a name for another a line."""
+        return self.demos_path(hookpoint).with_name("swaps.jsonl")
+
+    def load_swaps(self, hookpoint: HookPoint | str) -> list[dict[str, Any]]:
+        """The swaps, best first; none where none were searched."""
+        path = self.swaps_path(hookpoint)
+        return load_lines(path) if path.is_file() else []
+
+    def save_swaps(self, hookpoint: HookPoint | str, lines: Sequence[str]) -> None:
+        """Writes swaps.jsonl from JSON texts of one line each."""
+        write_text(self.swaps_path(hookpoint), "".join(f"{line}\n" for line in lines))
+
     def sheet_path(self, hookpoint: HookPoint | str, name: str) -> Path:
         """A contact sheet or steering grid, PNG."""
         return self.path / "sheets" / str(HookPoint.parse(hookpoint)) / f"{_safe_name(name)}.png"

@@ -3,7 +3,7 @@
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,7 @@ class _Checker:
         yield from self.guarded(run.heatmaps_path(hookpoint), about.heatmaps)
         yield from self.guarded(run.directions_path(hookpoint), about.directions)
         yield from self.guarded(run.demos_path(hookpoint), about.demos)
+        yield from self.guarded(run.swaps_path(hookpoint), about.swaps)
         for sheet in run.sheets(hookpoint):
             yield from self.guarded(sheet, about.sheet)
 
@@ -284,10 +285,16 @@ class _AboutHookpoint:
         yield from self._dangling("neighbours", [neighbours], self.n_features, "features")
 
     def demos(self, path: Path) -> Iterator[str]:
-        for number, demo in enumerate(self.run.load_demos(self.hookpoint), 1):
-            feature = demo.get("feature")
-            if isinstance(feature, int) and self.n_features is not None and not 0 <= feature < self.n_features:
-                yield f"line {number} is about feature {feature}, which does not exist."
+        yield from self._shown(self.run.load_demos(self.hookpoint))
+
+    def swaps(self, path: Path) -> Iterator[str]:
+        yield from self._shown(self.run.load_swaps(self.hookpoint))
+
+    def _shown(self, lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        for number, demo in enumerate(lines, 1):
+            for feature in (demo.get("feature"), *demo.get("new_features", ())):
+                if isinstance(feature, int) and self.n_features is not None and not 0 <= feature < self.n_features:
+                    yield f"line {number} is about feature {feature}, which does not exist."
             picture = self.run.demo_image_path(self.hookpoint, demo["image"])
             if not picture.is_file():
                 yield f"line {number} names the picture {picture.name}, which is not there."

@@ -29,7 +29,7 @@ from fluxsae.measurements import MAX_OUT_OF_DISTRIBUTION
 from fluxsae.settings import GenerationSettings
 from fluxsae.ui.desk_gallery import GalleryDesk
 from fluxsae.ui.desk_heatmap import HeatmapDesk
-from fluxsae.ui.desk_steer import STRIP, SteerDesk, Steered, SteerJob, safe_turns, share_seen, where_it_changed
+from fluxsae.ui.desk_steer import STRIP, SteerDesk
 from fluxsae.ui.desk_words import WordsDesk
 from fluxsae.ui.guard import guarded, validator
 from fluxsae.ui.lane import Cancelled, Done, FluxLane, StepDone
@@ -48,6 +48,8 @@ from fluxsae.ui.requests import (
 )
 from fluxsae.ui.session import ReadJob, ResultCache, Workbench, open_workbench
 from fluxsae.ui.snippets import snippets
+from fluxsae.ui.steer_job import Steered, SteerJob
+from fluxsae.ui.steer_words import safe_turns, share_seen, where_it_changed
 from fluxsae.ui.views import (
     decode_view,
     encode_view,

@@ -1,5 +1,8 @@
 """Finds, for each feature, the image on which turning it down and up shows best, and keeps it as a demo of the run.
 
+On each demo's image it also tries to put another name in place of the feature's own, such as red in place of pink, and
+keeps what CLIP sees happen. Without CLIP there are no swaps.
+
     python -m train.find_demos --run runs/miniature --n-features 24
 
 A search that was cut off goes on where it stopped.
@@ -14,7 +17,7 @@ from tqdm import tqdm
 
 from fluxsae.artifacts import RunFolder
 from fluxsae.cards import CardIndex
-from fluxsae.demos import DemoConfig, SteeringDemo, find_demos
+from fluxsae.demos import DemoConfig, SteeringDemo, Swap, SwapConfig, find_demos, find_swaps
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import load_flux
 from fluxsae.hookpoints import HookPoint
@@ -37,6 +40,8 @@ class FindDemosConfig:
     """How many of the best ranked features at each hook point."""
     search: DemoConfig = field(default_factory=DemoConfig)
     """What is tried for each feature."""
+    swap: SwapConfig = field(default_factory=SwapConfig)
+    """What is tried to swap one name for another."""
     distance: str = "random-features"
     """Perceptual distance: lpips (fetches its network once) or random-features (needs no network)."""
     device: str | None = None
@@ -52,7 +57,7 @@ def main(config: FindDemosConfig) -> StageResult:
     run = RunFolder(config.run)
     places = [run.check_hookpoint(name) for name in config.hookpoints] or run.hookpoints()
     features = {place: choose_features(run, place, config.features, config.n_features) for place in places}
-    asked = {**asdict(config.search), "distance": config.distance}
+    asked = {**asdict(config.search), "swap": asdict(config.swap), "distance": config.distance}
     asked["features"] = {str(place): list(chosen) for place, chosen in features.items()}
     asked["steps"] = list(config.search.steps) if config.search.steps else None
     return run_stage(
@@ -60,7 +65,7 @@ def main(config: FindDemosConfig) -> StageResult:
         "demos",
         {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()},
         lambda: _search(run, features, config),
-        outputs=lambda: [run.demos_path(place) for place in places],
+        outputs=lambda: [path(place) for path in (run.demos_path, run.swaps_path) for place in places],
         force=config.force,
     )
 
@@ -84,14 +89,15 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
     info = run.load_info()
     pipe = load_flux(info.flux_id, revision=info.flux_revision, device=config.device)
     saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=pipe.device) for place in features}
+    distance, embedder = load_distance(config.distance, device=str(pipe.device)), _embedder(run)
     with tqdm(desc="candidates", unit="image") as bar:
         found = find_demos(
             run,
             pipe,
             saes,
             features,
-            distance=load_distance(config.distance, device=str(pipe.device)),
-            embedder=_embedder(run),
+            distance=distance,
+            embedder=embedder,
             config=config.search,
             max_batch=config.max_batch,
             on_candidate=lambda done, total: _advance(bar, done, total),
@@ -100,6 +106,25 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
         print(f"{place}: {len(demos)} demos of {len(features[place])} features")
         for demo in demos[:8]:
             print(_line(demo))
+    if embedder is None:
+        for place in features:
+            run.save_swaps(place, [])
+        return
+    with tqdm(desc="swaps", unit="name") as bar:
+        swaps = find_swaps(
+            run,
+            pipe,
+            saes,
+            distance=distance,
+            embedder=embedder,
+            config=config.swap,
+            max_batch=config.max_batch,
+            on_candidate=lambda done, total: _advance(bar, done, total),
+        )
+    for place, made in swaps.items():
+        print(f"{place}: {len(made)} swaps on {len(found[place])} demos")
+        for swap in made[:8]:
+            print(_swap_line(swap))
 
 
 def _embedder(run: RunFolder) -> ImageEmbedder | None:
@@ -124,6 +149,14 @@ def _line(demo: SteeringDemo) -> str:
         f"  {demo.feature:>6} {demo.label or '-':<16} score {score.score:.3f}  less {score.less:.3f}  "
         f"more {score.more:.3f}  balance {score.balance:.2f}  collateral {score.collateral:.2f}  "
         f"“{demo.prompt}” seed {demo.seed}"
+    )
+
+
+def _swap_line(swap: Swap) -> str:
+    score = swap.score
+    return (
+        f"  {swap.feature:>6} {swap.label} -> {swap.new_label:<12} score {score.score:.3f}  gone {score.gone:.3f}  "
+        f"come {score.come:.3f}  collateral {score.collateral:.2f}  “{swap.prompt}” seed {swap.seed}"
     )
 
 

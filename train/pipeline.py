@@ -190,8 +190,7 @@ def export_run(run: RunFolder, target: Path) -> None:
 
 def _rename_source(copy: RunFolder, old: str, new: str) -> None:
     """Lets every recipe of the copied demos name the copy."""
-    for hookpoint in copy.hookpoints():
-        path = copy.demos_path(hookpoint)
+    for path in [of(hookpoint) for of in (copy.demos_path, copy.swaps_path) for hookpoint in copy.hookpoints()]:
         if path.exists():
             renamed = path.read_text().replace(f'"source": {json.dumps(old)}', f'"source": {json.dumps(new)}')
             write_text(path, renamed)

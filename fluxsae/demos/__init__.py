@@ -17,19 +17,27 @@ from fluxsae.demos.search import (
     demo_score,
     find_demos,
 )
+from fluxsae.demos.swaps import Swap, SwapConfig, SwapScore, find_swaps, swap_score, swap_variants, where_it_fires
 
 __all__ = [
     "LIMITS_KEY",
     "DemoConfig",
     "DemoScore",
     "SteeringDemo",
+    "Swap",
+    "SwapConfig",
+    "SwapScore",
     "candidate_images",
     "demo_score",
     "describe_edit",
     "edit_direction",
     "find_demos",
+    "find_swaps",
     "grid_row",
     "load_limits",
     "measured_sweep",
     "run_origin",
+    "swap_score",
+    "swap_variants",
+    "where_it_fires",
 ]

@@ -243,7 +243,7 @@ class _Search:
         demos.sort(key=lambda demo: -demo.score.score)
         self.run.save_demos(self.place, [json.dumps(demo.to_dict()) for demo in demos])
         named = {self.run.demo_image_path(self.place, demo.image) for demo in demos}
-        for old in set(self.run.demos_path(self.place).parent.glob("*.webp")) - named:
+        for old in set(self.run.demos_path(self.place).parent.glob("feature-*.webp")) - named:
             old.unlink()
         return demos
 

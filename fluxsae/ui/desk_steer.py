@@ -4,24 +4,28 @@ import base64
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
-from fluxsae.edits import Recipe, SaeSource, SteeringEdit, load_recipes, png_bytes
+from fluxsae.edits import Recipe, SteeringEdit, load_recipes, png_bytes
 from fluxsae.errors import FluxSaeError
-from fluxsae.grids import split_pictures
 from fluxsae.heatmaps import feature_colour
-from fluxsae.hookpoints import HookPoint, TokenGrid
 from fluxsae.ui import views
-from fluxsae.ui.lane import Done, OnStep, StepDone
+from fluxsae.ui.lane import Done, StepDone
 from fluxsae.ui.requests import FeatureRequest, SteerRequest, SweepRequest
 from fluxsae.ui.session import Workbench
 from fluxsae.ui.snippets import snippets
+from fluxsae.ui.starters import find_starters
+from fluxsae.ui.steer_job import Steered, SteerJob
+from fluxsae.ui.steer_words import (
+    common_region,
+    edit_words,
+    faint_notice,
+    result_words,
+    safe_turns,
+    unsafe_notice,
+    where_it_changed,
+)
 
 MAX_SUPPRESS = 3.0
 """The left end of a slider: what is taken away, as a share of the feature's own activation. Taking away just what is
@@ -33,126 +37,6 @@ STRIP = (-2 / 3, -1 / 3, 0.0, 0.1, 0.2, 0.3, 0.6)
 MAX_PAGE_EDITS = 6
 MAX_MATCHES = 12
 SUGGESTED = 14
-MAX_STARTERS = 6
-CONTROL_SEED = 0
-LEAST_SEEN = 0.01
-"""Share of a picture that changes at a glance: below it a demo is no starter, and a result is said to change little."""
-AT_A_GLANCE = 48
-"""Difference of a colour channel, of 255, from which a pixel is seen to change."""
-SEEN = 0.15
-"""Share of the best demo's loss of its label, as CLIP sees it, from which a starter shows what its name says."""
-EMBEDDED_RUN = "fluxsae/miniature/run"
-
-
-@dataclass(frozen=True, eq=False)
-class Steered:
-    """Images of one sweep, with what each variant did to the first."""
-
-    images: tuple[Image.Image, ...]
-    recipes: tuple[Recipe, ...]
-    measurements: tuple[dict[str, Any] | None, ...]
-    unknown_words: tuple[str, ...] = ()
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory held, roughly."""
-        return sum(image.width * image.height * 3 for image in self.images) + 4096
-
-
-@dataclass(frozen=True)
-class SteerJob:
-    """Make an image in several variants, the first one unedited, and measure what each edit did."""
-
-    variants: tuple[tuple[SteeringEdit, ...], ...]
-    prompt: str
-    seed: int
-    num_inference_steps: int
-    control: int = -1
-    """The variant that writes random directions in place of the features' own; -1 for none."""
-
-    @property
-    def seconds(self) -> float:
-        """GPU seconds it may need."""
-        return 15 + 0.6 * self.num_inference_steps * len(self.variants)
-
-    def run(self, bench: Workbench, on_step: OnStep) -> Steered:
-        """The images, their recipes and measurements."""
-        from fluxsae.flux import unknown_words
-        from fluxsae.measurements import EditRecorder
-        from fluxsae.sweeps import sweep
-
-        saes = {HookPoint.parse(name): sae for name, sae in bench.saes.items()}
-        recorder = EditRecorder(bench.pipe, saes, self.variants, limits=bench.token_limits)
-        with recorder.watch():
-            found = sweep(
-                bench.pipe,
-                saes,
-                self.variants,
-                prompt=self.prompt,
-                seed=self.seed,
-                settings=bench.settings(self.num_inference_steps),
-                origin=run_origin(bench),
-                direction_of=self._direction_of(bench, saes) if self.control >= 0 else None,
-                on_edit=recorder.record,
-                on_progress=lambda done, total: on_step(done - 1, total),
-            )
-        measured = self._measured(bench, [variant.image for variant in found], recorder.recorded)
-        recipes = tuple(variant.recipe for variant in found)
-        images = tuple(variant.image for variant in found)
-        return Steered(images, recipes, measured, tuple(unknown_words(bench.pipe, self.prompt)))
-
-    def _direction_of(self, bench: Workbench, saes: Mapping[HookPoint, Any]) -> Any:
-        from fluxsae.measurements import random_directions
-
-        def direction_of(edit: SteeringEdit, item: int) -> torch.Tensor | None:
-            if item != self.control:
-                return None
-            width = saes[edit.hookpoint].config.d_model
-            return random_directions(width, 1, seed=CONTROL_SEED + edit.feature)[0].to(bench.device)
-
-        return direction_of
-
-    def _measured(
-        self, bench: Workbench, images: Sequence[Image.Image], recorded: Sequence[Any]
-    ) -> tuple[dict[str, Any] | None, ...]:
-        from fluxsae.measurements import SAFE_UP_TO, measure_edit
-        from fluxsae.naturalness import denoising_errors
-
-        errors = denoising_errors(bench.pipe, images, bench.settings(self.num_inference_steps))
-        grid = TokenGrid(bench.limits.rows, bench.limits.cols)
-        values: list[dict[str, Any] | None] = [None]
-        for image, seen, error in zip(images[1:], recorded[1:], errors[1:], strict=True):
-            measured = measure_edit(
-                images[0],
-                image,
-                seen,
-                grid=grid,
-                distance=bench.distance,
-                embedder=bench.embedder,
-                prompt=self.prompt,
-                denoising_errors=(errors[0], error),
-            )
-            values.append(
-                {
-                    **measured.to_dict(),
-                    "distance_of_unrelated": bench.unrelated_distance,
-                    "is_safe": measured.is_safe,
-                    "safe_up_to": dict(SAFE_UP_TO),
-                }
-            )
-        return tuple(values)
-
-
-def run_origin(bench: Workbench) -> Any:
-    """Where the models of this page's recipes come from."""
-    from fluxsae.sweeps import Origin
-
-    repo, _, revision = (EMBEDDED_RUN if bench.source == "embedded" else bench.source).partition("@")
-    saes = tuple(
-        SaeSource(HookPoint.parse(name), repo, bench.run.sae_subfolder(name), revision or None)
-        for name in bench.hookpoints
-    )
-    return Origin(bench.info.flux_id, bench.info.flux_revision, saes)
 
 
 class SteerDesk:
@@ -195,7 +79,8 @@ class SteerDesk:
 
     def start(self) -> dict[str, Any]:
         """The tab's first sight: no edit yet, good features to begin with."""
-        starters = [{key: starter[key] for key in ("title", "pictures", "colour")} for starter in self.starters()]
+        shown = ("title", "pictures", "names", "colours")
+        starters = [{key: starter[key] for key in shown} for starter in self.starters()]
         return {**self._frame(), "edits": [], "starters": starters}
 
     @functools.cache  # noqa: B019 - one desk a page, for as long as it is served
@@ -225,15 +110,8 @@ class SteerDesk:
 
     @functools.cache  # noqa: B019 - one desk a page, for as long as it is served
     def starters(self) -> list[dict[str, Any]]:
-        """Recipes that work, from the run's steering demos: turned down, each label once, the clearest first."""
-        demos = [(name, demo) for name in reversed(self.bench.hookpoints) for demo in self.bench.run.load_demos(name)]
-        made = [starter for name, demo in demos if (starter := self._starter(name, demo)) is not None]
-        gone = [starter["gone"] for starter in made if starter["gone"] is not None]
-        seen = [starter for starter in made if starter["gone"] is None or starter["gone"] >= SEEN * max(gone)]
-        found: dict[str, dict[str, Any]] = {}
-        for starter in sorted(seen, key=lambda starter: -starter["clarity"]):
-            found.setdefault(starter["label"], starter)
-        return list(found.values())[:MAX_STARTERS]
+        """Recipes that work, from the run's demos."""
+        return find_starters(self.bench, self._slider_of)
 
     def begin(self, chosen: Any) -> tuple[str, int, int, dict[str, Any]]:
         """Prompt, seed, steps and sliders of a starter."""
@@ -488,125 +366,7 @@ class SteerDesk:
             "safe": safe,
         }
 
-    def _starter(self, hookpoint: str, demo: Mapping[str, Any]) -> dict[str, Any] | None:
-        try:
-            recipe = Recipe.from_dict(demo["recipes"]["less"])  # what is added everywhere spills over
-            sliders = [self._slider_of(edit) for edit in recipe.edits]
-            panels = [_panel(demo["recipes"][side]) for side in ("less", "before", "more")]
-            picture = self.bench.run.demo_image_path(hookpoint, demo["image"])
-            clear, label_less = clarity(demo["score"]), demo["score"].get("label_less")
-            shown = _strip_pictures(picture) if picture.is_file() else []
-            if shown and share_seen(shown[0], shown[1]) < LEAST_SEEN:
-                return None
-        except (KeyError, FluxSaeError):
-            return None
-        label = ", ".join(str(slider["label"] or f"#{slider['feature']}") for slider in sliders)
-        return {
-            "title": f"Less {label}",
-            "clarity": clear,
-            "gone": None if label_less is None else -label_less,
-            "label": label,
-            "pictures": [views.image_url(image) for image in shown],
-            "panels": panels,
-            "colour": sliders[0]["colour"],
-            "prompt": recipe.prompt,
-            "seed": recipe.seed,
-            "num_inference_steps": recipe.settings.num_inference_steps,
-            "edits": sliders,
-        }
-
 
 def _picture_of(recipe: Recipe) -> list[Any]:
     """What an unedited picture is made of: a safe range holds for it alone."""
     return [recipe.prompt, recipe.seed, recipe.settings.num_inference_steps]
-
-
-def clarity(score: Mapping[str, Any]) -> float:
-    """How clearly a demo of this score shows its feature being taken away: far, with little else changed or odd."""
-    return float(score["less"] * (1 - score["collateral"]) * (1 - score["out_of_distribution"]))
-
-
-def _strip_pictures(path: Path) -> list[Image.Image]:
-    """The three pictures of a demo's strip."""
-    with Image.open(path) as strip:
-        return split_pictures(strip.convert("RGB"), 3)
-
-
-def where_it_changed(before: Image.Image, after: Image.Image) -> float:
-    """Where the handle between two pictures splits what differs: 0 at the left edge, 1 at the right."""
-    difference = np.abs(np.asarray(before, dtype=np.float64) - np.asarray(after, dtype=np.float64)).sum(axis=(0, 2))
-    if difference.sum() == 0:
-        return 0.5
-    return float((difference * (np.arange(len(difference)) + 0.5)).sum() / difference.sum() / len(difference))
-
-
-def share_seen(first: Image.Image, second: Image.Image) -> float:
-    """Share of the pixels that anyone sees differ between two pictures of one size."""
-    difference = np.abs(np.asarray(first, dtype=np.int16) - np.asarray(second, dtype=np.int16)).max(axis=2)
-    return float((difference >= AT_A_GLANCE).mean())
-
-
-def _panel(recipe: Mapping[str, Any]) -> str:
-    """What was done in one picture of a demo."""
-    return "; ".join(edit_words({}, edit) for edit in Recipe.from_dict(dict(recipe)).edits) or "unchanged"
-
-
-def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
-    """An edit in plain words with its unit."""
-    name = slider.get("label") or f"feature {edit.feature}"
-    if edit.is_identity:
-        return f"{name}: unchanged"
-    if edit.mode == "scale" and edit.strength >= 0:
-        return f"{name}: {100 * (1 - edit.strength):.0f} % taken away"
-    if edit.mode == "scale":
-        return f"{name}: {1 - edit.strength:.2g} times what is there taken away"
-    if edit.mode == "add":
-        return f"{name}: {edit.strength:.2g} times its usual strength added"
-    return f"{name}: {edit.mode} {edit.strength:.2g}"
-
-
-def result_words(turned: Sequence[tuple[Mapping[str, Any], SteeringEdit]]) -> list[str]:
-    """Edits in plain words, with where they acted if that was painted."""
-    if turned and all(edit.is_identity for _, edit in turned):
-        return ["Nothing is turned yet: move a slider."]
-    return [
-        edit_words(slider, edit) + (", in the painted region" if edit.region and not edit.is_identity else "")
-        for slider, edit in turned
-    ]
-
-
-def common_region(edits: Sequence[SteeringEdit]) -> Any:
-    """The region of all edits as JSON values, to paint on; None where they act everywhere or differ."""
-    regions = {edit.region for edit in edits}
-    return edits[0].to_dict()["region"] if len(regions) == 1 else None
-
-
-def unsafe_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
-    """What to do about a picture that went beyond the safe range."""
-    measured = steered.measurements[1]
-    if measured is None or measured["is_safe"]:
-        return []
-    if any(edit.mode == "add" and edit.strength > 0 and edit.region is None for edit in edits):
-        return ["Beyond the safe range: without a region it is added everywhere. Paint where it acts, or add less."]
-    return ["Beyond the safe range: the picture may be broken. Turn the feature less."]
-
-
-def faint_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
-    """What to try where an edit was safe and did little."""
-    measured = steered.measurements[1]
-    if measured is None or not measured["is_safe"] or all(edit.is_identity for edit in edits):
-        return []
-    if share_seen(*steered.images[:2]) >= LEAST_SEEN:
-        return []
-    return ["Little changed. One feature alone is often weak: add others of its name, or take away what it replaces."]
-
-
-def safe_turns(points: Sequence[tuple[float, bool]]) -> list[float] | None:
-    """The unbroken range of slider positions around the middle that are safe."""
-    low = high = 0.0
-    for side in (-1, 1):
-        for turn, is_safe in sorted((p for p in points if p[0] * side > 0), key=lambda p: abs(p[0])):
-            if not is_safe:
-                break
-            low, high = min(low, turn), max(high, turn)
-    return [low, high] if low < high else None

@@ -8,10 +8,10 @@ FS.turnWords = (turn, { max_suppress: least, max_amplify: most }) => {
   return `${FS.number(turn * most, 2)} × its usual strength added`;
 };
 FS.short = (words) => words.replace(/(^|; )[^;]*?: /g, "$1").replace(/ times (its usual strength|what is there)/g, " ×");
-// The pictures of a demo, each told: the feature turned down, the original, turned up.
-FS.panels = (pictures, words = []) => FS.el("span", { class: "fs-panels" }, pictures.map((src, at) => FS.el("span", {},
-  FS.el("img", { src, alt: "" }), FS.el("strong", { text: ["less", "original", "more"][at] }),
-  words[at] && at !== 1 ? FS.el("span", { class: "fs-quiet", text: FS.short(words[at]) }) : null)));
+// The pictures of a demo, each told: its name, and what was done to it.
+FS.panels = (pictures, names, words = []) => FS.el("span", { class: "fs-panels" }, pictures.map((src, at) => FS.el("span", {},
+  FS.el("img", { src, alt: "" }), FS.el("strong", { text: names[at] }),
+  words[at] && words[at] !== "unchanged" ? FS.el("span", { class: "fs-quiet", text: FS.short(words[at]) }) : null)));
 // Safe ranges that strips have found, for the picture on screen alone: another prompt or seed has others.
 FS.safe = { picture: null, ranges: new Map() };
 FS.safeKey = (edit) => JSON.stringify([edit.hookpoint, edit.feature, edit.steps || null, edit.region || null]);
@@ -71,7 +71,8 @@ FS.define("fs-edits", (root, data) => {
       FS.el("h2", { class: "fs-h", text: "Turn features" }),
       !state.edits.length && (data.starters || []).length ? FS.el("div", { class: "fs-starters", role: "group", "aria-label": "Begin with one that works" },
         data.starters.map((starter, at) => FS.el("button", { class: "fs-starter", type: "button", onclick: () => FS.emit(root, "begin", { starter: at }) },
-          starter.pictures.length ? FS.panels(starter.pictures) : null, FS.el("span", { class: "fs-row fs-tight" }, FS.chip(starter.colour), FS.el("span", { text: starter.title }))))) : null,
+          starter.pictures.length ? FS.panels(starter.pictures, starter.names) : null,
+          FS.el("span", { class: "fs-row fs-tight" }, starter.colours.map(FS.chip), FS.el("span", { text: starter.title }))))) : null,
       state.edits.length ? FS.el("ul", { class: "fs-edits" }, state.edits.map(row))
         : FS.el("p", { class: "fs-quiet", text: "Begin with one of these, or choose a feature below. Its slider takes it away to the left and adds it to the right; in the middle nothing changes." }),
       state.edits.length >= data.max_edits ? FS.el("p", { class: "fs-notice", role: "status", text: `${data.max_edits} features are the most at a time: take one away to add another.` }) : null,
@@ -114,7 +115,7 @@ FS.define("fs-found", (root, data) => {
 FS.define("fs-result", (root, data) => {
   if (data.kind === "example") {
     root.append(FS.el("figure", { class: "fs-first" },
-      data.panels.length ? FS.panels(data.pictures, data.panels) : FS.el("img", { src: data.pictures[0], alt: data.prompt }),
+      data.panels.length ? FS.panels(data.pictures, data.names, data.panels) : FS.el("img", { src: data.pictures[0], alt: data.prompt }),
       FS.el("figcaption", {}, FS.el("span", { class: "fs-badge", text: "example" }), FS.el("span", { text: data.words }))));
     return;
   }
