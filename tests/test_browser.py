@@ -220,8 +220,28 @@ def test_patches_of_another_hook_points_example_answer(visit: Open) -> None:
     expect(page.locator(".fs-patch")).to_have_count(1)
 
 
+@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 1100}, PHONE], ids=["desktop", "phone"])
+def test_the_picture_stays_in_view_while_the_cards_are_read(visit: Open, viewport: Any) -> None:
+    page = visit(viewport=viewport)
+    generate(page)
+    for fold in page.locator("fs-lab .fs-list > details > summary").all():
+        fold.click()
+    card = page.locator("fs-lab .fs-card:visible").last
+    card.evaluate("card => card.scrollIntoView({ block: 'end' })")
+    page.wait_for_function("scrollY > 0")
+    stage = page.locator(".fs-stage").bounding_box()
+    assert stage is not None
+    assert 0 <= stage["y"] < viewport["height"] / 2
+    assert not card.evaluate(
+        "card => document.querySelector('.fs-stage').contains(document.elementFromPoint("
+        "card.getBoundingClientRect().x + 9, card.getBoundingClientRect().bottom - 9))"
+    )
+
+
 def test_unknown_words_are_named_and_a_blank_prompt_is_refused_keeping_the_result(visit: Open) -> None:
     page = visit()
+    generate(page, "some red circles")
+    expect(page.locator("fs-lab .fs-notice")).to_contain_text("does not know “some”, “circles” (“circle”?), so")
     generate(page, "a red zebra")
     expect(page.locator("fs-lab .fs-notice")).to_contain_text("zebra")
     page.locator("#heatmap-prompt textarea").fill("   ")
@@ -475,12 +495,22 @@ def test_the_old_result_is_dimmed_until_the_new_one_is_there(visit: Open) -> Non
     assert page.evaluate("window.least") < 0.9
 
 
-def test_a_starter_tells_which_picture_is_the_original(visit: Open) -> None:
+def test_a_starter_tells_which_picture_is_which_and_its_swap_is_made(visit: Open) -> None:
     page = visit()
     go_to(page, "Steer")
-    first = page.locator(".fs-starter").first
-    assert first.locator("strong").all_inner_texts() == ["less", "original", "more"]
     expect(page.get_by_label("Find a feature")).to_be_visible()
+    starters = page.locator(".fs-starter")
+    assert starters.last.locator("strong").all_inner_texts() == ["less", "original", "more"]
+    assert starters.first.locator("strong").all_inner_texts() == ["before", "after"]
+    old, new = starters.first.inner_text().splitlines()[-1].lower().split(" becomes ")
+    starters.first.click()
+    expect(page.locator(".fs-edit .fs-label").first).to_have_text(old)
+    expect(page.locator(".fs-edit .fs-label").nth(1)).to_have_text(new)
+    wait_until_turned(page)
+    edits = page.evaluate("document.querySelector('fs-result').data.edits")
+    assert [edit["mode"] for edit in edits] == ["scale", *["add"] * (len(edits) - 1)]
+    assert all(edit["region"] == edits[0]["region"] is not None for edit in edits)
+    expect(page.locator("fs-result .fs-words")).to_contain_text("in the painted region")
 
 
 def test_the_strip_shows_seven_strengths_and_draws_the_safe_range(visit: Open) -> None:

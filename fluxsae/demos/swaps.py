@@ -56,6 +56,8 @@ class SwapConfig:
     """New names tried on each image: those most alike in use (see `alike`)."""
     alike: float = 0.7
     """Names are of one kind where the words they stand between in the run's prompts have at least this cosine."""
+    steps: tuple[int, int] | None = None
+    """Window of the edits, [start, stop); left out, the noise levels the SAE was trained on."""
     heat: float = 0.25
     """The region: patches where the old feature fires at least at this share of its strongest patch."""
     picture_side: int = 256
@@ -117,20 +119,20 @@ def where_it_fires(
     prompt: str,
     seed: int,
     settings: GenerationSettings,
-    heat: float,
+    config: SwapConfig,
 ) -> Region:
-    """The patches of an unedited picture where a feature fires, at `heat` of its strongest patch or more.
+    """The patches of an unedited picture where a feature fires, at `config.heat` of its strongest patch or more.
 
-    Mean over the steps that the SAE was trained on; all False where it never fires.
+    Mean over the steps from the first that is edited; all False where it never fires.
     """
     acts: list[Float[Tensor, " tokens"]] = []
-    variants = [(SteeringEdit(place, feature, "scale", 0.0),)]
-    first = first_edited_step(pipe, {place: sae}, variants, settings)
+    edit = SteeringEdit(place, feature, "scale", 0.0, steps=config.steps)
+    first = first_edited_step(pipe, {place: sae}, [(edit,)], settings)
     steps = range(first, len(schedule_sigmas(pipe, settings)))
     with capture(pipe, [place], steps=steps, sink=lambda call: acts.append(_acts_of(sae, call, feature))):
         generate(pipe, prompt, seeds=seed, settings=settings)
     mean = torch.stack(acts).mean(dim=0)
-    fires: Bool[Tensor, " tokens"] = (mean > 0) & (mean >= heat * mean.max())
+    fires: Bool[Tensor, " tokens"] = (mean > 0) & (mean >= config.heat * mean.max())
     grid = token_grid(pipe, settings)
     return tuple(tuple(line) for line in fires.reshape(grid.rows, grid.cols).tolist())
 
@@ -146,8 +148,8 @@ def swap_variants(
     """Every way to take `feature` away and add others in a region that `config` names, without repeats."""
     found = [
         (
-            SteeringEdit(place, feature, "scale", less, region=region),
-            *(SteeringEdit(place, new, "add", more, region=region) for new in new_features[:count]),
+            SteeringEdit(place, feature, "scale", less, steps=config.steps, region=region),
+            *(SteeringEdit(place, new, "add", more, steps=config.steps, region=region) for new in new_features[:count]),
         )
         for less in config.suppress
         for count, more in config.amplify
@@ -353,7 +355,7 @@ class _Search:
                 prompt=self.images.prompts[image_id],
                 seed=self.images.seeds[image_id],
                 settings=self.settings,
-                heat=self.config.heat,
+                config=self.config,
             )
         return swap_variants(self.place, feature, self.named[name], self._regions[feature, image_id], self.config)
 

@@ -23,6 +23,7 @@ from fluxsae.ui.steer_words import (
     faint_notice,
     result_words,
     safe_turns,
+    short_words,
     unsafe_notice,
     where_it_changed,
 )
@@ -341,6 +342,7 @@ class SteerDesk:
 
     def _strip(self, slider: Mapping[str, Any], steered: Steered) -> dict[str, Any]:
         measurements = steered.measurements[1:]
+        edits = [self._edit({**slider, "turn": turn}) for turn in STRIP]
         sound = [measured is not None and measured["is_safe"] for measured in measurements]
         safe = safe_turns(list(zip(STRIP, sound, strict=True)))
         low, high = safe or (0.0, 0.0)
@@ -348,11 +350,12 @@ class SteerDesk:
             {
                 "turn": turn,
                 "image": views.image_url(image),
-                "words": edit_words(slider, self._edit({**slider, "turn": turn})),
+                "words": edit_words(slider, edit),
+                "short": short_words(edit),
                 "measurement": measured,
                 "safe": low <= turn <= high,
             }
-            for turn, image, measured in zip(STRIP, steered.images[1:], measurements, strict=True)
+            for turn, edit, image, measured in zip(STRIP, edits, steered.images[1:], measurements, strict=True)
         ]
         return {
             "hookpoint": slider["hookpoint"],

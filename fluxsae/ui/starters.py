@@ -11,7 +11,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.grids import split_pictures
 from fluxsae.ui import views
 from fluxsae.ui.session import Workbench
-from fluxsae.ui.steer_words import LEAST_SEEN, edit_words, share_seen
+from fluxsae.ui.steer_words import LEAST_SEEN, share_seen, short_words
 
 MAX_STARTERS: Final = 6
 MAX_SWAPS: Final = 4
@@ -21,7 +21,7 @@ SliderOf = Callable[[SteeringEdit], dict[str, Any]]
 
 
 def find_starters(bench: Workbench, slider_of: SliderOf) -> list[dict[str, Any]]:
-    """Swaps first, each feature once before any comes again; then features taken away. The clearest first.
+    """Swaps first, those that change least else before others; then features taken away, the clearest first.
 
     `slider_of` gives the slider that stands for an edit, and refuses an edit that none does.
     """
@@ -40,9 +40,10 @@ def find_starters(bench: Workbench, slider_of: SliderOf) -> list[dict[str, Any]]
 
 
 def _clear(swaps: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-    """Those with a good share of the best score, best first."""
-    ranked = sorted(swaps, key=lambda swap: -swap[1]["score"]["score"])
-    return [swap for swap in ranked if swap[1]["score"]["score"] >= SEEN * ranked[0][1]["score"]["score"]]
+    """Those with a good share of the best score, those that change least else first."""
+    best = max((swap["score"]["score"] for _, swap in swaps), default=0.0)
+    clear = [(name, swap) for name, swap in swaps if swap["score"]["score"] >= SEEN * best]
+    return sorted(clear, key=lambda swap: swap[1]["score"]["collateral"])
 
 
 def _each_first(items: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
@@ -70,7 +71,7 @@ def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mappin
         **made,
         "title": f"{old.capitalize()} becomes {new}",
         "names": ["before", "after"],
-        "panels": ["", _panel(recipe)],
+        "panels": ["", f"{new} added where {old} was taken away"],
         "colours": [sliders[0]["colour"], sliders[1]["colour"]],
     }
 
@@ -129,4 +130,4 @@ def _pictures(path: Path, count: int) -> list[Image.Image]:
 
 def _panel(recipe: Recipe) -> str:
     """What was done in one picture of a demo."""
-    return "; ".join(edit_words({}, edit) for edit in recipe.edits) or "unchanged"
+    return "; ".join(map(short_words, recipe.edits))

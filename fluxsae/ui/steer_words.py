@@ -32,15 +32,24 @@ def share_seen(first: Image.Image, second: Image.Image) -> float:
 def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
     """An edit in plain words with its unit."""
     name = slider.get("label") or f"feature {edit.feature}"
-    if edit.is_identity:
-        return f"{name}: unchanged"
-    if edit.mode == "scale" and edit.strength >= 0:
-        return f"{name}: {100 * (1 - edit.strength):.0f} % taken away"
-    if edit.mode == "scale":
+    if edit.mode == "scale" and edit.strength < 0:
         return f"{name}: {1 - edit.strength:.2g} times what is there taken away"
-    if edit.mode == "add":
+    if edit.mode == "add" and not edit.is_identity:
         return f"{name}: {edit.strength:.2g} times its usual strength added"
-    return f"{name}: {edit.mode} {edit.strength:.2g}"
+    return f"{name}: {short_words(edit)}"
+
+
+def short_words(edit: SteeringEdit) -> str:
+    """An edit in the words that fit under a small picture."""
+    if edit.is_identity:
+        return "unchanged"
+    if edit.mode == "scale" and edit.strength >= 0:
+        return f"{100 * (1 - edit.strength):.0f} % taken away"
+    if edit.mode == "scale":
+        return f"{1 - edit.strength:.2g} × taken away"
+    if edit.mode == "add":
+        return f"{edit.strength:.2g} × added"
+    return f"{edit.mode} {edit.strength:.2g}"
 
 
 def result_words(turned: Sequence[tuple[Mapping[str, Any], SteeringEdit]]) -> list[str]:

@@ -1,6 +1,7 @@
 """What the page's elements draw, as plain JSON values computed from cards and readings."""
 
 import base64
+import difflib
 import json
 import zlib
 from collections import Counter
@@ -13,6 +14,7 @@ from PIL import Image
 from fluxsae.cards import CardIndex, FeatureCard, varied
 from fluxsae.errors import FluxSaeError
 from fluxsae.heatmaps import feature_colour, heat_colours, overlay, token_heatmap
+from fluxsae.miniature.captions import SYNONYMS, vocabulary
 from fluxsae.tables import encode_webp
 from fluxsae.ui.reading import Reading, SparseMaps
 from fluxsae.ui.requests import MAX_RESULTS
@@ -20,6 +22,10 @@ from fluxsae.ui.requests import MAX_RESULTS
 PER_PATCH = 4
 """Features a patch tells about without asking the server."""
 OVERLAY_SIDE = 512
+SURE = 0.8
+"""Confidence from which the page calls a name sure."""
+LEAST_EXAMPLE = 4
+"""Names that the ready example tells at least, if any image has as many."""
 MAX_VIEW_BYTES = 400_000
 """Longest view that a link may unpack to."""
 
@@ -254,11 +260,17 @@ def unknown_words_notice(unknown: Sequence[str]) -> list[str]:
     """A notice that names the words which the miniature does not speak."""
     if not unknown:
         return []
-    words = ", ".join(f"“{word}”" for word in unknown[:8])
+    words = ", ".join(map(_with_known_word, unknown[:8]))
     return [
         f"The miniature does not know {words}, so the image ignores it. It speaks of shapes, colours, textures, "
         "sizes, places and backgrounds: “a large red striped circle on the left on a black background”."
     ]
+
+
+def _with_known_word(word: str) -> str:
+    """An unknown word in quotes, with the known one that it is likely meant to be."""
+    near = difflib.get_close_matches(word.lower(), [*vocabulary(), *SYNONYMS], n=1, cutoff=0.75)
+    return f"“{word}”" + (f" (“{near[0]}”?)" if near else "")
 
 
 def diff(first: Reading, second: Reading, cards: CardIndex, *, limit: int) -> dict[str, Any]:
@@ -349,8 +361,11 @@ def first_thing(features: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def best_example(cards: CardIndex, limit: int) -> tuple[int | None, list[int]]:
-    """The image about which the best features say most, each label once, and those features, most telling first."""
-    by_image: dict[int, dict[str, tuple[float, int]]] = {}
+    """The image about which the best features say most, each label once, and those features, most telling first.
+
+    Where there is one, an image of several names that are sure.
+    """
+    by_image: dict[tuple[int, bool], dict[str, tuple[float, int]]] = {}
     for feature in cards.ranked[:200]:
         label, maps = cards.labels[feature], cards.acts(feature)
         if not label or not maps:
@@ -359,12 +374,15 @@ def best_example(cards: CardIndex, limit: int) -> tuple[int | None, list[int]]:
         peaks = acts.max(axis=1)
         spreads = (acts > 0.5 * peaks[:, None]).mean(axis=1)
         scores = telling(peaks, cards, n) * standing_out(shares_of_maximum(acts.mean(axis=1), cards, n), spreads)
-        for image, said in zip(maps, scores.tolist(), strict=True):
-            found = by_image.setdefault(image, {})
+        sure = cards.label_confidence_at(shares_of_maximum(peaks, cards, n), n)
+        for image, said, confidence in zip(maps, scores.tolist(), sure.tolist(), strict=True):
+            found = by_image.setdefault((image, confidence >= SURE), {})
             found[label] = max(found.get(label, (0.0, feature)), (said, feature))
     if not by_image:
         return None, []
-    ranked = {image: sorted(found.values(), reverse=True)[:limit] for image, found in by_image.items()}
+    told = {image: found for (image, is_sure), found in by_image.items() if is_sure and len(found) >= LEAST_EXAMPLE}
+    every = {image: by_image.get((image, False), {}) | by_image.get((image, True), {}) for image, _ in by_image}
+    ranked = {image: sorted(found.values(), reverse=True)[:limit] for image, found in (told or every).items()}
     best = max(ranked, key=lambda image: (sum(said for said, _ in ranked[image]), -image))
     return best, [feature for _, feature in ranked[best]]
 

@@ -7,11 +7,10 @@ FS.turnWords = (turn, { max_suppress: least, max_amplify: most }) => {
   if (turn < 0) return less <= 1 ? `${Math.round(less * 100)} % taken away` : `${FS.number(less, 2)} × what is there taken away`;
   return `${FS.number(turn * most, 2)} × its usual strength added`;
 };
-FS.short = (words) => words.replace(/(^|; )[^;]*?: /g, "$1").replace(/ times (its usual strength|what is there)/g, " ×");
 // The pictures of a demo, each told: its name, and what was done to it.
 FS.panels = (pictures, names, words = []) => FS.el("span", { class: "fs-panels" }, pictures.map((src, at) => FS.el("span", {},
   FS.el("img", { src, alt: "" }), FS.el("strong", { text: names[at] }),
-  words[at] && words[at] !== "unchanged" ? FS.el("span", { class: "fs-quiet", text: FS.short(words[at]) }) : null)));
+  words[at] ? FS.el("span", { class: "fs-quiet", text: words[at] }) : null)));
 // Safe ranges that strips have found, for the picture on screen alone: another prompt or seed has others.
 FS.safe = { picture: null, ranges: new Map() };
 FS.safeKey = (edit) => JSON.stringify([edit.hookpoint, edit.feature, edit.steps || null, edit.region || null]);
@@ -139,9 +138,9 @@ FS.define("fs-result", (root, data) => {
     right.src = images[which];
     right.alt = which === "random" ? "The same strength in a random direction" : `After: ${data.words.join("; ")}`;
     labels[1].textContent = which === "random" ? "random direction" : "after";
-    measured.replaceChildren(...FS.measured(which === "random" ? data.random_measurement : data.measurement, which === "random"));
+    measured.replaceChildren(...FS.measured(data, which === "random"));
   };
-  const measured = FS.el("div", { class: "fs-measured" }, FS.measured(data.measurement, false));
+  const measured = FS.el("div", { class: "fs-measured" }, FS.measured(data, false));
 
   // Painting: a byte a patch; drag with mouse, pen or finger, or move with the arrow keys and press space.
   const mask = Uint8Array.from((data.region || Array(data.rows).fill(Array(data.cols).fill(0))).flat());
@@ -238,9 +237,11 @@ FS.changed = (share) => {
   return `${word} (${FS.share(share)} of the way to another image)`;
 };
 
-FS.measured = (measurement, isRandom) => {
+FS.measured = (data, isRandom) => {
+  const measurement = isRandom ? data.random_measurement : data.measurement;
   if (!measurement) return [];
-  const inside = measurement.activation_before === null ? null : ["Feature in the image", `${FS.number(measurement.activation_before, 2)} → ${FS.number(measurement.activation_after, 2)}`, "largest activation before and after, in multiples of its usual strength"];
+  // of several features turned at once it is a mean that says nothing
+  const inside = measurement.activation_before === null || data.edits.length > 1 ? null : ["Feature in the image", `${FS.number(measurement.activation_before, 2)} → ${FS.number(measurement.activation_after, 2)}`, "largest activation before and after, in multiples of its usual strength"];
   const odd = measurement.out_of_distribution, doubt = measurement.denoising_error_ratio;
   const most = measurement.safe_up_to;
   return [FS.facts([
@@ -262,7 +263,7 @@ FS.define("fs-strip", (root, data) => {
     FS.el("h3", { class: "fs-h", text: `${data.label || `Feature ${data.feature}`} at seven strengths` }),
     FS.el("ol", { class: "fs-cells" }, data.cells.map((cell) => FS.el("li", { class: cell.safe ? "fs-ok" : "" },
       FS.el("img", { src: cell.image, alt: cell.words }),
-      FS.el("span", { class: "fs-num", text: FS.short(cell.words) }),
+      FS.el("span", { class: "fs-num", text: cell.short }),
       FS.el("span", { class: "fs-quiet", text: cell.safe ? "safe" : "beyond safe" })))),
     FS.el("p", { class: "fs-quiet", text: `Safe: at most ${FS.percent(most.out_of_distribution)} of the edited patches look unlike any that FLUX makes by itself, and FLUX denoises the picture nearly as well as the one before (error up to ${most.denoising_error_ratio} ×). The band on the slider shows this range, for this picture.` })));
 });
