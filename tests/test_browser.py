@@ -513,6 +513,18 @@ def test_a_starter_tells_which_picture_is_which_and_its_swap_is_made(visit: Open
     expect(page.locator("fs-result .fs-words")).to_contain_text("in the painted region")
 
 
+def test_one_name_is_put_in_place_of_another(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    old, new = (page.locator(f"#steer-{which} input").input_value() for which in ("old", "new"))
+    page.locator("#steer-swap").click()
+    wait_until_turned(page)
+    labels = page.locator(".fs-edit .fs-label").all_inner_texts()
+    assert labels[0] == old
+    assert set(labels[1:]) == {new}
+    expect(page.locator(".toast-body")).to_have_count(0)
+
+
 def test_the_strip_shows_seven_strengths_and_draws_the_safe_range(visit: Open) -> None:
     page = visit()
     go_to(page, "Steer")

@@ -13,11 +13,23 @@ from test_steering import random_sae
 from tiny_flux import SETTINGS
 
 from fluxsae.artifacts import RunFolder
-from fluxsae.demos import LIMITS_KEY, Swap, SwapConfig, find_swaps, swap_score, swap_variants, where_it_fires
-from fluxsae.demos.swaps import cosine, words_around, words_around_each
+from fluxsae.demos import (
+    LIMITS_KEY,
+    NameKinds,
+    Swap,
+    SwapConfig,
+    find_swaps,
+    hot_region,
+    in_place,
+    mean_acts,
+    swap_score,
+    swap_variants,
+)
+from fluxsae.demos.names import cosine, words_around, words_around_each
 from fluxsae.edits import Recipe
 from fluxsae.flux import FluxPipeline, capture, generate
 from fluxsae.grids import split_pictures
+from fluxsae.hookpoints import TokenGrid
 from fluxsae.measurements import TokenLimits
 from fluxsae.miniature import miniature_path
 from fluxsae.sweeps import reproduce
@@ -40,6 +52,14 @@ def test_names_of_one_kind_stand_between_the_same_words() -> None:
     assert cosine(around["red"], around["blue"]) == pytest.approx(1)
     assert cosine(around["red"], around["ring"]) == 0
     assert cosine(around["red"], Counter()) == 0
+    kinds = NameKinds(["a Red ring!", "a blue ring", "a small red star", "one small blue star"], ["small red"])
+    assert kinds.alike("red", least=0.9) == {"blue": pytest.approx(1)}
+    assert "small red" in kinds.alike("small blue", least=0.4)
+
+
+def test_a_name_takes_the_place_of_another_as_a_word() -> None:
+    assert in_place("a Red ring, a tired red star", "red", "pink") == "a pink ring, a tired pink star"
+    assert in_place("a ring", "red", "pink") == "pink"
 
 
 # One swap
@@ -84,14 +104,15 @@ def test_the_region_is_where_the_feature_fires(tiny_flux: FluxPipeline) -> None:
         generate(tiny_flux, PROMPTS[0], seeds=0, settings=SETTINGS)
     acts = torch.stack([sae.encode(captured.get(PLACE, step)[0]) for step in (1, 2, 3)]).mean(dim=0)
     feature = int(acts.max(dim=0).values.argmax())
-    options = {"prompt": PROMPTS[0], "seed": 0, "settings": SETTINGS}
-    region = where_it_fires(tiny_flux, sae, PLACE, feature, config=replace(CONFIG, heat=0.5), **options)
-    expected = acts[:, feature] >= 0.5 * acts[:, feature].max()
-    assert torch.equal(torch.tensor(region).flatten(), expected)
-    assert 0 < expected.sum() < len(expected)
-    silent = [f for f in range(acts.shape[1]) if acts[:, f].max() == 0]
-    if silent:
-        assert not torch.tensor(where_it_fires(tiny_flux, sae, PLACE, silent[0], config=CONFIG, **options)).any()
+    options = {"prompt": PROMPTS[0], "seed": 0, "settings": SETTINGS, "steps": (1, 4)}
+    mine, other = mean_acts(tiny_flux, sae, PLACE, [feature, 0], **options)
+    assert torch.allclose(mine, acts[:, feature])
+    assert torch.allclose(other, acts[:, 0])
+    region = torch.tensor(hot_region(mine, TokenGrid(4, 4), heat=0.5))
+    assert torch.equal(region.flatten(), acts[:, feature] >= 0.5 * acts[:, feature].max())
+    assert region.any()
+    assert not region.all()
+    assert not torch.tensor(hot_region(torch.zeros(16), TokenGrid(4, 4), heat=0.5)).any()
 
 
 # The search

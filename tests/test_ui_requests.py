@@ -571,6 +571,31 @@ def test_a_demo_that_nobody_sees_change_is_no_starter(
     assert [starter["edits"][0]["feature"] for starter in SteerDesk(bench).starters()] == [3]
 
 
+def test_a_swap_puts_a_name_where_the_old_one_fires_and_says_what_it_cannot_do() -> None:
+    bench = open_workbench("")
+    desk = SteerDesk(bench)
+    prompt = "a large red star on the left and a small blue circle on the right on a black background"
+    *steps, done = desk.swap(prompt, 1000344, 20, "red", "green")
+    assert [step.step for step in steps] == list(range(1, len(steps) + 1))
+    assert {step.n_steps for step in steps} == {len(steps)}
+    page, warning = done.value
+    assert warning is None
+    old, *new = page["edits"]
+    assert (old["label"], {slider["label"] for slider in new}) == ("red", {"green"})
+    assert old["turn"] < 0 < new[0]["turn"]
+    region = np.array(old["region"])
+    assert all(slider["region"] == old["region"] for slider in new)
+    assert region[:, : bench.limits.cols // 2].sum() > 0.8 * region.sum() > 0  # the star is on the left
+    for names, refused in (
+        (("triangle", "green"), "No feature of “triangle” surely fires"),
+        (("red", "red"), "cannot take its own place"),
+        (("red", "attic"), "'attic' is no name"),
+        ((["red"], "green"), "is no name"),
+    ):
+        with pytest.raises(FluxSaeError, match=refused):
+            list(desk.swap(prompt, 1000344, 20, *names))
+
+
 def test_the_strip_holds_the_strengths_that_demos_use(bench: Workbench) -> None:
     desk = SteerDesk(bench)
     edits = [desk._edit({"hookpoint": LATE, "feature": 3, "turn": turn}) for turn in STRIP]

@@ -9,6 +9,7 @@ from fluxsae.demos.measured import (
     measured_sweep,
     run_origin,
 )
+from fluxsae.demos.names import NameKinds, has_name, in_place
 from fluxsae.demos.search import (
     DemoConfig,
     DemoScore,
@@ -17,12 +18,22 @@ from fluxsae.demos.search import (
     demo_score,
     find_demos,
 )
-from fluxsae.demos.swaps import Swap, SwapConfig, SwapScore, find_swaps, swap_score, swap_variants, where_it_fires
+from fluxsae.demos.swap_search import Swap, find_swaps
+from fluxsae.demos.swaps import (
+    SwapConfig,
+    SwapScore,
+    hot_region,
+    mean_acts,
+    swap_score,
+    swap_variants,
+    try_swaps,
+)
 
 __all__ = [
     "LIMITS_KEY",
     "DemoConfig",
     "DemoScore",
+    "NameKinds",
     "SteeringDemo",
     "Swap",
     "SwapConfig",
@@ -34,10 +45,14 @@ __all__ = [
     "find_demos",
     "find_swaps",
     "grid_row",
+    "has_name",
+    "hot_region",
+    "in_place",
     "load_limits",
+    "mean_acts",
     "measured_sweep",
     "run_origin",
     "swap_score",
     "swap_variants",
-    "where_it_fires",
+    "try_swaps",
 ]

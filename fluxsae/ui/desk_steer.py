@@ -27,6 +27,7 @@ from fluxsae.ui.steer_words import (
     unsafe_notice,
     where_it_changed,
 )
+from fluxsae.ui.swap_job import SwapJob
 
 MAX_SUPPRESS = 3.0
 """The left end of a slider: what is taken away, as a share of the feature's own activation. Taking away just what is
@@ -38,6 +39,8 @@ STRIP = (-2 / 3, -1 / 3, 0.0, 0.1, 0.2, 0.3, 0.6)
 MAX_PAGE_EDITS = 6
 MAX_MATCHES = 12
 SUGGESTED = 14
+ALIKE = 0.7
+"""How alike in use names are that a picture may be mistaken for, as in the search for swaps."""
 
 
 class SteerDesk:
@@ -169,6 +172,44 @@ class SteerDesk:
         for event in self._run(variants, request, control=2):
             yield Done(self._result(request, event.value, page)) if isinstance(event, Done) else event
 
+    @functools.cached_property
+    def names(self) -> dict[str, list[int]]:
+        """The names that can be put in each other's place, with their features, best ranked first."""
+        return self.bench.cards[self._turned_hookpoint()].named()
+
+    def first_swap(self) -> list[str] | None:
+        """The two names of the first starter, if it is a swap."""
+        found = [edit["label"] for starter in self.starters()[:1] for edit in starter["edits"][:2]]
+        return found if len(set(found)) == 2 and all(name in self.names for name in found) else None
+
+    def swap(
+        self, prompt: Any, seed: Any, steps: Any, old: Any, new: Any
+    ) -> Iterator[StepDone | Done[tuple[dict[str, Any], str | None]]]:
+        """Steps, then the sliders that put one name in place of another, and what to warn of."""
+        for name in (old, new):
+            if not isinstance(name, str) or name not in self.names:
+                raise FluxSaeError(f"{str(name)[:40]!r} is no name of this run's features; choose one of the list.")
+        if old == new:
+            raise FluxSaeError(f"“{old}” cannot take its own place; choose two names.")
+        request = SteerRequest.parse(self.limits, prompt=prompt, edits=[], seed=seed, num_inference_steps=steps)
+        job = SwapJob(
+            hookpoint=self._turned_hookpoint(),
+            old=old,
+            new=new,
+            old_features=tuple(self.names[old]),
+            new_features=tuple(self.names[new][: MAX_PAGE_EDITS - 1]),
+            rivals=tuple(name for name in self._kinds.alike(old, least=ALIKE) if name != new),
+            prompt=request.prompt,
+            seed=request.seed,
+            num_inference_steps=request.num_inference_steps,
+        )
+        nearest = f"CLIP does not see “{new}” come in the place of “{old}”: this is the nearest that was found."
+        for event in self.bench.cached(job):
+            if isinstance(event, Done):
+                yield Done((self.sliders(event.value.edits), None if event.value.is_read else nearest))
+            else:
+                yield event
+
     def strip(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Iterator[StepDone | Done[dict[str, Any]]]:
         """Steps, then the first slider's feature at seven strengths."""
         sliders = self._edits_of(self._within(page, steps))
@@ -196,6 +237,12 @@ class SteerDesk:
         return {**self._frame(), "edits": [self._slider_of(edit) for edit in edits[:MAX_PAGE_EDITS]]}
 
     # How it is done
+
+    @functools.cached_property
+    def _kinds(self) -> Any:
+        from fluxsae.demos import NameKinds
+
+        return NameKinds(self.bench.images.prompts, self.names)
 
     def _run(
         self, variants: Sequence[Sequence[SteeringEdit]], request: SteerRequest | SweepRequest, *, control: int = -1

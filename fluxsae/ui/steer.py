@@ -1,6 +1,6 @@
 """The Steer tab: turn features, compare, share; and the endpoints /steer and /sweep."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
@@ -11,7 +11,7 @@ from fluxsae.ui.guard import guarded
 from fluxsae.ui.lane import StepDone
 from fluxsae.ui.requests import SteerRequest, SweepRequest
 from fluxsae.ui.session import Workbench
-from fluxsae.ui.shell import EACH, IDLE, QUEUED, QUIET, Shell, end_at_idle, with_progress
+from fluxsae.ui.shell import EACH, IDLE, QUEUED, QUIET, Shell, end_at_idle, with_progress, working
 from fluxsae.ui.theme import element, mount
 
 
@@ -42,6 +42,7 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
                 js_on_load=mount(turn="input", begin="submit"),
                 elem_id="steer-edits",
             )
+            old, new, swap_go = _swap_row(desk)
             with gr.Row():
                 find = gr.Textbox(
                     label="Find a feature",
@@ -95,9 +96,39 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
     shell.follow(lambda chosen: desk.follow(chosen) or gr.skip(), [], found)
     arrived = shell.open_link("steer", desk.linked, asked)
     runs.append(arrived.submit(guarded(turn, bench.visitors), asked, [status, result], **lane))
+    swapping = swap_go.click(
+        guarded(_swapping(desk), bench.visitors), [prompt, seed, steps, old, new], [status, edits], **lane
+    )
+    runs += [swapping, swapping.success(guarded(turn, bench.visitors), asked, [status, result], **lane)]
     stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
     for run in runs:
         end_at_idle(run, status)
+
+
+def _swap_row(desk: SteerDesk) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
+    """What goes, what comes in its place, and the button; not shown where fewer than two names are to be had."""
+    names = list(desk.names)
+    old, new = desk.first_swap() or [*names, None, None][:2]
+    with gr.Row(elem_classes="fs-swap", visible=len(names) > 1):
+        return (
+            gr.Dropdown(names, value=old, label="Take this away", min_width=120, elem_id="steer-old"),
+            gr.Dropdown(names, value=new, label="and put in its place", min_width=120, elem_id="steer-new"),
+            gr.Button("Swap", min_width=80, elem_id="steer-swap"),
+        )
+
+
+def _swapping(desk: SteerDesk) -> Callable[..., Iterator[Any]]:
+    def swap(*values: Any) -> Iterator[Any]:
+        for event in desk.swap(*values):
+            if isinstance(event, StepDone):
+                yield working(event, makes="steer-result"), gr.skip()
+                continue
+            page, warning = event.value
+            if warning:
+                gr.Warning(warning, title="Not quite", duration=12)
+            yield IDLE, page
+
+    return swap
 
 
 def add_steer_endpoints(bench: Workbench) -> None:
