@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from fluxsae.labels import CURVE_LEVELS, STOP_WORDS
 from fluxsae.perceptual import ImageEmbedder
 from fluxsae.selection import rank_features
 from fluxsae.tables import FeatureRow
+
+LEAST_BEGINNING: Final = 2
+"""Letters from which a search finds labels by the beginnings of their words."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +303,8 @@ class CardIndex:
         for feature in self.ranked:
             label, label_words, caption_words = self._words[feature]
             in_label = len(wanted & label_words) / len(wanted)
+            if not in_label and len(text) >= LEAST_BEGINNING and any(word.startswith(text) for word in label_words):
+                in_label = len(text) / max(len(word) for word in label_words if word.startswith(text))
             if in_label > 0:
                 hits.append(SearchHit(feature, "label", in_label + (0.5 if label == text else 0.0)))
             elif wanted <= caption_words:

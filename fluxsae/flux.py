@@ -48,7 +48,7 @@ from fluxsae._presets import (
     measure_machine,
     require_quantiser,
 )
-from fluxsae._requests import check_request, check_text_length, words_outside
+from fluxsae._requests import check_request, check_text_length, tokens_beyond, words_outside
 from fluxsae._schedules import build_grid, build_schedule, check_step, full_schedule, nearest_step, refuse_unrestartable
 from fluxsae.errors import FluxSaeError
 from fluxsae.hookpoints import HookPoint, TokenGrid
@@ -82,6 +82,7 @@ __all__ = [
     "schedule_sigmas",
     "token_grid",
     "unknown_words",
+    "unread_tokens",
     "velocity",
     "why_inexact",
 ]
@@ -383,6 +384,11 @@ def generate_from(
             num_inference_steps=n_steps - snapshot.step,
             **_embedding_arguments(snapshot.embeddings.repeat(repeat)),
         )
+
+
+def unread_tokens(pipe: diffusers.FluxPipeline, prompt: str, settings: GenerationSettings) -> int:
+    """How many tokens of a prompt FLUX does not read, since they lie beyond `settings.max_sequence_length`."""
+    return tokens_beyond(pipe.tokenizer_2, prompt, settings.max_sequence_length)
 
 
 def unknown_words(pipe: diffusers.FluxPipeline, prompt: str) -> list[str]:

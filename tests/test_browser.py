@@ -242,6 +242,10 @@ def test_unknown_words_are_named_and_a_blank_prompt_is_refused_keeping_the_resul
     page = visit()
     generate(page, "some red circles")
     expect(page.locator("fs-lab .fs-notice")).to_contain_text("does not know “some”, “circles” (“circle”?), so")
+    generate(page, "z" * 500 + " red star" * 20)
+    expect(page.locator("fs-lab .fs-notice").first).to_contain_text("zzz…”, so the image ignores it")
+    expect(page.locator("fs-lab .fs-notice").nth(1)).to_contain_text("last 18 words and signs (tokens) were not read")
+    assert page.evaluate("document.documentElement.scrollWidth") <= DESKTOP["width"]
     generate(page, "a red zebra")
     expect(page.locator("fs-lab .fs-notice")).to_contain_text("zebra")
     page.locator("#heatmap-prompt textarea").fill("   ")
@@ -329,7 +333,7 @@ def test_what_is_refused_is_told_once(visit: Open, tmp_path: Path) -> None:
     go_to(page, "Steer")
     (tmp_path / "recipe.json").write_text("{}")
     page.locator("input[type=file]").first.set_input_files(tmp_path / "recipe.json")
-    expect(page.locator(told)).to_contain_text("recipe lacks schema_version")
+    expect(page.locator(told)).to_contain_text("recipe.json is no recipe of fluxsae: recipe lacks schema_version")
     page = visit()
     go_to(page, "Gallery")
     page.locator("#gallery-query textarea").fill("x" * 3000)
@@ -510,7 +514,36 @@ def test_a_starter_tells_which_picture_is_which_and_its_swap_is_made(visit: Open
     edits = page.evaluate("document.querySelector('fs-result').data.edits")
     assert [edit["mode"] for edit in edits] == ["scale", *["add"] * (len(edits) - 1)]
     assert all(edit["region"] == edits[0]["region"] is not None for edit in edits)
-    expect(page.locator("fs-result .fs-words")).to_contain_text("in the painted region")
+    expect(page.locator("fs-result .fs-words")).to_contain_text("in the marked region")
+
+
+def test_a_feature_comes_from_the_heatmap_with_its_picture_and_alone(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    add_feature(page)
+    go_to(page, "Heatmap")
+    page.get_by_label("Seed").first.fill("7")
+    generate(page)
+    feature = chosen(page)
+    page.locator("fs-lab").get_by_role("button", name="Steer with this").click()
+    page.wait_for_function("((document.querySelector('fs-result').data || {}).picture || [])[1] === 7")
+    data = page.evaluate("document.querySelector('fs-result').data")
+    assert data["picture"][0] == PROMPT
+    assert [edit["feature"] for edit in data["edits"]] == [feature]
+    expect(page.locator("#steer-prompt textarea")).to_have_value(PROMPT)
+
+
+def test_starters_come_back_and_a_strip_goes_with_its_feature(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    count = page.locator(".fs-starter").count()
+    page.locator(".fs-starter").last.click()
+    wait_until_turned(page)
+    page.locator("#steer-strip-go").click()
+    expect(page.locator("fs-strip section")).to_have_count(1)
+    page.locator(".fs-edit").get_by_role("button", name="Remove").click()
+    expect(page.locator("fs-strip section")).to_have_count(0)
+    expect(page.locator(".fs-starter")).to_have_count(count)
 
 
 def test_one_name_is_put_in_place_of_another(visit: Open) -> None:
@@ -563,7 +596,7 @@ def test_a_painted_region_is_sent_with_the_edit(visit: Open, press: str) -> None
     page.get_by_role("button", name=press, exact=True).click()
     page.wait_for_function(REGION)
     assert 1 <= sum(map(sum, page.evaluate(REGION))) < 60
-    expect(page.locator(".fs-edit")).to_contain_text("painted patches")
+    expect(page.locator(".fs-edit")).to_contain_text("marked patches")
 
 
 def test_a_painted_region_is_in_the_link_the_recipe_and_the_strip_before_any_picture_has_it(visit: Open) -> None:

@@ -127,12 +127,21 @@ class SteerDesk:
         page = {**self._frame(), "edits": [dict(edit) for edit in starter["edits"]]}
         return starter["prompt"], starter["seed"], starter["num_inference_steps"], page
 
-    def follow(self, chosen: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The slider of a feature that another tab sent here; None for one that was only looked at."""
+    def follow(self, chosen: Mapping[str, Any]) -> tuple[tuple[str, int, int] | None, dict[str, Any]] | None:
+        """Prompt, seed and steps, and the slider, of a feature that another tab sent; None for one only looked at.
+
+        Where it was seen in no picture of the visitor's there are no prompt, seed and steps; else earlier sliders go.
+        """
         if chosen.get("for") != "steer":
             return None
         request = FeatureRequest.parse(self.limits, hookpoint=chosen["hookpoint"], feature=chosen["feature"])
-        return {"found": [], "add": self._slider(request.hookpoint, request.feature), "at": time.monotonic()}
+        slider = {"found": [], "add": self._slider(request.hookpoint, request.feature), "at": time.monotonic()}
+        picture = chosen.get("picture")
+        if not isinstance(picture, Mapping):
+            return None, slider
+        names = ("prompt", "seed", "num_inference_steps")
+        made = SteerRequest.parse(self.limits, edits=[], **{name: picture.get(name) for name in names})
+        return (made.prompt, made.seed, made.num_inference_steps), {**slider, "alone": True}
 
     def linked(self, view: Mapping[str, Any]) -> tuple[str, int, int, dict[str, Any]]:
         """Prompt, seed, steps and sliders of a link."""
@@ -222,7 +231,11 @@ class SteerDesk:
 
     def loaded(self, path: str) -> tuple[str, int, int, dict[str, Any]]:
         """Prompt, seed, steps and sliders of a recipe file."""
-        recipe = load_recipes(Path(path))[0]
+        try:
+            recipe = load_recipes(Path(path))[0]
+        except FluxSaeError as error:  # without this machine's folders
+            name = Path(path).name
+            raise FluxSaeError(f"{name} is no recipe of fluxsae: {str(error).replace(path, name)}") from error
         request = SteerRequest.parse(
             self.limits,
             prompt=recipe.prompt,
@@ -380,7 +393,7 @@ class SteerDesk:
             "link": views.encode_view({"tab": "steer", **values}),
             "versions": dict(self.bench.versions),
             "notices": [
-                *views.unknown_words_notice(steered.unknown_words),
+                *views.notices(steered.unread, before),
                 *unsafe_notice(request.edits, steered),
                 *faint_notice(request.edits, steered),
             ],

@@ -42,7 +42,9 @@ def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
         js_on_load=mount(select="select", steer="edit", map="expand", close="clear", why="submit"),
         elem_id="gallery-feature",
     )
-    status = gr.HTML(IDLE, html_template=element("fs-status"), js_on_load=mount(), elem_id="gallery-status")
+    with gr.Row():
+        status = gr.HTML(IDLE, html_template=element("fs-status"), js_on_load=mount(), elem_id="gallery-status")
+        stop = gr.Button("Stop", scale=0, min_width=80, elem_id="gallery-stop")
     silence = gr.HTML(None, html_template=element("fs-silence"), js_on_load=mount(), elem_id="gallery-silence")
     inputs = [query, hookpoint, kind, coherent, sort]
     gallery = gr.HTML(
@@ -84,7 +86,8 @@ def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
         trigger_mode="always_last",
         **QUIET,
     )
-    page.clear(lambda: (IDLE, None), None, [status, silence], cancels=[asking], **QUIET)
+    ends = [page.clear, page.select, gallery.select, stop.click]
+    gr.on(ends, lambda: (IDLE, None), None, [status, silence], cancels=[asking], **QUIET)
     shell.remember(gallery, page)
     shell.open_on(page.edit, "steer")
     shell.open_on(page.expand, "directions")

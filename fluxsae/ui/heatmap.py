@@ -37,7 +37,7 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
             label="Where to look",
             elem_id="heatmap-hook",
         )
-        seed = gr.Number(desk.example_seed, label="Seed", precision=0, minimum=0, min_width=110)
+        seed = gr.Number(desk.example_seed, label="Seed", precision=0, min_width=110)
         steps = gr.Slider(
             1, bench.limits.max_steps, bench.limits.default_steps, step=1, label="Denoising steps", min_width=160
         )
@@ -80,9 +80,16 @@ def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
 
     asked, shown = [prompt, hookpoint, seed, steps], [status, lab, patch, current]
     lane = in_lane(status)
-    running = gr.on([go.click, prompt.submit], guarded(show, bench.visitors), asked, shown, **lane)
+    running = gr.on(
+        [go.click, prompt.submit],
+        guarded(show, bench.visitors),
+        asked,
+        shown,
+        trigger_mode="always_last",
+        **lane,
+    )
     surprised = surprise.click(guarded(desk.surprise), None, [prompt, seed, steps], **QUIET).success(
-        guarded(show, bench.visitors), asked, shown, **lane
+        guarded(show, bench.visitors), asked, shown, trigger_mode="always_last", **lane
     )
     comparing = gr.on(
         [compare_go.click, other.submit],
@@ -137,7 +144,7 @@ def add_heatmap_endpoints(bench: Workbench) -> None:
             hookpoint: Where in FLUX the features are read: a module path of this run.
             seed: Random seed; the same seed and prompt give the same image.
             num_inference_steps: Denoising steps of the image.
-            step: Denoising step to look at, from 0; null for the steps the autoencoder was trained on.
+            step: Denoising step to look at, from 0; null for the strongest of the steps it was trained on.
             limit: How many features, most telling first.
 
         Returns:
@@ -172,7 +179,7 @@ def add_heatmap_endpoints(bench: Workbench) -> None:
             hookpoint: Where in FLUX the features are read: a module path of this run.
             seed: Random seed; the same seed and prompt give the same image.
             num_inference_steps: Denoising steps of the image.
-            step: Denoising step to look at, from 0; null for the steps the autoencoder was trained on.
+            step: Denoising step to look at, from 0; null for the strongest of the steps it was trained on.
             row: Row of the patch, from the top, from 0.
             column: Column of the patch, from the left, from 0.
             limit: How many features.

@@ -83,6 +83,26 @@ class SparseMaps:
         return [self.steps.index(step)]
 
 
+@dataclass(frozen=True)
+class Unread:
+    """What FLUX does not take of a prompt."""
+
+    words: tuple[str, ...] = ()
+    """Words that the miniature does not know."""
+    tokens: int = 0
+    """Tokens beyond the longest prompt that is read."""
+
+
+NOTHING = Unread()
+
+
+def unread(pipe: "FluxPipeline", prompt: str, settings: GenerationSettings) -> Unread:
+    """What FLUX does not take of a prompt at these settings."""
+    from fluxsae.flux import unknown_words, unread_tokens
+
+    return Unread(tuple(unknown_words(pipe, prompt)), unread_tokens(pipe, prompt, settings))
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
     """An image made from a prompt, and what fired at every hook point while it was made."""
@@ -93,7 +113,7 @@ class Reading:
     image: Image.Image
     grid: TokenGrid
     maps: Mapping[str, SparseMaps]
-    unknown_words: tuple[str, ...] = ()
+    unread: Unread = NOTHING
 
     @property
     def n_bytes(self) -> int:
@@ -132,7 +152,7 @@ def read_image(
     on_step: OnStep | None = None,
 ) -> Reading:
     """Makes the image and reads every hook point on the way, in one generation."""
-    from fluxsae.flux import capture, flux_identity, generate, schedule_sigmas, token_grid, unknown_words
+    from fluxsae.flux import capture, flux_identity, generate, schedule_sigmas, token_grid
 
     _require_ground(flux_identity(pipe), saes, settings)
     sigmas = schedule_sigmas(pipe, settings)
@@ -152,7 +172,7 @@ def read_image(
         image=images[0],
         grid=token_grid(pipe, settings),
         maps={name: recorder.maps() for name, recorder in recorders.items()},
-        unknown_words=tuple(unknown_words(pipe, prompt)),
+        unread=unread(pipe, prompt, settings),
     )
 
 

@@ -53,7 +53,8 @@ class Shell:
 
     app: gr.Blocks
     selection: gr.State
-    """{"hookpoint", "feature", "for": the tab it was sent to, if any}; feature is None until one is chosen."""
+    """{"hookpoint", "feature", "for": the tab it was sent to, "picture": what is to be made again there}, the last two
+    if there are any; feature is None until one is chosen."""
     tabs: gr.Tabs
 
     def remember(self, *sources: gr.HTML) -> None:
@@ -66,7 +67,7 @@ class Shell:
 
         def go(event: gr.EventData) -> Any:
             chosen = _chosen(event)
-            return {**chosen, "for": tab}, gr.Tabs(selected=tab)
+            return {**chosen, "for": tab, "picture": event._data.get("picture")}, gr.Tabs(selected=tab)
 
         listener(guarded(go), None, [self.selection, self.tabs], **EACH)
 

@@ -23,7 +23,7 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
         prompt = gr.Textbox(
             first.get("prompt", ""), label="What should the image show?", max_lines=3, scale=6, elem_id="steer-prompt"
         )
-        seed = gr.Number(first.get("seed", 0), label="Seed", precision=0, minimum=0, min_width=120, scale=1)
+        seed = gr.Number(first.get("seed", 0), label="Seed", precision=0, min_width=120, scale=1)
         steps = gr.Slider(
             1,
             bench.limits.max_steps,
@@ -93,7 +93,12 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
     runs.append(begun.success(guarded(turn, bench.visitors), asked, [status, result], **lane))
     loaded = upload.upload(guarded(desk.loaded), upload, asked, **QUEUED)
     runs.append(loaded.success(guarded(turn, bench.visitors), asked, [status, result], **lane))
-    shell.follow(lambda chosen: desk.follow(chosen) or gr.skip(), [], found)
+
+    def follow(chosen: Any) -> Any:
+        picture, slider = desk.follow(chosen) or (None, gr.skip())
+        return (*(picture or (gr.skip(),) * 3), slider)
+
+    shell.follow(follow, [], [prompt, seed, steps, found])
     arrived = shell.open_link("steer", desk.linked, asked)
     runs.append(arrived.submit(guarded(turn, bench.visitors), asked, [status, result], **lane))
     swapping = swap_go.click(

@@ -10,6 +10,7 @@ from PIL import Image
 from fluxsae.edits import Recipe, SaeSource, SteeringEdit
 from fluxsae.hookpoints import HookPoint, TokenGrid
 from fluxsae.ui.lane import OnStep
+from fluxsae.ui.reading import NOTHING, Unread, unread
 from fluxsae.ui.session import Workbench
 
 CONTROL_SEED: Final = 0
@@ -23,7 +24,7 @@ class Steered:
     images: tuple[Image.Image, ...]
     recipes: tuple[Recipe, ...]
     measurements: tuple[dict[str, Any] | None, ...]
-    unknown_words: tuple[str, ...] = ()
+    unread: Unread = NOTHING
 
     @property
     def n_bytes(self) -> int:
@@ -49,11 +50,11 @@ class SteerJob:
 
     def run(self, bench: Workbench, on_step: OnStep) -> Steered:
         """The images, their recipes and measurements."""
-        from fluxsae.flux import unknown_words
         from fluxsae.measurements import EditRecorder
         from fluxsae.sweeps import sweep
 
         saes = {HookPoint.parse(name): sae for name, sae in bench.saes.items()}
+        settings = bench.settings(self.num_inference_steps)
         recorder = EditRecorder(bench.pipe, saes, self.variants, limits=bench.token_limits)
         with recorder.watch():
             found = sweep(
@@ -62,7 +63,7 @@ class SteerJob:
                 self.variants,
                 prompt=self.prompt,
                 seed=self.seed,
-                settings=bench.settings(self.num_inference_steps),
+                settings=settings,
                 origin=run_origin(bench),
                 direction_of=self._direction_of(bench, saes) if self.control >= 0 else None,
                 on_edit=recorder.record,
@@ -71,7 +72,7 @@ class SteerJob:
         measured = self._measured(bench, [variant.image for variant in found], recorder.recorded)
         recipes = tuple(variant.recipe for variant in found)
         images = tuple(variant.image for variant in found)
-        return Steered(images, recipes, measured, tuple(unknown_words(bench.pipe, self.prompt)))
+        return Steered(images, recipes, measured, unread(bench.pipe, self.prompt, settings))
 
     def _direction_of(self, bench: Workbench, saes: Mapping[HookPoint, Any]) -> Any:
         from fluxsae.measurements import random_directions

@@ -1,5 +1,6 @@
 """What the Steer tab says of edits and pictures: in words, as notices, and where to look."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -11,6 +12,8 @@ from fluxsae.ui.steer_job import Steered
 
 LEAST_SEEN: Final = 0.01
 """Share of a picture that changes at a glance: below it a demo is no starter, and a result is said to change little."""
+LESS: Final = ("scale", "ablate", "project_out")
+"""Modes that only change what fires."""
 AT_A_GLANCE: Final = 48
 """Difference of a colour channel, of 255, from which a pixel is seen to change."""
 
@@ -53,13 +56,17 @@ def short_words(edit: SteeringEdit) -> str:
 
 
 def result_words(turned: Sequence[tuple[Mapping[str, Any], SteeringEdit]]) -> list[str]:
-    """Edits in plain words, with where they acted if that was painted."""
+    """Edits in plain words, with where they acted if that was marked; features of one label with their numbers."""
     if turned and all(edit.is_identity for _, edit in turned):
         return ["Nothing is turned yet: move a slider."]
-    return [
-        edit_words(slider, edit) + (", in the painted region" if edit.region and not edit.is_identity else "")
-        for slider, edit in turned
-    ]
+    labels = Counter(slider.get("label") for slider, _ in turned)
+    found = []
+    for slider, edit in turned:
+        label = slider.get("label")
+        named = {**slider, "label": f"{label} #{edit.feature}"} if label and labels[label] > 1 else slider
+        where = ", in the marked region" if edit.region and not edit.is_identity else ""
+        found.append(edit_words(named, edit) + where)
+    return found
 
 
 def common_region(edits: Sequence[SteeringEdit]) -> Any:
@@ -85,6 +92,8 @@ def faint_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
         return []
     if share_seen(*steered.images[:2]) >= LEAST_SEEN:
         return []
+    if measured["activation_before"] == 0 and all(edit.mode in LESS for edit in edits):
+        return ["Nothing changed: what is to be taken away does not fire in this picture. Name it in the prompt."]
     return ["Little changed. One feature alone is often weak: add others of its name, or take away what it replaces."]
 
 

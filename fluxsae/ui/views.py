@@ -14,9 +14,10 @@ from PIL import Image
 from fluxsae.cards import CardIndex, FeatureCard, varied
 from fluxsae.errors import FluxSaeError
 from fluxsae.heatmaps import feature_colour, heat_colours, overlay, token_heatmap
-from fluxsae.miniature.captions import SYNONYMS, vocabulary
+from fluxsae.miniature.captions import SYNONYMS
+from fluxsae.miniature.drawing import ATTRIBUTES
 from fluxsae.tables import encode_webp
-from fluxsae.ui.reading import Reading, SparseMaps
+from fluxsae.ui.reading import Reading, SparseMaps, Unread
 from fluxsae.ui.requests import MAX_RESULTS
 
 PER_PATCH = 4
@@ -24,6 +25,9 @@ PER_PATCH = 4
 OVERLAY_SIDE = 512
 SURE = 0.8
 """Confidence from which the page calls a name sure."""
+LONGEST_WORD = 30
+BLANK = 2.0
+"""Standard deviation of the colours of a picture, of 255, below which nothing is seen in it."""
 LEAST_EXAMPLE = 4
 """Names that the ready example tells at least, if any image has as many."""
 MAX_VIEW_BYTES = 400_000
@@ -246,31 +250,33 @@ def lab(
         "patch_values": base64_text(values),
         "labels": {str(feature): cards.labels[feature] for feature in known if cards.labels[feature]},
         "colours": {str(feature): feature_colour(cards.labels[feature]) for feature in known},
-        "notices": notices(reading),
+        "notices": notices(reading.unread, reading.image),
         "selected": first_thing(features) if pinned is None else pinned,
     }
 
 
-def notices(reading: Reading) -> list[str]:
-    """What the visitor should know about the image: words that the miniature does not speak."""
-    return unknown_words_notice(reading.unknown_words)
-
-
-def unknown_words_notice(unknown: Sequence[str]) -> list[str]:
-    """A notice that names the words which the miniature does not speak."""
-    if not unknown:
-        return []
-    words = ", ".join(map(_with_known_word, unknown[:8]))
-    return [
-        f"The miniature does not know {words}, so the image ignores it. It speaks of shapes, colours, textures, "
-        "sizes, places and backgrounds: “a large red striped circle on the left on a black background”."
-    ]
+def notices(unread: Unread, image: Image.Image) -> list[str]:
+    """What the visitor should know of a picture: what its prompt could not tell FLUX, and whether it is blank."""
+    found = []
+    if unread.words:
+        words = ", ".join(map(_with_known_word, unread.words[:8]))
+        found.append(
+            f"The miniature does not know {words}, so the image ignores it. It speaks of shapes, colours, textures, "
+            "sizes, places and backgrounds: “a large red striped circle on the left on a black background”."
+        )
+    if unread.tokens:
+        found.append(f"The prompt is too long: its last {unread.tokens} words and signs (tokens) were not read.")
+    if np.asarray(image, dtype=np.float32).std(axis=(0, 1)).max() < BLANK:
+        found.append("FLUX painted nothing but a background here, as it does now and then: try another seed.")
+    return found
 
 
 def _with_known_word(word: str) -> str:
     """An unknown word in quotes, with the known one that it is likely meant to be."""
-    near = difflib.get_close_matches(word.lower(), [*vocabulary(), *SYNONYMS], n=1, cutoff=0.75)
-    return f"“{word}”" + (f" (“{near[0]}”?)" if near else "")
+    known = [name for values in ATTRIBUTES.values() for name in values]
+    near = difflib.get_close_matches(word.lower(), [*known, *SYNONYMS], n=1, cutoff=0.75)
+    shown = word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}…"
+    return f"“{shown}”" + (f" (“{near[0]}”?)" if near else "")
 
 
 def diff(first: Reading, second: Reading, cards: CardIndex, *, limit: int) -> dict[str, Any]:
@@ -293,7 +299,9 @@ def diff(first: Reading, second: Reading, cards: CardIndex, *, limit: int) -> di
             }
             for f in varied(differing, cards.labels)[:limit]
         ],
-        "notices": [*notices(first), *notices(second)],
+        "notices": [
+            f"“{each.prompt}”: {text}" for each in (first, second) for text in notices(each.unread, each.image)
+        ],
     }
 
 

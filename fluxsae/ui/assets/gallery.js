@@ -37,11 +37,13 @@ FS.chips = (root, others, hookpoint, format) =>
   FS.el("div", { class: "fs-row fs-wrap fs-tight" }, others.map((other) =>
     FS.el("button", { class: "fs-button fs-small fs-row", type: "button", "data-feature": other.feature,
       onclick: () => FS.emit(root, "select", { hookpoint, feature: other.feature }) },
-    FS.chip(other.colour), FS.el("span", { text: other.label || `#${other.feature}` }),
-    FS.el("span", { class: "fs-quiet fs-num", text: format(other) }))));
+    FS.chip(other.colour), FS.el("span", { text: other.label || "unnamed" }),
+    FS.el("span", { class: "fs-quiet fs-num", text: `#${other.feature}, ${format(other)}` }))));
 
 FS.facts = (facts) => FS.el("dl", { class: "fs-stats" }, facts.filter(Boolean).map(([term, value, help]) =>
   FS.el("div", { title: help || "" }, FS.el("dt", { text: term }), FS.el("dd", { class: "fs-num", text: value }))));
+
+FS.wordCount = (data) => (data.pictures.length ? new Set(data.pictures[0].prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu)).size + 1 : 0);
 
 FS.define("fs-feature", (root, data) => {
   const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: data.feature });
@@ -81,6 +83,6 @@ FS.define("fs-feature", (root, data) => {
       FS.el("button", { class: "fs-button fs-small", type: "button", text: "Save report", onclick: report })),
     FS.code(data.code),
     section("Why this feature?", "Its best image is made again without each word of its caption in turn, at the same seed. The word whose absence silences it is what it answers to.",
-      FS.el("div", { class: "fs-row" }, FS.el("button", { class: "fs-button", type: "button", text: "Which word silences it?", disabled: !data.pictures.length, onclick: () => FS.emit(root, "why", { hookpoint: data.hookpoint, feature: data.feature }) })))));
+      FS.el("div", { class: "fs-row" }, FS.el("button", { class: "fs-button", type: "button", text: `Which word silences it? (about ${FS.wordCount(data)} pictures)`, "aria-label": "Which word silences it?", disabled: !data.pictures.length, onclick: () => FS.emit(root, "why", { hookpoint: data.hookpoint, feature: data.feature }) })))));
   root.scrollIntoView({ behavior: "smooth", block: "nearest" });
 });

@@ -12,7 +12,7 @@ FS.define("fs-lab", (root, data) => {
   const patchValues = data.patch_values ? FS.bytes(data.patch_values) : null;
   const perPatch = patchIds ? patchIds.length / tokens : 0;
   const first = data.features.find((feature) => feature.feature === data.selected) || data.features[0];
-  const view = { feature: first ? first.feature : null, plane: 0, opacity: 0.8, threshold: 0.05, scale: "shared", smooth: true, style: "heat", cell: null };
+  const view = { feature: first ? first.feature : null, plane: 0, opacity: 0.65, threshold: 0.05, scale: "shared", smooth: true, style: "heat", cell: null };
 
   const plane = (feature, at) => planes.get(feature).subarray(at * tokens, (at + 1) * tokens);
   const gain = (map) => (view.scale === "shared" ? 1 : 255 / Math.max(1, map.reduce((a, b) => Math.max(a, b), 0)));
@@ -26,7 +26,8 @@ FS.define("fs-lab", (root, data) => {
   const legend = FS.el("div", { class: "fs-legend-slot" });
   const list = FS.el("div", { class: "fs-list", role: "group", "aria-label": "Features that fire in this image, strongest first" });
 
-  const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: view.feature });
+  const picture = { prompt: data.prompt, seed: data.seed, num_inference_steps: data.num_inference_steps };
+  const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: view.feature, picture });
   const draw = () => {
     const feature = features.get(view.feature);
     legend.replaceChildren();
@@ -147,7 +148,7 @@ FS.define("fs-lab", (root, data) => {
 
   let steps = null;
   if (data.steps && data.steps.length > 1) {
-    const words = (value) => value === 0 ? "all together" : `step ${data.steps[value - 1] + 1} of ${data.num_inference_steps} (noise ${data.sigmas[value - 1].toFixed(2)})`;
+    const words = (value) => value === 0 ? "strongest of the steps it was trained on" : `step ${data.steps[value - 1] + 1} of ${data.num_inference_steps} (noise ${data.sigmas[value - 1].toFixed(2)})`;
     const slider = FS.slider({ label: "Denoising step", min: 0, max: data.steps.length, step: 1, value: 0, format: words,
       help: "From pure noise to the finished image: drag to see where the feature is born",
       oninput: (value) => { view.plane = value; draw(); } });

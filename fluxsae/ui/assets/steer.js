@@ -20,8 +20,9 @@ FS.safeOf = (picture) => {
 };
 
 FS.define("fs-edits", (root, data) => {
+  if (data.starters) FS.starters = data.starters; // they come with the page, not with every slider
   const state = { edits: data.edits }, unfolded = new WeakSet();
-  const keep = () => root.keep({ ...data, edits: state.edits });
+  const keep = () => root.keep({ ...data, starters: undefined, edits: state.edits });
   const tell = () => { keep(); FS.emit(root, "turn"); };
   const changed = (structure) => { tell(); if (structure) draw(); };
   const track = (edit) => {
@@ -63,13 +64,13 @@ FS.define("fs-edits", (root, data) => {
         FS.el("div", { class: "fs-row fs-wrap" }, FS.el("span", { class: "fs-quiet", text: "Denoising steps from" }), bound(0, "First step edited"),
           FS.el("span", { class: "fs-quiet", text: "to before" }), bound(1, "Step at which the edit ends"),
           FS.el("button", { class: "fs-button fs-small", type: "button", text: "as trained", onclick: () => { edit.steps = null; changed(true); } })),
-        FS.el("p", { class: "fs-quiet fs-hint", text: edit.region ? `Acts on ${edit.region.flat().filter(Boolean).length} painted patches.` : "Acts everywhere; paint on the image to choose where." })));
+        FS.el("p", { class: "fs-quiet fs-hint", text: edit.region ? `Acts on ${edit.region.flat().filter(Boolean).length} marked patches, outlined on the picture.` : "Acts everywhere; paint on the image to choose where." })));
   };
   const draw = () => {
     root.replaceChildren(FS.el("section", { class: "fs-editor", "aria-label": "Features being turned" },
       FS.el("h2", { class: "fs-h", text: "Turn features" }),
-      !state.edits.length && (data.starters || []).length ? FS.el("div", { class: "fs-starters", role: "group", "aria-label": "Begin with one that works" },
-        data.starters.map((starter, at) => FS.el("button", { class: "fs-starter", type: "button", onclick: () => FS.emit(root, "begin", { starter: at }) },
+      !state.edits.length && (FS.starters || []).length ? FS.el("div", { class: "fs-starters", role: "group", "aria-label": "Begin with one that works" },
+        FS.starters.map((starter, at) => FS.el("button", { class: "fs-starter", type: "button", onclick: () => FS.emit(root, "begin", { starter: at }) },
           starter.pictures.length ? FS.panels(starter.pictures, starter.names) : null,
           FS.el("span", { class: "fs-row fs-tight" }, starter.colours.map(FS.chip), FS.el("span", { text: starter.title }))))) : null,
       state.edits.length ? FS.el("ul", { class: "fs-edits" }, state.edits.map(row))
@@ -88,7 +89,8 @@ FS.define("fs-edits", (root, data) => {
   root.applyRegion = (region) => { root.markRegion(region); tell(); };
   root.has = (feature) => state.edits.some((edit) => edit.feature === feature.feature && edit.hookpoint === feature.hookpoint);
   // A feature that was just added is brought into view, and its picture, still unturned, is asked for.
-  root.add = (slider) => {
+  root.add = (slider, alone = false) => {
+    if (alone) state.edits = [];
     if (root.has(slider) || state.edits.length >= data.max_edits) return;
     state.edits = [...state.edits, { ...slider }];
     draw();
@@ -103,13 +105,26 @@ FS.define("fs-edits", (root, data) => {
 // joins those on the page, which may have moved since.
 FS.define("fs-found", (root, data) => {
   const editor = document.querySelector("fs-edits");
-  if (data.add) { root.keep({ ...data, add: null }); editor.add(data.add); }
+  if (data.add) {
+    root.keep({ ...data, add: null });
+    setTimeout(() => editor.add(data.add, data.alone)); // once the prompt that came along is there
+  }
   if (data.query) root.append(data.found.length
     ? FS.el("div", { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": `Features found for ${data.query}` }, data.found.map((slider) =>
       FS.el("button", { class: "fs-button fs-small fs-row", type: "button", onclick: () => editor.add(slider) },
         FS.chip(slider.colour), FS.el("span", { text: FS.title(slider) }), FS.el("span", { class: "fs-quiet fs-num", text: `#${slider.feature}` }))))
     : FS.el("p", { class: "fs-quiet", role: "status", text: data.error || `No feature matches “${data.query}”: search for a colour, a shape or a number.` }));
 });
+
+// The edge of a region of patches, drawn over the picture.
+FS.outline = (region) => {
+  const on = (row, column) => Boolean((region[row] || [])[column]);
+  const lines = region.flatMap((line, y) => line.flatMap((_, x) => (on(y, x) ? [
+    on(y - 1, x) ? "" : `M${x} ${y}h1`, on(y + 1, x) ? "" : `M${x} ${y + 1}h1`,
+    on(y, x - 1) ? "" : `M${x} ${y}v1`, on(y, x + 1) ? "" : `M${x + 1} ${y}v1`] : [])));
+  return FS.svg("svg", { viewBox: `0 0 ${region[0].length} ${region.length}`, class: "fs-outline", "aria-hidden": "true" },
+    FS.svg("path", { d: lines.join("") }));
+};
 
 FS.define("fs-result", (root, data) => {
   if (data.kind === "example") {
@@ -118,6 +133,8 @@ FS.define("fs-result", (root, data) => {
       FS.el("figcaption", {}, FS.el("span", { class: "fs-badge", text: "example" }), FS.el("span", { text: data.words }))));
     return;
   }
+  const strip = document.querySelector("fs-strip"); // of another picture, or of a feature that is gone or acts elsewhere
+  if (strip && strip.data && !FS.isStripOf(strip.data, data)) { strip.keep(null); strip.data = null; }
   const images = { before: data.before, after: data.after, random: data.random };
   const view = { right: "after", cut: 50, painting: false };
   const left = FS.el("img", { class: "fs-shot", src: images.before, alt: `Before: ${data.prompt}` });
@@ -126,7 +143,7 @@ FS.define("fs-result", (root, data) => {
   const range = FS.el("input", { type: "range", class: "fs-cut", min: 0, max: 100, value: "50", "aria-label": "Before and after: left shows before, right shows after" });
   const grid = FS.el("canvas", { class: "fs-paint", width: data.cols, height: data.rows, hidden: true });
   const labels = [FS.el("span", { class: "fs-corner", text: "before" }), FS.el("span", { class: "fs-corner fs-end", text: "after" })];
-  const stage = FS.el("div", { class: "fs-ba" }, left, right, knob, ...labels, range, grid);
+  const stage = FS.el("div", { class: "fs-ba" }, left, right, data.region ? FS.outline(data.region) : null, knob, ...labels, range, grid);
   const cut = (value) => { view.cut = value; right.style.clipPath = `inset(0 0 0 ${value}%)`; knob.style.left = `${value}%`; };
   range.addEventListener("input", () => cut(Number(range.value)));
   // What was painted is seen whole: the handle starts at its left edge. Else it splits what changed.
@@ -179,7 +196,7 @@ FS.define("fs-result", (root, data) => {
   const editor = () => document.querySelector("fs-edits");
   const had = FS.safe.ranges.size;
   if (had && !FS.safeOf(data.picture).size && editor()) editor().redraw();
-  const painter = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Paint where it acts", "aria-pressed": "false", onclick: () => {
+  const painter = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Paint where it acts", title: "Press, then drag over the squares of the picture", "aria-pressed": "false", onclick: () => {
     view.painting = !view.painting;
     painter.setAttribute("aria-pressed", String(view.painting));
     painter.textContent = view.painting ? "Use this region" : "Paint where it acts";
@@ -247,12 +264,15 @@ FS.measured = (data, isRandom) => {
   return [FS.facts([
     measurement.distance_of_unrelated === null ? null : ["Picture changed", FS.changed(measurement.distance / measurement.distance_of_unrelated), `${measurement.distance_name} ${FS.number(measurement.distance, 2)}; two unrelated images of this run are ${FS.number(measurement.distance_of_unrelated, 2)} apart (median)`],
     inside,
-    ["Unusual patches", `${FS.share(odd)}${odd > most.out_of_distribution ? ", beyond safe" : ""}`, `share of edited patches that look unlike any that FLUX makes by itself; safe up to ${FS.percent(most.out_of_distribution)}`],
+    ["Unusual patches", `${odd === 0 ? "0 %" : FS.share(odd)}${odd > most.out_of_distribution ? ", beyond safe" : ""}`, `share of edited patches that look unlike any that FLUX makes by itself; safe up to ${FS.percent(most.out_of_distribution)}`],
     ["Odd to FLUX", `${FS.number(doubt, 2)} × the picture before${doubt > most.denoising_error_ratio ? ", beyond safe" : ""}`, `how badly FLUX, without a prompt, denoises this picture, as a multiple of the picture before: 1 where it could have painted it; safe up to ${most.denoising_error_ratio}`],
     measurement.relative_size === null ? null : ["Push on the edited patches", `${FS.percent(measurement.relative_size)} of what flows there`, "size of the edit where it joins what flows through FLUX (the residual stream), relative to that"],
     measurement.clip_change === null ? null : ["Meaning apart (CLIP)", `${FS.number(Math.max(0, measurement.clip_change), 2)} (0: the same)`, "1 - CLIP cosine between the two pictures"],
   ]), isRandom ? FS.el("p", { class: "fs-quiet fs-hint", text: "The same push in a random direction: what changes here is no merit of the feature." }) : ""];
 };
+
+FS.isStripOf = (strip, result) => JSON.stringify(strip.picture) === JSON.stringify(result.picture)
+  && result.edits.some((edit) => FS.safeKey(edit) === FS.safeKey(strip));
 
 FS.define("fs-strip", (root, data) => {
   const ranges = FS.safeOf(data.picture);

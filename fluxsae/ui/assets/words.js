@@ -2,6 +2,8 @@
 "use strict";
 
 FS.define("fs-silence", (root, data) => {
+  const open = (document.querySelector("fs-feature") || {}).data;
+  if (!open || open.feature !== data.feature || open.hookpoint !== data.hookpoint) return; // another one was opened meanwhile
   const best = data.without[0];
   const left = (word) => FS.percent(Math.max(0, word.left));
   const verdict = best.left <= 0.1 ? `Without “${best.word}” it falls silent.`
