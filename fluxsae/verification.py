@@ -288,7 +288,11 @@ class _AboutHookpoint:
         yield from self._shown(self.run.load_demos(self.hookpoint))
 
     def swaps(self, path: Path) -> Iterator[str]:
-        yield from self._shown(self.run.load_swaps(self.hookpoint))
+        swaps = self.run.load_swaps(self.hookpoint)
+        for number, swap in enumerate(swaps, 1):
+            if not all(isinstance(swap.get(name), str) for name in ("label", "new_label", "image")):
+                yield f"line {number} names no old and new label and picture. Run `python -m train.find_demos` again."
+        yield from self._shown([swap for swap in swaps if isinstance(swap.get("image"), str)])
 
     def _shown(self, lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         for number, demo in enumerate(lines, 1):

@@ -241,7 +241,7 @@ def test_the_picture_stays_in_view_while_the_cards_are_read(visit: Open, viewpor
 def test_unknown_words_are_named_and_a_blank_prompt_is_refused_keeping_the_result(visit: Open) -> None:
     page = visit()
     generate(page, "some red circles")
-    expect(page.locator("fs-lab .fs-notice")).to_contain_text("does not know “some”, “circles” (“circle”?), so")
+    expect(page.locator("fs-lab .fs-notice").first).to_contain_text("does not know “some”, “circles” (“circle”?), so")
     generate(page, "z" * 500 + " red star" * 20)
     expect(page.locator("fs-lab .fs-notice").first).to_contain_text("zzz…”, so the image ignores it")
     expect(page.locator("fs-lab .fs-notice").nth(1)).to_contain_text("last 18 words and signs (tokens) were not read")
@@ -644,7 +644,7 @@ def test_the_safe_range_goes_when_the_steps_of_an_edit_change(visit: Open) -> No
     wait_until_turned(page)
     page.locator("#steer-strip-go").click()
     expect(page.locator(".fs-safe")).to_have_count(1)
-    page.get_by_text("When and where").click()
+    page.get_by_text("When and where").first.click()
     page.get_by_label("First step edited").fill("8")
     page.get_by_label("First step edited").press("Enter")
     expect(page.locator(".fs-safe")).to_have_count(0)

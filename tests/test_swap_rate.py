@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 
 from fluxsae.artifacts import RunFolder
-from fluxsae.demos import in_place
 from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation.intervals import bootstrap_weights, interval
-from fluxsae.evaluation.outcomes import compare_scenes
-from fluxsae.evaluation.truths import Concept
 from fluxsae.flux import generate
 from fluxsae.miniature import miniature_path
 from fluxsae.miniature.scenes import ATTRIBUTES, Scene, caption_scene, read_scene, sample_scene
+from fluxsae.names import in_place
 from fluxsae.ui.desk_steer import SteerDesk
 from fluxsae.ui.lane import Done
 from fluxsae.ui.requests import SteerRequest
@@ -32,19 +30,27 @@ class Tried:
     """One swap of one name on one fresh picture, as the page does it."""
 
     is_done: bool
-    """Whether the picture shows the new name, and the old one nowhere."""
-    is_specific: bool
-    """Whether every other attribute of both objects and of the background reads as before."""
+    """Whether the object that had the old name has the new one."""
+    is_specific: bool | None
+    """Whether everything else of both objects and the background reads as before; None where nothing was made."""
     is_claimed: bool
     """Whether the page said so: CLIP reads the new name, and a feature of the old one fires."""
     prompt_does: bool
-    """Whether the prompt with the new name, at the same seed, shows it without the old one."""
+    """Whether the prompt with the new name, at the same seed, gives the new one to the object in that place."""
 
 
-def shows(scene: Scene, attribute: str, old: str, new: str) -> bool:
-    """Whether a scene shows a new value and not the old one."""
-    found = scene.concepts()
-    return (attribute, new) in found and (attribute, old) not in found
+def read(before: Scene, after: Scene, attribute: str, old: str, new: str) -> tuple[bool, bool]:
+    """Whether the object that had the old value has the new one, and whether all else is as it was."""
+    if len(after.objects) != len(before.objects):
+        return False, False
+    far = [[np.hypot(one.x - other.x, one.y - other.y) for other in after.objects] for one in before.objects]
+    order = (0, 1) if far[0][0] + far[1][1] <= far[0][1] + far[1][0] else (1, 0)
+    pairs = [(thing, after.objects[at]) for thing, at in zip(before.objects, order, strict=True)]
+    done = all(getattr(now, attribute) == new for was, now in pairs if getattr(was, attribute) == old)
+    kept = [name for name in ("shape", "colour", "texture", "size", "position") if name != attribute]
+    same = all(getattr(was, name) == getattr(now, name) for was, now in pairs for name in kept)
+    others = all(getattr(was, attribute) in (old, getattr(now, attribute)) for was, now in pairs)
+    return done, same and others and before.background == after.background
 
 
 @pytest.fixture(scope="module", params=["colour", "texture", "shape"])
@@ -73,21 +79,20 @@ def tried(request: pytest.FixtureRequest) -> tuple[str, list[Tried]]:
         )
         if not before.concepts() >= scene.concepts() or len(before.objects) != 2:
             continue
-        prompt_does = shows(other, attribute, old, new)
+        prompt_does = read(before, other, attribute, old, new)[0]
         try:
             *_, swapped = desk.swap(prompt, seed, steps, old, new)
         except FluxSaeError:  # no feature of the old name fires
-            found.append(Tried(False, True, False, prompt_does))
+            found.append(Tried(False, None, False, prompt_does))
             continue
         assert isinstance(swapped, Done)
-        page, warning = swapped.value
+        page = swapped.value[3]
         edits = [desk._edit(slider).to_dict() for slider in page["edits"]]
         values = {"prompt": prompt, "edits": edits, "seed": seed, "num_inference_steps": steps}
         *_, steered = desk.steer(SteerRequest.parse(bench.limits, **values))
         assert isinstance(steered, Done)
-        after = read_scene(steered.value[1])
-        specific = compare_scenes(before, after, Concept(attribute, new)).is_specific
-        found.append(Tried(shows(after, attribute, old, new), specific, warning is None, prompt_does))
+        done, specific = read(before, read_scene(steered.value[1]), attribute, old, new)
+        found.append(Tried(done, specific, page["unread"] is None, prompt_does))
     return attribute, found
 
 
@@ -106,12 +111,16 @@ def test_what_a_swap_says_it_did_it_did(tried: tuple[str, list[Tried]]) -> None:
         print(f"  {what}: {share:.2f} [{value.low:.2f}, {value.high:.2f}] of {int(every.sum())}")
         return share
 
-    every, claimed = [True] * len(found), [each.is_claimed for each in found]
-    share("done", [each.is_done for each in found], every)
-    share("nothing else changed", [each.is_specific for each in found], every)
-    share("both", [each.is_done and each.is_specific for each in found], every)
-    share("said to be done", claimed, every)
-    right = share("done where it was said", [each.is_done for each in found], claimed)
+    every, made = [True] * len(found), [each.is_specific is not None for each in found]
+    done, claimed = [each.is_done for each in found], [each.is_claimed for each in found]
+    specific = [bool(each.is_specific) for each in found]
+    share("made (a feature of the old name fires)", made, every)
+    share("done", done, every)
+    share("nothing else changed, of those made", specific, made)
+    share("done and nothing else", list(np.logical_and(done, specific)), every)
+    share("CLIP reads it", claimed, every)
+    right = share("done where CLIP reads it", done, claimed)
     share("done by the prompt at the same seed", [each.prompt_does for each in found], every)
     if attribute == "colour":
-        assert right >= 0.7
+        assert sum(claimed) >= len(found) / 2
+        assert right >= 0.8

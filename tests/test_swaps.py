@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,27 +16,27 @@ from tiny_flux import SETTINGS
 from fluxsae.artifacts import RunFolder
 from fluxsae.demos import (
     LIMITS_KEY,
-    NameKinds,
     Swap,
     SwapConfig,
+    acts_in_window,
+    addable,
     find_swaps,
     hot_region,
-    in_place,
-    mean_acts,
     swap_score,
     swap_variants,
 )
-from fluxsae.demos.names import cosine, words_around, words_around_each
 from fluxsae.edits import Recipe
+from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, capture, generate
 from fluxsae.grids import split_pictures
 from fluxsae.hookpoints import TokenGrid
 from fluxsae.measurements import TokenLimits
 from fluxsae.miniature import miniature_path
+from fluxsae.names import NameKinds, cosine, in_place, words_around, words_around_each
 from fluxsae.sweeps import reproduce
 from fluxsae.tables import FeatureTable
 
-CONFIG = SwapConfig(suppress=(0.9,), amplify=((1, 0.01), (2, 0.02)), n_images=1, alike=0.4, steps=(1, 4))
+CONFIG = SwapConfig(suppress=(0.0,), amplify=((1, 6.0), (2, 6.0)), n_images=1, alike=0.4, steps=(1, 4))
 EYE = torch.eye(3)
 
 
@@ -54,12 +55,15 @@ def test_names_of_one_kind_stand_between_the_same_words() -> None:
     assert cosine(around["red"], Counter()) == 0
     kinds = NameKinds(["a Red ring!", "a blue ring", "a small red star", "one small blue star"], ["small red"])
     assert kinds.alike("red", least=0.9) == {"blue": pytest.approx(1)}
-    assert "small red" in kinds.alike("small blue", least=0.4)
+    assert "small red" not in kinds.alike("red", least=0.0)  # nobody tells the two apart
+    assert kinds.rivals("red", "blue", least=0.0, limit=9) == [*kinds.alike("red", least=0.0)][1:]
+    assert len(kinds.rivals("red", "ring", least=0.0, limit=2)) == 2
 
 
 def test_a_name_takes_the_place_of_another_as_a_word() -> None:
     assert in_place("a Red ring, a tired red star", "red", "pink") == "a pink ring, a tired pink star"
     assert in_place("a ring", "red", "pink") == "pink"
+    assert in_place("a red ring", "red", r"c\d") == r"a c\d ring"
 
 
 # One swap
@@ -105,14 +109,30 @@ def test_the_region_is_where_the_feature_fires(tiny_flux: FluxPipeline) -> None:
     acts = torch.stack([sae.encode(captured.get(PLACE, step)[0]) for step in (1, 2, 3)]).mean(dim=0)
     feature = int(acts.max(dim=0).values.argmax())
     options = {"prompt": PROMPTS[0], "seed": 0, "settings": SETTINGS, "steps": (1, 4)}
-    mine, other = mean_acts(tiny_flux, sae, PLACE, [feature, 0], **options)
+    told: list[int] = []
+    every = acts_in_window(tiny_flux, sae, PLACE, [feature, 0], on_step=lambda step, _: told.append(step), **options)
+    assert every.shape[0] == 3
+    mine, other = every.mean(dim=0)
     assert torch.allclose(mine, acts[:, feature])
     assert torch.allclose(other, acts[:, 0])
+    part = acts_in_window(tiny_flux, sae, PLACE, [feature], **{**options, "steps": (1, 2)})
+    assert torch.allclose(part[0, 0], every[0, 0])
+    assert len(part) == 1
+    assert told
     region = torch.tensor(hot_region(mine, TokenGrid(4, 4), heat=0.5))
     assert torch.equal(region.flatten(), acts[:, feature] >= 0.5 * acts[:, feature].max())
     assert region.any()
     assert not region.all()
     assert not torch.tensor(hot_region(torch.zeros(16), TokenGrid(4, 4), heat=0.5)).any()
+
+
+def test_only_features_with_a_known_strength_are_added() -> None:
+    sae = random_sae()
+    sae.reference_acts[:] = 1.0
+    sae.reference_acts[2] = 0.0
+    assert addable(sae, [1, 2, 3]) == [1, 3]
+    with pytest.raises(FluxSaeError, match="no way to add 1"):
+        swap_variants(PLACE, 0, [1], ((True,),), SwapConfig(amplify=((2, 0.1),)))
 
 
 # The search
@@ -169,9 +189,17 @@ def test_swaps_are_of_trusted_names_alike_in_use_and_are_made_again(named: RunFo
     assert [edit.mode for edit in recipe.edits] == ["scale", *["add"] * len(swaps[0].new_features)]
     again = reproduce(tiny_flux, {PLACE: random_sae()}, recipe).image
     with Image.open(named.demo_image_path(PLACE, stored["image"])) as strip:
-        after = split_pictures(strip.convert("RGB"), 2)[1].resize(again.size)
-    difference = torch.tensor(list(again.getdata())).float() - torch.tensor(list(after.getdata())).float()
-    assert difference.abs().mean() < 12  # webp is lossy; another image would be tens away
+        pictures = [picture.resize(again.size) for picture in split_pictures(strip.convert("RGB"), 2)]
+    before, after = (np.abs(np.asarray(again, dtype=float) - np.asarray(shown)).mean() for shown in pictures)
+    assert after < 12  # webp is lossy
+    assert after < before
+    acts = acts_in_window(
+        tiny_flux, random_sae(), PLACE, [stored["feature"]], prompt=stored["prompt"], seed=stored["seed"],
+        settings=SETTINGS, steps=CONFIG.steps,
+    ).mean(dim=0)[0]  # fmt: skip
+    region = hot_region(acts, TokenGrid(4, 4), heat=CONFIG.heat)
+    assert {edit.region for edit in recipe.edits} == {region}
+    assert not torch.tensor(region).all()
 
 
 def test_a_search_for_swaps_that_was_cut_off_goes_on_where_it_stopped(

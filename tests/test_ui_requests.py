@@ -544,7 +544,8 @@ def test_starters_are_the_clear_demos_in_which_clip_sees_the_label_go(
 
 def test_a_step_window_ends_with_the_picture(bench: Workbench) -> None:
     windows = ([3, 60], None, [1, 5])
-    kept = SteerDesk(bench)._within({"edits": [{"steps": window} for window in windows]}, 20)["edits"]
+    known = {"hookpoint": LATE, "feature": 3, "turn": 0.0}
+    kept = SteerDesk(bench)._within({"edits": [{**known, "steps": window} for window in windows]}, 20)["edits"]
     assert [slider["steps"] for slider in kept] == [[3, 20], None, [1, 5]]
 
 
@@ -576,10 +577,10 @@ def test_a_swap_puts_a_name_where_the_old_one_fires_and_says_what_it_cannot_do()
     desk = SteerDesk(bench)
     prompt = "a large red star on the left and a small blue circle on the right on a black background"
     *steps, done = desk.swap(prompt, 1000344, 20, "red", "green")
-    assert [step.step for step in steps] == list(range(1, len(steps) + 1))
-    assert {step.n_steps for step in steps} == {len(steps)}
-    page, warning = done.value
-    assert warning is None
+    assert steps
+    *asked, page = done.value
+    assert asked == [prompt, 1000344, 20]
+    assert page["unread"] is None
     old, *new = page["edits"]
     assert (old["label"], {slider["label"] for slider in new}) == ("red", {"green"})
     assert old["turn"] < 0 < new[0]["turn"]
@@ -594,6 +595,32 @@ def test_a_swap_puts_a_name_where_the_old_one_fires_and_says_what_it_cannot_do()
     ):
         with pytest.raises(FluxSaeError, match=refused):
             list(desk.swap(prompt, 1000344, 20, *names))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "refused"),
+    [
+        ({"feature": 10**9}, "feature"),
+        ({"hookpoint": "attic"}, "hookpoint"),
+        ({"region": [[1] * 4000] * 3000}, "region is not"),
+        ({"region": [[1], 2]}, "region is not"),
+        ({"turn": "much"}, "turn is much"),
+        ({"turn": True}, "turn is True"),
+        ({"steps": "all"}, "steps"),
+    ],
+)
+def test_a_slider_that_the_page_never_made_is_refused_before_work(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], refused: str
+) -> None:
+    monkeypatch.setattr(bench, "cached", lambda _: pytest.fail("worked"))
+    desk = SteerDesk(bench)
+    page = {"edits": [{"hookpoint": LATE, "feature": 3, "turn": 0.5, "label": "x" * 10**6, **wrong}]}
+    for ask in (desk.turn, desk.strip) if "turn" not in wrong else (desk.turn,):
+        with pytest.raises(FluxSaeError, match=refused):
+            list(ask("a circle", 0, 20, page))
+    assert desk._edits_of({"edits": [{**page["edits"][0], **{"hookpoint": LATE, "feature": 3, "region": None}}]})[0][
+        "label"
+    ] != "x" * 10**6  # fmt: skip
 
 
 def test_the_strip_holds_the_strengths_that_demos_use(bench: Workbench) -> None:

@@ -109,6 +109,8 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
     if embedder is None:
         for place in features:
             run.save_swaps(place, [])
+            for old in run.swaps_path(place).parent.glob("swap-*.webp"):
+                old.unlink()
         return
     with tqdm(desc="swaps", unit="name") as bar:
         swaps = find_swaps(

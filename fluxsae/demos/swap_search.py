@@ -1,5 +1,6 @@
 """The search for pictures on which one name in place of another shows best."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -10,14 +11,14 @@ from typing import Any, Final
 from fluxsae.artifacts import RunFolder
 from fluxsae.cards import CardIndex
 from fluxsae.demos.measured import load_limits, measured_sweep, run_origin
-from fluxsae.demos.names import NameKinds, in_place
 from fluxsae.demos.search import candidate_images
 from fluxsae.demos.swaps import (
     Region,
     SwapConfig,
     SwapScore,
+    acts_in_window,
+    addable,
     hot_region,
-    mean_acts,
     swap_variants,
     try_swaps,
 )
@@ -27,6 +28,7 @@ from fluxsae.flux import flux_identity, token_grid
 from fluxsae.grids import join_pictures
 from fluxsae.hookpoints import HookPoint
 from fluxsae.measurements import EditMeasurement
+from fluxsae.names import NameKinds, has_name, in_place
 from fluxsae.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.sae import SparseAutoencoder
 from fluxsae.scores import ScoreMatrix
@@ -115,7 +117,8 @@ class _Search:
         self.settings = self.run.load_info().settings
         self.images = self.run.load_images()
         self.own_images, self.labels = self._going_labels()
-        self.named = CardIndex(self.run, self.place).named()
+        named = CardIndex(self.run, self.place).named()
+        self.named = {name: kept for name, features in named.items() if (kept := addable(self.sae, features))}
         self.names = NameKinds(self.images.prompts, self.named)
         limits = load_limits(self.run, self.place)
         self.limits = None if limits is None else {self.place: limits}
@@ -131,7 +134,7 @@ class _Search:
         """Measures every way to put a new name in place of a feature's own on one image, and keeps the best."""
         feature, image_id, name = candidate
         label, prompt = self.labels[feature], self.images.prompts[image_id]
-        rivals = [other for other in self._kind(label) if other != name]
+        rivals = self.names.rivals(label, name, least=self.config.alike, limit=self.config.n_rivals)
         scores = try_swaps(
             self.pipe,
             self.sae,
@@ -189,9 +192,8 @@ class _Search:
 
     def _new_names(self, label: str, prompt: str) -> list[str]:
         """The names most like a label in use, of those that a prompt does not have."""
-        told, alike = set(prompt.lower().split()) | set(label.split()), self._kind(label)
-        names = [name for name in self.named if name in alike and not told & set(name.split())]
-        return sorted(names, key=lambda name: -alike[name])[: self.config.n_names]
+        names = [name for name in self._kind(label) if name in self.named and not has_name(prompt, name)]
+        return names[: self.config.n_names]
 
     def _kind(self, label: str) -> dict[str, float]:
         if label not in self._kinds:
@@ -201,7 +203,7 @@ class _Search:
     def _variants(self, candidate: Candidate) -> list[tuple[SteeringEdit, ...]]:
         feature, image_id, name = candidate
         if (feature, image_id) not in self._regions:
-            acts = mean_acts(
+            acts = acts_in_window(
                 self.pipe,
                 self.sae,
                 self.place,
@@ -212,7 +214,7 @@ class _Search:
                 steps=self.config.steps,
             )
             grid = token_grid(self.pipe, self.settings)
-            self._regions[feature, image_id] = hot_region(acts[0], grid, heat=self.config.heat)
+            self._regions[feature, image_id] = hot_region(acts.mean(dim=0)[0], grid, heat=self.config.heat)
         return swap_variants(self.place, feature, self.named[name], self._regions[feature, image_id], self.config)
 
     def _swap(self, candidate: Candidate, variant: int, score: SwapScore) -> Swap:
@@ -253,21 +255,22 @@ class _Search:
 
     # What is kept between calls
 
-    @property
+    @functools.cached_property
     def _checkpoint_path(self) -> Path:
         """Named after all that makes an earlier measurement comparable."""
-        weights = {name: float(tensor.double().sum()) for name, tensor in self.sae.state_dict().items()}
-        judges = (self.distance.name, self.embedder.name)
         parts: list[Any] = [
             asdict(self.config),
             self.settings.to_dict(),
-            weights,
-            judges,
+            {name: float(tensor.double().sum()) for name, tensor in self.sae.state_dict().items()},
+            (self.distance.name, self.embedder.name),
             list(flux_identity(self.pipe)),
+            list(self.labels.items()),
+            self.named,
+            [*zip(self.images.prompts, self.images.seeds, strict=True)],
+            [limits.to_dict() for limits in (self.limits or {}).values()],
+            [column.name for column in fields(SwapScore)],
         ]
-        parts += [list(self.labels.items()), self.named, [column.name for column in fields(SwapScore)]]
-        text = json.dumps(parts, sort_keys=True)
-        name = hashlib.sha256(text.encode()).hexdigest()[:16]
+        name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
         return self.run.work_path("demos") / str(self.place) / f"swaps-{name}.json"
 
     def _load_checkpoint(self) -> dict[Candidate, tuple[int, SwapScore]]:

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from fluxsae.demos.measured import measured_sweep
 from fluxsae.edits import SteeringEdit
-from fluxsae.flux import BlockCall, capture, generate, schedule_sigmas
+from fluxsae.errors import FluxSaeError
+from fluxsae.flux import BlockCall, OnStep, capture, generate, schedule_sigmas
 from fluxsae.hookpoints import HookPoint, TokenGrid
 from fluxsae.measurements import EditMeasurement, TokenLimits
 from fluxsae.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.sae import SparseAutoencoder
 from fluxsae.settings import GenerationSettings
-from fluxsae.sweeps import OnProgress, first_edited_step
+from fluxsae.steering import edit_window
+from fluxsae.sweeps import OnProgress
 
 Region = tuple[tuple[bool, ...], ...]
 
@@ -34,7 +36,10 @@ class SwapConfig:
     n_names: int = 5
     """New names tried on each image: those most alike in use (see `alike`)."""
     alike: float = 0.7
-    """Names are of one kind where the words they stand between in the run's prompts have at least this cosine."""
+    """Names are of one kind where the words they stand between in the run's prompts have at least this cosine: prompts
+    of one grammar, like the miniature's, tell kinds; in FLUX.1-dev's freer ones few names or wrong ones are alike."""
+    n_rivals: int = 16
+    """Other names of the kind that a picture may be read as, the most alike."""
     steps: tuple[int, int] | None = None
     """Window of the edits, [start, stop); left out, the noise levels the SAE was trained on."""
     heat: float = 0.25
@@ -61,7 +66,7 @@ class SwapScore:
     """Whether the picture stayed within the safe range."""
 
 
-def mean_acts(
+def acts_in_window(
     pipe: Any,
     sae: SparseAutoencoder,
     place: HookPoint,
@@ -71,8 +76,12 @@ def mean_acts(
     seed: int,
     settings: GenerationSettings,
     steps: tuple[int, int] | None = None,
-) -> Float[Tensor, "features tokens"]:
-    """Activations of features in an unedited picture, mean over the steps from the first that edits of them touch."""
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "steps features tokens"]:
+    """Activations of features in an unedited picture at the steps in which edits of them would act.
+
+    The run ends after the last of these steps, without a picture.
+    """
     seen: list[Float[Tensor, "features tokens"]] = []
 
     @torch.no_grad()
@@ -81,10 +90,15 @@ def mean_acts(
             seen.append(sae.encode(call.tokens[0])[:, list(features)].float().cpu().T)
 
     edit = SteeringEdit(place, features[0], "scale", 0.0, steps=steps)
-    first = first_edited_step(pipe, {place: sae}, [(edit,)], settings)
-    with capture(pipe, [place], steps=range(first, len(schedule_sigmas(pipe, settings))), sink=take):
-        generate(pipe, prompt, seeds=seed, settings=settings)
-    return torch.stack(seen).mean(dim=0)
+    window = range(*edit_window(edit, sae, schedule_sigmas(pipe, settings)))
+    with capture(pipe, [place], steps=window, stop_early=True, sink=take):
+        generate(pipe, prompt, seeds=seed, settings=settings, output_type="latent", on_step=on_step)
+    return torch.stack(seen)
+
+
+def addable(sae: SparseAutoencoder, features: Sequence[int]) -> list[int]:
+    """Those features that mode add knows a usual activation of."""
+    return [feature for feature in features if float(sae.reference_acts[feature]) > 0]
 
 
 def hot_region(acts: Float[Tensor, " tokens"], grid: TokenGrid, *, heat: float) -> Region:
@@ -96,7 +110,11 @@ def hot_region(acts: Float[Tensor, " tokens"], grid: TokenGrid, *, heat: float) 
 def swap_variants(
     place: HookPoint, feature: int, new_features: Sequence[int], region: Region, config: SwapConfig
 ) -> list[tuple[SteeringEdit, ...]]:
-    """Every way to take `feature` away and add others in a region that `config` names, without repeats."""
+    """Every way to take `feature` away and add others in a region that `config` names, without repeats.
+
+    Raises:
+        FluxSaeError: `config` names none for so few new features.
+    """
     found = [
         (
             SteeringEdit(place, feature, "scale", less, steps=config.steps, region=region),
@@ -106,6 +124,8 @@ def swap_variants(
         for count, more in config.amplify
         if count <= len(new_features)
     ]
+    if not found:
+        raise FluxSaeError(f"There is no way to add {len(new_features)} features; amplify is {config.amplify}.")
     return list(dict.fromkeys(found))
 
 

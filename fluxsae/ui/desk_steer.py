@@ -10,6 +10,7 @@ from typing import Any
 from fluxsae.edits import Recipe, SteeringEdit, load_recipes, png_bytes
 from fluxsae.errors import FluxSaeError
 from fluxsae.heatmaps import feature_colour
+from fluxsae.names import NameKinds
 from fluxsae.ui import views
 from fluxsae.ui.lane import Done, StepDone
 from fluxsae.ui.requests import FeatureRequest, SteerRequest, SweepRequest
@@ -24,6 +25,7 @@ from fluxsae.ui.steer_words import (
     result_words,
     safe_turns,
     short_words,
+    unread_notice,
     unsafe_notice,
     where_it_changed,
 )
@@ -40,7 +42,9 @@ MAX_PAGE_EDITS = 6
 MAX_MATCHES = 12
 SUGGESTED = 14
 ALIKE = 0.7
-"""How alike in use names are that a picture may be mistaken for, as in the search for swaps."""
+"""How alike in use names of one kind are at least, as in the search for swaps."""
+MAX_RIVALS = 16
+"""Other names of the kind that CLIP may read instead."""
 
 
 class SteerDesk:
@@ -191,10 +195,15 @@ class SteerDesk:
         found = [edit["label"] for starter in self.starters()[:1] for edit in starter["edits"][:2]]
         return found if len(set(found)) == 2 and all(name in self.names for name in found) else None
 
+    def kin(self, name: Any) -> list[str]:
+        """The names that are used like one in the run's prompts; all others where none is."""
+        alike = self._kinds.alike(str(name), least=ALIKE)
+        return [other for other in alike if other in self.names] or [other for other in self.names if other != name]
+
     def swap(
         self, prompt: Any, seed: Any, steps: Any, old: Any, new: Any
-    ) -> Iterator[StepDone | Done[tuple[dict[str, Any], str | None]]]:
-        """Steps, then the sliders that put one name in place of another, and what to warn of."""
+    ) -> Iterator[StepDone | Done[tuple[str, int, int, dict[str, Any]]]]:
+        """Steps, then prompt, seed, steps and the sliders that put one name in place of another."""
         for name in (old, new):
             if not isinstance(name, str) or name not in self.names:
                 raise FluxSaeError(f"{str(name)[:40]!r} is no name of this run's features; choose one of the list.")
@@ -207,15 +216,15 @@ class SteerDesk:
             new=new,
             old_features=tuple(self.names[old]),
             new_features=tuple(self.names[new][: MAX_PAGE_EDITS - 1]),
-            rivals=tuple(name for name in self._kinds.alike(old, least=ALIKE) if name != new),
+            rivals=tuple(self._kinds.rivals(old, new, least=ALIKE, limit=MAX_RIVALS)),
             prompt=request.prompt,
             seed=request.seed,
             num_inference_steps=request.num_inference_steps,
         )
-        nearest = f"CLIP does not see “{new}” come in the place of “{old}”: this is the nearest that was found."
         for event in self.bench.cached(job):
             if isinstance(event, Done):
-                yield Done((self.sliders(event.value.edits), None if event.value.is_read else nearest))
+                page = {**self.sliders(event.value.edits), "unread": None if event.value.is_read else [old, new]}
+                yield Done((request.prompt, request.seed, request.num_inference_steps, page))
             else:
                 yield event
 
@@ -225,7 +234,9 @@ class SteerDesk:
         if not sliders:
             raise FluxSaeError("Add a feature first: the strip shows it at seven strengths.")
         edits = [self._edit({**sliders[0], "turn": position}) for position in STRIP]
-        request = SteerRequest.parse(self.limits, prompt=prompt, edits=[], seed=seed, num_inference_steps=steps)
+        request = SteerRequest.parse(
+            self.limits, prompt=prompt, edits=[edits[0].to_dict()], seed=seed, num_inference_steps=steps
+        )
         for event in self._run([(), *((edit,) for edit in edits)], request):
             yield Done(self._strip(sliders[0], event.value)) if isinstance(event, Done) else event
 
@@ -252,9 +263,7 @@ class SteerDesk:
     # How it is done
 
     @functools.cached_property
-    def _kinds(self) -> Any:
-        from fluxsae.demos import NameKinds
-
+    def _kinds(self) -> NameKinds:
         return NameKinds(self.bench.images.prompts, self.names)
 
     def _run(
@@ -355,13 +364,25 @@ class SteerDesk:
                     return {**slider, "steps": [start, min(stop, n_steps)]}
             return slider
 
-        return {"edits": [cut(slider) for slider in self._edits_of(page)]}
+        return {**page, "edits": [cut(slider) for slider in self._edits_of(page)]} if isinstance(page, Mapping) else {}
 
     def _edits_of(self, page: Any) -> list[dict[str, Any]]:
         edits = page.get("edits", []) if isinstance(page, Mapping) else []
         if not isinstance(edits, list) or len(edits) > MAX_PAGE_EDITS:
             raise FluxSaeError(f"The page holds at most {MAX_PAGE_EDITS} features on sliders.")
-        return [dict(edit) for edit in edits if isinstance(edit, Mapping)]
+        return [self._checked(edit) for edit in edits]
+
+    def _checked(self, edit: Any) -> dict[str, Any]:
+        """A slider as the page sent it: its feature and region checked, its label and colour the run's own."""
+        if not isinstance(edit, Mapping):
+            raise FluxSaeError(f"{str(edit)[:40]!r} is no slider.")
+        request = FeatureRequest.parse(self.limits, hookpoint=edit.get("hookpoint"), feature=edit.get("feature"))
+        rows, cols, region = self.limits.rows, self.limits.cols, edit.get("region")
+        lines = region if isinstance(region, list) and len(region) == rows else [None]
+        if region is not None and not all(isinstance(line, list) and len(line) == cols for line in lines):
+            raise FluxSaeError(f"region is not {rows} rows of {cols} patches.")
+        slider = self._slider(request.hookpoint, request.feature)
+        return {**slider, "turn": edit.get("turn"), "steps": edit.get("steps"), "region": region}
 
     def _result(self, request: SteerRequest, steered: Steered, page: Any) -> dict[str, Any]:
         before, after, random = steered.images
@@ -394,6 +415,7 @@ class SteerDesk:
             "versions": dict(self.bench.versions),
             "notices": [
                 *views.notices(steered.unread, before),
+                *unread_notice(page.get("unread"), self.names),
                 *unsafe_notice(request.edits, steered),
                 *faint_notice(request.edits, steered),
             ],

@@ -15,7 +15,7 @@ from fluxsae.ui.views import view_of
 
 IDLE: Final[Mapping[str, Any]] = {"state": "idle"}
 QUIET: Final[Mapping[str, Any]] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-"""Events that are answered at once, are never refused, and are no endpoint."""
+"""Events that are answered at once and are no endpoint; the page's own values, which it sends, are never refused."""
 
 QUEUED: Final[Mapping[str, Any]] = {
     "show_progress": "hidden",

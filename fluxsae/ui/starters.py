@@ -1,5 +1,6 @@
 """Recipes that work, to begin with on the Steer tab: swaps of one name for another, and features taken away."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +13,8 @@ from fluxsae.grids import split_pictures
 from fluxsae.ui import views
 from fluxsae.ui.session import Workbench
 from fluxsae.ui.steer_words import LEAST_SEEN, share_seen, short_words
+
+log = logging.getLogger("fluxsae.app")
 
 MAX_STARTERS: Final = 6
 MAX_SWAPS: Final = 4
@@ -26,9 +29,9 @@ def find_starters(bench: Workbench, slider_of: SliderOf) -> list[dict[str, Any]]
     `slider_of` gives the slider that stands for an edit, and refuses an edit that none does.
     """
     places = list(reversed(bench.hookpoints))
-    swaps = _clear([(name, swap) for name in places for swap in bench.run.load_swaps(name)])
-    found = [starter for name, swap in swaps if (starter := _swapped(bench, slider_of, name, swap)) is not None]
-    found = _each_first(found, lambda starter: starter["edits"][0]["feature"])[:MAX_SWAPS]
+    swaps = [(name, swap) for name in places for swap in bench.run.load_swaps(name)]
+    swapped = [starter for name, swap in swaps if (starter := _swapped(bench, slider_of, name, swap)) is not None]
+    found = _each_first(_clear(swapped), lambda starter: starter["edits"][0]["feature"])[:MAX_SWAPS]
     demos = [(name, demo) for name in places for demo in bench.run.load_demos(name)]
     made = [starter for name, demo in demos if (starter := _less(bench, slider_of, name, demo)) is not None]
     gone = [starter["gone"] for starter in made if starter["gone"] is not None]
@@ -39,11 +42,10 @@ def find_starters(bench: Workbench, slider_of: SliderOf) -> list[dict[str, Any]]
     return [*found, *by_label.values()][:MAX_STARTERS]
 
 
-def _clear(swaps: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+def _clear(swapped: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those with a good share of the best score, those that change least else first."""
-    best = max((swap["score"]["score"] for _, swap in swaps), default=0.0)
-    clear = [(name, swap) for name, swap in swaps if swap["score"]["score"] >= SEEN * best]
-    return sorted(clear, key=lambda swap: swap[1]["score"]["collateral"])
+    best = max((starter["score"] for starter in swapped), default=0.0)
+    return sorted((one for one in swapped if one["score"] >= SEEN * best), key=lambda one: one["collateral"])
 
 
 def _each_first(items: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
@@ -61,10 +63,12 @@ def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mappin
     try:
         recipe = Recipe.from_dict(swap["recipe"])
         made = _starter(recipe, slider_of, _pictures(bench.run.demo_image_path(hookpoint, swap["image"]), 2), 0, 1)
-        old, new = swap["label"], swap["new_label"]
-    except (KeyError, FluxSaeError):
+        old, new = str(swap["label"]), str(swap["new_label"])
+        score, collateral = float(swap["score"]["score"]), float(swap["score"]["collateral"])
+    except (KeyError, TypeError, ValueError, FluxSaeError) as error:
+        log.warning("a swap of %s is passed over: %s", hookpoint, error)
         return None
-    if made is None:
+    if made is None or len(made["edits"]) < 2:
         return None
     sliders = made["edits"]
     return {
@@ -73,6 +77,8 @@ def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mappin
         "names": ["before", "after"],
         "panels": ["", f"{new} added where {old} was taken away"],
         "colours": [sliders[0]["colour"], sliders[1]["colour"]],
+        "score": score,
+        "collateral": collateral,
     }
 
 
@@ -83,7 +89,8 @@ def _less(bench: Workbench, slider_of: SliderOf, hookpoint: str, demo: Mapping[s
         made = _starter(recipe, slider_of, _pictures(bench.run.demo_image_path(hookpoint, demo["image"]), 3), 1, 0)
         panels = [_panel(Recipe.from_dict(dict(demo["recipes"][side]))) for side in ("less", "before", "more")]
         clear, label_less = clarity(demo["score"]), demo["score"].get("label_less")
-    except (KeyError, FluxSaeError):
+    except (KeyError, TypeError, ValueError, FluxSaeError) as error:
+        log.warning("a demo of %s is passed over: %s", hookpoint, error)
         return None
     if made is None:
         return None

@@ -82,10 +82,11 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
         return desk.begin(starter._data)
 
     lane = in_lane(status)
+    latest = {**lane, "trigger_mode": "always_last"}  # what is asked while another is made is made next
     runs = [
-        edits.input(guarded(turn, bench.visitors), asked, [status, result], trigger_mode="always_last", **lane),
-        gr.on([go.click, prompt.submit], guarded(turn, bench.visitors), asked, [status, result], **lane),
-        strip_go.click(guarded(seven, bench.visitors), asked, [status, strip], **lane),
+        edits.input(guarded(turn, bench.visitors), asked, [status, result], **latest),
+        gr.on([go.click, prompt.submit], guarded(turn, bench.visitors), asked, [status, result], **latest),
+        strip_go.click(guarded(seven, bench.visitors), asked, [status, strip], **latest),
     ]
     find.change(guarded(desk.matches), find, found, **QUIET)
     find.submit(guarded(desk.find), [find, edits], found, trigger_mode="always_last", **QUEUED)
@@ -101,9 +102,8 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
     shell.follow(follow, [], [prompt, seed, steps, found])
     arrived = shell.open_link("steer", desk.linked, asked)
     runs.append(arrived.submit(guarded(turn, bench.visitors), asked, [status, result], **lane))
-    swapping = swap_go.click(
-        guarded(_swapping(desk), bench.visitors), [prompt, seed, steps, old, new], [status, edits], **lane
-    )
+    swapped = [prompt, seed, steps, old, new]
+    swapping = swap_go.click(guarded(_swapping(desk), bench.visitors), swapped, [status, *asked], **latest)
     runs += [swapping, swapping.success(guarded(turn, bench.visitors), asked, [status, result], **lane)]
     stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
     for run in runs:
@@ -113,25 +113,31 @@ def build_steer_tab(bench: Workbench, shell: Shell) -> None:
 def _swap_row(desk: SteerDesk) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
     """What goes, what comes in its place, and the button; not shown where fewer than two names are to be had."""
     names = list(desk.names)
-    old, new = desk.first_swap() or [*names, None, None][:2]
-    with gr.Row(elem_classes="fs-swap", visible=len(names) > 1):
-        return (
-            gr.Dropdown(names, value=old, label="Take this away", min_width=120, elem_id="steer-old"),
-            gr.Dropdown(names, value=new, label="and put in its place", min_width=120, elem_id="steer-new"),
-            gr.Button("Swap", min_width=80, elem_id="steer-swap"),
+    old, new = desk.first_swap() or [*names[:1], *desk.kin(*names[:1])[:1]] if len(names) > 1 else (None, None)
+    kin = desk.kin(old) if old else []
+    with gr.Column(elem_classes="fs-swap", visible=len(names) > 1):
+        with gr.Row():
+            one = gr.Dropdown(names, value=old, label="Take this away", min_width=120, elem_id="steer-old")
+            other = gr.Dropdown(kin, value=new, label="and put in its place", min_width=120, elem_id="steer-new")
+            go = gr.Button("Swap", min_width=80, elem_id="steer-swap")
+        gr.HTML(
+            '<p class="fs-quiet fs-hint">Makes the picture eight times, where the first name fires, keeps what CLIP '
+            "reads as the second, and sets the sliders to it. Colours work best, shapes hardly ever.</p>"
+            if desk.bench.is_miniature
+            else '<p class="fs-quiet fs-hint">Makes the picture eight times, where the first name fires, keeps what '
+            "CLIP reads as the second, and sets the sliders to it.</p>"
         )
+    one.change(lambda name: gr.Dropdown(desk.kin(name), value=desk.kin(name)[0]), one, other, **QUEUED)
+    return one, other, go
 
 
 def _swapping(desk: SteerDesk) -> Callable[..., Iterator[Any]]:
     def swap(*values: Any) -> Iterator[Any]:
         for event in desk.swap(*values):
             if isinstance(event, StepDone):
-                yield working(event, makes="steer-result"), gr.skip()
-                continue
-            page, warning = event.value
-            if warning:
-                gr.Warning(warning, title="Not quite", duration=12)
-            yield IDLE, page
+                yield working(event, makes="steer-result"), *(gr.skip(),) * 4
+            else:
+                yield IDLE, *event.value
 
     return swap
 

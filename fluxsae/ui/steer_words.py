@@ -1,7 +1,7 @@
 """What the Steer tab says of edits and pictures: in words, as notices, and where to look."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -73,6 +73,14 @@ def common_region(edits: Sequence[SteeringEdit]) -> Any:
     """The region of all edits as JSON values, to paint on; None where they act everywhere or differ."""
     regions = {edit.region for edit in edits}
     return edits[0].to_dict()["region"] if len(regions) == 1 else None
+
+
+def unread_notice(swap: Any, names: Container[str]) -> list[str]:
+    """What to say of a swap, (old name, new name), that CLIP does not read."""
+    match swap:
+        case [old, new] if old in names and new in names:
+            return [f"CLIP does not read “{new}” in the place of “{old}”: this is the nearest that was found."]
+    return []
 
 
 def unsafe_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:

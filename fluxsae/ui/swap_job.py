@@ -8,18 +8,19 @@ import numpy as np
 from fluxsae.edits import SteeringEdit
 from fluxsae.errors import FluxSaeError
 from fluxsae.hookpoints import HookPoint, TokenGrid
+from fluxsae.names import has_name, in_place
 from fluxsae.ui.lane import OnStep
 from fluxsae.ui.session import Workbench
+from fluxsae.ui.views import SURE
 
 if TYPE_CHECKING:
     from fluxsae.demos import SwapScore
 
-N_VARIANTS = 9
-"""Pictures that are made at most, the unedited one among them."""
+N_PICTURES = 10
+"""Pictures that are made at most: once to see where the old name fires, once unedited, and the tries."""
 LEAST_SHARE = 0.1
 """Share of its maximum at which a feature fires at least where the prompt has its name."""
-LEAST_CONFIDENCE = 0.25
-"""How far a name is trusted at least, where its feature fires this strongly, if the prompt does not have it."""
+BYTES_A_PATCH = 64
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class FoundSwap:
 
     edits: tuple[SteeringEdit, ...]
     is_read: bool
-    """Whether CLIP reads the new name in the picture that they make."""
+    """Whether CLIP reads the old name in the picture before, and the new one in the picture that they make."""
 
     @property
     def n_bytes(self) -> int:
         """Memory held, roughly."""
-        return 4096 * len(self.edits)
+        return sum(BYTES_A_PATCH * len(line) for edit in self.edits for line in edit.to_dict()["region"] or ()) + 4096
 
 
 @dataclass(frozen=True)
@@ -54,36 +55,30 @@ class SwapJob:
     @property
     def seconds(self) -> float:
         """GPU seconds it may need."""
-        return 15 + 0.6 * self.num_inference_steps * (N_VARIANTS + 1)
+        return 15 + 0.6 * self.num_inference_steps * N_PICTURES
 
     def run(self, bench: Workbench, on_step: OnStep) -> FoundSwap:
         """The edits that CLIP sees work best, or come nearest.
 
         Raises:
-            FluxSaeError: no feature of the old name fires in the picture, or there is no CLIP.
+            FluxSaeError: no feature of the old name fires in the picture, none of the new one can be added, or there
+                is no CLIP.
         """
-        from fluxsae.demos import SwapConfig, has_name, hot_region, in_place, mean_acts, swap_variants, try_swaps
+        from fluxsae.demos import SwapConfig, acts_in_window, addable, hot_region, swap_variants, try_swaps
 
         if bench.embedder is None:
             raise FluxSaeError("This page has no CLIP to see what a swap does; use the sliders.")
         place, sae, config = HookPoint.parse(self.hookpoint), bench.saes[self.hookpoint], SwapConfig()
+        new_features = addable(sae, self.new_features)
+        if not new_features:
+            raise FluxSaeError(f"The features of “{self.new}” fired too seldom to know how strongly to add them.")
         settings = bench.settings(self.num_inference_steps)
         picture: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, "settings": settings}
-        acts = mean_acts(bench.pipe, sae, place, self.old_features, **picture)
-        cards = bench.cards[self.hookpoint]
-        maxima = np.array([cards.features[feature].max_act for feature in self.old_features])
-        shares = acts.max(dim=1).values.numpy() / maxima
-        sure = cards.label_confidence_at(shares, self.old_features)
-        is_named = has_name(self.prompt, self.old)
-        fires = (sure >= LEAST_CONFIDENCE) | (is_named & (shares >= LEAST_SHARE))
-        if not fires.any():
-            raise FluxSaeError(
-                f"No feature of “{self.old}” surely fires in this picture, so nothing can take its place. Name it in "
-                "the prompt, or choose what the picture shows."
-            )
-        best = int(np.where(fires, shares, 0.0).argmax())
-        region = hot_region(acts[best], TokenGrid(bench.limits.rows, bench.limits.cols), heat=config.heat)
-        variants = swap_variants(place, self.old_features[best], self.new_features, region, config)
+        acts = acts_in_window(bench.pipe, sae, place, self.old_features, **picture, on_step=on_step)
+        best = self._where_it_fires(bench, acts.amax(dim=(0, 2)).numpy())
+        grid = TokenGrid(bench.limits.rows, bench.limits.cols)
+        region = hot_region(acts[:, best].mean(dim=0), grid, heat=config.heat)
+        variants = swap_variants(place, self.old_features[best], new_features, region, config)
         scores = try_swaps(
             bench.pipe,
             sae,
@@ -98,6 +93,19 @@ class SwapJob:
         )
         chosen = max(range(len(scores)), key=lambda at: _rank(scores[at]))
         return FoundSwap(variants[chosen], scores[chosen].is_read)
+
+    def _where_it_fires(self, bench: Workbench, peaks: np.ndarray) -> int:
+        """Which of the old features fires most for what it is, from their peaks in the picture: surely, or as told."""
+        cards = bench.cards[self.hookpoint]
+        shares = peaks / np.array([cards.features[feature].max_act for feature in self.old_features])
+        sure = cards.label_confidence_at(shares, self.old_features)
+        fires = (sure >= SURE) | (has_name(self.prompt, self.old) & (shares >= LEAST_SHARE))
+        if not fires.any():
+            raise FluxSaeError(
+                f"No feature of “{self.old}” surely fires in this picture, so nothing can take its place. Name it in "
+                "the prompt, or choose what the picture shows."
+            )
+        return int(np.where(fires, shares, 0.0).argmax())
 
 
 def _rank(score: "SwapScore") -> tuple[Any, ...]:

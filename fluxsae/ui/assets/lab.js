@@ -138,7 +138,7 @@ FS.define("fs-lab", (root, data) => {
     FS.slider({ label: "Hide below", min: 0, max: 0.95, step: 0.05, value: view.threshold, format: FS.percent, help: "Patches weaker than this share of the scale show no heat",
       oninput: (value) => { view.threshold = value; draw(); } }),
   ];
-  const toggles = FS.el("div", { class: "fs-row fs-wrap fs-toggles" },
+  const toggles = FS.el("div", { class: "fs-row fs-wrap" },
     FS.toggle({ label: "Show as", options: [["heat", "heat"], ["spotlight", "spotlight"], ["plain", "plain"]], value: "heat",
       onchange: (value) => { view.style = value; legend.hidden = value !== "heat"; draw(); } }),
     FS.toggle({ label: "Scale", options: [["shared", "same for all images"], ["image", "this image"]], value: view.scale,

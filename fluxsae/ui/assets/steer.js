@@ -22,7 +22,7 @@ FS.safeOf = (picture) => {
 FS.define("fs-edits", (root, data) => {
   if (data.starters) FS.starters = data.starters; // they come with the page, not with every slider
   const state = { edits: data.edits }, unfolded = new WeakSet();
-  const keep = () => root.keep({ ...data, starters: undefined, edits: state.edits });
+  const keep = () => root.keep({ ...data, starters: undefined, unread: undefined, edits: state.edits });
   const tell = () => { keep(); FS.emit(root, "turn"); };
   const changed = (structure) => { tell(); if (structure) draw(); };
   const track = (edit) => {
@@ -74,7 +74,7 @@ FS.define("fs-edits", (root, data) => {
           starter.pictures.length ? FS.panels(starter.pictures, starter.names) : null,
           FS.el("span", { class: "fs-row fs-tight" }, starter.colours.map(FS.chip), FS.el("span", { text: starter.title }))))) : null,
       state.edits.length ? FS.el("ul", { class: "fs-edits" }, state.edits.map(row))
-        : FS.el("p", { class: "fs-quiet", text: "Begin with one of these, or choose a feature below. Its slider takes it away to the left and adds it to the right; in the middle nothing changes." }),
+        : FS.el("p", { class: "fs-quiet", text: `${(FS.starters || []).length ? "Begin with one of these, or choose" : "Choose"} a feature below. Its slider takes it away to the left and adds it to the right; in the middle nothing changes.` }),
       state.edits.length >= data.max_edits ? FS.el("p", { class: "fs-notice", role: "status", text: `${data.max_edits} features are the most at a time: take one away to add another.` }) : null,
       FS.el("details", { class: "fs-fold", open: !state.edits.length }, FS.el("summary", { text: state.edits.length ? "Add another feature" : "Features to turn" }),
         FS.el("div", { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": "Add a feature" },
@@ -91,7 +91,12 @@ FS.define("fs-edits", (root, data) => {
   // A feature that was just added is brought into view, and its picture, still unturned, is asked for.
   root.add = (slider, alone = false) => {
     if (alone) state.edits = [];
-    if (root.has(slider) || state.edits.length >= data.max_edits) return;
+    const at = state.edits.findIndex((edit) => edit.feature === slider.feature && edit.hookpoint === slider.hookpoint);
+    if (at >= 0 || state.edits.length >= data.max_edits) {
+      FS.bringIntoView(root.querySelectorAll(".fs-edit")[Math.max(at, 0)]);
+      FS.say(at >= 0 ? `${FS.title(slider)} is there already` : `${data.max_edits} features are the most at a time`);
+      return;
+    }
     state.edits = [...state.edits, { ...slider }];
     draw();
     FS.bringIntoView(root.querySelector(".fs-edit:last-child"));

@@ -48,10 +48,20 @@ class NameKinds:
         self._around |= {name: words_around(name, self._sentences) for name in names}
 
     def alike(self, name: str, *, least: float) -> dict[str, float]:
-        """The names and words that a name has at least this cosine with, each with it."""
+        """The names and words that a name has at least this cosine with, each with it, the most alike first.
+
+        Neither those that hold a word of the name nor those that it holds: no picture is told by "black" from one by
+        "black background".
+        """
         own = words_around(name, self._sentences)
-        found = {other: cosine(own, around) for other, around in self._around.items() if other != name}
-        return {other: value for other, value in found.items() if value >= least}
+        told = set(name.lower().split())
+        found = {other: cosine(own, around) for other, around in self._around.items() if not told & set(other.split())}
+        return {other: found[other] for other in sorted(found, key=lambda each: -found[each]) if found[other] >= least}
+
+    def rivals(self, old: str, new: str, *, least: float, limit: int) -> list[str]:
+        """What a picture may be read as beside the old and the new name, the most alike first."""
+        told = {*old.lower().split(), *new.lower().split()}
+        return [other for other in self.alike(old, least=least) if not told & set(other.split())][:limit]
 
 
 def has_name(prompt: str, name: str) -> bool:
@@ -61,7 +71,7 @@ def has_name(prompt: str, name: str) -> bool:
 
 def in_place(prompt: str, old: str, new: str) -> str:
     """A prompt with one name in place of another; the new name alone where the prompt does not have the old one."""
-    return _word(old).sub(new, prompt) if has_name(prompt, old) else new
+    return _word(old).sub(lambda _: new, prompt) if has_name(prompt, old) else new
 
 
 def _word(name: str) -> re.Pattern[str]:
