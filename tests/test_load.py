@@ -33,8 +33,8 @@ def gallery_events(url: str) -> tuple[int, list[Any]]:
     """The page's own gallery event: its number and what a visitor's browser sends."""
     config = requests.get(f"{url}/config", timeout=30).json()
     event = next(
-        e for e in config["dependencies"] if {name for _, name in e["targets"]} == {"input", "change"}
-        and len(e["inputs"]) == 5
+        e for e in config["dependencies"] if {name for _, name in e["targets"]} == {"change"}
+        and len(e["inputs"]) == len(e["targets"]) == 5
     )  # fmt: skip
     values = {component["id"]: component["props"].get("value") for component in config["components"]}
     return event["id"], [values[number] for number in event["inputs"]]
