@@ -487,16 +487,12 @@ def test_a_feature_that_is_added_shows_its_picture_unturned_and_is_in_view(visit
 def test_the_old_result_is_dimmed_until_the_new_one_is_there(visit: Open) -> None:
     page = visit()
     go_to(page, "Steer")
-    add_feature(page)
-    turn(page, 0.3)
-    wait_until_turned(page)
     opacity = "getComputedStyle(document.querySelector('#steer-result')).opacity"
-    expect(page.locator("#steer-status .fs-status")).to_have_count(0)
-    page.evaluate(f"window.least = 1; setInterval(() => (window.least = Math.min(window.least, {opacity})), 20)")
-    turn(page, 0.4)
-    strength = "document.querySelector('fs-result').data.recipe.batch[1][0].strength"
-    page.wait_for_function(f"{strength} === 0.4 && {opacity} === '1'", polling=50)
-    assert page.evaluate("window.least") < 0.9
+    status = "document.querySelector('#steer-status fs-status').data"  # told by hand: a real run may end within a frame
+    page.evaluate(f"{status} = {{ state: 'working', step: 3, n_steps: 20, makes: 'steer-result' }}")
+    page.wait_for_function(f"{opacity} < 0.9", polling=50)
+    page.evaluate(f"{status} = {{ state: 'idle' }}")
+    page.wait_for_function(f"{opacity} === '1'", polling=50)
 
 
 def test_a_starter_tells_which_picture_is_which_and_its_swap_is_made(visit: Open) -> None:

@@ -32,7 +32,7 @@ from fluxsae.ui.desk_heatmap import HeatmapDesk
 from fluxsae.ui.desk_steer import STRIP, SteerDesk
 from fluxsae.ui.desk_words import WordsDesk
 from fluxsae.ui.guard import guarded, validator
-from fluxsae.ui.lane import Cancelled, Done, FluxLane, StepDone
+from fluxsae.ui.lane import Done, StepDone
 from fluxsae.ui.reading import Reading, SparseMaps
 from fluxsae.ui.requests import (
     DirectionsRequest,
@@ -47,6 +47,7 @@ from fluxsae.ui.requests import (
     SweepRequest,
 )
 from fluxsae.ui.session import ReadJob, ResultCache, Workbench, open_workbench
+from fluxsae.ui.shell import with_progress
 from fluxsae.ui.snippets import snippets
 from fluxsae.ui.steer_job import Steered, SteerJob
 from fluxsae.ui.steer_words import safe_turns, share_seen, where_it_changed
@@ -703,3 +704,9 @@ def test_a_run_that_cannot_be_served_gives_the_miniature_and_says_why(
     assert bench.is_miniature
     assert "needs a GPU" in bench.notice
     assert open_workbench("no/such/folder/here").notice.startswith("no/such/folder/here cannot be used here")
+
+
+def test_progress_names_what_is_dimmed_until_it_is_made() -> None:
+    told = [status for status, _ in with_progress([StepDone(1, 2), StepDone(2, 2), Done("made")], makes="steer-result")]
+    assert [status.get("makes") for status in told] == ["steer-result", "steer-result", None]
+    assert [status["state"] for status in told] == ["working", "working", "idle"]
