@@ -32,7 +32,7 @@ from fluxsae.ui.desk_heatmap import HeatmapDesk
 from fluxsae.ui.desk_steer import STRIP, SteerDesk
 from fluxsae.ui.desk_words import WordsDesk
 from fluxsae.ui.guard import guarded, validator
-from fluxsae.ui.lane import Done, StepDone
+from fluxsae.ui.lane import Cancelled, Done, FluxLane, StepDone
 from fluxsae.ui.reading import Reading, SparseMaps
 from fluxsae.ui.requests import (
     DirectionsRequest,
