@@ -1,7 +1,7 @@
 # The whole interface: make app | test | bench | soak | screenshots. Each does all its own set-up in .venv.
 #   PYTHON=...  the interpreter to build .venv with (3.11 or newer; found by itself when unset)
 #   JOBS=2      test processes
-#   TESTS=...   what `make test` hands to pytest, e.g. TESTS=tests/test_sae.py
+#   TESTS=...   what `make test` hands to pytest, e.g. TESTS=tests/sae
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -21,7 +21,7 @@ DEV_STAMP := $(VENV)/.dev-$(shell cat requirements.txt requirements-dev.txt | ck
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --progress-bar off --quiet
 
 # Tests that are marked bench and run long; the others of that mark measure.
-SOAK := $(wildcard tests/test_survival.py tests/test_load.py tests/test_soak*.py)
+SOAK := $(wildcard tests/train/test_survival.py tests/ui/test_load.py)
 
 # One thread a process: the processes are what fills the cores. CUDA stays out of tests that do not ask for it.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False
@@ -51,9 +51,9 @@ tests: $(DEV_STAMP)
 	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope --durations 15 -q $(TESTS)
 
 bench: $(DEV_STAMP) ## measured speed: training against other tools, steering, scale (an hour)
-	$(PY) -m train.benchmark_training
-	$(PY) -m train.benchmark_collection
-	$(PY) -m train.benchmark_steering
+	$(PY) -m train.benchmarks training
+	$(PY) -m train.benchmarks collection
+	$(PY) -m train.benchmarks steering
 	$(PY) -m pytest -m bench --timeout 0 -s $(addprefix --ignore=,$(SOAK)) tests
 
 soak: $(DEV_STAMP) ## long runs: killed at random and resumed, load on the page (an hour)

@@ -2,13 +2,13 @@
 
 import logging
 
-from fluxsae.ui.zero import is_zero_gpu, serve
+from fluxsae.ui.serve.zero import is_zero_gpu, serve
 
 if is_zero_gpu():
     import spaces  # noqa: F401 - this must come before torch
 
 from fluxsae.ui.build import build_app, launch_options
-from fluxsae.ui.session import open_workbench
+from fluxsae.ui.serve.session import open_workbench
 
 
 def main() -> None:

@@ -1,41 +1,24 @@
-"""Sparse autoencoders that open FLUX.1: capture, train, score, select, show and steer.
+"""Sparse autoencoders that open FLUX: capture, train, score, select, show and steer.
 
 Names load on first use (PEP 562), so that browsing a run never imports diffusers.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fluxsae.lazy import hand_on
 
 if TYPE_CHECKING:
-    from fluxsae.artifacts import RunFolder
-    from fluxsae.edits import SteeringEdit
     from fluxsae.errors import FluxSaeError
-    from fluxsae.flux import capture, generate, load_flux
-    from fluxsae.hookpoints import HookPoint, TokenGrid
-    from fluxsae.publish import pull_run, push_run
-    from fluxsae.sae import SaeConfig, SaeOutput, SparseAutoencoder
-    from fluxsae.settings import GenerationSettings
-    from fluxsae.steering import steer
-    from fluxsae.sweeps import sweep
-
-_HOMES = {
-    "FluxSaeError": "errors",
-    "GenerationSettings": "settings",
-    "HookPoint": "hookpoints",
-    "RunFolder": "artifacts",
-    "SaeConfig": "sae",
-    "SaeOutput": "sae",
-    "SparseAutoencoder": "sae",
-    "SteeringEdit": "edits",
-    "TokenGrid": "hookpoints",
-    "capture": "flux",
-    "generate": "flux",
-    "load_flux": "flux",
-    "pull_run": "publish",
-    "push_run": "publish",
-    "steer": "steering",
-    "sweep": "sweeps",
-}
+    from fluxsae.flux.generation import generate, load_flux
+    from fluxsae.flux.hookpoints import HookPoint, TokenGrid
+    from fluxsae.flux.hooks import capture
+    from fluxsae.flux.settings import GenerationSettings
+    from fluxsae.publishing.publish import pull_run, push_run
+    from fluxsae.runs.folder import RunFolder
+    from fluxsae.sae.model import SaeConfig, SaeOutput, SparseAutoencoder
+    from fluxsae.steering.apply import steer
+    from fluxsae.steering.edits import SteeringEdit
+    from fluxsae.steering.sweeps import sweep
 
 __all__ = [
     "FluxSaeError",
@@ -56,12 +39,24 @@ __all__ = [
     "sweep",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fluxsae' has no attribute {name!r}; it offers {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"fluxsae.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = hand_on(
+    __name__,
+    {
+        "FluxSaeError": "errors",
+        "GenerationSettings": "flux.settings",
+        "HookPoint": "flux.hookpoints",
+        "RunFolder": "runs.folder",
+        "SaeConfig": "sae.model",
+        "SaeOutput": "sae.model",
+        "SparseAutoencoder": "sae.model",
+        "SteeringEdit": "steering.edits",
+        "TokenGrid": "flux.hookpoints",
+        "capture": "flux.hooks",
+        "generate": "flux.generation",
+        "load_flux": "flux.generation",
+        "pull_run": "publishing.publish",
+        "push_run": "publishing.publish",
+        "steer": "steering.apply",
+        "sweep": "steering.sweeps",
+    },
+)

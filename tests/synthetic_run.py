@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fluxsae.artifacts import RunFolder, RunInfo
+from fluxsae.features.scores import write_scores
 from fluxsae.files import save_tensors
-from fluxsae.hookpoints import TokenGrid
+from fluxsae.flux.hookpoints import TokenGrid
+from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature.captions import caption_scene
 from fluxsae.miniature.drawing import ATTRIBUTES, Scene, object_mask, render_scene, sample_scene
 from fluxsae.miniature.reader import read_scene
-from fluxsae.sae import SaeConfig, SparseAutoencoder
-from fluxsae.scores import write_scores
-from fluxsae.settings import GenerationSettings
-from fluxsae.tables import Embeddings, FeatureRow, FeatureTable, ImageRow, encode_webp
+from fluxsae.runs.folder import RunFolder, RunInfo
+from fluxsae.runs.tables import Embeddings, FeatureRow, FeatureTable, ImageRow, encode_webp
+from fluxsae.sae.model import SaeConfig, SparseAutoencoder
 
 GRID = TokenGrid(16, 16)
 HOOKPOINT = "transformer_blocks.3.ff"

@@ -51,9 +51,10 @@ def test_browsing_loads_no_diffusers() -> None:
     code = """
 import fluxsae
 from fluxsae import HookPoint, RunFolder, SparseAutoencoder, SteeringEdit, pull_run, push_run
-import fluxsae.cards, fluxsae.directions, fluxsae.heatmaps, fluxsae.selection, fluxsae.perceptual
-import fluxsae.model_card, fluxsae.verification, fluxsae.hub
-import fluxsae.ui.gallery
+import fluxsae.features.cards, fluxsae.features.directions, fluxsae.features.selection
+import fluxsae.pictures.heatmaps, fluxsae.pictures.perceptual
+import fluxsae.publishing.model_card, fluxsae.publishing.verify, fluxsae.hub.transfer
+import fluxsae.ui.tabs.gallery.tab
 """
     loaded = loaded_modules(code)
     assert "torch" in loaded
@@ -70,7 +71,7 @@ SparseAutoencoder.from_pretrained({str(tmp_path)!r})
 
 
 def test_only_flux_imports_diffusers() -> None:
-    assert importers("diffusers") == {"flux.py"}
+    assert importers("diffusers") == {"flux/generation.py"}
 
 
 def test_only_ui_imports_gradio() -> None:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from fluxsae.flux import FluxPipeline
-from fluxsae.settings import GenerationSettings
+from fluxsae.flux.settings import GenerationSettings
 
 COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]
 SHAPES = ["circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart", "shape"]

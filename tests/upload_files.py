@@ -8,39 +8,39 @@ from unittest import mock
 
 import torch
 
-from fluxsae import hub
-from fluxsae.artifacts import RunFolder
-from fluxsae.sae import SparseAutoencoder
+from fluxsae.hub import transfer
+from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.model import SparseAutoencoder
 from train import deploy_space, stages, verify
 
 
-def upload_paths(repo_id: str, paths: dict[str, str], **options: Any) -> hub.Commit:
-    """`hub.upload` of files on this disk."""
-    return hub.upload(repo_id, {name: Path(path) for name, path in paths.items()}, **options)
+def upload_paths(repo_id: str, paths: dict[str, str], **options: Any) -> transfer.Commit:
+    """`transfer.upload` of files on this disk."""
+    return transfer.upload(repo_id, {name: Path(path) for name, path in paths.items()}, **options)
 
 
-def upload_while_it_changes(repo_id: str, path: str, *, parent: str) -> hub.Commit:
-    """`hub.upload` of a file that another process writes to after it was sent."""
-    listed = hub.list_files
+def upload_while_it_changes(repo_id: str, path: str, *, parent: str) -> transfer.Commit:
+    """`transfer.upload` of a file that another process writes to after it was sent."""
+    listed = transfer.list_files
 
-    def write_then_list(*args: Any, **kwargs: Any) -> hub.Listing:
+    def write_then_list(*args: Any, **kwargs: Any) -> transfer.Listing:
         Path(path).write_bytes(b"changed in between")
         return listed(*args, **kwargs)
 
     with mock.patch.object(hub, "list_files", write_then_list):
-        return hub.upload(repo_id, {"a.bin": Path(path)}, parent=parent, message="moving")
+        return transfer.upload(repo_id, {"a.bin": Path(path)}, parent=parent, message="moving")
 
 
-def download_on_a_small_disk(repo_id: str, *, free: int) -> hub.Snapshot:
-    """`hub.download` where only `free` bytes are left."""
+def download_on_a_small_disk(repo_id: str, *, free: int) -> transfer.Snapshot:
+    """`transfer.download` where only `free` bytes are left."""
     with mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=free)):
-        return hub.download(repo_id)
+        return transfer.download(repo_id)
 
 
-def add_file(repo_id: str, name: str, text: str, repo_type: hub.RepoType = "model") -> hub.Commit:
+def add_file(repo_id: str, name: str, text: str, repo_type: transfer.RepoType = "model") -> transfer.Commit:
     """One file more in a repository, as someone does by hand."""
-    head = hub.list_files(repo_id, repo_type=repo_type).commit
-    return hub.upload(repo_id, {name: text.encode()}, parent=head, message="by hand", repo_type=repo_type)
+    head = transfer.list_files(repo_id, repo_type=repo_type).commit
+    return transfer.upload(repo_id, {name: text.encode()}, parent=head, message="by hand", repo_type=repo_type)
 
 
 def reconstruction_norm(repo_id: str, **options: Any) -> float:
@@ -59,7 +59,7 @@ def push_to_hub(folder: str, repo_id: str, **options: Any) -> str:
     return SparseAutoencoder.from_pretrained(folder).push_to_hub(repo_id, **options)
 
 
-def deploy(*, source: str, **config: Any) -> hub.Commit:
+def deploy(*, source: str, **config: Any) -> transfer.Commit:
     """`train.deploy_space` of a checkout."""
     return deploy_space.main(deploy_space.DeployConfig(source=Path(source), **config))
 

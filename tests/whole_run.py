@@ -9,11 +9,11 @@ import synthetic_run
 import torch
 from PIL import Image
 
-from fluxsae.artifacts import RunFolder
+from fluxsae.features.scores import ScoreAccumulator, write_scores
 from fluxsae.files import save_tensors, write_bytes
-from fluxsae.sae import SaeConfig, SparseActs, SparseAutoencoder, TrainedOn
-from fluxsae.scores import ScoreAccumulator, write_scores
-from fluxsae.tables import encode_webp
+from fluxsae.runs.folder import RunFolder
+from fluxsae.runs.tables import encode_webp
+from fluxsae.sae.model import SaeConfig, SparseActs, SparseAutoencoder, TrainedOn
 
 EARLY, LATE = "transformer_blocks.1.ff", synthetic_run.HOOKPOINT
 D_MODEL, N_FEATURES = 16, len(synthetic_run.FEATURES)

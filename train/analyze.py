@@ -10,11 +10,11 @@ from pathlib import Path
 
 import tyro
 
-from fluxsae.analysis import AnalysisConfig, class_counts, describe_features
-from fluxsae.artifacts import RunFolder
 from fluxsae.errors import FluxSaeError
-from fluxsae.hookpoints import HookPoint
-from fluxsae.scores import FeatureStats, ScoreMatrix
+from fluxsae.features.analysis import AnalysisConfig, class_counts, describe_features
+from fluxsae.features.scores import FeatureStats, ScoreMatrix
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.folder import RunFolder
 from train.stages import StageResult, run_stage
 
 

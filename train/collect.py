@@ -17,12 +17,12 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from fluxsae.artifacts import RunFolder, RunInfo, library_versions
-from fluxsae.collection import CaptureRequest, ImagePlan, build_manifests, build_request, collect
+from fluxsae.activations.collection import CaptureRequest, ImagePlan, build_manifests, build_request, collect
+from fluxsae.activations.shards import ActivationManifest, expected_files, find_folders
 from fluxsae.errors import FluxSaeError
-from fluxsae.hookpoints import HookPoint
-from fluxsae.shards import ActivationManifest, expected_files, find_folders
-from fluxsae.training.processes import Processes
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.folder import RunFolder, RunInfo, library_versions
+from fluxsae.sae.training.processes import Processes
 from train.flux_options import FluxOptions, default_hookpoints, default_steps
 from train.processes import processes
 from train.stages import StageResult, run_stage, start_over

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from fluxsae.artifacts import RunFolder
-from fluxsae.cards import CardIndex
-from fluxsae.directions import COUNTERPART, LayerComparison, compare_layers, draw_comparison
 from fluxsae.errors import FluxSaeError
-from fluxsae.scores import ScoreMatrix
+from fluxsae.features.cards import CardIndex
+from fluxsae.features.directions import COUNTERPART, LayerComparison, compare_layers, draw_comparison
+from fluxsae.features.scores import ScoreMatrix
+from fluxsae.runs.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)

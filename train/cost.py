@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from fluxsae._presets import GB, Machine, choose_preset, required_bytes
 from fluxsae.errors import FluxSaeError
-from fluxsae.hookpoints import HookPoint, TokenGrid
+from fluxsae.flux.hookpoints import HookPoint, TokenGrid
+from fluxsae.flux.presets import GB, Machine, choose_preset, required_bytes
 from train import cost_constants as constants
 from train.cost_constants import Figure, Gpu
 

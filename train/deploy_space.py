@@ -13,10 +13,10 @@ from pathlib import Path
 
 import tyro
 
-from fluxsae import hub
-from fluxsae.artifacts import RunFolder
 from fluxsae.errors import FluxSaeError
-from fluxsae.verification import verify_run
+from fluxsae.hub import transfer
+from fluxsae.publishing.verify import verify_run
+from fluxsae.runs.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_FOLDER = "run"
@@ -41,16 +41,16 @@ class DeployConfig:
     """The checkout that is deployed."""
 
 
-def main(config: DeployConfig) -> hub.Commit:
+def main(config: DeployConfig) -> transfer.Commit:
     """Deploys, and prints the Space's address and what is left to do."""
-    if not hub.is_repo_id(config.repo):
+    if not transfer.is_repo_id(config.repo):
         raise FluxSaeError(f"{config.repo!r} names no Space. Write user/name.")
     files: dict[str, Path | bytes] = dict(app_files(config.source))
     _check_readme(config.source / "README.md")
     variables = _add_run(files, config.run)
-    hub.create_repo(config.repo, repo_type="space", private=config.private or None, space_sdk="gradio")
-    remote = hub.list_files(config.repo, repo_type="space")
-    made = hub.upload(
+    transfer.create_repo(config.repo, repo_type="space", private=config.private or None, space_sdk="gradio")
+    remote = transfer.list_files(config.repo, repo_type="space")
+    made = transfer.upload(
         config.repo,
         files,
         parent=remote.commit,
@@ -58,7 +58,7 @@ def main(config: DeployConfig) -> hub.Commit:
         repo_type="space",
         deletions=[file.path for file in remote.files if file.path not in files and _is_ours(file.path)],
     )
-    hub.set_space_variables(config.repo, variables)
+    transfer.set_space_variables(config.repo, variables)
     print(f"{len(files)} files at {made.url}")
     print(_remaining(config))
     return made
@@ -92,12 +92,12 @@ def _add_run(files: dict[str, Path | bytes], run: str | None) -> dict[str, str]:
     if run is None:
         return {}
     if not Path(run).is_dir():
-        repo_id, revision = hub.split_repo(run)
+        repo_id, revision = transfer.split_repo(run)
         if revision is None:
             raise FluxSaeError(
                 f"{run} names no revision, so the Space could change under its visitors. Write {run}@v1."
             )
-        hub.list_files(repo_id, revision=revision)
+        transfer.list_files(repo_id, revision=revision)
         return {RUN_VARIABLE: run}
     folder = RunFolder(run)
     problems = verify_run(folder).problems

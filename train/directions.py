@@ -15,12 +15,12 @@ import torch
 import tyro
 from jaxtyping import Float
 
-from fluxsae.artifacts import RunFolder
-from fluxsae.cards import CardIndex
-from fluxsae.directions import draw_map, encoder_decoder_alignment, feature_map, nearest_features
 from fluxsae.errors import FluxSaeError
-from fluxsae.hookpoints import HookPoint
-from fluxsae.sae import SparseAutoencoder
+from fluxsae.features.cards import CardIndex
+from fluxsae.features.directions import draw_map, encoder_decoder_alignment, feature_map, nearest_features
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.model import SparseAutoencoder
 from train import compare_layers
 from train.compare_layers import CompareLayersConfig
 from train.stages import StageResult, run_stage

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from fluxsae.artifacts import RunFolder
-from fluxsae.perceptual import load_embedder
-from fluxsae.tables import Embeddings
+from fluxsae.pictures.perceptual import load_embedder
+from fluxsae.runs.folder import RunFolder
+from fluxsae.runs.tables import Embeddings
 from train.stages import StageResult, run_stage
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from fluxsae.artifacts import RunFolder
-from fluxsae.evaluation import MINIATURE, PARTS, Evaluation, EvaluationConfig, Part, evaluate
-from fluxsae.evaluation.steering_tables import laboratory_text
-from fluxsae.evaluation.tables import concepts_text, flow_text, reconstruction_text, transfer_text
+from fluxsae.evaluation.tables import flow_text, reconstruction_text, transfer_text
 from fluxsae.flux import flux_identity
-from fluxsae.hookpoints import HookPoint
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.laboratory.concept_tables import concepts_text
+from fluxsae.laboratory.evaluate import MINIATURE, PARTS, Evaluation, EvaluationConfig, Part, evaluate
+from fluxsae.laboratory.steering_tables import laboratory_text
+from fluxsae.runs.folder import RunFolder
 from train.flux_options import open_flux
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from fluxsae.artifacts import RunFolder
-from fluxsae.cards import CardIndex
-from fluxsae.demos import DemoConfig, SteeringDemo, Swap, SwapConfig, find_demos, find_swaps
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.cards import CardIndex
 from fluxsae.flux import load_flux
-from fluxsae.hookpoints import HookPoint
-from fluxsae.perceptual import ImageEmbedder, load_distance, load_embedder
-from fluxsae.sae import SparseAutoencoder
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.pictures.perceptual import ImageEmbedder, load_distance, load_embedder
+from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.model import SparseAutoencoder
+from fluxsae.steering.demos import DemoConfig, SteeringDemo, Swap, SwapConfig, find_demos, find_swaps
 from train.stages import StageResult, run_stage
 
 

@@ -22,14 +22,14 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from fluxsae.activations import mixing_buffer
-from fluxsae.artifacts import RunFolder
+from fluxsae.activations.mixing import mixing_buffer
+from fluxsae.activations.shards import ActivationManifest, ShardFolder, find_folders
 from fluxsae.errors import FluxSaeError
-from fluxsae.hookpoints import HookPoint
-from fluxsae.sae import Architecture, SaeConfig, SparseAutoencoder, TrainedOn
-from fluxsae.shards import ActivationManifest, ShardFolder, find_folders
-from fluxsae.training import Processes, Source, TrainConfig, measure_held_out, train
-from fluxsae.training.checkpoints import CHECKPOINT_NAME
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.model import Architecture, SaeConfig, SparseAutoencoder, TrainedOn
+from fluxsae.sae.training import Processes, Source, TrainConfig, measure_held_out, train
+from fluxsae.sae.training.checkpoints import CHECKPOINT_NAME
 from train.flux_options import FluxOptions
 from train.processes import processes
 from train.stages import StageResult, check_push, push_complete, run_stage, start_over
@@ -252,7 +252,7 @@ def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Da
 
 
 def _from_flux(config: FitConfig, run: RunFolder, hookpoint: HookPoint, peers: Processes, pipe: Any) -> _Data:
-    from fluxsae.collection import ImagePlan, build_manifests, build_request, capture_rows, live_source
+    from fluxsae.activations.collection import ImagePlan, build_manifests, build_request, capture_rows, live_source
     from train.collect import describe_run, save_run
     from train.flux_options import default_steps
 

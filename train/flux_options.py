@@ -7,9 +7,9 @@ from typing import Any, Literal
 import numpy as np
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.hookpoints import HookPoint
-from fluxsae.prompts import load_prompts, sample_prompts
-from fluxsae.settings import GenerationSettings
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.prompts import load_prompts, sample_prompts
 
 BUNDLED_PROMPTS = Path(__file__).parent / "prompts.txt"
 Purpose = Literal["collect", "score"]

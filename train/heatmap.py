@@ -14,15 +14,15 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fluxsae.artifacts import RunFolder
-from fluxsae.cards import CardIndex, silencing_words
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.cards import CardIndex, silencing_words
+from fluxsae.features.scoring import check_step, trained_steps
 from fluxsae.flux import FluxPipeline, capture, flux_identity, generate, load_flux, schedule_sigmas, token_grid
-from fluxsae.heatmaps import enlarge, font, overlay, token_heatmap, with_legend
+from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature import miniature_path
-from fluxsae.sae import SparseAutoencoder
-from fluxsae.scoring import check_step, trained_steps
-from fluxsae.settings import GenerationSettings
+from fluxsae.pictures.heatmaps import enlarge, font, overlay, token_heatmap, with_legend
+from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.model import SparseAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,11 +31,11 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
-from fluxsae.artifacts import RunFolder
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import write_text
-from fluxsae.hookpoints import HookPoint
+from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
+from fluxsae.runs.folder import RunFolder
 from train import analyze, collect, directions, embed, find_demos, fit, render, score, select
 from train.flux_options import FluxOptions
 from train.stages import StageResult, check_push, format_table, push_complete
@@ -44,7 +44,7 @@ from train.steer import EMBEDDED
 StageName = Literal["collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos"]
 PIPELINE_STAGES: tuple[StageName, ...] = get_args(StageName)
 _REAL_CLIP = "ViT-B-32/laion2b_s34b_b79k"
-MINIATURE_RECIPE = Path(__file__).parent / "miniature.toml"
+MINIATURE_RECIPE = Path(__file__).parent / "recipes" / "miniature.toml"
 
 _CONFIGS: dict[StageName, type[Any]] = {
     "collect": collect.CollectConfig,

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fluxsae.training.processes import Processes
+from fluxsae.sae.training.processes import Processes
 
 _PATIENCE = timedelta(days=7)  # one process may generate for hours while the others wait
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import tyro
 
-from fluxsae.artifacts import RunFolder
-from fluxsae.publish import Part, pull_run
+from fluxsae.publishing.publish import Part, pull_run
+from fluxsae.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from fluxsae.publish import Published, push_run, push_sae
+from fluxsae.publishing.publish import Published, push_run, push_sae
 
 
 @dataclass(frozen=True)

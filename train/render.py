@@ -15,10 +15,10 @@ from typing import Literal
 import tyro
 from PIL import Image
 
-from fluxsae.artifacts import RunFolder
-from fluxsae.cards import CardIndex, FeatureCard
 from fluxsae.errors import FluxSaeError
-from fluxsae.heatmaps import SheetCell, SheetRow, contact_sheet, overlay, with_legend
+from fluxsae.features.cards import CardIndex, FeatureCard
+from fluxsae.pictures.heatmaps import SheetCell, SheetRow, contact_sheet, overlay, with_legend
+from fluxsae.runs.folder import RunFolder
 from train.stages import StageResult, run_stage
 
 

@@ -16,14 +16,9 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from fluxsae.artifacts import RunFolder
-from fluxsae.collection import CaptureRequest, ImagePlan
+from fluxsae.activations.collection import CaptureRequest, ImagePlan
 from fluxsae.errors import FluxSaeError
-from fluxsae.files import check_free_space
-from fluxsae.flux import flux_identity, schedule_sigmas
-from fluxsae.hookpoints import HookPoint
-from fluxsae.sae import SparseAutoencoder
-from fluxsae.scoring import (
+from fluxsae.features.scoring import (
     ScoreParts,
     ScoreRequest,
     check_step,
@@ -33,7 +28,12 @@ from fluxsae.scoring import (
     stream_grid,
     trained_steps,
 )
-from fluxsae.training.processes import Processes
+from fluxsae.files import check_free_space
+from fluxsae.flux import flux_identity, schedule_sigmas
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.model import SparseAutoencoder
+from fluxsae.sae.training.processes import Processes
 from train.collect import describe_run, save_run
 from train.flux_options import FluxOptions
 from train.processes import processes

@@ -15,10 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fluxsae.artifacts import RunFolder
 from fluxsae.errors import FluxSaeError
-from fluxsae.hookpoints import HookPoint
-from fluxsae.labels import (
+from fluxsae.features.labels import (
     CURVE_LEVELS,
     CaptionLabeller,
     Label,
@@ -28,9 +26,8 @@ from fluxsae.labels import (
     combined_label,
     label_curve,
 )
-from fluxsae.perceptual import load_embedder
-from fluxsae.scores import ScoreMatrix
-from fluxsae.selection import (
+from fluxsae.features.scores import ScoreMatrix
+from fluxsae.features.selection import (
     FeatureCoherence,
     SelectionConfig,
     feature_coherence,
@@ -39,6 +36,9 @@ from fluxsae.selection import (
     select_features,
     top_unique,
 )
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.pictures.perceptual import load_embedder
+from fluxsae.runs.folder import RunFolder
 from train.stages import StageResult, run_stage
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fluxsae.artifacts import RunFolder, StageRecord
 from fluxsae.errors import FluxSaeError
-from fluxsae.training.processes import Processes
+from fluxsae.runs.folder import RunFolder, StageRecord
+from fluxsae.sae.training.processes import Processes
 
 STAGES = ("collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos")
 """Every stage that `run.json` records, in order: a stage that is done again makes the later ones stale."""
@@ -130,7 +130,7 @@ def check_push(repo_id: str | None) -> None:
         FluxSaeError: not of the form user/name.
     """
     if repo_id is not None:
-        from fluxsae.hub import check_repo_id
+        from fluxsae.hub.transfer import check_repo_id
 
         check_repo_id(repo_id)
 
@@ -142,7 +142,7 @@ def push_complete(run: RunFolder, repo_id: str | None) -> None:
         FluxSaeError: the Hub refuses it; the stage itself is complete and kept.
     """
     if repo_id is not None:
-        from fluxsae.publish import push_run
+        from fluxsae.publishing.publish import push_run
 
         made = push_run(run, repo_id)
         print(f"{made.n_files} files at {made.url}")

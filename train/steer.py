@@ -16,18 +16,18 @@ import torch
 import tyro
 from PIL import Image
 
-from fluxsae.artifacts import RunFolder
-from fluxsae.demos import describe_edit, load_limits, measured_sweep, run_origin
-from fluxsae.edits import Mode, Recipe, SteeringEdit, load_recipes, parse_edits, png_bytes
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import write_bytes, write_text
 from fluxsae.flux import flux_identity
-from fluxsae.hookpoints import HookPoint
-from fluxsae.measurements import EditMeasurement
+from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
-from fluxsae.perceptual import load_distance, load_embedder
-from fluxsae.sae import SparseAutoencoder
-from fluxsae.sweeps import Variant, reproduce
+from fluxsae.pictures.perceptual import load_distance, load_embedder
+from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.model import SparseAutoencoder
+from fluxsae.steering.demos import describe_edit, load_limits, measured_sweep, run_origin
+from fluxsae.steering.edits import Mode, Recipe, SteeringEdit, load_recipes, parse_edits, png_bytes
+from fluxsae.steering.measurements import EditMeasurement
+from fluxsae.steering.sweeps import Variant, reproduce
 from train.flux_options import open_flux
 
 EMBEDDED = "miniature"

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import tyro
 
-from fluxsae.artifacts import RunFolder
-from fluxsae.cards import CardIndex
-from fluxsae.demos import grid_row, load_limits, measured_sweep, run_origin
-from fluxsae.edits import Recipe, SteeringEdit, png_bytes
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.cards import CardIndex
 from fluxsae.flux import load_flux
-from fluxsae.grids import GridRow, steering_grid
-from fluxsae.hookpoints import HookPoint
+from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
-from fluxsae.perceptual import load_distance
-from fluxsae.sae import SparseAutoencoder
+from fluxsae.pictures.grids import GridRow, steering_grid
+from fluxsae.pictures.perceptual import load_distance
+from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.model import SparseAutoencoder
+from fluxsae.steering.demos import grid_row, load_limits, measured_sweep, run_origin
+from fluxsae.steering.edits import Recipe, SteeringEdit, png_bytes
 from train.find_demos import choose_features
 
 

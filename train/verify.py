@@ -13,12 +13,12 @@ from pathlib import Path
 
 import tyro
 
-from fluxsae.artifacts import RunFolder
-from fluxsae.checksums import write_checksums
 from fluxsae.errors import FluxSaeError
-from fluxsae.hub import is_repo_id
-from fluxsae.publish import pull_run
-from fluxsae.verification import Verdict, verify_run
+from fluxsae.hub.transfer import is_repo_id
+from fluxsae.publishing.checksums import write_checksums
+from fluxsae.publishing.publish import pull_run
+from fluxsae.publishing.verify import Verdict, verify_run
+from fluxsae.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

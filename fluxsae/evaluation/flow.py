@@ -23,10 +23,10 @@ from fluxsae.flux import (
     schedule_sigmas,
     velocity,
 )
-from fluxsae.hookpoints import HookPoint
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature.scenes import Scene, caption_scene, render_scene, sample_scene
-from fluxsae.sae import SparseAutoencoder
-from fluxsae.settings import GenerationSettings
+from fluxsae.sae.model import SparseAutoencoder
 
 
 @dataclass(frozen=True)

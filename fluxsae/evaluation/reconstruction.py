@@ -13,10 +13,10 @@ from torch import Tensor
 from fluxsae.evaluation.intervals import Estimate, Weights, bootstrap_weights, interval, weighted_mean
 from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
 from fluxsae.flux import FluxPipeline, schedule_sigmas
-from fluxsae.hookpoints import HookPoint
-from fluxsae.metrics import FiringSums, density_histogram
-from fluxsae.sae import SparseAutoencoder
-from fluxsae.settings import GenerationSettings
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.settings import GenerationSettings
+from fluxsae.sae.metrics import FiringSums, density_histogram
+from fluxsae.sae.model import SparseAutoencoder
 
 
 @dataclass(frozen=True)

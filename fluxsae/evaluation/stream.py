@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, capture, generate
-from fluxsae.hookpoints import HookPoint
-from fluxsae.settings import GenerationSettings
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.settings import GenerationSettings
 
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how many images are done and how many there are."""

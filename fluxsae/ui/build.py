@@ -4,16 +4,16 @@ from typing import Any
 
 import gradio as gr
 
-from fluxsae.ui.about import build_about_tab
-from fluxsae.ui.directions import add_directions_endpoints, build_directions_tab
-from fluxsae.ui.gallery import add_gallery_endpoints, build_gallery_tab
-from fluxsae.ui.header import header_html
-from fluxsae.ui.heatmap import add_heatmap_endpoints, build_heatmap_tab
-from fluxsae.ui.refusals import exception_handlers
-from fluxsae.ui.session import Workbench, open_workbench
-from fluxsae.ui.shell import Shell
-from fluxsae.ui.steer import add_steer_endpoints, build_steer_tab
-from fluxsae.ui.theme import build_theme, page_css, page_head
+from fluxsae.ui.kit.header import header_html
+from fluxsae.ui.kit.shell import Shell
+from fluxsae.ui.kit.theme import build_theme, page_css, page_head
+from fluxsae.ui.serve.refusals import exception_handlers
+from fluxsae.ui.serve.session import Workbench, open_workbench
+from fluxsae.ui.tabs.about.tab import build_about_tab
+from fluxsae.ui.tabs.directions.tab import add_directions_endpoints, build_directions_tab
+from fluxsae.ui.tabs.gallery.tab import add_gallery_endpoints, build_gallery_tab
+from fluxsae.ui.tabs.heatmap.tab import add_heatmap_endpoints, build_heatmap_tab
+from fluxsae.ui.tabs.steer.tab import add_steer_endpoints, build_steer_tab
 
 TITLE = "fluxsae: what fires where inside FLUX"
 MAX_QUEUE = 256

@@ -12,8 +12,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature.scenes import IMAGE_SIZE, SYNONYMS, vocabulary
-from fluxsae.settings import GenerationSettings
 
 TEXT_TOKENS = 24
 """Length of every tokenised prompt."""

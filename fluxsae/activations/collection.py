@@ -1,0 +1,366 @@
+"""FLUX to token rows: onto disk as shards, or straight into training."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import BFloat16, Int
+from torch import Tensor
+
+from fluxsae.activations.mixing import MixingBuffer
+from fluxsae.activations.shards import ActivationManifest, ShardWriter, missing_bytes
+from fluxsae.errors import FluxSaeError
+from fluxsae.files import check_free_space
+from fluxsae.flux import BlockCall, capture, default_settings, generate, schedule_sigmas
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.folder import prompts_hash
+
+SEED_BLOCK = 1_000_000
+"""Image seeds of one purpose lie in a block of this size, so that no two images of a run share one."""
+
+OnImages = Callable[[int, int], None]
+"""Called with (images done, images in all)."""
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """Which images a stage makes: image i is (prompts[i], first_seed + i)."""
+
+    prompts: tuple[str, ...]
+    first_seed: int
+
+    @classmethod
+    def build(cls, prompts: Sequence[str], *, seed: int, purpose: str) -> "ImagePlan":
+        """The plan of one purpose, `"collect"` or `"score"`; their seeds never meet, whatever `seed` is.
+
+        Raises:
+            FluxSaeError: too many images, or a seed below 0.
+        """
+        purposes = ("collect", "score")
+        if not 1 <= len(prompts) <= SEED_BLOCK or seed < 0:
+            raise FluxSaeError(
+                f"{len(prompts)} images with seed {seed}: allowed are 1 to {SEED_BLOCK} images and a seed from 0."
+            )
+        block = seed * len(purposes) + purposes.index(purpose)
+        return cls(tuple(prompts), block * SEED_BLOCK)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def seed(self, image_id: int) -> int:
+        """The seed of an image's noise."""
+        return self.first_seed + image_id
+
+    @property
+    def prompts_hash(self) -> str:
+        """sha256 of the prompts in order."""
+        return prompts_hash(self.prompts)
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """What to keep of each generated image."""
+
+    hookpoints: tuple[HookPoint, ...]
+    steps: tuple[int, ...]
+    """0-based steps of the full schedule, ascending."""
+    settings: GenerationSettings
+    tokens_per_image: int | None = None
+    """Tokens kept of each image, step and hook point, chosen at random; None keeps all."""
+    batch_size: int = 8
+    """Images generated together."""
+    seed: int = 0
+    """Decides which tokens are kept."""
+
+
+def build_request(
+    pipe: Any,
+    hookpoints: Sequence[HookPoint | str],
+    steps: Sequence[int],
+    *,
+    settings: GenerationSettings | None = None,
+    tokens_per_image: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> CaptureRequest:
+    """A checked request.
+
+    Raises:
+        FluxSaeError: no hook points, steps outside the schedule, or a count below 1.
+    """
+    settings = settings or default_settings(pipe)
+    n_steps = settings.num_inference_steps
+    wanted = tuple(sorted(set(steps)))
+    if not hookpoints or not wanted or not (wanted[0] >= 0 and wanted[-1] < n_steps):
+        raise FluxSaeError(
+            f"Cannot capture steps {[*steps]} at {len(hookpoints)} hook points: name at least one hook point, "
+            f"and steps from 0 to {n_steps - 1} of this schedule."
+        )
+    for name, value in (("batch_size", batch_size), ("tokens_per_image", tokens_per_image)):
+        if value is not None and value < 1:
+            raise FluxSaeError(f"{name} is {value}; it must be at least 1.")
+    parsed = tuple(sorted({HookPoint.parse(hookpoint) for hookpoint in hookpoints}))
+    return CaptureRequest(parsed, wanted, settings, tokens_per_image, batch_size, seed)
+
+
+def stream_shapes(pipe: Any, request: CaptureRequest) -> dict[HookPoint, tuple[int, int]]:
+    """(tokens, d_model) of each hook point's stream, read off one step of one image."""
+    shapes: dict[HookPoint, tuple[int, int]] = {}
+
+    def note_shape(call: BlockCall) -> None:
+        shapes[call.hookpoint] = (call.tokens.shape[1], call.tokens.shape[2])
+
+    with capture(pipe, request.hookpoints, [0], stop_early=True, sink=note_shape):
+        generate(pipe, ["a"], seeds=[0], settings=request.settings, output_type="latent")
+    return shapes
+
+
+def kept_tokens(request: CaptureRequest, image_id: int, step: int, *, n_tokens: int) -> Int[Tensor, " kept"]:
+    """The tokens kept of an image and step, ascending: a pure function of the request's seed, image and step."""
+    if request.tokens_per_image is None or request.tokens_per_image >= n_tokens:
+        return torch.arange(n_tokens)
+    generator = torch.Generator().manual_seed((request.seed * SEED_BLOCK + image_id) * 1009 + step)
+    return torch.randperm(n_tokens, generator=generator)[: request.tokens_per_image].sort().values
+
+
+Rows = tuple[BFloat16[Tensor, "images steps tokens d_model"], Int[Tensor, "images steps tokens"]]
+
+
+def capture_rows(
+    pipe: Any, plan: ImagePlan, image_ids: Sequence[int], request: CaptureRequest
+) -> dict[HookPoint, Rows]:
+    """Token rows (bf16, main memory) and token indices of some images; nothing after the last wanted block runs."""
+    parts = [
+        _capture_batch(pipe, plan, image_ids[start : start + request.batch_size], request)
+        for start in range(0, len(image_ids), request.batch_size)
+    ]
+    return {
+        hookpoint: (
+            torch.cat([part[hookpoint][0] for part in parts]),
+            torch.cat([part[hookpoint][1] for part in parts]),
+        )
+        for hookpoint in request.hookpoints
+    }
+
+
+def _capture_batch(
+    pipe: Any, plan: ImagePlan, image_ids: Sequence[int], request: CaptureRequest
+) -> dict[HookPoint, Rows]:
+    kept: dict[tuple[HookPoint, int], tuple[Tensor, Tensor]] = {}
+
+    def keep(call: BlockCall) -> None:
+        n_tokens = call.tokens.shape[1]
+        index = torch.stack([kept_tokens(request, i, call.step, n_tokens=n_tokens) for i in image_ids])
+        tokens = call.tokens.gather(1, index.to(call.tokens.device)[..., None].expand(-1, -1, call.tokens.shape[2]))
+        kept[call.hookpoint, call.step] = (tokens.to(torch.bfloat16).cpu(), index.to(torch.int32))
+
+    with capture(pipe, request.hookpoints, request.steps, stop_early=True, sink=keep):
+        prompts, seeds = [plan.prompts[i] for i in image_ids], [plan.seed(i) for i in image_ids]
+        generate(pipe, prompts, seeds=seeds, settings=request.settings, output_type="latent")
+    return {
+        hookpoint: (
+            torch.stack([kept[hookpoint, step][0] for step in request.steps], dim=1),
+            torch.stack([kept[hookpoint, step][1] for step in request.steps], dim=1),
+        )
+        for hookpoint in request.hookpoints
+    }
+
+
+def build_manifests(
+    pipe: Any,
+    plan: ImagePlan,
+    request: CaptureRequest,
+    *,
+    flux_id: str,
+    flux_revision: str | None = None,
+    images_per_shard: int = 32,
+    held_out_every: int = 10,
+    is_exact: bool = True,
+) -> dict[HookPoint, ActivationManifest]:
+    """What the folders of a collection will hold, before any image is made."""
+    sigmas = schedule_sigmas(pipe, request.settings)
+    return {
+        hookpoint: ActivationManifest(
+            hookpoint=str(hookpoint),
+            d_model=d_model,
+            flux_id=flux_id,
+            flux_revision=flux_revision,
+            settings=request.settings,
+            steps=request.steps,
+            sigmas=tuple(sigmas[step] for step in request.steps),
+            n_tokens=n_tokens,
+            tokens_per_image=min(n_tokens, request.tokens_per_image or n_tokens),
+            n_images=len(plan),
+            images_per_shard=images_per_shard,
+            prompts_hash=plan.prompts_hash,
+            seed=request.seed,
+            held_out_every=held_out_every,
+            is_exact=is_exact,
+        )
+        for hookpoint, (n_tokens, d_model) in stream_shapes(pipe, request).items()
+    }
+
+
+def collect(
+    pipe: Any,
+    plan: ImagePlan,
+    request: CaptureRequest,
+    *,
+    folders: Mapping[HookPoint, str | Path],
+    manifests: Mapping[HookPoint, ActivationManifest],
+    rank: int = 0,
+    world_size: int = 1,
+    on_images: OnImages | None = None,
+) -> None:
+    """Fills one folder of shards per hook point; shards that are there are kept, so a killed run is taken up.
+
+    The images of a shard are the unit of work, dealt to the processes in turn; each is generated once for all hook
+    points, in the same batches whoever does it, so that the bytes do not depend on where a run was cut off.
+
+    Raises:
+        FluxSaeError: a folder holds other activations, or the disk is too small, before any image is made.
+    """
+    _check_space(folders, manifests)
+    writers = {
+        hookpoint: ShardWriter(folders[hookpoint], manifests[hookpoint], rank=rank, world_size=world_size)
+        for hookpoint in request.hookpoints
+    }
+    manifest = manifests[request.hookpoints[0]]
+    missing = {hookpoint: set(writer.missing()) for hookpoint, writer in writers.items()}
+    wanted = sorted(set().union(*missing.values()))
+    total = sum(len(manifest.image_ids(index)) for index in wanted)
+    done = 0
+    for index in wanted:
+        rows = capture_rows(pipe, plan, manifest.image_ids(index), request)
+        for hookpoint, writer in writers.items():
+            if index in missing[hookpoint]:
+                writer.write(index, *rows[hookpoint])
+        done += len(manifest.image_ids(index))
+        if on_images is not None:
+            on_images(done, total)
+
+
+def _check_space(folders: Mapping[HookPoint, str | Path], manifests: Mapping[HookPoint, ActivationManifest]) -> None:
+    """Refuses what would not fit, all hook points together."""
+    needed: dict[Path, int] = defaultdict(int)
+    for hookpoint, manifest in manifests.items():
+        needed[Path(folders[hookpoint]).parent] += missing_bytes(folders[hookpoint], manifest)
+    for folder, n_bytes in needed.items():
+        check_free_space(folder, n_bytes, purpose=f"Collecting at {', '.join(map(str, manifests))}")
+
+
+@runtime_checkable
+class Peers(Protocol):
+    """The processes of a live source; `fluxsae.sae.training.Processes` is one."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+
+    @property
+    def world_size(self) -> int:
+        """How many there are."""
+
+    def broadcast_(self, tensor: Tensor, *, source: int) -> Tensor:
+        """The tensor, replaced by that of process `source`."""
+
+
+class LiveReader:
+    """Rows straight from FLUX: a shard is generated when it is asked for, with fresh noise in every epoch.
+
+    Batches of images are dealt to the processes in turn and their rows exchanged: every process has all rows, which do
+    not depend on how many processes there are.
+    """
+
+    reads_ahead = False
+
+    def __init__(
+        self,
+        pipe: Any,
+        plan: ImagePlan,
+        request: CaptureRequest,
+        hookpoint: HookPoint,
+        *,
+        images_per_shard: int = 32,
+        held_out_every: int = 10,
+        peers: Peers | None = None,
+    ) -> None:
+        self._pipe, self._plan, self._request, self._hookpoint = pipe, plan, request, hookpoint
+        self._peers = peers
+        n_tokens, self.d_model = stream_shapes(pipe, request)[hookpoint]
+        self._rows_per_image = len(request.steps) * min(n_tokens, request.tokens_per_image or n_tokens)
+        every = held_out_every
+        ids = [i for i in range(len(plan)) if not every or i % every != every - 1]
+        self._shards = [ids[start : start + images_per_shard] for start in range(0, len(ids), images_per_shard)]
+
+    def n_rows(self) -> list[int]:
+        """Rows of each shard; held-out images are never generated."""
+        return [len(shard) * self._rows_per_image for shard in self._shards]
+
+    def pieces(self, shards: Sequence[int], *, epoch: int) -> Iterator[BFloat16[Tensor, "rows d_model"]]:
+        """The rows of some shards' images, a batch of images at a time, with the noise of this epoch.
+
+        Raises:
+            FluxSaeError: so many epochs that the seeds would leave their block.
+        """
+        first = epoch * len(self._plan)
+        if first + len(self._plan) > SEED_BLOCK:
+            raise FluxSaeError(
+                f"Epoch {epoch} of {len(self._plan)} images would need more than {SEED_BLOCK} seeds. Use fewer epochs."
+            )
+        plan, size = ImagePlan(self._plan.prompts, self._plan.first_seed + first), self._request.batch_size
+        images = [self._shards[shard] for shard in shards]
+        batches = [ids[start : start + size] for ids in images for start in range(0, len(ids), size)]
+        rank, world_size = (self._peers.rank, self._peers.world_size) if self._peers else (0, 1)
+        for start in range(0, len(batches), world_size):
+            turn = batches[start : start + world_size]
+            own = self._generate(plan, turn[rank]) if rank < len(turn) else None
+            for source, ids in enumerate(turn):
+                if own is not None and source == rank:
+                    rows = own
+                else:
+                    rows = torch.empty(len(ids) * self._rows_per_image, self.d_model, dtype=torch.bfloat16)
+                yield self._peers.broadcast_(rows, source=source) if self._peers else rows
+
+    def _generate(self, plan: ImagePlan, image_ids: Sequence[int]) -> BFloat16[Tensor, "rows d_model"]:
+        tokens, _ = capture_rows(self._pipe, plan, image_ids, self._request)[self._hookpoint]
+        return tokens.flatten(0, 2)
+
+
+def live_source(
+    pipe: Any,
+    plan: ImagePlan,
+    request: CaptureRequest,
+    hookpoint: HookPoint | str,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    images_per_shard: int = 32,
+    held_out_every: int = 10,
+    buffer_bytes: int = 1 << 30,
+    peers: Peers | None = None,
+) -> MixingBuffer:
+    """Batches for training that come from FLUX itself and never touch the disk: the interface of `mixing_buffer`.
+
+    Under several processes (`peers`) each generates its share of the images and gets its slice of every batch.
+
+    Raises:
+        FluxSaeError: the hook point is not in the request, there are too few rows for a batch, or `batch_size` does
+            not divide by the number of processes.
+    """
+    wanted = HookPoint.parse(hookpoint)
+    if wanted not in request.hookpoints:
+        raise FluxSaeError(
+            f"{wanted} is not among the requested hook points {', '.join(map(str, request.hookpoints))}."
+        )
+    reader = LiveReader(
+        pipe, plan, request, wanted, images_per_shard=images_per_shard, held_out_every=held_out_every, peers=peers
+    )
+    rank, world_size = (peers.rank, peers.world_size) if peers else (0, 1)
+    return MixingBuffer(
+        reader, batch_size=batch_size, seed=seed, buffer_bytes=buffer_bytes, rank=rank, world_size=world_size
+    )

@@ -1,0 +1,325 @@
+"""Token rows of FLUX on disk.
+
+A folder of one hook point holds `manifest.json` and `shard-00000.safetensors`, ...; shard i holds the images
+i * images_per_shard to (i + 1) * images_per_shard - 1:
+
+    tokens       bf16  (images, steps, tokens_per_image, d_model)
+    token_index  int32 (images, steps, tokens_per_image)    which of the stream's tokens each row is
+    image_ids    int64 (images)
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import BFloat16, Int
+from torch import Tensor
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.files import (
+    check_free_space,
+    load_tensors,
+    read_header,
+    read_json,
+    remove_leftovers,
+    save_tensors,
+    write_json,
+)
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.folder import SCHEMA_VERSION, check_schema
+
+Split = Literal["train", "held_out", "all"]
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationManifest:
+    """What a folder of activation shards holds, complete or not: fixed before the first shard is written."""
+
+    hookpoint: str
+    d_model: int
+    flux_id: str
+    flux_revision: str | None
+    settings: GenerationSettings
+    steps: tuple[int, ...]
+    """Captured steps, 0-based in the full schedule."""
+    sigmas: tuple[float, ...]
+    """Noise levels of those steps."""
+    n_tokens: int
+    """Tokens of the hook point's stream in one image."""
+    tokens_per_image: int
+    """Tokens kept of each image and step."""
+    n_images: int
+    images_per_shard: int
+    prompts_hash: str
+    seed: int
+    """Decides prompts, noise and kept tokens."""
+    held_out_every: int = 10
+    """Every n-th image is held out for evaluation; 0 holds out none."""
+    is_exact: bool = True
+    """False where FLUX was quantised or cached."""
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        HookPoint.parse(self.hookpoint)
+        for name in ("d_model", "n_tokens", "tokens_per_image", "n_images", "images_per_shard"):
+            if getattr(self, name) < 1:
+                raise FluxSaeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.tokens_per_image > self.n_tokens:
+            raise FluxSaeError(
+                f"tokens_per_image is {self.tokens_per_image}, but {self.hookpoint} has {self.n_tokens} tokens."
+            )
+        if not self.steps or len(self.steps) != len(self.sigmas):
+            raise FluxSaeError(f"steps {self.steps} and sigmas {self.sigmas} must be of one length, at least 1.")
+
+    @property
+    def n_shards(self) -> int:
+        """Number of shards of the complete folder."""
+        return -(-self.n_images // self.images_per_shard)
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of the complete folder's tensors."""
+        rows = self.n_images * len(self.steps) * self.tokens_per_image
+        return rows * (2 * self.d_model + 4) + 8 * self.n_images
+
+    @cached_property
+    def dataset_hash(self) -> str:
+        """sha256 of everything here: two folders with the same hash hold the same rows."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def image_ids(self, shard: int) -> range:
+        """The images of a shard."""
+        start = shard * self.images_per_shard
+        return range(start, min(start + self.images_per_shard, self.n_images))
+
+    def is_held_out(self, image_id: int) -> bool:
+        """Whether the image belongs to the evaluation split."""
+        return self.held_out_every > 0 and image_id % self.held_out_every == self.held_out_every - 1
+
+    def in_split(self, image_id: int, split: Split) -> bool:
+        """Whether the image belongs to `split`."""
+        return split == "all" or self.is_held_out(image_id) == (split == "held_out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest as plain JSON values."""
+        return {**asdict(self), "settings": self.settings.to_dict(), "steps": [*self.steps], "sigmas": [*self.sigmas]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The manifest from `to_dict`'s form.
+
+        Raises:
+            FluxSaeError: a newer schema, or fields missing or unknown.
+        """
+        check_schema(values, _MANIFEST)
+        unknown, missing = set(values) - set(cls.__dataclass_fields__), set(cls.__dataclass_fields__) - set(values)
+        if unknown or missing:
+            raise FluxSaeError(f"{_MANIFEST} has unknown fields {sorted(unknown)} and lacks {sorted(missing)}.")
+        fields = {**values, "steps": tuple(values["steps"]), "sigmas": tuple(values["sigmas"])}
+        return cls(**{**fields, "settings": GenerationSettings.from_dict(values["settings"])})
+
+
+@dataclass(frozen=True)
+class ActivationShard:
+    """One file of a folder of activations; its tensors are read when asked for."""
+
+    path: Path
+    index: int
+    manifest: ActivationManifest
+
+    def check(self) -> None:
+        """Refuses a shard that is missing, cut off, or of another hook point, width or dataset.
+
+        Raises:
+            FluxSaeError: with the remedy.
+        """
+        if not self.path.is_file():
+            raise FluxSaeError(
+                f"{self.path} is missing. Start the same `python -m train.collect` again; it fills gaps."
+            )
+        header = read_header(self.path)
+        for name, expected in self._metadata().items():
+            if header.metadata.get(name) != expected:
+                raise FluxSaeError(
+                    f"{self.path} has {name} {header.metadata.get(name)}, but its folder's is {expected}. "
+                    "Delete the file and collect again."
+                )
+        shape = (len(self.image_ids), len(self.manifest.steps), self.manifest.tokens_per_image)
+        expected_shapes = {"tokens": ("BF16", (*shape, self.manifest.d_model)), "token_index": ("I32", shape)}
+        for name, expected_shape in expected_shapes.items():
+            if header.shapes.get(name) != expected_shape:
+                raise FluxSaeError(
+                    f"{self.path} has {name} {header.shapes.get(name)}, but {expected_shape} is expected. "
+                    "Delete the file and collect again."
+                )
+
+    @property
+    def image_ids(self) -> range:
+        """The images of this shard."""
+        return self.manifest.image_ids(self.index)
+
+    def tokens(self) -> BFloat16[Tensor, "images steps tokens d_model"]:
+        """The token rows."""
+        self.check()
+        return load_tensors(self.path)["tokens"]
+
+    def token_index(self) -> Int[Tensor, "images steps tokens"]:
+        """Which token of its image's stream each row is."""
+        self.check()
+        return load_tensors(self.path)["token_index"]
+
+    def save(
+        self, tokens: BFloat16[Tensor, "images steps tokens d_model"], token_index: Int[Tensor, "images steps tokens"]
+    ) -> None:
+        """Writes the shard, whole or absent."""
+        image_ids = torch.tensor(self.image_ids)
+        tensors = {"tokens": tokens, "token_index": token_index.to(torch.int32), "image_ids": image_ids}
+        save_tensors(self.path, tensors, metadata=self._metadata())
+        self.check()
+
+    def _metadata(self) -> dict[str, str]:
+        manifest = self.manifest
+        return {
+            "hookpoint": manifest.hookpoint,
+            "d_model": str(manifest.d_model),
+            "dataset": manifest.dataset_hash,
+            "shard": str(self.index),
+        }
+
+
+def _shard(folder: Path, manifest: ActivationManifest, index: int) -> ActivationShard:
+    return ActivationShard(folder / f"shard-{index:05d}.safetensors", index, manifest)
+
+
+class ShardFolder:
+    """A folder of activation shards, complete or not.
+
+    Raises:
+        FluxSaeError: there is no manifest, or it is damaged or newer than this program.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / _MANIFEST).is_file():
+            raise FluxSaeError(
+                f"{self.path} holds no activations. Run `python -m train.collect`, or name their folder."
+            )
+        self.manifest = ActivationManifest.from_dict(read_json(self.path / _MANIFEST))
+
+    @property
+    def shards(self) -> list[ActivationShard]:
+        """Every shard of the complete folder, there or not."""
+        return [_shard(self.path, self.manifest, index) for index in range(self.manifest.n_shards)]
+
+    def missing(self) -> list[int]:
+        """Shards that are not written yet."""
+        return [shard.index for shard in self.shards if not shard.path.is_file()]
+
+    def check_complete(self, *, hookpoint: HookPoint | str | None = None, d_model: int | None = None) -> None:
+        """Refuses a folder with missing or wrong shards, or of another hook point or width than asked for.
+
+        Raises:
+            FluxSaeError: with the remedy.
+        """
+        if hookpoint is not None and str(HookPoint.parse(hookpoint)) != self.manifest.hookpoint:
+            raise FluxSaeError(
+                f"{self.path} holds activations of {self.manifest.hookpoint}, not of {HookPoint.parse(hookpoint)}. "
+                "Name the folder of that hook point, or collect it."
+            )
+        if d_model is not None and d_model != self.manifest.d_model:
+            raise FluxSaeError(
+                f"{self.path} holds activations of width {self.manifest.d_model}, but {d_model} was asked for. "
+                f"Use an SAE with d_model {self.manifest.d_model}."
+            )
+        for shard in self.shards:
+            shard.check()
+
+    def iter_images(
+        self, split: Split = "held_out"
+    ) -> Iterator[tuple[int, BFloat16[Tensor, "steps tokens d_model"], Int[Tensor, "steps tokens"]]]:
+        """(image id, token rows, token index) of each image of a split, in order."""
+        for shard in self.shards:
+            wanted = [i for i in shard.image_ids if self.manifest.in_split(i, split)]
+            if wanted:
+                tokens, token_index = shard.tokens(), shard.token_index()
+                for image_id in wanted:
+                    position = image_id - shard.image_ids.start
+                    yield image_id, tokens[position], token_index[position]
+
+
+def find_folders(path: str | Path) -> list[Path]:
+    """The folders of activations directly below `path`, one a hook point, in FLUX's order."""
+    found = [manifest.parent for manifest in Path(path).glob(f"*/{_MANIFEST}")]
+    return sorted(found, key=lambda folder: HookPoint.parse(folder.name))
+
+
+def expected_files(folder: str | Path) -> list[Path]:
+    """The manifest of a folder of activations and every shard that it announces, there or not."""
+    manifest = Path(folder) / _MANIFEST
+    return [manifest, *(shard.path for shard in ShardFolder(folder).shards)] if manifest.is_file() else [manifest]
+
+
+def missing_bytes(folder: str | Path, manifest: ActivationManifest) -> int:
+    """Room that the shards take that are not in the folder yet."""
+    n_present = min(manifest.n_shards, sum(1 for _ in Path(folder).glob("shard-*.safetensors")))
+    return manifest.bytes_on_disk - manifest.bytes_on_disk * n_present // manifest.n_shards
+
+
+class ShardWriter:
+    """Fills a folder with shards, in any order, over any number of runs and processes.
+
+    The manifest is written first and says what the complete folder is; a shard is there or not, never half. So a
+    writer that was killed is made again with the same manifest, and `missing()` says what is left to do.
+
+    Raises:
+        FluxSaeError: the folder holds other activations, or the disk has too little room for what is missing.
+    """
+
+    def __init__(self, path: str | Path, manifest: ActivationManifest, *, rank: int = 0, world_size: int = 1) -> None:
+        self.path = Path(path)
+        self.manifest = manifest
+        self.rank = rank
+        self.world_size = world_size
+        self._refuse_other_contents()
+        remove_leftovers(self.path)
+        check_free_space(self.path, missing_bytes(self.path, manifest), purpose=f"Collecting at {manifest.hookpoint}")
+        if rank == 0 and not (self.path / _MANIFEST).is_file():
+            write_json(self.path / _MANIFEST, manifest.to_dict())
+
+    def missing(self) -> list[int]:
+        """Shards that this rank has still to write."""
+        mine = range(self.rank, self.manifest.n_shards, self.world_size)
+        return [index for index in mine if not self._shard(index).path.is_file()]
+
+    def write(
+        self,
+        index: int,
+        tokens: BFloat16[Tensor, "images steps tokens d_model"],
+        token_index: Int[Tensor, "images steps tokens"],
+    ) -> None:
+        """Writes one shard: the rows of `manifest.image_ids(index)`."""
+        self._shard(index).save(tokens, token_index)
+
+    def _shard(self, index: int) -> ActivationShard:
+        return _shard(self.path, self.manifest, index)
+
+    def _refuse_other_contents(self) -> None:
+        if not (self.path / _MANIFEST).is_file():
+            return
+        present, wanted = ShardFolder(self.path).manifest.to_dict(), self.manifest.to_dict()
+        differing = [
+            f"{name} {present[name]} instead of {wanted[name]}" for name in wanted if present[name] != wanted[name]
+        ]
+        if differing:
+            raise FluxSaeError(
+                f"{self.path} already holds other activations ({'; '.join(differing)}). "
+                "Choose another folder, or pass --force to delete them and collect anew."
+            )

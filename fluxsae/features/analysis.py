@@ -1,0 +1,199 @@
+"""From S and sums to one row a feature: class, quantiles, place, steps, best images, companions."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.features.scores import HISTOGRAM_EDGES, FeatureStats, ScoreMatrix, TopImages
+from fluxsae.runs.tables import FeatureRow, FeatureTable
+
+FEATURE_CLASSES = ("dead", "rare", "common", "very common")
+_FEATURES_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class AnalysisConfig:
+    """How features are described."""
+
+    n_top_images: int = 12
+    """Best images listed for each feature."""
+    rare_below: float = 1e-3
+    """A feature that fires on a smaller share of tokens is rare (and dead when it never fires)."""
+    very_common_from: float = 0.1
+    """A feature that fires on at least this share of tokens is very common."""
+    quantile_levels: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+    """Quantiles of a feature's activations, where it fires."""
+    n_neighbours: int = 10
+    """Companions listed for each feature."""
+    companion_images: int = 256
+    """Best images of a feature that decide its companions."""
+    family_similarity: float = 0.6
+    """Features whose similarity is at least this, and that are among each other's companions, are one family."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rare_below <= self.very_common_from <= 1:
+            raise FluxSaeError(
+                f"rare_below is {self.rare_below}, very_common_from {self.very_common_from}; "
+                "they must be above 0, at most 1, and in this order."
+            )
+        if min(self.n_top_images, self.n_neighbours, self.companion_images) < 1:
+            raise FluxSaeError("n_top_images, n_neighbours and companion_images must be at least 1.")
+        if not all(0 <= level <= 1 for level in self.quantile_levels):
+            raise FluxSaeError(f"quantile_levels are {self.quantile_levels}; they must lie between 0 and 1.")
+
+
+def feature_class(density: float, config: AnalysisConfig) -> str:
+    """dead, rare, common or very common, by the share of tokens on which the feature fires."""
+    if density <= 0:
+        return "dead"
+    if density < config.rare_below:
+        return "rare"
+    return "common" if density < config.very_common_from else "very common"
+
+
+class Companions(NamedTuple):
+    """Features that fire on the same images, nearest first: one list a feature."""
+
+    features: list[list[int]]
+    similarities: list[list[float]]
+
+
+def find_companions(top: TopImages, *, n_images: int, n_neighbours: int) -> Companions:
+    """For each feature those whose best images are its own: cosine of S, cut to each feature's best images.
+
+    Cutting keeps a feature that fires faintly everywhere from being near to everything, and the cost linear.
+    """
+    scores = top.scores.double()
+    unit = (scores / scores.norm(dim=1, keepdim=True).clamp(min=1e-300)).numpy()
+    rows, ranks = np.nonzero(top.image_ids.numpy() >= 0)
+    columns = top.image_ids.numpy()[rows, ranks]
+    matrix = sparse.csr_matrix((unit[rows, ranks], (rows, columns)), shape=(len(unit), n_images))
+    found = Companions([], [])
+    for start in range(0, len(unit), _FEATURES_AT_ONCE):
+        block = (matrix[start : start + _FEATURES_AT_ONCE] @ matrix.T).toarray()
+        for offset, similarities in enumerate(block):
+            similarities[start + offset] = 0.0
+            nearest = np.argsort(-similarities, kind="stable")[:n_neighbours]
+            nearest = nearest[similarities[nearest] > 0]
+            found.features.append(nearest.tolist())
+            found.similarities.append(similarities[nearest].tolist())
+    return found
+
+
+def find_families(companions: Companions, *, similarity: float) -> list[int]:
+    """The number of each feature's family, by size, largest first; -1 for a feature on its own."""
+    n_features = len(companions.features)
+    pairs = {
+        (feature, other)
+        for feature, (others, values) in enumerate(zip(*companions, strict=True))
+        for other, value in zip(others, values, strict=True)
+        if value >= similarity
+    }
+    mutual = [pair for pair in sorted(pairs) if pair[::-1] in pairs]
+    rows, columns = zip(*mutual, strict=True) if mutual else ((), ())
+    graph = sparse.csr_matrix((np.ones(len(mutual)), (rows, columns)), shape=(n_features, n_features))
+    _, parts = connected_components(graph, directed=False)
+    sizes = np.bincount(parts, minlength=1)
+    order = sorted((part for part in range(len(sizes)) if sizes[part] > 1), key=lambda part: (-sizes[part], part))
+    number = {part: rank for rank, part in enumerate(order)}
+    return [number.get(part, -1) for part in parts.tolist()]
+
+
+def describe_features(scores: ScoreMatrix, stats: FeatureStats, config: AnalysisConfig) -> FeatureTable:
+    """One row a feature, from S and the sums.
+
+    Raises:
+        FluxSaeError: S and the sums are of different features or images.
+    """
+    if scores.n_features != len(stats.counts) or scores.n_images != stats.n_images:
+        raise FluxSaeError(
+            f"S is of {scores.n_images} images and {scores.n_features} features, the sums of {stats.n_images} and "
+            f"{len(stats.counts)}. Score the images again."
+        )
+    best = scores.top(max(config.n_top_images, config.companion_images))
+    companions = find_companions(best, n_images=scores.n_images, n_neighbours=config.n_neighbours)
+    families = find_families(companions, similarity=config.family_similarity)
+    measured = _Measured.of(stats, config.quantile_levels)
+    rows = []
+    for feature in range(scores.n_features):
+        images = _best_images(scores, best, feature, config.n_top_images)
+        rows.append(_row(feature, measured, images, companions=companions, families=families, config=config))
+    metadata = {
+        "quantile_levels": json.dumps(list(config.quantile_levels)),
+        "steps": json.dumps(list(stats.steps)),
+        "histogram_edges": json.dumps(list(HISTOGRAM_EDGES)),
+    }
+    return FeatureTable.from_rows(rows, metadata=metadata)
+
+
+class _Measured(NamedTuple):
+    """The stats as plain lists, one entry a feature."""
+
+    density: list[float]
+    image_density: list[float]
+    mean_act: list[float]
+    max_act: list[float]
+    quantiles: list[list[float]]
+    spatial_spread: list[float]
+    step_profile: list[list[float]]
+    histogram: list[list[int]]
+
+    @classmethod
+    def of(cls, stats: FeatureStats, levels: Sequence[float]) -> "_Measured":
+        return cls(
+            density=stats.density.tolist(),
+            image_density=(stats.image_counts / max(1, stats.n_images)).tolist(),
+            mean_act=stats.mean_act.tolist(),
+            max_act=stats.maxima.tolist(),
+            quantiles=stats.quantiles(levels).tolist(),
+            spatial_spread=stats.spatial_spread.tolist(),
+            step_profile=stats.step_profile.T.tolist(),
+            histogram=stats.histogram.tolist(),
+        )
+
+
+class _BestImages(NamedTuple):
+    image_ids: list[int]
+    scores: list[float]
+    tokens: list[int]
+
+
+def _best_images(scores: ScoreMatrix, best: TopImages, feature: int, n: int) -> _BestImages:
+    image_ids = best.image_ids[feature, :n]
+    image_ids = image_ids[image_ids >= 0]
+    tokens = np.asarray(scores.argmax_token[image_ids.numpy(), feature]).astype(int)
+    return _BestImages(image_ids.tolist(), best.scores[feature, : len(image_ids)].tolist(), tokens.tolist())
+
+
+def _row(
+    feature: int,
+    measured: _Measured,
+    best: _BestImages,
+    *,
+    companions: Companions,
+    families: Sequence[int],
+    config: AnalysisConfig,
+) -> FeatureRow:
+    return FeatureRow(
+        feature=feature,
+        feature_class=feature_class(measured.density[feature], config),
+        **{name: values[feature] for name, values in measured._asdict().items()},
+        top_images=best.image_ids,
+        top_scores=best.scores,
+        top_tokens=best.tokens,
+        neighbours=companions.features[feature],
+        neighbour_similarities=companions.similarities[feature],
+        family=families[feature],
+    )
+
+
+def class_counts(table: FeatureTable) -> dict[str, int]:
+    """How many features are dead, rare, common and very common."""
+    classes = list(table.column("feature_class"))
+    return {name: classes.count(name) for name in FEATURE_CLASSES}

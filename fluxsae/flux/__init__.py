@@ -1,0 +1,122 @@
+"""FLUX itself: load, generate, read and hook. Nothing else in the package imports diffusers.
+
+Hook points and settings are plain data; they load without diffusers.
+"""
+
+from typing import TYPE_CHECKING
+
+from fluxsae.lazy import hand_on
+
+if TYPE_CHECKING:
+    from fluxsae.flux.generation import (
+        FluxPipeline,
+        OnStep,
+        OutputType,
+        compile_blocks,
+        default_settings,
+        denoise_to,
+        flux_identity,
+        generate,
+        generate_from,
+        hookpoint_width,
+        is_exact,
+        load_flux,
+        schedule_sigmas,
+        token_grid,
+        unknown_words,
+        unread_tokens,
+        why_inexact,
+    )
+    from fluxsae.flux.hookpoints import HookPoint, TokenGrid
+    from fluxsae.flux.hooks import BlockCall, BlockHandler, Captured, FluxLike, block_hooks, capture
+    from fluxsae.flux.latents import (
+        Embeddings,
+        Snapshot,
+        decode_latents,
+        embed_prompts,
+        encode_images,
+        initial_noise,
+        velocity,
+    )
+    from fluxsae.flux.models import FluxIdentity
+    from fluxsae.flux.schedules import nearest_step
+    from fluxsae.flux.settings import GenerationSettings
+
+__all__ = [
+    "BlockCall",
+    "BlockHandler",
+    "Captured",
+    "Embeddings",
+    "FluxIdentity",
+    "FluxLike",
+    "FluxPipeline",
+    "GenerationSettings",
+    "HookPoint",
+    "OnStep",
+    "OutputType",
+    "Snapshot",
+    "TokenGrid",
+    "block_hooks",
+    "capture",
+    "compile_blocks",
+    "decode_latents",
+    "default_settings",
+    "denoise_to",
+    "embed_prompts",
+    "encode_images",
+    "flux_identity",
+    "generate",
+    "generate_from",
+    "hookpoint_width",
+    "initial_noise",
+    "is_exact",
+    "load_flux",
+    "nearest_step",
+    "schedule_sigmas",
+    "token_grid",
+    "unknown_words",
+    "unread_tokens",
+    "velocity",
+    "why_inexact",
+]
+
+__getattr__, __dir__ = hand_on(
+    __name__,
+    {
+        "BlockCall": "hooks",
+        "BlockHandler": "hooks",
+        "Captured": "hooks",
+        "Embeddings": "latents",
+        "FluxIdentity": "models",
+        "FluxLike": "hooks",
+        "FluxPipeline": "generation",
+        "GenerationSettings": "settings",
+        "HookPoint": "hookpoints",
+        "OnStep": "generation",
+        "OutputType": "generation",
+        "Snapshot": "latents",
+        "TokenGrid": "hookpoints",
+        "block_hooks": "hooks",
+        "capture": "hooks",
+        "compile_blocks": "generation",
+        "decode_latents": "latents",
+        "default_settings": "generation",
+        "denoise_to": "generation",
+        "embed_prompts": "latents",
+        "encode_images": "latents",
+        "flux_identity": "generation",
+        "generate": "generation",
+        "generate_from": "generation",
+        "hookpoint_width": "generation",
+        "initial_noise": "latents",
+        "is_exact": "generation",
+        "load_flux": "generation",
+        "nearest_step": "schedules",
+        "schedule_sigmas": "generation",
+        "token_grid": "generation",
+        "unknown_words": "generation",
+        "unread_tokens": "generation",
+        "velocity": "latents",
+        "why_inexact": "generation",
+    },
+)

@@ -1,0 +1,369 @@
+"""The one hook mechanism: the step clock, hooks on blocks inside a `with`, and capture with early exit."""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.flux.hookpoints import BlockOutput, HookPoint
+from fluxsae.flux.schedules import Schedule
+
+
+@runtime_checkable
+class FluxLike(Protocol):
+    """What hooks need of a `FluxPipeline`."""
+
+    transformer: nn.Module
+    scheduler: Any
+
+
+@dataclass(frozen=True, eq=False)
+class TransformerCall:
+    """One forward pass of the transformer, known before its first block runs."""
+
+    step: int
+    sigma: float
+    sigmas: tuple[float, ...]
+    is_conditional: bool
+    is_first_of_run: bool
+    n_text: int
+    inputs: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCall:
+    """What one hooked module returned: the tokens of the hook point's stream and where in the schedule they arose.
+
+    `step` is the 0-based index in the full schedule of `n_steps`, `sigma` the noise level there; `is_conditional` is
+    False in the second pass at a step, which classifier-free guidance (`true_cfg_scale`) makes with the negative
+    prompt. `tokens` may be a view of the live tensor: copy what is kept, never write into it.
+    """
+
+    hookpoint: HookPoint
+    step: int
+    sigma: float
+    n_steps: int
+    is_conditional: bool
+    tokens: Float[Tensor, "batch tokens d_model"]
+
+
+BlockHandler = Callable[[BlockCall], Tensor | None]
+
+
+class StopGeneration(BaseException):
+    """Ends a generation from inside; caught by whoever asked for it, never an error (hence no `Exception`)."""
+
+
+class _StepClock:
+    """Reads the step from the transformer's own `timestep` argument, never from a count of calls.
+
+    The schedule is cast exactly as FluxPipeline casts it (to the latents' dtype, then divided by 1000). The first
+    call at a timestep is the conditional pass. Every run sets new timesteps, a new tensor, which tells runs apart.
+    """
+
+    def __init__(self, pipe: FluxLike) -> None:
+        self._pipe = pipe
+        self._signature = inspect.signature(pipe.transformer.forward)
+        self._schedule: Schedule | None = None
+        self._sigmas: tuple[float, ...] = ()
+        self._last_step: int | None = None
+        self.now: TransformerCall | None = None
+
+    def tick(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TransformerCall:
+        inputs = self._signature.bind(*args, **kwargs).arguments
+        timestep = inputs["timestep"]
+        is_first = self._enter_run(timestep.dtype)
+        step = self._find_step(timestep)
+        self.now = TransformerCall(
+            step=step,
+            sigma=self._sigmas[step],
+            sigmas=self._sigmas,
+            is_conditional=step != self._last_step,
+            is_first_of_run=is_first,
+            n_text=inputs["encoder_hidden_states"].shape[1],
+            inputs=dict(inputs),
+        )
+        self._last_step = step
+        return self.now
+
+    def _enter_run(self, dtype: torch.dtype) -> bool:
+        """Take up the current run's schedule; True where it is a new one."""
+        schedule = getattr(self._pipe, "_full_schedule", None)
+        if schedule is None:
+            scheduler = self._pipe.scheduler
+            schedule = Schedule(scheduler.timesteps, scheduler.sigmas[: len(scheduler.timesteps)])
+        if self._schedule is not None and self._schedule.timesteps is schedule.timesteps:
+            return False
+        _refuse_duplicates(schedule.timesteps, dtype)
+        self._schedule, self._last_step = schedule, None
+        self._sigmas = tuple(schedule.sigmas.tolist())
+        return True
+
+    def _find_step(self, timestep: Tensor) -> int:
+        assert self._schedule is not None
+        cast = self._schedule.timesteps.to(timestep.device).to(timestep.dtype) / 1000
+        steps = (cast[:, None] == timestep.reshape(1, -1)).all(dim=1).nonzero().flatten().tolist()
+        if len(steps) != 1:
+            raise FluxSaeError(
+                f"The transformer was called at timestep {timestep.flatten()[0].item() * 1000:g}, which is not a step "
+                f"of the schedule of {len(self._sigmas)}. Hooks follow FluxPipeline's own loop: call the pipeline, or "
+                "fluxsae.flux.velocity for a single step."
+            )
+        return int(steps[0])
+
+
+def _refuse_duplicates(timesteps: Tensor, dtype: torch.dtype) -> None:
+    n_distinct = len((timesteps.to(dtype) / 1000).unique())
+    if n_distinct < len(timesteps):
+        name = str(dtype).removeprefix("torch.")
+        raise FluxSaeError(
+            f"A schedule of {len(timesteps)} steps has only {n_distinct} distinct timesteps in {name}, so the steps "
+            f"cannot be told apart. Use fewer steps (at most {n_distinct} is safe to try), or load FLUX in float32."
+        )
+
+
+@contextmanager
+def step_clock(
+    pipe: FluxLike, on_call: Callable[[TransformerCall], None] | None = None
+) -> Iterator[Callable[[], TransformerCall]]:
+    """A function that gives the transformer's current call; `on_call` sees each one before its first block runs."""
+    _refuse_whole_compile(pipe.transformer)
+    clock = _StepClock(pipe)
+
+    def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = clock.tick(args, kwargs)
+        if on_call is not None:
+            on_call(call)
+
+    def now() -> TransformerCall:
+        assert clock.now is not None
+        return clock.now
+
+    handle = pipe.transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
+    try:
+        yield now
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def block_hooks(
+    pipe: FluxLike,
+    handlers: Mapping[HookPoint, BlockHandler],
+    *,
+    on_call: Callable[[TransformerCall], None] | None = None,
+) -> Iterator[None]:
+    """While open, each handler sees its hook point's tokens at every pass; a tensor it returns replaces them.
+
+    Handlers of contexts opened later see what earlier ones returned. Compiled blocks that are tapped run eager
+    meanwhile. Everything is undone on exit, also after an exception. `on_call` sees every forward pass of the
+    transformer before its first block runs, and may end it by raising.
+
+    Raises:
+        FluxSaeError: a hook point this model does not have, a schedule whose steps cannot be told apart, or a
+            handler's tensor of another shape.
+    """
+    modules = {hookpoint: find_module(pipe, hookpoint) for hookpoint in handlers}
+    with ExitStack() as stack:
+        now = stack.enter_context(step_clock(pipe, on_call))
+        for block_path in sorted({hookpoint.block_path for hookpoint in handlers}):
+            stack.enter_context(_eager(pipe.transformer.get_submodule(block_path)))
+        for hookpoint, handler in handlers.items():
+            handle = modules[hookpoint].register_forward_hook(_forward_hook(hookpoint, handler, now))
+            stack.callback(handle.remove)
+        yield
+
+
+def find_module(pipe: FluxLike, hookpoint: HookPoint) -> nn.Module:
+    """The module of the transformer that `hookpoint` names.
+
+    Raises:
+        FluxSaeError: the model has no such block.
+    """
+    block_list = pipe.transformer.get_submodule(hookpoint.block_path.rpartition(".")[0])
+    n_blocks = len(list(block_list.children()))
+    if hookpoint.block_index >= n_blocks:
+        raise FluxSaeError(
+            f"This model has no {hookpoint}: it has {n_blocks} {hookpoint.block_kind}-stream blocks, "
+            f"so allowed are {hookpoint.block_path.rpartition('.')[0]}.0 to .{n_blocks - 1}."
+        )
+    return pipe.transformer.get_submodule(hookpoint.path)
+
+
+def _forward_hook(
+    hookpoint: HookPoint, handler: BlockHandler, now: Callable[[], TransformerCall]
+) -> Callable[[nn.Module, Any, BlockOutput], BlockOutput | None]:
+    def after_forward(module: nn.Module, args: Any, output: BlockOutput) -> BlockOutput | None:
+        here = now()
+        tokens = hookpoint.split(output, here.n_text)
+        call = BlockCall(hookpoint, here.step, here.sigma, len(here.sigmas), here.is_conditional, tokens)
+        replacement = handler(call)
+        if replacement is None:
+            return None
+        if replacement.shape != tokens.shape:
+            raise FluxSaeError(
+                f"A handler at {hookpoint} returned tokens of shape {tuple(replacement.shape)}; "
+                f"it must keep the shape {tuple(tokens.shape)}."
+            )
+        return hookpoint.join(output, replacement.to(tokens), here.n_text)
+
+    return after_forward
+
+
+def _refuse_whole_compile(transformer: nn.Module) -> None:
+    # A fully compiled transformer ignores hooks that come later, silently (torch's skip_nnmodule_hook_guards).
+    if hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None:
+        raise FluxSaeError(
+            "The whole transformer is compiled, so hooks would be ignored without a word. Load it uncompiled and "
+            "call fluxsae.flux.compile_blocks(pipe), which compiles block by block and leaves tapped blocks eager."
+        )
+
+
+@contextmanager
+def _eager(block: nn.Module) -> Iterator[None]:
+    """While open, a block compiled by `compile_blocks` runs eager, since compiled code ignores new hooks."""
+    compiled = block._compiled_call_impl
+    block._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        block._compiled_call_impl = compiled
+
+
+@dataclass(eq=False)
+class Captured:
+    """The activations of the last run inside a `capture`, by hook point and step."""
+
+    hookpoints: tuple[HookPoint, ...]
+    _acts: dict[tuple[HookPoint, int], Tensor] = field(default_factory=dict)
+    _sigmas: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that were reached and wanted, ascending."""
+        return sorted(self._sigmas)
+
+    def sigma(self, step: int) -> float:
+        """The noise level at a captured step.
+
+        Raises:
+            FluxSaeError: that step was not captured.
+        """
+        if step not in self._sigmas:
+            raise FluxSaeError(f"Step {step} was not captured. Captured are {self._describe_steps()}.")
+        return self._sigmas[step]
+
+    def get(self, hookpoint: HookPoint | str, step: int) -> Float[Tensor, "batch tokens d_model"]:
+        """The tokens at one hook point and step, on the model's device and in its dtype.
+
+        Raises:
+            FluxSaeError: not captured.
+        """
+        wanted = HookPoint.parse(hookpoint)
+        if (wanted, step) not in self._acts:
+            places = ", ".join(map(str, self.hookpoints))
+            raise FluxSaeError(
+                f"No activations of {wanted} at step {step}. Captured are {places} at {self._describe_steps()}."
+            )
+        return self._acts[wanted, step]
+
+    def _describe_steps(self) -> str:
+        return "steps " + ", ".join(map(str, self.steps)) if self._sigmas else "no steps yet: run the pipeline first"
+
+
+@dataclass(eq=False)
+class _Recorder:
+    """Takes what is wanted from each call and knows when all of it has been seen."""
+
+    captured: Captured
+    steps: frozenset[int] | None
+    stop_early: bool
+    sink: Callable[[BlockCall], object] | None
+    _seen: set[HookPoint] = field(default_factory=set)
+
+    def on_call(self, call: TransformerCall) -> None:
+        if call.is_first_of_run:
+            self.captured._acts.clear()
+            self.captured._sigmas.clear()
+            self._refuse_steps_beyond(len(call.sigmas))
+        self._seen.clear()
+
+    def on_block(self, call: BlockCall) -> None:
+        if not call.is_conditional or (self.steps is not None and call.step not in self.steps):
+            return
+        self.captured._sigmas[call.step] = call.sigma
+        if self.sink is not None:
+            self.sink(call)
+        else:
+            self.captured._acts[call.hookpoint, call.step] = call.tokens.detach().clone()
+        self._seen.add(call.hookpoint)
+        last_step = call.n_steps - 1 if self.steps is None else max(self.steps)
+        if self.stop_early and call.step == last_step and len(self._seen) == len(self.captured.hookpoints):
+            raise StopGeneration
+
+    def _refuse_steps_beyond(self, n_steps: int) -> None:
+        if self.steps and max(self.steps) >= n_steps:
+            raise FluxSaeError(
+                f"Step {max(self.steps)} was asked for, but this schedule has {n_steps} steps: "
+                f"allowed are 0 to {n_steps - 1}."
+            )
+
+
+@contextmanager
+def capture(
+    pipe: FluxLike,
+    hookpoints: Sequence[HookPoint | str],
+    steps: Collection[int] | None = None,
+    *,
+    stop_early: bool = False,
+    sink: Callable[[BlockCall], object] | None = None,
+) -> Iterator[Captured]:
+    """Collects the activations of what runs inside the `with`: the conditional pass, at `steps` (None: all of them).
+
+    With a `sink` each call goes there and nothing is held. With `stop_early` the run ends after the last wanted step
+    and block, without a VAE decode; the rest of the `with` body is then skipped, so read `captured` after it. A
+    second run inside the same `with` replaces the first.
+
+    Raises:
+        FluxSaeError: no or unknown hook points, or a step outside the schedule.
+    """
+    wanted = _parse_hookpoints(hookpoints)
+    captured = Captured(wanted)
+    recorder = _Recorder(captured, _parse_steps(steps), stop_early, sink)
+    try:
+        with block_hooks(pipe, dict.fromkeys(wanted, recorder.on_block), on_call=recorder.on_call):
+            yield captured
+    except StopGeneration:
+        if not stop_early:
+            raise
+        free_after_abort(pipe)
+
+
+def free_after_abort(pipe: FluxLike) -> None:
+    """Put a pipeline whose run was ended from inside back as after a full run: step caches and offloaded models."""
+    if hasattr(pipe, "maybe_free_model_hooks"):
+        pipe.maybe_free_model_hooks()
+
+
+def _parse_hookpoints(hookpoints: Sequence[HookPoint | str]) -> tuple[HookPoint, ...]:
+    if isinstance(hookpoints, str):
+        raise FluxSaeError(f"Hook points are given as a list: write [{hookpoints!r}].")
+    wanted = tuple(dict.fromkeys(HookPoint.parse(hookpoint) for hookpoint in hookpoints))
+    if not wanted:
+        raise FluxSaeError("No hook points to capture. Name at least one, for example ['layer15'].")
+    return wanted
+
+
+def _parse_steps(steps: Collection[int] | None) -> frozenset[int] | None:
+    if steps is None:
+        return None
+    wanted = frozenset(steps)
+    if not wanted or min(wanted) < 0:
+        raise FluxSaeError(f"steps={sorted(wanted)}: name at least one step from 0 on, or None for all steps.")
+    return wanted

@@ -1,0 +1,147 @@
+"""Latents and embeddings: what goes into the transformer and comes out, outside a whole generation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import repeat
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.flux.hookpoints import TokenGrid
+from fluxsae.flux.schedules import build_grid, build_schedule, check_step, full_schedule
+from fluxsae.flux.settings import GenerationSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """Encoded prompts: token embeddings, pooled embeddings, and the negative prompt's where it is in use."""
+
+    prompt: Float[Tensor, "batch text d_text"]
+    pooled: Float[Tensor, "batch d_pooled"]
+    negative_prompt: Float[Tensor, "batch text d_text"] | None = None
+    negative_pooled: Float[Tensor, "batch d_pooled"] | None = None
+
+    def repeat(self, n: int) -> "Embeddings":
+        """Every item n times in a row."""
+        copies = [
+            None if part is None else repeat(part, "batch ... -> (batch n) ...", n=n)
+            for part in (self.prompt, self.pooled, self.negative_prompt, self.negative_pooled)
+        ]
+        return Embeddings(*copies)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A generation before step `step`: what `generate_from` needs to go on as if it had never stopped."""
+
+    latents: Float[Tensor, "batch tokens channels"]
+    step: int
+    settings: GenerationSettings
+    embeddings: Embeddings
+
+
+@torch.no_grad()
+def embed_prompts(pipe: Any, prompts: Sequence[str], settings: GenerationSettings) -> Embeddings:
+    """The prompts through both text encoders, with the negative prompt where `true_cfg_scale` is above 1."""
+    length = settings.max_sequence_length
+    prompt, pooled, _ = pipe.encode_prompt(list(prompts), max_sequence_length=length)
+    if settings.true_cfg_scale <= 1:
+        return Embeddings(prompt, pooled)
+    negative = [settings.negative_prompt] * len(prompts)
+    negative_prompt, negative_pooled, _ = pipe.encode_prompt(negative, max_sequence_length=length)
+    return Embeddings(prompt, pooled, negative_prompt, negative_pooled)
+
+
+def initial_noise(
+    pipe: Any,
+    seeds: Sequence[int],
+    settings: GenerationSettings,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "batch tokens channels"]:
+    """The packed noise that `generate` starts from with these seeds."""
+    build_grid(pipe, settings)
+    latents, _ = pipe.prepare_latents(
+        len(seeds),
+        pipe.transformer.config.in_channels // 4,
+        settings.height,
+        settings.width,
+        dtype or pipe.transformer.dtype,
+        pipe._execution_device,
+        [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+    )
+    assert isinstance(latents, Tensor)
+    return latents
+
+
+@torch.no_grad()
+def velocity(
+    pipe: Any,
+    latents: Float[Tensor, "batch tokens channels"],
+    embeddings: Embeddings,
+    *,
+    step: int,
+    settings: GenerationSettings,
+) -> Float[Tensor, "batch tokens channels"]:
+    """The transformer's velocity (noise - image) for packed latents at one step of the schedule: the conditional pass.
+
+    Hooks opened around it see this step. With distilled guidance where the model has it.
+
+    Raises:
+        FluxSaeError: a step outside the schedule, or latents that do not fit the settings' size.
+    """
+    check_step(step, settings)
+    grid, device, dtype = build_grid(pipe, settings), pipe._execution_device, latents.dtype
+    if latents.shape[1] != grid.n_tokens:
+        raise FluxSaeError(
+            f"Latents of {latents.shape[1]} tokens do not fit {settings.height} x {settings.width} pixels, which have "
+            f"{grid.n_tokens}. Pass settings of the latents' own size."
+        )
+    schedule = build_schedule(pipe, settings, device=device)
+    guidance = torch.full([len(latents)], settings.guidance_scale, device=device, dtype=torch.float32)
+    with full_schedule(pipe, schedule):
+        outputs: tuple[Tensor] = pipe.transformer(
+            hidden_states=latents.to(device),
+            timestep=schedule.timesteps[step].expand(len(latents)).to(dtype) / 1000,
+            guidance=guidance if pipe.transformer.config.guidance_embeds else None,
+            pooled_projections=embeddings.pooled,
+            encoder_hidden_states=embeddings.prompt,
+            txt_ids=torch.zeros(embeddings.prompt.shape[1], 3, device=device, dtype=dtype),
+            img_ids=pipe._prepare_latent_image_ids(len(latents), grid.rows, grid.cols, device, dtype),
+            joint_attention_kwargs={},
+            return_dict=False,
+        )
+    return outputs[0]
+
+
+@torch.no_grad()
+def encode_images(pipe: Any, images: Sequence[Image]) -> Float[Tensor, "batch tokens channels"]:
+    """Images as packed latents (the mode, where the autoencoder is variational), scaled as the transformer sees them.
+
+    Raises:
+        FluxSaeError: a side is not a multiple of the model's patch.
+    """
+    width, height = images[0].size
+    TokenGrid.from_size(height, width, patch=2 * pipe.vae_scale_factor)
+    pixels = pipe.image_processor.preprocess(list(images)).to(pipe._execution_device, pipe.vae.dtype)
+    encoded = pipe.vae.encode(pixels)
+    raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    latents = (raw - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    packed: Tensor = pipe._pack_latents(latents, *latents.shape)
+    return packed
+
+
+@torch.no_grad()
+def decode_latents(
+    pipe: Any, latents: Float[Tensor, "batch tokens channels"], settings: GenerationSettings
+) -> list[Image]:
+    """Packed latents as PIL images, as FluxPipeline decodes them."""
+    unpacked = pipe._unpack_latents(latents, settings.height, settings.width, pipe.vae_scale_factor)
+    unpacked = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    pixels = pipe.vae.decode(unpacked.to(pipe._execution_device, pipe.vae.dtype), return_dict=False)[0]
+    images: list[Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
+    return images

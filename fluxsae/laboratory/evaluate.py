@@ -1,0 +1,289 @@
+"""Scores of a run's SAEs: reconstruction, transfer, flow loss and concepts, measured on images of their own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.evaluation.flow import FlowReport, drawn_images, evaluate_flow, own_images
+from fluxsae.evaluation.reconstruction import (
+    ReconstructionReport,
+    TransferCell,
+    evaluate_reconstruction,
+    transfer_table,
+)
+from fluxsae.evaluation.stream import ImageSet, OnProgress
+from fluxsae.features.scores import ScoreMatrix
+from fluxsae.features.scoring import trained_steps
+from fluxsae.flux import FluxPipeline, flux_identity, schedule_sigmas
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.settings import GenerationSettings
+from fluxsae.laboratory.concept_report import ConceptReport
+from fluxsae.laboratory.concepts import evaluate_concepts
+from fluxsae.laboratory.steering import LaboratoryConfig, candidate_features, run_laboratory
+from fluxsae.laboratory.steering_report import LaboratoryReport
+from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.model import SparseAutoencoder
+
+Part = Literal["reconstruction", "transfer", "flow", "concepts", "steering"]
+PARTS: tuple[Part, ...] = get_args(Part)
+MINIATURE = "miniature"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How much is measured, and how sure."""
+
+    n_images: int = 256
+    """Fresh images for the reconstruction; the concepts look at the run's own images, at most three times as many."""
+    n_flow_images: int = 64
+    """Images for the flow loss: drawn scenes for the miniature, else the model's own samples."""
+    n_transfer_images: int = 8
+    """Images for each size of the transfer table."""
+    batch_size: int = 8
+    """Images generated together."""
+    draws: int = 500
+    """Resamples of the images behind each interval."""
+    seed: int = 0
+    """Decides noise, halves, random directions and resamples."""
+    steps: tuple[int, ...] = ()
+    """Steps to look at; left out, those that each SAE was trained on (for the concepts: that S was scored at)."""
+    laboratory: LaboratoryConfig = field(default_factory=LaboratoryConfig)
+    """How much the steering laboratory tries."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Sizes (height, width) of the transfer table, pixels; left out, a smaller one, the trained one and a wider one."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_images", "n_flow_images", "n_transfer_images", "batch_size", "draws"):
+            if getattr(self, name) < 1:
+                raise FluxSaeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured at one hook point; None where a part was not asked for."""
+
+    reconstruction: ReconstructionReport | None = None
+    transfer: tuple[TransferCell, ...] | None = None
+    flow: FlowReport | None = None
+    concepts: ConceptReport | None = None
+    steering: LaboratoryReport | None = None
+    """One laboratory for all hook points, since it chooses among them."""
+
+    def metrics(self) -> dict[str, Any]:
+        """The keys that this evaluation gives metrics.json."""
+        found: dict[str, Any] = {}
+        if self.reconstruction is not None:
+            found |= self.reconstruction.to_dict()
+        if self.transfer is not None:
+            found["transfer"] = [cell.to_dict() for cell in self.transfer]
+        if self.flow is not None:
+            found |= self.flow.to_dict()
+        if self.concepts is not None:
+            found["concepts"] = self.concepts.to_dict()
+        if self.steering is not None:
+            found["steering"] = self.steering.to_dict()
+        return found
+
+
+def evaluate(
+    run: RunFolder,
+    pipe: FluxPipeline,
+    *,
+    parts: Sequence[Part] = PARTS,
+    hookpoints: Sequence[HookPoint | str] = (),
+    config: EvaluationConfig | None = None,
+    allow_mismatch: bool = False,
+    on_progress: OnProgress | None = None,
+) -> dict[HookPoint, Evaluation]:
+    """Measures the run's SAEs and writes the results into the metrics.json of each.
+
+    `concepts` and `steering` need a run of the miniature, whose scenes can be read back from its images; `steering`
+    also needs the concepts. Each part is written as soon as it stands.
+
+    Raises:
+        FluxSaeError: an unknown part, a hook point without an SAE, another FLUX than the SAEs were trained on.
+    """
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown or not parts:
+        raise FluxSaeError(f"parts is {list(parts)}; allowed are {', '.join(PARTS)}, at least one.")
+    work = _Work.plan(run, pipe, hookpoints, config or EvaluationConfig(), allow_mismatch=allow_mismatch)
+    found: dict[Part, Mapping[HookPoint, Any]] = {}
+    for part in sorted(parts, key=PARTS.index):
+        found[part] = getattr(work, part)(on_progress)
+        for hookpoint, report in found[part].items():
+            alone: dict[str, Any] = {part: report}
+            run.update_metrics(hookpoint, Evaluation(**alone).metrics())
+    return {h: Evaluation(**{part: reports[h] for part, reports in found.items()}) for h in work.saes}
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """Everything the parts share."""
+
+    run: RunFolder
+    pipe: FluxPipeline
+    saes: dict[HookPoint, SparseAutoencoder]
+    steps: dict[HookPoint, list[int]]
+    settings: GenerationSettings
+    config: EvaluationConfig
+    allow_mismatch: bool
+
+    @classmethod
+    def plan(
+        cls,
+        run: RunFolder,
+        pipe: FluxPipeline,
+        hookpoints: Sequence[HookPoint | str],
+        config: EvaluationConfig,
+        *,
+        allow_mismatch: bool,
+    ) -> "_Work":
+        settings = run.load_info().settings
+        wanted = [run.check_hookpoint(name) for name in hookpoints] or [h for h in run.hookpoints() if run.has_sae(h)]
+        missing = [str(hookpoint) for hookpoint in wanted if not run.has_sae(hookpoint)]
+        if missing or not wanted:
+            raise FluxSaeError(f"{run.path} has no SAE at {', '.join(missing) or 'any hook point'}. Train one first.")
+        device = pipe.transformer.device
+        saes = {h: SparseAutoencoder.from_pretrained(run.sae_path(h), device=device) for h in wanted}
+        identity = flux_identity(pipe)
+        for hookpoint, sae in saes.items():
+            sae.require_ground(
+                allow_mismatch=allow_mismatch,
+                flux_id=identity.flux_id,
+                flux_revision=identity.revision,
+                hookpoint=str(hookpoint),
+                height=settings.height,
+                width=settings.width,
+                guidance_scale=settings.guidance_scale,
+            )
+        sigmas = schedule_sigmas(pipe, settings)
+        steps = {h: list(config.steps or trained_steps(sae, sigmas)) for h, sae in saes.items()}
+        return cls(run, pipe, saes, steps, settings, config, allow_mismatch)
+
+    @property
+    def is_miniature(self) -> bool:
+        """Whether the images show scenes that can be drawn and read."""
+        return flux_identity(self.pipe).flux_id == MINIATURE
+
+    def fresh_images(self, count: int) -> ImageSet:
+        """Prompts of the run with noise that no stage has used."""
+        return ImageSet.fresh(self.run.load_images().prompts, count)
+
+    def reconstruction(self, on_progress: OnProgress | None) -> dict[HookPoint, ReconstructionReport]:
+        return evaluate_reconstruction(
+            self.pipe,
+            self.saes,
+            self.fresh_images(self.config.n_images),
+            self.steps,
+            settings=self.settings,
+            batch_size=self.config.batch_size,
+            draws=self.config.draws,
+            seed=self.config.seed,
+            on_progress=on_progress,
+        )
+
+    def transfer(self, on_progress: OnProgress | None) -> dict[HookPoint, tuple[TransferCell, ...]]:
+        tables = transfer_table(
+            self.pipe,
+            self.saes,
+            self.fresh_images(self.config.n_transfer_images),
+            settings=self.settings,
+            sizes=self.config.sizes or self._default_sizes(),
+            trained=self.steps,
+            batch_size=self.config.batch_size,
+            on_progress=on_progress,
+        )
+        return {hookpoint: tuple(cells) for hookpoint, cells in tables.items()}
+
+    def _default_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Three quarters, the trained size, and five quarters of its width: smaller, equal and not square."""
+        patch = 2 * self.pipe.vae_scale_factor
+        height, width = self.settings.height, self.settings.width
+        smaller = tuple(max(patch, side * 3 // 4 // patch * patch) for side in (height, width))
+        return (smaller[0], smaller[1]), (height, width), (height, width * 5 // 4 // patch * patch)
+
+    def flow(self, on_progress: OnProgress | None) -> dict[HookPoint, FlowReport]:
+        count, seed = self.config.n_flow_images, self.config.seed
+        if self.is_miniature:
+            images = drawn_images(self.pipe, count, seed=seed)
+        else:
+            images = own_images(
+                self.pipe, self.fresh_images(count), settings=self.settings, batch_size=self.config.batch_size
+            )
+        return evaluate_flow(
+            self.pipe,
+            self.saes,
+            images,
+            self.steps,
+            settings=self.settings,
+            batch_size=self.config.batch_size,
+            draws=self.config.draws,
+            seed=seed,
+            on_progress=on_progress,
+        )
+
+    def concepts(self, on_progress: OnProgress | None) -> dict[HookPoint, ConceptReport]:
+        if not self.is_miniature:
+            raise FluxSaeError(
+                f"True concepts are known for scenes of the miniature only, and this run is of "
+                f"{flux_identity(self.pipe).flux_id}. Leave concepts out, or evaluate a run of the miniature."
+            )
+        table = self.run.load_images()
+        return evaluate_concepts(
+            self.pipe,
+            self.saes,
+            ImageSet(tuple(table.prompts), tuple(table.seeds)).first(3 * self.config.n_images),
+            {hookpoint: self._scored_steps(hookpoint) for hookpoint in self.saes},
+            settings=self.settings,
+            labels={h: labels for h in self.saes if (labels := self._labels(h)) is not None},
+            batch_size=self.config.batch_size,
+            draws=self.config.draws,
+            seed=self.config.seed,
+            on_progress=on_progress,
+        )
+
+    def _scored_steps(self, hookpoint: HookPoint) -> list[int]:
+        """The steps that the run's S is the maximum over, unless others were asked for."""
+        path = self.run.scores_path(hookpoint)
+        if self.config.steps or not path.is_file():
+            return self.steps[hookpoint]
+        return list(ScoreMatrix.load(path).steps)
+
+    def steering(self, on_progress: OnProgress | None) -> dict[HookPoint, LaboratoryReport]:
+        features = {}
+        for hookpoint in self.saes:
+            concepts = self.run.load_metrics(hookpoint).get("concepts")
+            if concepts is None:
+                raise FluxSaeError(
+                    f"Which features of {hookpoint} match which concept is not known yet. Evaluate the concepts first."
+                )
+            features[hookpoint] = candidate_features(concepts, limit=self.config.laboratory.n_candidates)
+        report = run_laboratory(
+            self.pipe,
+            self.saes,
+            features,
+            settings=self.settings,
+            config=self.config.laboratory,
+            allow_mismatch=self.allow_mismatch,
+            on_progress=on_progress,
+        )
+        return dict.fromkeys(self.saes, report)
+
+    def _labels(self, hookpoint: HookPoint) -> list[str | None] | None:
+        if not self.run.features_path(hookpoint).is_file():
+            return None
+        features = self.run.load_features(hookpoint)
+        return list(features.column("label")) if "label" in features else None
+
+
+__all__ = [
+    "PARTS",
+    "ConceptReport",
+    "Evaluation",
+    "EvaluationConfig",
+    "FlowReport",
+    "LaboratoryReport",
+    "Part",
+    "evaluate",
+]

@@ -1,0 +1,332 @@
+"""Is a run folder whole? Every file against its hash, its schema, and the other files that it speaks of."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.features.scores import ScoreMatrix
+from fluxsae.features.statistics import FeatureStats
+from fluxsae.files import map_array, read_header, read_json
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.publishing.checksums import read_checksums, wrong_files
+from fluxsae.runs.folder import RunFolder, RunInfo
+from fluxsae.runs.tables import Embeddings, FeatureTable, Heatmaps, ImageTable
+from fluxsae.sae.model import SparseAutoencoder
+
+_BLOCK = 256
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy")
+_CLASSES = {"dead", "rare", "common", "very common"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, in which file, and what to do."""
+
+    path: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was checked and what was found."""
+
+    n_files: int
+    hookpoints: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    absent: tuple[str, ...]
+    """Parts of a run that this one does not have: no fault in itself."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify_run(run: RunFolder | str | Path) -> Verdict:
+    """Everything that can be checked about a run without FLUX: schema, shapes, finite values, hashes, dangling ids.
+
+    Raises:
+        FluxSaeError: there is no run, or run.json cannot be read.
+    """
+    run = RunFolder(run)
+    info = run.load_info()
+    checker = _Checker(run, info)
+    problems = [*checker.folder(), *checker.images(), *checker.embeddings()]
+    for hookpoint in run.hookpoints():
+        problems += checker.hookpoint(hookpoint)
+    return Verdict(len(run.published_files()), info.hookpoints, tuple(problems), tuple(checker.absent))
+
+
+class _Checker:
+    """The checks of one run; a part that cannot be read is one problem, and the others are still checked."""
+
+    def __init__(self, run: RunFolder, info: RunInfo) -> None:
+        self.run, self.info, self.absent = run, info, list[str]()
+        self.n_images: int | None = None
+
+    def problem(self, path: Path, text: str) -> Problem:
+        return Problem(path.relative_to(self.run.path).as_posix(), text)
+
+    def guarded(self, path: Path, check: Callable[[Path], Iterator[str]]) -> Iterator[Problem]:
+        """The check's findings about a file; what it cannot read is a finding, what is not there is noted."""
+        if not path.exists():
+            self.absent.append(path.relative_to(self.run.path).as_posix())
+            return
+        try:
+            for text in check(path):
+                yield self.problem(path, text)
+        except FluxSaeError as error:
+            yield self.problem(path, str(error))
+        except (ValueError, KeyError, TypeError, OSError, IndexError) as error:
+            yield self.problem(
+                path, f"cannot be read ({type(error).__name__}: {error}). Run the stage that writes it again."
+            )
+
+    # The folder
+
+    def folder(self) -> Iterator[Problem]:
+        yield from self.guarded(self.run.index_path, self._index)
+        yield from self.guarded(self.run.checksums_path, self._checksums)
+        for name in self.run.published_files():
+            if name.endswith(_PICKLES):
+                yield Problem(name, "is a kind of file that can run code or that no stage writes. Delete it.")
+
+    def _index(self, path: Path) -> Iterator[str]:
+        index = read_json(path)
+        if list(index.get("hookpoints", [])) != list(self.info.hookpoints):
+            yield f"lists the hook points {index.get('hookpoints')}, run.json lists {list(self.info.hookpoints)}."
+        listed = set(index.get("saes", {}))
+        present = {name for name in self.info.hookpoints if self.run.has_sae(name)}
+        if present - listed:
+            yield f"does not list the SAEs of {', '.join(sorted(present - listed))}. Push the run to renew it."
+
+    def _checksums(self, path: Path) -> Iterator[str]:
+        sums = read_checksums(path)
+        files = set(self.run.published_files()) - {path.name}
+        for name in wrong_files(self.run, {name: digest for name, digest in sums.items() if name in files}):
+            yield f"{name} does not have its hash: it was changed or damaged. Pull it again, or push to renew the hash."
+        for name in sorted(set(sums) - files):
+            yield f"{name} is listed but not there. Pull the run again."
+        for name in sorted(files - set(sums)):
+            yield f"{name} is there but not listed. Push the run to renew the hashes, or delete the file."
+
+    # What all hook points share
+
+    def images(self) -> Iterator[Problem]:
+        yield from self.guarded(self.run.images_path, self._images)
+
+    def _images(self, path: Path) -> Iterator[str]:
+        images = ImageTable(path)
+        self.n_images = len(images)
+        pairs = Counter(zip(images.prompts, images.seeds, strict=True))
+        for (prompt, seed), n in pairs.items():
+            if n > 1:
+                yield f"holds prompt {prompt[:60]!r} with seed {seed} {n} times; a pair identifies one image."
+        for image_id in images.image_ids:
+            fault = _picture_fault(images.thumbnail(image_id))
+            if fault:
+                yield f"the thumbnail of image {image_id} cannot be shown ({fault})."
+
+    def embeddings(self) -> Iterator[Problem]:
+        yield from self.guarded(self.run.embeddings_path, self._embeddings)
+
+    def _embeddings(self, path: Path) -> Iterator[str]:
+        vectors = np.asarray(Embeddings.load(path).vectors, dtype=np.float32)
+        yield from self._counted("embeddings", len(vectors), self.n_images, "images")
+        norms = np.linalg.norm(vectors, axis=1)
+        if not np.isfinite(vectors).all() or (len(norms) and np.abs(norms - 1).max() > 0.02):
+            yield "has vectors that are not finite unit vectors. Run `python -m train.embed` again."
+
+    # One hook point
+
+    def hookpoint(self, hookpoint: HookPoint) -> Iterator[Problem]:
+        run = self.run
+        about = _AboutHookpoint(self, hookpoint)
+        yield from self.guarded(run.sae_path(hookpoint), about.sae)
+        yield from self.guarded(run.metrics_path(hookpoint), about.metrics)
+        yield from self.guarded(run.scores_path(hookpoint), about.scores)
+        yield from self.guarded(run.stats_path(hookpoint), about.stats)
+        yield from self.guarded(run.features_path(hookpoint), about.features)
+        yield from self.guarded(run.heatmaps_path(hookpoint), about.heatmaps)
+        yield from self.guarded(run.directions_path(hookpoint), about.directions)
+        yield from self.guarded(run.demos_path(hookpoint), about.demos)
+        if run.swaps_path(hookpoint).is_file():  # runs of before have none
+            yield from self.guarded(run.swaps_path(hookpoint), about.swaps)
+        for sheet in run.sheets(hookpoint):
+            yield from self.guarded(sheet, about.sheet)
+
+    def _counted(self, what: str, n: int, expected: int | None, of: str) -> Iterator[str]:
+        if expected is not None and n != expected:
+            yield f"has {n} {what}, but the run has {expected} {of}. Run the stage that writes it again."
+
+
+class _AboutHookpoint:
+    """The checks of the files of one hook point; what the first tells, the later are held against."""
+
+    def __init__(self, checker: _Checker, hookpoint: HookPoint) -> None:
+        self.checker, self.run, self.info, self.hookpoint = checker, checker.run, checker.info, hookpoint
+        self.n_features: int | None = None
+        self.score_matrix: ScoreMatrix | None = None
+        self.image_counts: np.ndarray | None = None
+
+    def sae(self, path: Path) -> Iterator[str]:
+        config = self.run.load_sae_config(self.hookpoint)
+        self.n_features = int(config["n_features"])
+        if not self.run.has_sae(self.hookpoint):
+            self.checker.absent.append(f"weights of {self.hookpoint}")
+            return
+        trained_on = SparseAutoencoder.from_pretrained(path).config.trained_on
+        if trained_on is None:
+            yield "does not say what it was trained on, so it cannot be refused where it does not belong."
+            return
+        for name, given, own in (
+            ("hook point", trained_on.hookpoint, str(self.hookpoint)),
+            ("FLUX", trained_on.flux_id, self.info.flux_id),
+        ):
+            if given != own:
+                yield f"was trained on the {name} {given}, but the run is of {own}."
+
+    def metrics(self, path: Path) -> Iterator[str]:
+        def refuse(name: str) -> Any:
+            raise ValueError(f"it holds {name}")
+
+        json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        yield from ()
+
+    def scores(self, path: Path) -> Iterator[str]:
+        scores = ScoreMatrix.load(path)
+        self.score_matrix = scores
+        yield from self.checker._counted("rows", scores.n_images, self.checker.n_images, "images")
+        yield from self._columns(scores.n_features)
+        if (scores.rows, scores.cols) != (self.info.rows, self.info.cols):
+            yield f"is of a {scores.rows} x {scores.cols} grid, the run of {self.info.rows} x {self.info.cols}."
+        counts = np.zeros(scores.n_features, dtype=np.int64)
+        for start in range(0, scores.n_images, _BLOCK):
+            block = np.asarray(scores.values[start : start + _BLOCK])
+            if not np.isfinite(block).all() or (block < 0).any():
+                yield f"has values that are negative or not finite from image {start} on. Score the images again."
+                return
+            if np.asarray(scores.argmax_token[start : start + _BLOCK]).max(initial=0) >= scores.grid.n_tokens:
+                yield f"names tokens off the grid from image {start} on. Score the images again."
+                return
+            counts += (block > 0).sum(0)
+        self.image_counts = counts
+
+    def stats(self, path: Path) -> Iterator[str]:
+        stats = FeatureStats.load(path)
+        yield from self._columns(len(stats.counts))
+        yield from self.checker._counted("images", stats.n_images, self.checker.n_images, "images")
+        if self.image_counts is not None and not np.array_equal(stats.image_counts.numpy(), self.image_counts):
+            yield "counts other images than S does. Score the images again."
+
+    def features(self, path: Path) -> Iterator[str]:
+        table = FeatureTable.load(path)
+        yield from self._columns(len(table))
+        if unknown := set(table.column("feature_class").tolist()) - _CLASSES:
+            yield f"has the classes {sorted(unknown)}; allowed are {sorted(_CLASSES)}."
+        for name in ("density", "mean_act", "max_act"):
+            values = table.column(name).astype(np.float64)
+            if not np.isfinite(values).all() or (values < 0).any():
+                yield f"has values of {name} that are negative or not finite. Run `python -m train.analyze` again."
+        if "top_images" in table:
+            yield from self._top_images(table)
+        if "neighbours" in table:
+            yield from self._dangling("neighbours", table.column("neighbours"), self.n_features, "features")
+        if "silent_images" in table:
+            silent = table.column("silent_images")
+            yield from self._dangling("silent_images", silent, self.checker.n_images, "images")
+
+    def _top_images(self, table: FeatureTable) -> Iterator[str]:
+        top = table.column("top_images")
+        dangling = list(self._dangling("top_images", top, self.checker.n_images, "images"))
+        yield from dangling
+        if dangling or self.score_matrix is None or self.score_matrix.n_features != len(table):
+            return
+        scores = table.column("top_scores")
+        wrong = [f for f in range(len(table)) if not self._has_scores(f, top[f], scores[f])]
+        if wrong:
+            yield f"has top scores that are not those in S (features {wrong[:5]}). Run `python -m train.analyze` again."
+
+    def _has_scores(self, feature: int, images: list[int], scores: list[float]) -> bool:
+        assert self.score_matrix is not None
+        own = np.asarray(self.score_matrix.values[list(images), feature], dtype=np.float64)
+        return len(images) == len(scores) and bool(np.allclose(own, scores, rtol=2e-3, atol=1e-6))
+
+    def heatmaps(self, path: Path) -> Iterator[str]:
+        maps = Heatmaps.load(path)
+        features = np.asarray(maps.features)
+        yield from self._dangling("features", [features], self.n_features, "features")
+        yield from self._dangling("image_ids", [maps.image_ids[maps.image_ids >= 0]], self.checker.n_images, "images")
+        if len(features) and (np.diff(features) <= 0).any():
+            yield "does not list its features in rising order."
+        if maps.values.shape != (*maps.image_ids.shape, maps.rows * maps.cols):
+            yield f"has maps of shape {maps.values.shape} that fit neither its image ids nor its grid."
+        if not np.isfinite(maps.scale).all():
+            yield "has scales that are not finite."
+
+    def directions(self, path: Path) -> Iterator[str]:
+        header = read_header(path)
+        for name, (dtype, shape) in header.shapes.items():
+            if dtype.startswith("F") and not np.isfinite(np.asarray(map_array(path, name, header=header))).all():
+                yield f"{name} has values that are not finite. Run `python -m train.directions` again."
+            if shape and name in ("neighbours", "similarities", "positions"):
+                yield from self._columns(shape[0])
+        neighbours = self.run.load_directions(self.hookpoint)["neighbours"].numpy()
+        yield from self._dangling("neighbours", [neighbours], self.n_features, "features")
+
+    def demos(self, path: Path) -> Iterator[str]:
+        yield from self._shown(self.run.load_demos(self.hookpoint))
+
+    def swaps(self, path: Path) -> Iterator[str]:
+        swaps = self.run.load_swaps(self.hookpoint)
+        for number, swap in enumerate(swaps, 1):
+            if not all(isinstance(swap.get(name), str) for name in ("label", "new_label", "image")):
+                yield f"line {number} names no old and new label and picture. Run `python -m train.find_demos` again."
+        yield from self._shown([swap for swap in swaps if isinstance(swap.get("image"), str)])
+
+    def _shown(self, lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        for number, demo in enumerate(lines, 1):
+            for feature in (demo.get("feature"), *demo.get("new_features", ())):
+                if isinstance(feature, int) and self.n_features is not None and not 0 <= feature < self.n_features:
+                    yield f"line {number} is about feature {feature}, which does not exist."
+            picture = self.run.demo_image_path(self.hookpoint, demo["image"])
+            if not picture.is_file():
+                yield f"line {number} names the picture {picture.name}, which is not there."
+            elif fault := _picture_fault(picture.read_bytes()):
+                yield f"line {number} names the picture {picture.name}, which cannot be shown ({fault})."
+
+    def sheet(self, path: Path) -> Iterator[str]:
+        if fault := _picture_fault(path.read_bytes()):
+            yield f"cannot be shown ({fault}). Run `python -m train.render` again."
+
+    def _columns(self, n: int) -> Iterator[str]:
+        yield from self.checker._counted("features", n, self.n_features, "features at this hook point")
+        if self.n_features is None:
+            self.n_features = n
+
+    def _dangling(self, name: str, lists: Any, size: int | None, of: str) -> Iterator[str]:
+        ids = [np.asarray(entry, dtype=np.int64).ravel() for entry in lists]
+        every = np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)
+        wrong = every[(every < 0) | (every >= size)] if size is not None else every[:0]
+        if len(wrong):
+            yield f"{name} names {of} that do not exist, for example {int(wrong[0])} of {size}. Run its stage again."
+
+
+def _picture_fault(data: bytes) -> str | None:
+    """Why the bytes are no picture; None if they are."""
+    try:
+        Image.open(io.BytesIO(data)).load()
+    except (OSError, ValueError, SyntaxError) as error:
+        return str(error) or type(error).__name__
+    return None

@@ -1,0 +1,20 @@
+"""The run folder, on disk and on the Hub: the only place that spells its file names. Its tables and prompt files."""
+
+from typing import TYPE_CHECKING
+
+from fluxsae.lazy import hand_on
+
+if TYPE_CHECKING:
+    from fluxsae.runs.folder import RunFolder, RunInfo
+    from fluxsae.runs.prompts import load_prompts
+
+__all__ = ["RunFolder", "RunInfo", "load_prompts"]
+
+__getattr__, __dir__ = hand_on(
+    __name__,
+    {
+        "RunFolder": "folder",
+        "RunInfo": "folder",
+        "load_prompts": "prompts",
+    },
+)

@@ -1,0 +1,23 @@
+"""Sparse autoencoders: the model, its strict files, its metrics, its training and the kernels it runs on.
+
+`interop` reads and writes the files of other tools.
+"""
+
+from typing import TYPE_CHECKING
+
+from fluxsae.lazy import hand_on
+
+if TYPE_CHECKING:
+    from fluxsae.sae.model import SaeConfig, SaeOutput, SparseAutoencoder, TrainedOn
+
+__all__ = ["SaeConfig", "SaeOutput", "SparseAutoencoder", "TrainedOn"]
+
+__getattr__, __dir__ = hand_on(
+    __name__,
+    {
+        "SaeConfig": "model",
+        "SaeOutput": "model",
+        "SparseAutoencoder": "model",
+        "TrainedOn": "model",
+    },
+)

@@ -1,0 +1,285 @@
+"""Checkpoints of SAELens, sparsify and dictionary_learning, written and read without those libraries.
+
+The input normalisation folds away: with B = b_dec * input_scale + input_mean and pre' = input_scale * pre,
+
+    pre'  = (x - B) W_enc^T + input_scale * b_enc        x_hat = acts' W_dec + B
+
+so the others' acts are ours times input_scale, decoder rows stay unit, and thresholds scale along. Read back, B is
+b_dec, and input_mean and input_scale are 0 and 1. batchtopk and matryoshka become what they are outside training: a
+threshold.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.files import atomic_path, read_header, read_json, save_tensors, write_json
+from fluxsae.sae.model import Architecture, SaeConfig, SparseAutoencoder
+
+_SAELENS_VERSION = "6.0.0"
+_EQUAL_NORMS = 1e-4
+
+
+def to_saelens(sae: SparseAutoencoder, folder: str | Path) -> None:
+    """Writes `cfg.json` and `sae_weights.safetensors`, which `sae_lens.SAE.load_from_disk` reads (SAELens 6)."""
+    folded = _folded(sae)
+    tensors = {"W_enc": folded["W_enc"].T, "W_dec": folded["W_dec"], "b_enc": folded["b_enc"], "b_dec": folded["b_dec"]}
+    names: dict[Architecture, str] = {"l1": "standard", "topk": "topk"}
+    config: dict[str, Any] = {
+        "architecture": names.get(sae.config.architecture, "jumprelu"),
+        "d_in": sae.config.d_model,
+        "d_sae": sae.config.n_features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": _SAELENS_VERSION, **_origin(sae)},
+    }
+    if sae.config.architecture == "topk":
+        config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
+    if sae.config.has_threshold:
+        tensors["threshold"] = folded["threshold"]
+    save_tensors(Path(folder) / "sae_weights.safetensors", _contiguous(tensors))
+    write_json(Path(folder) / "cfg.json", config)
+
+
+def from_saelens(folder: str | Path) -> SparseAutoencoder:
+    """The SAE in a folder that SAELens 6 wrote: `standard`, `topk` or `jumprelu`.
+
+    Raises:
+        FluxSaeError: an architecture or a normalisation that has no equal here, tensors that do not fit.
+    """
+    path = Path(folder)
+    config = read_json(path / "cfg.json")
+    if config.get("normalize_activations", "none") not in ("none", None):
+        raise FluxSaeError(
+            f"{path} has normalize_activations {config['normalize_activations']!r}. Only 'none' can be read; fold the "
+            "normalisation into the weights with SAELens first."
+        )
+    tensors = _read(path / "sae_weights.safetensors")
+    kinds: dict[str, Architecture] = {"standard": "l1", "topk": "topk", "jumprelu": "jumprelu"}
+    architecture = _one_of(kinds, config.get("architecture"), path)
+    _require(
+        tensors, ["W_enc", "W_dec", "b_enc", "b_dec", *(["threshold"] if architecture == "jumprelu" else [])], path
+    )
+    parts = {**tensors, "W_enc": tensors["W_enc"].T}
+    if not config.get("apply_b_dec_to_input", True):
+        parts["b_enc"] = parts["b_enc"] + parts["W_enc"] @ parts["b_dec"]
+    rescales = bool(config.get("rescale_acts_by_decoder_norm", False))
+    return _build(architecture, config.get("k"), parts, path=path, gates_on_norms=rescales or architecture != "topk")
+
+
+def to_sparsify(sae: SparseAutoencoder, folder: str | Path) -> None:
+    """Writes `cfg.json` and `sae.safetensors`, which `sparsify.SparseCoder.load_from_disk` reads.
+
+    Raises:
+        FluxSaeError: any architecture but topk, the only one that sparsify has.
+    """
+    if sae.config.architecture != "topk":
+        raise FluxSaeError(
+            f"sparsify has no {sae.config.architecture} SAEs. Export topk, or export to SAELens or dictionary_learning."
+        )
+    folded = _folded(sae)
+    tensors = {
+        "encoder.weight": folded["W_enc"], "encoder.bias": folded["b_enc"], "W_dec": folded["W_dec"],
+        "b_dec": folded["b_dec"],
+    }  # fmt: skip
+    config = {
+        "activation": "topk",
+        "expansion_factor": max(1, sae.config.n_features // sae.config.d_model),
+        "normalize_decoder": True,
+        "num_latents": sae.config.n_features,
+        "k": sae.config.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": sae.config.d_model,
+    }
+    save_tensors(Path(folder) / "sae.safetensors", _contiguous(tensors))
+    write_json(Path(folder) / "cfg.json", config)
+
+
+def from_sparsify(folder: str | Path) -> SparseAutoencoder:
+    """The SAE in a folder that sparsify wrote.
+
+    Raises:
+        FluxSaeError: a transcoder, a skip connection, another activation than topk, tensors that do not fit.
+    """
+    path = Path(folder)
+    config = read_json(path / "cfg.json")
+    unlike = [name for name in ("skip_connection", "transcode") if config.get(name)]
+    if unlike or config.get("activation", "topk") != "topk":
+        raise FluxSaeError(f"{path} has {unlike or config['activation']}. Only plain topk SAEs have an equal here.")
+    tensors = _read(path / "sae.safetensors")
+    _require(tensors, ["encoder.weight", "encoder.bias", "W_dec", "b_dec"], path)
+    parts = {
+        "W_enc": tensors["encoder.weight"], "b_enc": tensors["encoder.bias"], "W_dec": tensors["W_dec"],
+        "b_dec": tensors["b_dec"],
+    }  # fmt: skip
+    return _build("topk", config.get("k"), parts, path=path, gates_on_norms=False)
+
+
+def to_dictionary_learning(sae: SparseAutoencoder, folder: str | Path) -> None:
+    """Writes `ae.pt` and `config.json`, which `dictionary_learning.utils.load_dictionary` reads."""
+    folded, config = _folded(sae), sae.config
+    linear = {"encoder.weight": folded["W_enc"], "encoder.bias": folded["b_enc"], "decoder.weight": folded["W_dec"].T}
+    class_name = _DICTIONARY_CLASSES[config.architecture]
+    tensors: dict[str, Tensor]
+    if config.architecture == "l1":
+        tensors = {"bias": folded["b_dec"], **linear}
+    elif config.architecture == "jumprelu":
+        tensors = {name: folded[name] for name in ("W_dec", "b_dec", "threshold")}
+        # Its encoder does not subtract b_dec unless told so by a flag that is not saved.
+        tensors |= {"W_enc": folded["W_enc"].T, "b_enc": folded["b_enc"] - folded["W_enc"] @ folded["b_dec"]}
+    else:
+        threshold = folded["threshold"][0] if config.has_threshold else torch.tensor(-1.0)
+        tensors = {"b_dec": folded["b_dec"], "k": torch.tensor(config.k), "threshold": threshold, **linear}
+    trainer = {
+        "dict_class": class_name,
+        "trainer_class": _TRAINER_CLASSES[config.architecture],
+        "activation_dim": config.d_model,
+        "dict_size": config.n_features,
+        "k": config.k,
+        **_origin(sae),
+    }
+    with atomic_path(Path(folder) / "ae.pt") as temporary:
+        torch.save(_contiguous(tensors), temporary)
+    write_json(Path(folder) / "config.json", {"trainer": trainer, "buffer": {}})
+
+
+_DICTIONARY_CLASSES: dict[Architecture, str] = {
+    "l1": "AutoEncoder", "topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE", "matryoshka": "BatchTopKSAE",
+    "jumprelu": "JumpReluAutoEncoder",
+}  # fmt: skip
+_TRAINER_CLASSES: dict[Architecture, str] = {
+    "l1": "StandardTrainer", "topk": "TopKTrainer", "batchtopk": "BatchTopKTrainer", "matryoshka": "BatchTopKTrainer",
+    "jumprelu": "JumpReluTrainer",
+}  # fmt: skip
+
+
+def from_dictionary_learning(folder: str | Path) -> SparseAutoencoder:
+    """The SAE in a folder that dictionary_learning wrote: `AutoEncoder`, `AutoEncoderTopK`, `BatchTopKSAE` or jumprelu.
+
+    Raises:
+        FluxSaeError: another class, a file that is no plain table of tensors, tensors that do not fit.
+    """
+    path = Path(folder)
+    trainer = read_json(path / "config.json").get("trainer", {})
+    kinds: dict[str, Architecture] = {
+        "AutoEncoder": "l1", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu",
+    }  # fmt: skip
+    architecture = _one_of(kinds, trainer.get("dict_class"), path)
+    tensors = _read_pickle(path / "ae.pt")
+    if architecture == "jumprelu":
+        _require(tensors, ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"], path)
+        encoder = tensors["W_enc"].T
+        parts = {**tensors, "W_enc": encoder, "b_enc": tensors["b_enc"] + encoder @ tensors["b_dec"]}
+        return _build(architecture, None, parts, path=path, gates_on_norms=True)
+    bias = "bias" if architecture == "l1" else "b_dec"
+    _require(tensors, ["encoder.weight", "encoder.bias", "decoder.weight", bias], path)
+    parts = {
+        "W_enc": tensors["encoder.weight"], "b_enc": tensors["encoder.bias"], "W_dec": tensors["decoder.weight"].T,
+        "b_dec": tensors[bias],
+    }  # fmt: skip
+    if architecture == "batchtopk":
+        _require(tensors, ["threshold"], path)
+        parts["threshold"] = tensors["threshold"]
+    k = int(tensors["k"]) if "k" in tensors else trainer.get("k")
+    return _build(architecture, k, parts, path=path, gates_on_norms=architecture == "l1")
+
+
+def _folded(sae: SparseAutoencoder) -> dict[str, Tensor]:
+    """The tensors without input normalisation; a threshold for each feature where there is one."""
+    scale, state = sae.input_scale.double(), {name: t.detach().double().cpu() for name, t in sae.state_dict().items()}
+    scale = scale.cpu()
+    folded = {
+        "W_enc": state["W_enc"],
+        "W_dec": state["W_dec"],
+        "b_enc": state["b_enc"] * scale,
+        "b_dec": state["b_dec"] * scale + state["input_mean"],
+    }
+    if sae.config.has_threshold:
+        folded["threshold"] = (state["threshold"] * scale).expand(sae.config.n_features)
+    return {name: tensor.float() for name, tensor in folded.items()}
+
+
+def _build(
+    architecture: Architecture, k: int | None, parts: Mapping[str, Tensor], *, path: Path, gates_on_norms: bool
+) -> SparseAutoencoder:
+    """The SAE with unit decoder rows; `gates_on_norms`: features may be rescaled without changing which are active."""
+    n_features, d_model = parts["W_dec"].shape
+    config = SaeConfig(
+        architecture=architecture, d_model=d_model, n_features=n_features,
+        k=k if architecture in ("topk", "batchtopk") else None,
+    )  # fmt: skip
+    norms = parts["W_dec"].double().norm(dim=1)
+    are_equal = float((norms / norms.mean() - 1).abs().max()) < _EQUAL_NORMS
+    if not are_equal and not gates_on_norms:
+        raise FluxSaeError(
+            f"{path}: the decoder rows have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}. Features "
+            f"compete in {architecture}, so making them unit would change the SAE. Normalise it where it is from."
+        )
+    sae = SparseAutoencoder(config, seed=None)
+    tensors = {
+        "W_enc": parts["W_enc"] * norms[:, None],
+        "W_dec": parts["W_dec"] / norms.clamp(min=1e-12)[:, None],
+        "b_enc": parts["b_enc"] * norms,
+        "b_dec": parts["b_dec"],
+    }
+    if config.has_threshold:
+        scaled = parts["threshold"] * norms
+        tensors["threshold"] = scaled if architecture == "jumprelu" else scaled.mean()
+    for name, tensor in tensors.items():
+        own = sae.state_dict()[name]
+        if own.shape != tensor.shape or not bool(torch.isfinite(tensor).all()):
+            raise FluxSaeError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}; expected are {tuple(own.shape)} finite numbers."
+            )
+        own.copy_(tensor)
+    return sae
+
+
+def _origin(sae: SparseAutoencoder) -> dict[str, Any]:
+    ground = sae.config.trained_on
+    return {} if ground is None else {"model_name": ground.flux_id, "hook_name": ground.hookpoint}
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    read_header(path)
+    return {name: tensor.float() for name, tensor in load_file(path).items()}
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FluxSaeError(f"{path} does not exist. Give a folder that dictionary_learning wrote.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise FluxSaeError(
+            f"{path} is no plain table of tensors ({type(error).__name__}); nothing else is read."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise FluxSaeError(f"{path} is no plain table of tensors; nothing else is read.")
+    return {name: tensor.float() for name, tensor in content.items()}
+
+
+def _one_of(kinds: Mapping[str, Architecture], name: object, path: Path) -> Architecture:
+    if name not in kinds:
+        raise FluxSaeError(f"{path} holds a {name!r}. What can be read is {', '.join(kinds)}.")
+    return kinds[str(name)]
+
+
+def _require(tensors: Mapping[str, Tensor], names: list[str], path: Path) -> None:
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise FluxSaeError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(sorted(tensors))}.")

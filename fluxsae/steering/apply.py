@@ -1,0 +1,419 @@
+"""Edits of SAE features applied inside a `with`: only the edit's own delta is added, nothing is reconstructed."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.flux import BlockCall, block_hooks, flux_identity, hookpoint_width, schedule_sigmas, token_grid
+from fluxsae.flux.hookpoints import HookPoint, TokenGrid
+from fluxsae.flux.hooks import TransformerCall
+from fluxsae.flux.settings import GenerationSettings
+from fluxsae.sae.model import SparseAutoencoder, TrainedOn
+from fluxsae.steering.edits import NEEDS_REFERENCE, HeatmapRegion, SteeringEdit, check_count, is_batched
+
+_READS_ACTS: Final = ("scale", "clamp", "ablate")
+DirectionOf = Callable[[SteeringEdit, int], Float[Tensor, " d_model"] | None]
+"""(edit, batch item) -> the unit vector to write in place of the feature's decoder row, or None for the row itself."""
+
+
+@dataclass(frozen=True)
+class EditedCall:
+    """What an edit did at one call of one block: for measurements."""
+
+    call: BlockCall
+    """The block's call, with the unedited tokens."""
+    delta: Float[Tensor, "batch tokens d_model"]
+    """What was added, fp32."""
+    edited: Float[Tensor, "batch tokens d_model"]
+    """The tokens that go on through the model."""
+
+
+def edit_coefficient(
+    mode: str,
+    strength: float,
+    *,
+    acts: Float[Tensor, "*tokens"],
+    projection: Float[Tensor, "*tokens"],
+    reference: float,
+    input_scale: float,
+) -> Float[Tensor, "*tokens"]:
+    """How much of the unit direction u_f one edit adds to each token, in raw FLUX units.
+
+    `acts` is z_f, `projection` is (x - input_mean) . u_f (raw units), `reference` is a_f; those that the mode does
+    not use only give the shape. The formulas are those of the modes' table; d_f = u_f * input_scale.
+    """
+    if mode == "scale":
+        return (strength - 1.0) * acts * input_scale
+    if mode == "add":
+        return torch.full_like(acts, strength * reference * input_scale)
+    if mode == "clamp":
+        return (strength * reference - acts) * input_scale
+    if mode == "ablate":
+        return -strength * acts * input_scale
+    assert mode == "project_out", mode
+    return -strength * projection
+
+
+def add_delta(x: Float[Tensor, "*shape"], delta: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x + delta, summed in fp32 and rounded once to x's dtype; bit for bit x where delta is zero, also for x = -0.0."""
+    summed = torch.where(delta == 0, x.to(delta.dtype), x.to(delta.dtype) + delta)
+    return summed.to(x.dtype)
+
+
+def edit_delta(
+    edit: SteeringEdit,
+    sae: SparseAutoencoder,
+    x: Float[Tensor, "batch tokens d_model"],
+    *,
+    acts: Float[Tensor, "batch tokens"] | None = None,
+    direction: Float[Tensor, " d_model"] | None = None,
+) -> Float[Tensor, "batch tokens d_model"]:
+    """What one edit adds to raw FLUX tokens `x`, fp32, window left aside.
+
+    `acts` are the feature's exact acts at `x` where already known. A unit `direction` is written in place of the
+    decoder row; how much of it is still read from the feature, so that a control has the edit's own norm.
+    """
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    u = _unit_row(sae, edit.feature, values)
+    if acts is None and _needs_acts(edit):
+        acts = sae.encode_features(x, [edit.feature])[..., 0]
+    z = values.new_zeros(values.shape[:-1]) if acts is None else acts.to(values)
+    projection = (values - sae.input_mean.to(values)) @ u if edit.mode == "project_out" else z
+    reference = float(sae.reference_acts[edit.feature])
+    coefficient = edit_coefficient(
+        edit.mode,
+        edit.strength,
+        acts=z,
+        projection=projection,
+        reference=reference,
+        input_scale=float(sae.input_scale),
+    )
+    written = u if direction is None else direction.to(values)
+    return (coefficient * region_mask(edit, z, reference=reference))[..., None] * written
+
+
+def region_mask(
+    edit: SteeringEdit, acts: Float[Tensor, "batch tokens"], *, reference: float
+) -> Float[Tensor, "#batch #tokens"]:
+    """1 where the edit acts and 0 elsewhere."""
+    if edit.region is None:
+        return acts.new_ones((1, 1))
+    if isinstance(edit.region, HeatmapRegion):
+        return (acts > edit.region.threshold * reference).to(acts.dtype)
+    return acts.new_tensor(list(itertools.chain.from_iterable(edit.region)))[None]
+
+
+Edits = Sequence[SteeringEdit] | Sequence[Sequence[SteeringEdit]]
+
+
+@contextmanager
+def steer(
+    pipe: Any,
+    saes: Mapping[HookPoint, SparseAutoencoder],
+    edits: Edits,
+    *,
+    settings: GenerationSettings | None = None,
+    allow_mismatch: bool = False,
+    direction_of: DirectionOf | None = None,
+    on_edit: Callable[[EditedCall], None] | None = None,
+) -> Iterator[None]:
+    """Applies `edits` to every generation of `pipe` inside the `with`, on the conditional pass.
+
+    Args:
+        pipe: a FluxPipeline; its hooks are gone when the `with` ends, however it ends.
+        saes: the SAE of each hook point that an edit names, on the pipeline's device.
+        edits: one flat list for all images of a batch, or one list an image.
+        settings: those of the generations to come, where known: windows, regions and SAEs are then checked against
+            them here, and otherwise before the first block of each generation runs.
+        allow_mismatch: use SAEs also with another model, image size or guidance than they were trained on.
+        direction_of: vectors to write in place of decoder rows (controls).
+        on_edit: called after each edited call, with what was added.
+
+    Raises:
+        FluxSaeError: an edit does not fit the SAE, the SAE not the pipeline, or window and region not the images.
+    """
+    saes = {HookPoint.parse(hookpoint): sae for hookpoint, sae in saes.items()}
+    check_edits(pipe, saes, edits, settings=settings, allow_mismatch=allow_mismatch)
+    per_item = _per_item(edits)
+    hookpoints = sorted({edit.hookpoint for item in per_item for edit in item})
+    handlers = {
+        hookpoint: _SteeredHookpoint(
+            sae=saes[hookpoint],
+            per_item=[sorted((e for e in item if e.hookpoint == hookpoint), key=_order) for item in per_item],
+            is_flat=not is_batched(edits),
+            direction_of=direction_of,
+            on_edit=on_edit,
+        )
+        for hookpoint in hookpoints
+    }
+
+    def check_run(call: TransformerCall) -> None:
+        if call.is_first_of_run:
+            _check_batch(edits, len(call.inputs["hidden_states"]))
+            _check_devices(saes, hookpoints, call.inputs["hidden_states"].device)
+            _check_facts(saes, per_item, _RunFacts.from_call(pipe, call), allow_mismatch=allow_mismatch)
+
+    with block_hooks(pipe, handlers, on_call=check_run):
+        yield
+
+
+def check_edits(
+    pipe: Any,
+    saes: Mapping[HookPoint, SparseAutoencoder],
+    edits: Edits,
+    *,
+    settings: GenerationSettings | None = None,
+    allow_mismatch: bool = False,
+) -> None:
+    """Refuses edits that cannot be applied, before any model work.
+
+    Raises:
+        FluxSaeError: what is wrong, what is allowed and what to do.
+    """
+    per_item = _per_item(edits)
+    for item in per_item:
+        check_count(item)
+        for edit in item:
+            _check_edit(pipe, saes, edit)
+    if settings is not None:
+        _check_facts(saes, per_item, _RunFacts.from_settings(pipe, settings), allow_mismatch=allow_mismatch)
+
+
+def edit_window(edit: SteeringEdit, sae: SparseAutoencoder, sigmas: Sequence[float]) -> tuple[int, int]:
+    """The half-open window of steps in which an edit acts on a schedule: its own, or the SAE's trained sigmas.
+
+    The trained range is widened by the tolerance that the SAE records.
+
+    Raises:
+        FluxSaeError: the window ends outside the schedule, or no step lies in the trained range.
+    """
+    if edit.steps is not None:
+        _check_window(edit, len(sigmas))
+        return edit.steps
+    low, high = _trained_range(edit, sae)
+    steps = [step for step, sigma in enumerate(sigmas) if low <= sigma <= high]
+    if not steps:
+        raise FluxSaeError(
+            f"The SAE at {edit.hookpoint} was trained at sigma {low:.3f} to {high:.3f} (with its tolerance), and none "
+            f"of this schedule's {len(sigmas)} steps lies there. Give the edit a window with steps=[start, stop], or "
+            "use the number of steps that the SAE was trained with."
+        )
+    return steps[0], steps[-1] + 1
+
+
+@dataclass(frozen=True, eq=False)
+class _SteeredHookpoint:
+    """The handler of one hook point: every item of the batch gets its own edits' deltas, summed in canonical order."""
+
+    sae: SparseAutoencoder
+    per_item: list[list[SteeringEdit]]
+    is_flat: bool
+    direction_of: DirectionOf | None
+    on_edit: Callable[[EditedCall], None] | None
+
+    @torch.no_grad()
+    def __call__(self, call: BlockCall) -> Tensor | None:
+        if not call.is_conditional:
+            return None
+        x = call.tokens.to(torch.promote_types(call.tokens.dtype, torch.float32))
+        delta = torch.zeros_like(x)
+        for item, edits in enumerate(self.per_item):
+            active = [edit for edit in edits if _is_active(edit, self.sae, call)]
+            rows = slice(None) if self.is_flat else slice(item, item + 1)
+            delta[rows] += self._summed_delta(x[rows], active, item)
+        edited = add_delta(call.tokens, delta)
+        if self.on_edit is not None:
+            self.on_edit(EditedCall(call, delta, edited))
+        return edited
+
+    def _summed_delta(self, x: Tensor, edits: list[SteeringEdit], item: int) -> Tensor:
+        delta = torch.zeros_like(x)
+        features = sorted({edit.feature for edit in edits if _needs_acts(edit)})
+        acts = dict(zip(features, self.sae.encode_features(x, features).unbind(-1), strict=True)) if features else {}
+        for edit in edits:
+            direction = None if self.direction_of is None else self.direction_of(edit, item)
+            delta += edit_delta(edit, self.sae, x, acts=acts.get(edit.feature), direction=direction)
+        return delta
+
+
+@dataclass(frozen=True)
+class _RunFacts:
+    """What a generation is, as far as edits and SAEs care."""
+
+    grid: TokenGrid
+    sigmas: tuple[float, ...]
+    guidance_scale: float | None
+    flux_id: str
+    flux_revision: str | None
+
+    @classmethod
+    def from_settings(cls, pipe: Any, settings: GenerationSettings) -> "_RunFacts":
+        guidance = settings.guidance_scale if pipe.transformer.config.guidance_embeds else None
+        return cls(token_grid(pipe, settings), tuple(schedule_sigmas(pipe, settings)), guidance, *flux_identity(pipe))
+
+    @classmethod
+    def from_call(cls, pipe: Any, call: TransformerCall) -> "_RunFacts":
+        rows, cols = (int(last) + 1 for last in call.inputs["img_ids"][..., 1:].reshape(-1, 2).amax(dim=0))
+        guidance = call.inputs.get("guidance")
+        scale = None if guidance is None else float(guidance.flatten()[0])
+        return cls(TokenGrid(rows, cols), call.sigmas, scale, *flux_identity(pipe))
+
+
+def _per_item(edits: Edits) -> list[list[SteeringEdit]]:
+    return [list(item) for item in edits] if is_batched(edits) else [list(edits)]  # type: ignore[arg-type]
+
+
+def _order(edit: SteeringEdit) -> tuple[HookPoint, int, str]:
+    # Beyond (hookpoint, feature) any fixed order will do: floating-point sums must not depend on the caller's order.
+    return edit.hookpoint, edit.feature, edit.to_json()
+
+
+def _needs_acts(edit: SteeringEdit) -> bool:
+    return edit.mode in _READS_ACTS or isinstance(edit.region, HeatmapRegion)
+
+
+def _unit_row(sae: SparseAutoencoder, feature: int, like: Tensor) -> Tensor:
+    return sae.W_dec[feature].detach().to(like)
+
+
+def _is_active(edit: SteeringEdit, sae: SparseAutoencoder, call: BlockCall) -> bool:
+    if edit.steps is not None:
+        return edit.steps[0] <= call.step < edit.steps[1]
+    low, high = _trained_range(edit, sae)
+    return low <= call.sigma <= high
+
+
+def _trained_range(edit: SteeringEdit, sae: SparseAutoencoder) -> tuple[float, float]:
+    ground = sae.config.trained_on
+    if ground is None:
+        raise FluxSaeError(
+            f"The edit of feature {edit.feature} has no steps, and the SAE at {edit.hookpoint} does not say at which "
+            "noise levels it was trained. Give the edit a window with steps=[start, stop]."
+        )
+    return min(ground.sigmas) - ground.sigma_tolerance, max(ground.sigmas) + ground.sigma_tolerance
+
+
+def _check_edit(pipe: Any, saes: Mapping[HookPoint, SparseAutoencoder], edit: SteeringEdit) -> None:
+    hookpoint = edit.hookpoint
+    if hookpoint not in saes:
+        raise FluxSaeError(
+            f"There is no SAE for hook point {hookpoint}; there is one for: {', '.join(map(str, sorted(saes)))}."
+        )
+    config, width = saes[hookpoint].config, hookpoint_width(pipe, hookpoint)
+    if config.d_model != width:
+        raise FluxSaeError(
+            f"The SAE reads activations of width {config.d_model}, but {hookpoint} of this model gives {width}. "
+            "Use the SAE that was trained at this hook point of this model."
+        )
+    if edit.feature >= config.n_features:
+        raise FluxSaeError(
+            f"feature is {edit.feature}; the SAE at {hookpoint} has features 0 to {config.n_features - 1}."
+        )
+    if edit.mode in NEEDS_REFERENCE and not float(saes[hookpoint].reference_acts[edit.feature]) > 0:
+        raise FluxSaeError(
+            f"Mode {edit.mode} counts in multiples of the reference activation, and that of feature {edit.feature} at "
+            f"{hookpoint} is unknown (it never fired on held-out images). Use scale, ablate or project_out, or score "
+            "the SAE again on more images."
+        )
+    threshold = edit.region.threshold if isinstance(edit.region, HeatmapRegion) else 0.0
+    if threshold > 0 and not float(saes[hookpoint].reference_acts[edit.feature]) > 0:
+        raise FluxSaeError(
+            f"The region's threshold {threshold:g} is a fraction of the reference activation, and that of "
+            f"feature {edit.feature} at {hookpoint} is unknown. Use threshold 0, every token where the feature fires."
+        )
+    if hookpoint.stream == "text" and isinstance(edit.region, tuple):
+        raise FluxSaeError(f"{hookpoint} holds text tokens, which have no grid. Leave region out, or use a heatmap.")
+    if edit.steps is None:
+        _trained_range(edit, saes[hookpoint])
+
+
+def _check_facts(
+    saes: Mapping[HookPoint, SparseAutoencoder],
+    per_item: list[list[SteeringEdit]],
+    facts: _RunFacts,
+    *,
+    allow_mismatch: bool,
+) -> None:
+    for edit in itertools.chain.from_iterable(per_item):
+        edit_window(edit, saes[edit.hookpoint], facts.sigmas)
+        _check_region(edit, facts.grid)
+    if not allow_mismatch:
+        for hookpoint in sorted({edit.hookpoint for item in per_item for edit in item}):
+            ground = saes[hookpoint].config.trained_on
+            if ground is not None:
+                _check_ground(hookpoint, ground, facts)
+
+
+def _check_window(edit: SteeringEdit, n_steps: int) -> None:
+    if edit.steps is not None and edit.steps[1] > n_steps:
+        raise FluxSaeError(
+            f"steps is {list(edit.steps)}, but the schedule has {n_steps} steps. "
+            f"Allowed is 0 <= start <= stop <= {n_steps}."
+        )
+
+
+def _check_region(edit: SteeringEdit, grid: TokenGrid) -> None:
+    if not isinstance(edit.region, tuple):
+        return
+    rows, cols = len(edit.region), len(edit.region[0])
+    if (rows, cols) != (grid.rows, grid.cols):
+        raise FluxSaeError(
+            f"region has {rows} rows of {cols}, but the images' token grid has {grid.rows} rows of {grid.cols}. "
+            "Give one value a token."
+        )
+
+
+def _check_ground(hookpoint: HookPoint, ground: TrainedOn, facts: _RunFacts) -> None:
+    remedy = "Generate as it was trained, or allow the mismatch explicitly (allow_mismatch=True)."
+    if ground.hookpoint != str(hookpoint):
+        raise FluxSaeError(
+            f"The SAE given for {hookpoint} was trained at {ground.hookpoint}. Use it there, or allow the mismatch "
+            "explicitly (allow_mismatch=True)."
+        )
+    if not _is_same_flux(ground, facts):
+        raise FluxSaeError(
+            f"The SAE at {hookpoint} was trained on {ground.flux_id} ({ground.flux_revision}), "
+            f"not on {facts.flux_id} ({facts.flux_revision}). {remedy}"
+        )
+    if hookpoint.stream == "image" and ground.n_tokens != facts.grid.n_tokens:
+        raise FluxSaeError(
+            f"The SAE at {hookpoint} was trained on images of {ground.height} x {ground.width} pixels "
+            f"({ground.n_tokens} tokens), not of {facts.grid.n_tokens} tokens. {remedy}"
+        )
+    if facts.guidance_scale is not None and abs(ground.guidance_scale - facts.guidance_scale) > 1e-3:
+        raise FluxSaeError(
+            f"The SAE at {hookpoint} was trained at guidance_scale {ground.guidance_scale:g}, "
+            f"not {facts.guidance_scale:g}. {remedy}"
+        )
+
+
+def _is_same_flux(ground: TrainedOn, facts: _RunFacts) -> bool:
+    if ground.flux_revision is not None and facts.flux_revision is not None:
+        return ground.flux_revision == facts.flux_revision
+    return ground.flux_id == facts.flux_id or "unknown" in (ground.flux_id, facts.flux_id)
+
+
+def _check_batch(edits: Edits, batch: int) -> None:
+    if is_batched(edits) and len(edits) != batch:
+        raise FluxSaeError(
+            f"{len(edits)} lists of edits were given for a batch of {batch} images. Give one list an image, or one "
+            "flat list for all of them."
+        )
+
+
+def _check_devices(
+    saes: Mapping[HookPoint, SparseAutoencoder], hookpoints: Sequence[HookPoint], device: torch.device
+) -> None:
+    for hookpoint in hookpoints:
+        if saes[hookpoint].W_dec.device != device:
+            raise FluxSaeError(
+                f"The SAE at {hookpoint} is on {saes[hookpoint].W_dec.device} and FLUX runs on {device}. "
+                f"Move it with sae.to({str(device)!r})."
+            )

@@ -1,0 +1,1 @@
+"""What every tab uses: colours, elements, texts, the shared scripts and styles."""

@@ -1,0 +1,1 @@
+"""The About tab: what this is, its figures and its endpoints."""

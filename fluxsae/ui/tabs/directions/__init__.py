@@ -1,0 +1,1 @@
+"""The Directions tab: the map of features, their neighbours, and layers compared."""

@@ -1,0 +1,1 @@
+"""The Gallery tab: features that mean something, and their cards."""

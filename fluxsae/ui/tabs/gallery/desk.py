@@ -1,0 +1,252 @@
+"""What the Gallery tab and its endpoints ask for, from the run folder alone."""
+
+import functools
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.features.cards import CardIndex, FeatureCard
+from fluxsae.pictures.heatmaps import feature_colour, overlay
+from fluxsae.ui.kit import views
+from fluxsae.ui.kit.snippets import snippets
+from fluxsae.ui.serve.schemas import FeatureRequest, SearchRequest
+from fluxsae.ui.serve.session import Workbench
+
+PAGE = 24
+"""Cards shown at first, and added by each "show more"."""
+THUMBS = 3
+PICTURES = 8
+SORTS = {
+    "best": "Most meaningful first",
+    "strongest": "Strongest first",
+    "frequent": "Fires most often first",
+    "rare": "Fires most rarely first",
+    "number": "By number",
+}
+CLASSES = {"any": "Any", "rare": "Rare", "common": "Common", "very common": "Very common", "dead": "Dead"}
+REASONS = {
+    "number": "by its number",
+    "label": "by its label",
+    "words": "by the words of its captions",
+    "clip": "by likeness to its images (CLIP)",
+    "best": "among the best",
+}
+
+
+class GalleryDesk:
+    """The Gallery tab's questions, answered from the cards."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.limits = bench.limits
+        self._lock = threading.Lock()
+
+    def search(self, request: SearchRequest) -> list[dict[str, Any]]:
+        """Features that a query finds, best first, with the reason."""
+        cards = self.bench.cards[request.hookpoint]
+        embedder = self.bench.embedder if needs_clip(request.query) else None
+        hits = cards.search(request.query, limit=request.limit, embedder=embedder)
+        return [{**views.summary(cards, hit.feature), "reason": hit.reason, "score": hit.score} for hit in hits]
+
+    def gallery(  # noqa: PLR0917 - the order of the tab's inputs
+        self, query: Any, hookpoint: Any, feature_class: Any, coherent_only: Any, sort: Any, shown: Any = PAGE
+    ) -> dict[str, Any]:
+        """The page's cards for a query and its filters."""
+        chosen_class = feature_class if feature_class in CLASSES else "any"
+        chosen_sort = sort if sort in SORTS else "best"
+        n_shown = int(shown) if isinstance(shown, int) else PAGE
+        try:
+            request = SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=100)
+            with self._lock:  # what many ask for at once is found once
+                return self._gallery(request, chosen_class, bool(coherent_only), chosen_sort, n_shown)
+        except FluxSaeError as error:  # too long, or a number that no feature has
+            return {"rows": 0, "cols": 0, "summary": str(error), "cards": [], "more": None, "code": None}
+
+    @functools.lru_cache(maxsize=32)  # noqa: B019 - one desk a page, for as long as it is served
+    def _gallery(
+        self, request: SearchRequest, feature_class: str, coherent_only: bool, sort: str, shown: int
+    ) -> dict[str, Any]:
+        cards = self.bench.cards[request.hookpoint]
+        reasons = self._found(request)
+        kept = _passing(cards, list(reasons), feature_class, coherent_only)
+        chosen = _sorted(cards, kept, sort)
+        page = chosen[: min(int(shown), 20 * PAGE)]
+        left = len(chosen) - len(page)
+        return {
+            "rows": cards.info.rows,
+            "cols": cards.info.cols,
+            "summary": _summary_words(request.query, [reasons[feature] for feature in kept], len(cards)),
+            "cards": [{**self._card(cards, feature), "reason": reasons[feature]} for feature in page],
+            "more": f"Show {min(PAGE, left)} more of {left}" if left else None,
+            "code": snippets("search_features", {**request.model_dump(), "limit": PAGE}, "features"),
+        }
+
+    def page(self, chosen: Any, *, closable: bool = True) -> dict[str, Any]:
+        """One feature's page."""
+        if not isinstance(chosen, Mapping):
+            raise FluxSaeError("Choose a feature first: its hook point and number are missing.")
+        request = FeatureRequest.parse(self.limits, hookpoint=chosen.get("hookpoint"), feature=chosen.get("feature"))
+        cards = self.bench.cards[request.hookpoint]
+        card = cards[request.feature]
+        return {
+            **views.chip(views.summary(cards, request.feature)),
+            "at": time.monotonic(),  # closed and chosen again, it is shown again
+            "word": f"{self.bench.word(request.hookpoint)} ({request.hookpoint})",
+            "closable": closable,
+            "rows": cards.info.rows,
+            "cols": cards.info.cols,
+            "sentence": sentence(card),
+            "pictures": views.card_pictures(cards, card, limit=PICTURES),
+            "silent": [_silent(cards, image) for image in card.silent_images[:4]],
+            "facts": facts(card),
+            **_histogram(card),
+            "steps": list(card.steps),
+            "step_profile": list(card.step_profile),
+            "neighbours": [_other(other) for other in card.neighbours[:10]],
+            "coactive": [_other(other) for other in card.coactive[:10]],
+            "code": snippets("feature", request.model_dump(), "card, top_images"),
+            "link": views.encode_view({"tab": "gallery", **request.model_dump()}),
+            "versions": dict(self.bench.versions),
+        }
+
+    def feature(self, request: FeatureRequest) -> tuple[dict[str, Any], list[tuple[Image.Image, str]]]:
+        """A card as JSON, and its top images with overlays."""
+        cards = self.bench.cards[request.hookpoint]
+        card = cards[request.feature]
+        heat = cards.heatmaps(request.feature)
+        pictures = [
+            (
+                overlay(cards.picture(top.image_id), heat[top.image_id], min_side=views.OVERLAY_SIDE),
+                f"{top.prompt} (seed {top.seed}): {100 * top.score / card.max_act:.0f} % of its maximum",
+            )
+            for top in card.top_images
+            if top.image_id in heat
+        ]
+        return card.to_dict(), pictures
+
+    def _found(self, request: SearchRequest) -> dict[int, str]:
+        """Feature -> why it was found, best first; every feature for an empty query."""
+        if not request.query:
+            return dict.fromkeys(self.bench.cards[request.hookpoint].ranked, "best")
+        return {hit["feature"]: hit["reason"] for hit in self.search(request)}
+
+    def _card(self, cards: CardIndex, feature: int) -> dict[str, Any]:
+        pictures = views.card_pictures(cards, cards[feature], limit=THUMBS)
+        return {**views.chip(views.summary(cards, feature)), "pictures": pictures}
+
+
+def needs_clip(query: str) -> bool:
+    """Whether a query is words rather than a number."""
+    return bool(query.strip()) and not query.strip().lstrip("#").isdigit()
+
+
+def _passing(cards: CardIndex, features: list[int], feature_class: str, coherent_only: bool) -> list[int]:
+    table = cards.features
+    if feature_class != "any":
+        classes = table.column("feature_class")
+        features = [feature for feature in features if classes[feature] == feature_class]
+    if coherent_only:
+        coherent = table.column("is_coherent") if "is_coherent" in table else [False] * len(table)
+        features = [feature for feature in features if coherent[feature]]
+    return features
+
+
+def _sorted(cards: CardIndex, features: list[int], sort: Any) -> list[int]:
+    density, strength = cards.features.column("image_density"), cards.features.column("max_act")
+    keys: dict[Any, Any] = {
+        "strongest": lambda f: -float(strength[f]),
+        "frequent": lambda f: -float(density[f]),
+        "rare": lambda f: (density[f] == 0, float(density[f])),
+        "number": lambda f: f,
+    }
+    return sorted(features, key=keys[sort]) if sort in keys else features
+
+
+def _summary_words(query: str, reasons: Sequence[str], n_all: int) -> str:
+    """How many features a query found, and by what."""
+    if not query:
+        return f"{len(reasons):,} of {n_all:,} features; those that mean something first"
+    n_words, n_alike = reasons.count("words"), reasons.count("clip")
+    parts = [f"{len(reasons) - n_words - n_alike:,} of {n_all:,} features match “{query}” by name"]
+    parts += [f"{n_words:,} more by the captions of their best images"] if n_words else []
+    parts += [f"{n_alike:,} more by likeness of their images to it (CLIP)"] if n_alike else []
+    return "; ".join(parts)
+
+
+def _other(other: Any) -> dict[str, Any]:
+    return {
+        "feature": other.feature,
+        "label": other.label,
+        "similarity": other.similarity,
+        "colour": feature_colour(other.label),
+    }
+
+
+def _histogram(card: FeatureCard) -> dict[str, list[Any]]:
+    """The bins of a card's histogram between the first and the last that hold something, with their edges."""
+    filled = np.flatnonzero(card.histogram)
+    if not len(filled):
+        return {"histogram": [], "histogram_edges": []}
+    first, last = int(filled[0]), int(filled[-1]) + 1
+    edges = list(card.histogram_edges[first : last + 1])
+    edges[-1] = card.max_act  # the outer bins are open
+    edges[0] = min(edges[0], card.max_act)
+    return {"histogram": list(card.histogram[first:last]), "histogram_edges": edges}
+
+
+def _silent(cards: CardIndex, image_id: int) -> dict[str, Any]:
+    row = cards.images[image_id]
+    return {"image": views.webp_url(row.thumbnail), "prompt": row.prompt, "seed": row.seed, "map": None}
+
+
+def sentence(card: FeatureCard) -> str:
+    """What is known of a feature, in plain words."""
+    if card.max_act == 0:
+        return "This feature never fired on the images of this run: a dead feature."
+    often = f"It fires on {_share(card.image_density)} of the images and {_share(card.density)} of all patches"
+    words = ", ".join(f"“{word}”" for word in card.caption_words[:4])
+    about = f"; captions of its best images say {words} more often than others" if words else ""
+    if card.coherence is None:
+        return f"{often}{about}."
+    is_sure = card.q_value is not None and card.q_value <= 0.05
+    alike = "look more alike than chance" if is_sure else "look no more alike than chance would have it"
+    return f"{often}{about}. Its best images {alike}."
+
+
+def _share(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %" if fraction < 0.1 else f"{100 * fraction:.0f} %"
+
+
+def facts(card: FeatureCard) -> list[list[str]]:
+    """Statistics with their meaning: term, value, explanation."""
+    rows: list[tuple[str, Any, str]] = [
+        ("Fires on images", _share(card.image_density), "share of images with at least one patch where it fires"),
+        ("Fires on patches", _share(card.density), "share of all image patches (its density)"),
+        ("Class", card.feature_class, "dead, rare, common or very common, by density"),
+        ("Mean when it fires", f"{card.mean_act:.3g}", "activation units of the autoencoder"),
+        ("Maximum", f"{card.max_act:.3g}", "activation units; the heat scale ends here"),
+        ("Coherence", _number(card.coherence), "mean likeness (CLIP cosine) of its best images"),
+        ("Chance of that", _number(card.p_value), "p-value against random images on which features fire"),
+        ("Monosemanticity", _number(card.monosemanticity), "likeness of images weighted by how strongly it fires"),
+        ("Where it fires", _place(card.spatial_spread), "0 always the same place, 1 everywhere alike"),
+        ("Reads what it writes", _number(card.alignment), "cosine of its encoder and decoder directions"),
+    ]
+    return [[term, value, help] for term, value, help in rows if value is not None]
+
+
+def _number(value: float | None) -> str | None:
+    if value is None:
+        return None
+    if 0 < abs(value) < 0.001:
+        return "below 0.001"
+    return f"{value:.2g}" if abs(value) < 0.1 else f"{value:.2f}"
+
+
+def _place(spread: float) -> str:
+    word = "always the same place" if spread < 0.5 else "some places more" if spread < 0.85 else "everywhere alike"
+    return f"{word} ({spread:.2f})"

@@ -1,0 +1,1 @@
+"""The Heatmap tab: what fires in one picture, and where."""

@@ -1,0 +1,1 @@
+"""The Steer tab: features turned up or down, swaps, strips and recipes."""

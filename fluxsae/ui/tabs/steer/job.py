@@ -1,0 +1,128 @@
+"""What the Steer tab and its endpoints have FLUX do: an image in several variants, and what each edit did."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from PIL import Image
+
+from fluxsae.flux.hookpoints import HookPoint, TokenGrid
+from fluxsae.steering.edits import Recipe, SaeSource, SteeringEdit
+from fluxsae.ui.serve.lane import OnStep
+from fluxsae.ui.serve.reading import NOTHING, Unread, unread
+from fluxsae.ui.serve.session import Workbench
+
+CONTROL_SEED: Final = 0
+EMBEDDED_RUN: Final = "fluxsae/miniature/run"
+
+
+@dataclass(frozen=True, eq=False)
+class Steered:
+    """Images of one sweep, with what each variant did to the first."""
+
+    images: tuple[Image.Image, ...]
+    recipes: tuple[Recipe, ...]
+    measurements: tuple[dict[str, Any] | None, ...]
+    unread: Unread = NOTHING
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory held, roughly."""
+        return sum(image.width * image.height * 3 for image in self.images) + 4096
+
+
+@dataclass(frozen=True)
+class SteerJob:
+    """Make an image in several variants, the first one unedited, and measure what each edit did."""
+
+    variants: tuple[tuple[SteeringEdit, ...], ...]
+    prompt: str
+    seed: int
+    num_inference_steps: int
+    control: int = -1
+    """The variant that writes random directions in place of the features' own; -1 for none."""
+
+    @property
+    def seconds(self) -> float:
+        """GPU seconds it may need."""
+        return 15 + 0.6 * self.num_inference_steps * len(self.variants)
+
+    def run(self, bench: Workbench, on_step: OnStep) -> Steered:
+        """The images, their recipes and measurements."""
+        from fluxsae.steering.measurements import EditRecorder
+        from fluxsae.steering.sweeps import sweep
+
+        saes = {HookPoint.parse(name): sae for name, sae in bench.saes.items()}
+        settings = bench.settings(self.num_inference_steps)
+        recorder = EditRecorder(bench.pipe, saes, self.variants, limits=bench.token_limits)
+        with recorder.watch():
+            found = sweep(
+                bench.pipe,
+                saes,
+                self.variants,
+                prompt=self.prompt,
+                seed=self.seed,
+                settings=settings,
+                origin=run_origin(bench),
+                direction_of=self._direction_of(bench, saes) if self.control >= 0 else None,
+                on_edit=recorder.record,
+                on_progress=lambda done, total: on_step(done - 1, total),
+            )
+        measured = self._measured(bench, [variant.image for variant in found], recorder.recorded)
+        recipes = tuple(variant.recipe for variant in found)
+        images = tuple(variant.image for variant in found)
+        return Steered(images, recipes, measured, unread(bench.pipe, self.prompt, settings))
+
+    def _direction_of(self, bench: Workbench, saes: Mapping[HookPoint, Any]) -> Any:
+        from fluxsae.steering.measurements import random_directions
+
+        def direction_of(edit: SteeringEdit, item: int) -> torch.Tensor | None:
+            if item != self.control:
+                return None
+            width = saes[edit.hookpoint].config.d_model
+            return random_directions(width, 1, seed=CONTROL_SEED + edit.feature)[0].to(bench.device)
+
+        return direction_of
+
+    def _measured(
+        self, bench: Workbench, images: Sequence[Image.Image], recorded: Sequence[Any]
+    ) -> tuple[dict[str, Any] | None, ...]:
+        from fluxsae.steering.measurements import SAFE_UP_TO, measure_edit
+        from fluxsae.steering.naturalness import denoising_errors
+
+        errors = denoising_errors(bench.pipe, images, bench.settings(self.num_inference_steps))
+        grid = TokenGrid(bench.limits.rows, bench.limits.cols)
+        values: list[dict[str, Any] | None] = [None]
+        for image, seen, error in zip(images[1:], recorded[1:], errors[1:], strict=True):
+            measured = measure_edit(
+                images[0],
+                image,
+                seen,
+                grid=grid,
+                distance=bench.distance,
+                embedder=bench.embedder,
+                prompt=self.prompt,
+                denoising_errors=(errors[0], error),
+            )
+            values.append(
+                {
+                    **measured.to_dict(),
+                    "distance_of_unrelated": bench.unrelated_distance,
+                    "is_safe": measured.is_safe,
+                    "safe_up_to": dict(SAFE_UP_TO),
+                }
+            )
+        return tuple(values)
+
+
+def run_origin(bench: Workbench) -> Any:
+    """Where the models of this page's recipes come from."""
+    from fluxsae.steering.sweeps import Origin
+
+    repo, _, revision = (EMBEDDED_RUN if bench.source == "embedded" else bench.source).partition("@")
+    saes = tuple(
+        SaeSource(HookPoint.parse(name), repo, bench.run.sae_subfolder(name), revision or None)
+        for name in bench.hookpoints
+    )
+    return Origin(bench.info.flux_id, bench.info.flux_revision, saes)

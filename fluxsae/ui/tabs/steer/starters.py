@@ -1,0 +1,140 @@
+"""Recipes that work, to begin with on the Steer tab: swaps of one name for another, and features taken away."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from PIL import Image
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.pictures.grids import split_pictures
+from fluxsae.steering.edits import Recipe, SteeringEdit
+from fluxsae.ui.kit import views
+from fluxsae.ui.serve.session import Workbench
+from fluxsae.ui.tabs.steer.words import LEAST_SEEN, share_seen, short_words
+
+log = logging.getLogger("fluxsae.app")
+
+MAX_STARTERS: Final = 6
+MAX_SWAPS: Final = 4
+SEEN: Final = 0.15
+"""Share of the best one's score, as CLIP sees it, from which a starter shows what its name says."""
+SliderOf = Callable[[SteeringEdit], dict[str, Any]]
+
+
+def find_starters(bench: Workbench, slider_of: SliderOf) -> list[dict[str, Any]]:
+    """Swaps first, those that change least else before others; then features taken away, the clearest first.
+
+    `slider_of` gives the slider that stands for an edit, and refuses an edit that none does.
+    """
+    places = list(reversed(bench.hookpoints))
+    swaps = [(name, swap) for name in places for swap in bench.run.load_swaps(name)]
+    swapped = [starter for name, swap in swaps if (starter := _swapped(bench, slider_of, name, swap)) is not None]
+    found = _each_first(_clear(swapped), lambda starter: starter["edits"][0]["feature"])[:MAX_SWAPS]
+    demos = [(name, demo) for name in places for demo in bench.run.load_demos(name)]
+    made = [starter for name, demo in demos if (starter := _less(bench, slider_of, name, demo)) is not None]
+    gone = [starter["gone"] for starter in made if starter["gone"] is not None]
+    seen = [starter for starter in made if starter["gone"] is None or starter["gone"] >= SEEN * max(gone)]
+    by_label: dict[str, dict[str, Any]] = {}
+    for starter in sorted(seen, key=lambda starter: -starter["clarity"]):
+        by_label.setdefault(starter["label"], starter)
+    return [*found, *by_label.values()][:MAX_STARTERS]
+
+
+def _clear(swapped: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those with a good share of the best score, those that change least else first."""
+    best = max((starter["score"] for starter in swapped), default=0.0)
+    return sorted((one for one in swapped if one["score"] >= SEEN * best), key=lambda one: one["collateral"])
+
+
+def _each_first(items: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
+    """The first of each key, then the second of each, and so on; otherwise in their order."""
+    turns: dict[Any, int] = {}
+    ranks = []
+    for item in items:
+        turns[key(item)] = turns.get(key(item), 0) + 1
+        ranks.append(turns[key(item)])
+    return [items[place] for place in sorted(range(len(items)), key=lambda place: ranks[place])]
+
+
+def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A starter that puts one name in place of another; None if no slider stands for it, or nobody would see it."""
+    try:
+        recipe = Recipe.from_dict(swap["recipe"])
+        made = _starter(recipe, slider_of, _pictures(bench.run.demo_image_path(hookpoint, swap["image"]), 2), 0, 1)
+        old, new = str(swap["label"]), str(swap["new_label"])
+        score, collateral = float(swap["score"]["score"]), float(swap["score"]["collateral"])
+    except (KeyError, TypeError, ValueError, FluxSaeError) as error:
+        log.warning("a swap of %s is passed over: %s", hookpoint, error)
+        return None
+    if made is None or len(made["edits"]) < 2:
+        return None
+    sliders = made["edits"]
+    return {
+        **made,
+        "title": f"{old.capitalize()} becomes {new}",
+        "names": ["before", "after"],
+        "panels": ["", f"{new} added where {old} was taken away"],
+        "colours": [sliders[0]["colour"], sliders[1]["colour"]],
+        "score": score,
+        "collateral": collateral,
+    }
+
+
+def _less(bench: Workbench, slider_of: SliderOf, hookpoint: str, demo: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A starter that takes a feature away; what is added everywhere, as the demo does too, spills over."""
+    try:
+        recipe = Recipe.from_dict(demo["recipes"]["less"])
+        made = _starter(recipe, slider_of, _pictures(bench.run.demo_image_path(hookpoint, demo["image"]), 3), 1, 0)
+        panels = [_panel(Recipe.from_dict(dict(demo["recipes"][side]))) for side in ("less", "before", "more")]
+        clear, label_less = clarity(demo["score"]), demo["score"].get("label_less")
+    except (KeyError, TypeError, ValueError, FluxSaeError) as error:
+        log.warning("a demo of %s is passed over: %s", hookpoint, error)
+        return None
+    if made is None:
+        return None
+    label = ", ".join(str(slider["label"] or f"#{slider['feature']}") for slider in made["edits"])
+    return {
+        **made,
+        "title": f"Less {label}",
+        "label": label,
+        "names": ["less", "original", "more"],
+        "panels": panels,
+        "colours": [made["edits"][0]["colour"]],
+        "clarity": clear,
+        "gone": None if label_less is None else -label_less,
+    }
+
+
+def _starter(
+    recipe: Recipe, slider_of: SliderOf, pictures: Sequence[Image.Image], before: int, after: int
+) -> dict[str, Any] | None:
+    """What every starter has; None where nobody sees its picture `after` differ from `before`."""
+    if pictures and share_seen(pictures[before], pictures[after]) < LEAST_SEEN:
+        return None
+    return {
+        "pictures": [views.image_url(picture) for picture in pictures],
+        "prompt": recipe.prompt,
+        "seed": recipe.seed,
+        "num_inference_steps": recipe.settings.num_inference_steps,
+        "edits": [slider_of(edit) for edit in recipe.edits],
+    }
+
+
+def clarity(score: Mapping[str, Any]) -> float:
+    """How clearly a demo of this score shows its feature being taken away: far, with little else changed or odd."""
+    return float(score["less"] * (1 - score["collateral"]) * (1 - score["out_of_distribution"]))
+
+
+def _pictures(path: Path, count: int) -> list[Image.Image]:
+    """The pictures of a demo's strip; none where it is not there."""
+    if not path.is_file():
+        return []
+    with Image.open(path) as strip:
+        return split_pictures(strip.convert("RGB"), count)
+
+
+def _panel(recipe: Recipe) -> str:
+    """What was done in one picture of a demo."""
+    return "; ".join(map(short_words, recipe.edits))

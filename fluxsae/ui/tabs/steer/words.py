@@ -1,0 +1,116 @@
+"""What the Steer tab says of edits and pictures: in words, as notices, and where to look."""
+
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image
+
+from fluxsae.steering.edits import SteeringEdit
+from fluxsae.ui.tabs.steer.job import Steered
+
+LEAST_SEEN: Final = 0.01
+"""Share of a picture that changes at a glance: below it a demo is no starter, and a result is said to change little."""
+LESS: Final = ("scale", "ablate", "project_out")
+"""Modes that only change what fires."""
+AT_A_GLANCE: Final = 48
+"""Difference of a colour channel, of 255, from which a pixel is seen to change."""
+
+
+def where_it_changed(before: Image.Image, after: Image.Image) -> float:
+    """Where the handle between two pictures splits what differs: 0 at the left edge, 1 at the right."""
+    difference = np.abs(np.asarray(before, dtype=np.float64) - np.asarray(after, dtype=np.float64)).sum(axis=(0, 2))
+    if difference.sum() == 0:
+        return 0.5
+    return float((difference * (np.arange(len(difference)) + 0.5)).sum() / difference.sum() / len(difference))
+
+
+def share_seen(first: Image.Image, second: Image.Image) -> float:
+    """Share of the pixels that anyone sees differ between two pictures of one size."""
+    difference = np.abs(np.asarray(first, dtype=np.int16) - np.asarray(second, dtype=np.int16)).max(axis=2)
+    return float((difference >= AT_A_GLANCE).mean())
+
+
+def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
+    """An edit in plain words with its unit."""
+    name = slider.get("label") or f"feature {edit.feature}"
+    if edit.mode == "scale" and edit.strength < 0:
+        return f"{name}: {1 - edit.strength:.2g} times what is there taken away"
+    if edit.mode == "add" and not edit.is_identity:
+        return f"{name}: {edit.strength:.2g} times its usual strength added"
+    return f"{name}: {short_words(edit)}"
+
+
+def short_words(edit: SteeringEdit) -> str:
+    """An edit in the words that fit under a small picture."""
+    if edit.is_identity:
+        return "unchanged"
+    if edit.mode == "scale" and edit.strength >= 0:
+        return f"{100 * (1 - edit.strength):.0f} % taken away"
+    if edit.mode == "scale":
+        return f"{1 - edit.strength:.2g} × taken away"
+    if edit.mode == "add":
+        return f"{edit.strength:.2g} × added"
+    return f"{edit.mode} {edit.strength:.2g}"
+
+
+def result_words(turned: Sequence[tuple[Mapping[str, Any], SteeringEdit]]) -> list[str]:
+    """Edits in plain words, with where they acted if that was marked; features of one label with their numbers."""
+    if turned and all(edit.is_identity for _, edit in turned):
+        return ["Nothing is turned yet: move a slider."]
+    labels = Counter(slider.get("label") for slider, _ in turned)
+    found = []
+    for slider, edit in turned:
+        label = slider.get("label")
+        named = {**slider, "label": f"{label} #{edit.feature}"} if label and labels[label] > 1 else slider
+        where = ", in the marked region" if edit.region and not edit.is_identity else ""
+        found.append(edit_words(named, edit) + where)
+    return found
+
+
+def common_region(edits: Sequence[SteeringEdit]) -> Any:
+    """The region of all edits as JSON values, to paint on; None where they act everywhere or differ."""
+    regions = {edit.region for edit in edits}
+    return edits[0].to_dict()["region"] if len(regions) == 1 else None
+
+
+def unread_notice(swap: Any, names: Container[str]) -> list[str]:
+    """What to say of a swap, (old name, new name), that CLIP does not read."""
+    match swap:
+        case [old, new] if old in names and new in names:
+            return [f"CLIP does not read “{new}” in the place of “{old}”: this is the nearest that was found."]
+    return []
+
+
+def unsafe_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
+    """What to do about a picture that went beyond the safe range."""
+    measured = steered.measurements[1]
+    if measured is None or measured["is_safe"]:
+        return []
+    if any(edit.mode == "add" and edit.strength > 0 and edit.region is None for edit in edits):
+        return ["Beyond the safe range: without a region it is added everywhere. Paint where it acts, or add less."]
+    return ["Beyond the safe range: the picture may be broken. Turn the feature less."]
+
+
+def faint_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
+    """What to try where an edit was safe and did little."""
+    measured = steered.measurements[1]
+    if measured is None or not measured["is_safe"] or all(edit.is_identity for edit in edits):
+        return []
+    if share_seen(*steered.images[:2]) >= LEAST_SEEN:
+        return []
+    if measured["activation_before"] == 0 and all(edit.mode in LESS for edit in edits):
+        return ["Nothing changed: what is to be taken away does not fire in this picture. Name it in the prompt."]
+    return ["Little changed. One feature alone is often weak: add others of its name, or take away what it replaces."]
+
+
+def safe_turns(points: Sequence[tuple[float, bool]]) -> list[float] | None:
+    """The unbroken range of slider positions around the middle that are safe."""
+    low = high = 0.0
+    for side in (-1, 1):
+        for turn, is_safe in sorted((p for p in points if p[0] * side > 0), key=lambda p: abs(p[0])):
+            if not is_safe:
+                break
+            low, high = min(low, turn), max(high, turn)
+    return [low, high] if low < high else None

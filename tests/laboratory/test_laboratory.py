@@ -1,0 +1,361 @@
+import json
+from dataclasses import replace
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_steering import DOUBLE, SAES, SINGLE
+from tiny_flux import SETTINGS
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.evaluation.intervals import Estimate
+from fluxsae.flux import FluxPipeline, token_grid
+from fluxsae.flux.hookpoints import HookPoint, TokenGrid
+from fluxsae.laboratory.arms import control_seed
+from fluxsae.laboratory.outcomes import OBJECT_ATTRIBUTES, Outcome, Tally, compare_scenes, draw_subject
+from fluxsae.laboratory.probes import TokenMoments
+from fluxsae.laboratory.steering import (
+    LaboratoryConfig,
+    _Case,
+    candidate_features,
+    mean_difference,
+    run_laboratory,
+)
+from fluxsae.laboratory.steering_report import DIRECTIONS, ConceptResult, EditSettings, LaboratoryReport, TrialResult
+from fluxsae.laboratory.steering_tables import laboratory_text
+from fluxsae.laboratory.truths import CONCEPTS, Concept
+from fluxsae.miniature.scenes import ATTRIBUTES, Scene, prompted_attributes, sample_scene
+from fluxsae.sae.model import SaeConfig, SparseAutoencoder
+from fluxsae.steering.apply import steer
+from fluxsae.steering.edits import SteeringEdit
+
+RED = Concept("colour", "red")
+
+
+def scene(*, n_objects: int = 1, **changes: str) -> Scene:
+    drawn = sample_scene(np.random.default_rng(3), n_objects=n_objects)
+    background = changes.pop("background", drawn.background)
+    first, *others = drawn.objects
+    return Scene((replace(first, **changes), *others), background)
+
+
+def test_a_scene_compared_with_itself_is_unchanged() -> None:
+    before = scene(colour="blue")
+    outcome = compare_scenes(before, before, RED)
+    assert outcome.is_specific
+    assert (outcome.n_others, outcome.n_unchanged) == (5, 5)  # shape, texture, size, position and background
+    assert not outcome.is_success(wanted=True)
+    assert outcome.is_success(wanted=False)
+
+
+@pytest.mark.parametrize("concept", CONCEPTS, ids=str)
+def test_the_attribute_that_was_meant_does_not_count_as_collateral(concept: Concept) -> None:
+    before = scene()
+    if concept.attribute == "background":
+        after = replace(before, background=concept.value)
+    else:
+        after = Scene((replace(before.objects[0], **{concept.attribute: concept.value}),), before.background)
+    outcome = compare_scenes(before, after, concept)
+    assert outcome.is_success(wanted=True)
+    assert outcome.is_specific
+
+
+def test_every_other_change_counts_once() -> None:
+    before = scene(colour="blue", texture="solid", background="white")
+    after = scene(colour="red", texture="dotted", background="black")
+    outcome = compare_scenes(before, after, RED)
+    assert (outcome.n_others, outcome.n_unchanged) == (5, 3)
+    assert outcome.share_unchanged == 0.6
+
+
+def test_an_empty_picture_is_no_success_and_not_specific() -> None:
+    before = scene(colour="red")
+    outcome = compare_scenes(before, Scene((), before.background), RED)
+    assert not outcome.is_success(wanted=False)
+    assert (outcome.n_others, outcome.n_unchanged) == (5, 1)  # the background is what is left
+
+
+def test_objects_are_paired_by_place_and_newcomers_count_against() -> None:
+    before = scene(n_objects=2)
+    swapped = Scene(before.objects[::-1], before.background)
+    assert compare_scenes(before, swapped, RED).is_specific
+    lonely = Scene(before.objects[:1], before.background)
+    assert compare_scenes(lonely, before, RED).n_others == 4 * 2 + 1
+    assert not compare_scenes(lonely, before, RED).is_specific
+
+
+@given(st.sampled_from(CONCEPTS), st.booleans(), st.integers(0, 10_000))
+@settings(max_examples=80, deadline=None)
+def test_subjects_say_what_they_should(concept: Concept, has_concept: bool, seed: int) -> None:
+    subject = draw_subject(concept, has_concept=has_concept, seed=seed)
+    assert subject == draw_subject(concept, has_concept=has_concept, seed=seed)
+    before, after = (_named(prompt, concept) for prompt in (subject.prompt, subject.edited_prompt))
+    if has_concept:
+        assert before == concept.value
+        assert after not in (None, concept.value)
+    else:
+        assert before != concept.value
+        assert after == concept.value
+
+
+@given(st.sampled_from(CONCEPTS), st.booleans(), st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_a_prompt_names_all_that_an_edit_is_not_about_unless_told_otherwise(
+    concept: Concept, has_concept: bool, seed: int
+) -> None:
+    others = [Concept(name, "") for name in ATTRIBUTES if name != concept.attribute]
+    full = draw_subject(concept, has_concept=has_concept, seed=seed).prompt
+    assert all(_named(full, other) is not None or other.attribute == "shape" for other in others)
+    bare = draw_subject(concept, has_concept=has_concept, seed=seed, named=0.0).prompt
+    assert all(_named(bare, other) is None or other.attribute == "shape" for other in others)
+
+
+@given(st.sampled_from(CONCEPTS), st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_prompt_editing_leaves_the_other_words_for_objects_without_the_concept(concept: Concept, seed: int) -> None:
+    subject = draw_subject(concept, has_concept=False, seed=seed)
+    for attribute in ATTRIBUTES:
+        if attribute != concept.attribute:
+            other = Concept(attribute, "")
+            assert _named(subject.prompt, other) == _named(subject.edited_prompt, other)
+
+
+def _named(prompt: str, concept: Concept) -> str | None:
+    objects, background = prompted_attributes(prompt)
+    return background if concept.attribute == "background" else objects[0].get(concept.attribute)
+
+
+def outcome(*, has: bool, unchanged: int = 5) -> Outcome:
+    return Outcome(has, True, 5, unchanged)
+
+
+def test_a_tally_is_the_mean_with_an_interval_around_it() -> None:
+    tally = Tally.of([outcome(has=True), outcome(has=True, unchanged=4), outcome(has=False)], wanted=True)
+    assert tally.n == 3
+    assert tally.success.value == pytest.approx(2 / 3)
+    assert tally.specificity.value == pytest.approx(2 / 3)
+    assert tally.unchanged.value == pytest.approx((1 + 0.8 + 1) / 3)
+    assert tally.success.low <= tally.success.value <= tally.success.high
+
+
+def test_candidates_are_the_matched_features_the_best_first() -> None:
+    report = {"matches": {"9": "colour red", "2": "background black", "4": "colour red", "11": "colour red"}}
+    found = candidate_features(report, limit=2)
+    assert found == {RED: [9, 4], Concept("background", "black"): [2]}
+
+
+def test_a_trial_below_the_specificity_target_cannot_win_by_success() -> None:
+    place = EditSettings(HookPoint.parse("layer1"), "add", 1.0, (0, 20))
+    careful = TrialResult(place, "amplify", success=0.6, specificity=0.85, unchanged=0.97)
+    wild = TrialResult(place, "amplify", success=1.0, specificity=0.5, unchanged=0.8)
+    timid = TrialResult(place, "amplify", success=0.0, specificity=1.0, unchanged=1.0)
+    assert careful.merit > wild.merit > timid.merit
+
+
+def test_the_mean_difference_is_that_of_tokens_of_the_same_kind() -> None:
+    sae = SparseAutoencoder(SaeConfig(architecture="l1", d_model=2, n_features=2))
+    moments = TokenMoments(sae)
+    covers = np.zeros((len(CONCEPTS), 3))
+    covers[CONCEPTS.index(RED), 0] = 1
+    covers[CONCEPTS.index(Concept("colour", "blue")), 1] = 1  # token 2 is background: no colour at all
+    moments.update(torch.tensor([[[3.0, 1.0], [1.0, 5.0], [100.0, 100.0]]]), covers)
+    difference = mean_difference(moments, RED)
+    assert difference is not None
+    assert difference.tolist() == [2.0, -4.0]
+    assert mean_difference(moments, Concept("texture", "dotted")) is None
+
+
+def test_every_attribute_but_the_background_belongs_to_objects() -> None:
+    assert set(OBJECT_ATTRIBUTES) == set(ATTRIBUTES) - {"background"}
+
+
+@pytest.fixture
+def read_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the reader on the random tiny FLUX: red and orange by turns, whatever the picture."""
+    colours = cycle(("red", "orange", "orange"))
+    monkeypatch.setattr("fluxsae.laboratory.steering.read_scene", lambda _: scene(colour=next(colours)))
+
+
+def test_the_laboratory_chooses_on_some_pictures_and_reports_on_others(
+    tiny_flux: FluxPipeline, read_in_turn: None
+) -> None:
+    orange = Concept("colour", "orange")
+    report = run_laboratory(
+        tiny_flux,
+        {DOUBLE: SAES[DOUBLE]},
+        {DOUBLE: {RED: [3, 5], orange: [7]}},
+        settings=SETTINGS,
+        config=LaboratoryConfig(
+            n_select=2, n_report=2, add=(5.0,), clamp=(), scale=(-3.0,), starts=(0.5,), curve=(0.5, 2.0), seed=1
+        ),
+    )
+    assert set(report.defaults) == {"amplify", "suppress"}
+    assert report.defaults["amplify"].edits([3], [])[0] == SteeringEdit(DOUBLE, 3, "add", 5.0, steps=(2, 4))
+    assert {(r.concept, r.direction) for r in report.results} == {(c, d) for c in (RED, orange) for d in DIRECTIONS}
+    for result in report.results:
+        assert result.features in (((3,), (3, 5)) if result.concept == RED else ((7,),))
+        assert {"feature", "random direction", "random feature", "prompt"} <= set(result.arms)
+        assert all(tally.n == 2 for tally in result.arms.values())
+        assert len(result.curve) == 3
+    assert json.loads(json.dumps(report.to_dict()))["defaults"]["suppress"]["mode"] == "scale"
+    text = laboratory_text(report)
+    assert "amplify: add 5 at transformer_blocks.1.ff, steps 2 to 3, " in text
+    success, specificity = report.headline("amplify") or (None, None)
+    assert f"success {success}, specificity {specificity}" in text
+    assert "colour orange" in text
+
+
+def test_features_are_turned_together_and_their_rivals_are_taken_away() -> None:
+    chosen = EditSettings(DOUBLE, "add", 0.5, (6, 20), together=2, without_rivals=True)
+    assert chosen.edits([3, 5], [7], strength=0.25) == (
+        SteeringEdit(DOUBLE, 3, "add", 0.25, steps=(6, 20)),
+        SteeringEdit(DOUBLE, 5, "add", 0.25, steps=(6, 20)),
+        SteeringEdit(DOUBLE, 7, "scale", 0.0, steps=(6, 20)),
+    )
+    assert len(replace(chosen, without_rivals=False).edits([3, 5], [7])) == 2
+
+
+def test_every_way_of_turning_features_is_tried(tiny_flux: FluxPipeline, read_in_turn: None) -> None:
+    """Each feature alone, all together, and to amplify also without the rivals of red: orange's."""
+    features = {RED: [3, 5, 6], Concept("colour", "orange"): [7]}
+    config = LaboratoryConfig(
+        n_select=1,
+        n_report=1,
+        add=(5.0,),
+        scale=(0.0,),
+        starts=(0.5,),
+        curve=(),
+        clamp=(),
+        together=(1, 3),
+        where=("everywhere",),
+    )
+    report = run_laboratory(tiny_flux, {DOUBLE: SAES[DOUBLE]}, {DOUBLE: features}, settings=SETTINGS, config=config)
+    ways = {direction: set() for direction in DIRECTIONS}
+    for trial in report.trials:
+        ways[trial.direction].add((trial.settings.together, trial.settings.without_rivals))
+    assert ways["amplify"] == {(1, False), (1, True), (3, False), (3, True)}
+    assert ways["suppress"] == {(1, False), (3, False)}
+    for result in report.results:
+        n_together = report.defaults[result.direction].together
+        assert len(result.features) == (min(n_together, 3) if result.concept == RED else 1)
+        assert result.to_dict()["features"] == list(result.features)
+
+
+def test_strengths_below_zero_turn_features_down() -> None:
+    config = LaboratoryConfig(add=(0.5, -0.5), clamp=(1.0, -0.25), scale=(0.0,), project_out=(1.0,))
+    assert config.modes("amplify") == [("add", 0.5), ("clamp", 1.0)]
+    assert config.modes("suppress") == [("scale", 0.0), ("project_out", 1.0), ("add", -0.5), ("clamp", -0.25)]
+
+
+def test_rivals_taken_away_alone_are_a_control(tiny_flux: FluxPipeline, read_in_turn: None) -> None:
+    config = LaboratoryConfig(
+        n_select=2,
+        n_report=2,
+        add=(5.0,),
+        clamp=(),
+        scale=(0.0,),
+        starts=(0.5,),
+        curve=(),
+        together=(1,),
+        without_rivals=(True,),
+    )
+    features = {RED: [3], Concept("colour", "orange"): [7]}
+    report = run_laboratory(tiny_flux, {DOUBLE: SAES[DOUBLE]}, {DOUBLE: features}, settings=SETTINGS, config=config)
+    assert {"rivals alone" in result.arms for result in report.results if result.direction == "amplify"} == {True}
+    assert {"rivals alone" in result.arms for result in report.results if result.direction == "suppress"} == {False}
+
+
+def test_the_headline_is_the_mean_over_targeted_concepts_and_narrower_than_each() -> None:
+    wide = Tally(4, Estimate(0.5, 0.0, 1.0), Estimate(1.0, 1.0, 1.0), Estimate(1.0, 1.0, 1.0))
+    results = [
+        ConceptResult(concept, "amplify", (3,), {"feature": wide}, {})
+        for concept in (RED, Concept("texture", "dotted"), Concept("shape", "ring"))
+    ]
+    report = LaboratoryReport({}, (), tuple(results), ())
+    success, specificity = report.headline("amplify") or (None, None)
+    assert success is not None
+    assert specificity is not None
+    assert success.value == 0.5
+    assert success.high - success.low == pytest.approx((0.850 - 0.150) / 2**0.5, abs=0.002)  # Wilson's of 2 in 4
+    assert specificity.low < specificity.value == specificity.high == 1.0
+    assert report.headline("suppress") is None
+
+
+def test_a_hook_point_does_not_win_by_knowing_few_concepts(tiny_flux: FluxPipeline, read_in_turn: None) -> None:
+    orange = Concept("colour", "orange")
+    report = run_laboratory(
+        tiny_flux,
+        {DOUBLE: SAES[DOUBLE], SINGLE: SAES[SINGLE]},
+        {DOUBLE: {RED: [3]}, SINGLE: {RED: [3], orange: [7]}},
+        settings=SETTINGS,
+        config=LaboratoryConfig(n_select=2, n_report=2, add=(5.0,), clamp=(), scale=(-3.0,), starts=(0.5,), curve=()),
+    )
+    for trial in report.trials:
+        if trial.settings.hookpoint == DOUBLE:
+            assert trial.success <= 0.5  # of red and orange it knows red only
+    for direction in DIRECTIONS:
+        told = {str(result.concept) for result in report.results if result.direction == direction}
+        untold = [line for line in report.skipped if f"({direction})" in line]
+        assert len(told) + len(untold) == 2
+        assert all("no feature of transformer_blocks.1.ff" in line for line in untold)
+
+
+def test_an_object_is_painted_where_it_is_and_the_background_where_no_object_is() -> None:
+    grid = TokenGrid(8, 8)
+    case = _Case(draw_subject(RED, has_concept=True, seed=5), scene(size="small", position="left"))
+    thing, rest = (np.array(case.painted(name, grid)) for name in ("colour", "background"))
+    assert 0 < thing.sum() < rest.sum() < grid.n_tokens
+    assert (thing | rest).all()
+    assert np.argwhere(thing)[:, 1].max() < grid.cols - 1
+    assert not rest[thing].all()
+
+
+def test_a_painted_edit_gets_the_region_of_its_own_picture(
+    tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch, read_in_turn: None
+) -> None:
+    given: list[SteeringEdit] = []
+
+    def spy(pipe: FluxPipeline, saes: Any, edits: Any, **named: Any) -> Any:
+        given.extend(edit for item in edits for edit in item)
+        return steer(pipe, saes, edits, **named)
+
+    monkeypatch.setattr("fluxsae.laboratory.steering.steer", spy)
+    config = LaboratoryConfig(
+        n_select=1, n_report=1, add=(5.0,), clamp=(), scale=(-3.0,), starts=(0.5,), curve=(), where=("painted",)
+    )
+    report = run_laboratory(tiny_flux, {DOUBLE: SAES[DOUBLE]}, {DOUBLE: {RED: [3]}}, settings=SETTINGS, config=config)
+    assert report.defaults["amplify"].where == "painted"
+    case = _Case(draw_subject(RED, has_concept=True, seed=0), scene())
+    assert {edit.region for edit in given} == {case.painted("colour", token_grid(tiny_flux, SETTINGS))}
+
+
+def test_controls_differ_from_picture_to_picture_and_from_feature_to_feature() -> None:
+    subjects = [draw_subject(concept, has_concept=True, seed=5) for concept in (RED, Concept("texture", "dotted"))]
+    kinds = ("random direction", "random feature")
+    edits = [SteeringEdit(DOUBLE, feature, "add", 1.0) for feature in (3, 5)]
+    assert len({control_seed(s, edit, kind, 0) for s in subjects for edit in edits for kind in kinds}) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"n_report": 0}, "n_report is 0"),
+        ({"together": (0, 3)}, "together is"),
+        ({"without_rivals": ()}, "without_rivals is empty"),
+        ({"starts": (0.5, 1.2)}, "starts is"),
+        ({"add": (-0.5,), "clamp": ()}, "No strength is left to amplify"),
+        ({"named": 1.5}, "named is 1.5"),
+    ],
+)
+def test_a_laboratory_that_cannot_work_is_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(FluxSaeError, match=told):
+        LaboratoryConfig(**changes)
+
+
+def test_a_laboratory_without_matches_is_refused(tiny_flux: FluxPipeline) -> None:
+    with pytest.raises(FluxSaeError, match="nothing to steer"):
+        run_laboratory(tiny_flux, {DOUBLE: SAES[DOUBLE]}, {DOUBLE: {}}, settings=SETTINGS)

@@ -1,0 +1,185 @@
+"""Every way to compute equals the plain dense one, in float64 where rounding would hide a mistake."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fluxsae.sae.kernels import (
+    PairsByFeature,
+    _topk_by_repair,
+    bag_sums,
+    exact_sum_product,
+    lowered,
+    pair_products,
+    product,
+    sparse_decode,
+    sparse_pays,
+    topk,
+    topk_acts,
+)
+from fluxsae.sae.kernels.adam import AdamStep, adam_
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _stable_topk(rows: Tensor, k: int) -> Tensor:
+    """The k largest by a stable sort: equal entries stay in the order of their indices."""
+    return rows.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(-1).values
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_topk_gives_ties_to_the_lower_index(data: st.DataObject) -> None:
+    n_features = data.draw(st.integers(1, 12))
+    k = data.draw(st.integers(1, n_features))
+    # Few distinct values, so that almost every row has ties at its boundary.
+    rows = torch.tensor(
+        data.draw(
+            st.lists(
+                st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0]), min_size=n_features, max_size=n_features),
+                min_size=1,
+                max_size=4,
+            )
+        )
+    )
+    rows = rows.to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    values, indices = topk(rows, k)
+    assert torch.equal(indices.sort(-1).values, _stable_topk(rows, k))
+    assert torch.equal(values, rows.gather(-1, indices))
+    dense = torch.zeros_like(rows).scatter(-1, indices, values.relu())
+    assert torch.equal(topk_acts(rows, k), dense)
+
+
+def test_topk_keeps_leading_dimensions() -> None:
+    pre_acts = _random(2, 3, 40)
+    values, indices = topk(pre_acts, 5)
+    assert values.shape == indices.shape == (2, 3, 5)
+    assert torch.equal(indices.sort(-1).values, _stable_topk(pre_acts, 5))
+
+
+def test_topk_in_bfloat16_keeps_exactly_k_where_many_entries_are_equal() -> None:
+    pre_acts = _random(64, 1000).bfloat16()
+    for find in (topk, _topk_by_repair):
+        indices = find(pre_acts, 100)[1]
+        assert torch.equal(indices.sort(-1).values, _stable_topk(pre_acts, 100))
+    assert (pre_acts >= pre_acts.gather(1, indices).amin(1, keepdim=True)).sum() > 64 * 100, "no ties: tests nothing"
+
+
+def test_bag_sums_equal_the_dense_product() -> None:
+    weights, rows, source = _random(9), torch.tensor([3, 1, 1, 0, 4, 2, 2, 3, 0]), _random(5, 7, seed=1)
+    starts = torch.tensor([0, 2, 2, 6])  # the second bag is empty
+    dense = torch.zeros(4, 5, dtype=torch.float64)
+    for pair, bag in enumerate([0, 0, 2, 2, 2, 2, 3, 3, 3]):
+        dense[bag, rows[pair]] += weights[pair]
+    torch.testing.assert_close(bag_sums(weights, rows, starts, source), dense @ source)
+
+
+def test_pair_products_equal_entries_of_the_dense_product() -> None:
+    left, right = _random(6, 8), _random(11, 8, seed=1)
+    left_rows, right_rows = torch.tensor([0, 5, 2, 2, 3]), torch.tensor([10, 0, 4, 4, 1])
+    torch.testing.assert_close(
+        pair_products(left, left_rows, right, right_rows), (left @ right.T)[left_rows, right_rows]
+    )
+
+
+@pytest.mark.parametrize("rows", [slice(0, 13), slice(0, 5), slice(5, 13), slice(12, 13)])
+def test_feature_sums_of_a_block_equal_the_dense_weight_gradient(rows: slice) -> None:
+    n_tokens, n_features, k = 10, 13, 3
+    acts = _random(n_tokens, n_features)
+    values, indices = topk(acts, k)
+    tokens = torch.arange(n_tokens).repeat_interleave(k)
+    source = _random(n_tokens, 6, seed=2)
+    pairs = PairsByFeature(tokens, indices.reshape(-1), n_features)
+    dense = torch.zeros_like(acts).scatter_(1, indices, values).T @ source
+    found = pairs.feature_sums(values.reshape(-1)[pairs.order], source, rows, pairs.tokens)
+    torch.testing.assert_close(found, dense[rows])
+
+
+def test_sparse_decode_and_its_gradients_equal_the_dense_product() -> None:
+    values, W_dec = _random(2, 4, 3).requires_grad_(), _random(9, 5, seed=1).requires_grad_()
+    indices = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(i))[:3] for i in range(8)])
+    indices = indices.reshape(2, 4, 3)
+    dense = torch.zeros(2, 4, 9, dtype=torch.float64).scatter(-1, indices, values) @ W_dec
+    weight = _random(2, 4, 5, seed=3)
+    expected = torch.autograd.grad((dense * weight).sum(), (values, W_dec))
+    found = sparse_decode(values, indices, W_dec)
+    torch.testing.assert_close(found, dense)
+    for gradient, reference in zip(torch.autograd.grad((found * weight).sum(), (values, W_dec)), expected, strict=True):
+        torch.testing.assert_close(gradient, reference)
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_bfloat16_products_add_up_in_float32(is_exact: bool) -> None:
+    a, b = _random(64, 2048).float(), _random(2048, 32, seed=1).float()
+    exact = a.double() @ b.double()
+    found = exact_sum_product(a, b, "bfloat16") if is_exact else product(lowered(a, "bfloat16"), lowered(b, "bfloat16"))
+    assert found.dtype == torch.float32
+    # Two factors of 8 significant bits, errors of 2048 terms adding up at random.
+    assert (found - exact).abs().max() < 3 * 2**-8 * 2048**0.5
+
+
+def test_float64_is_multiplied_in_float64_whatever_the_precision() -> None:
+    a, b = _random(5, 7), _random(7, 3, seed=1)
+    assert torch.equal(exact_sum_product(a, b, "bfloat16"), a @ b)
+    assert torch.equal(product(lowered(a, "bfloat16"), lowered(b, "bfloat16")), a @ b)
+
+
+def test_a_product_leaves_the_process_wide_precision_as_it_was() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    exact_sum_product(torch.ones(4, 4), torch.ones(4, 4), "bfloat16")
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("is_unit", [False, True])
+def test_adam_is_torch_adam_with_unit_rows_turned_only(is_unit: bool) -> None:
+    weights = torch.nn.functional.normalize(_random(6, 9), dim=1)
+    gradient = _random(6, 9, seed=1)
+    reference = torch.nn.Parameter(weights.clone())
+    optimiser = torch.optim.Adam([reference], lr=0.02, betas=(0.8, 0.99), eps=1e-6)
+    mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
+    for count in range(1, 4):
+        reference.grad = gradient / 2
+        if is_unit:
+            reference.grad -= (reference.grad * reference).sum(1, keepdim=True).detach() * reference.detach()
+        optimiser.step()
+        if is_unit:
+            reference.data /= reference.data.norm(dim=1, keepdim=True)
+        step = AdamStep(torch.tensor(float(count)), 0.02, 0.8, 0.99, 1e-6, torch.tensor(2.0), torch.tensor(0.0))
+        adam_(weights, gradient.clone(), mean, square, step=step, is_unit=is_unit)
+        torch.testing.assert_close(weights, reference.data)
+
+
+def test_a_skipped_adam_step_changes_nothing() -> None:
+    weights, mean, square = torch.eye(3), torch.ones(3, 3), torch.ones(3, 3)
+    step = AdamStep(torch.tensor(1.0), 0.1, 0.9, 0.999, 1e-8, torch.tensor(1.0), torch.tensor(1.0))
+    adam_(weights, torch.full((3, 3), torch.nan), mean, square, step=step, is_unit=True)
+    assert torch.equal(weights, torch.eye(3))
+    assert torch.equal(mean, square)
+
+
+def test_sparse_products_are_chosen_for_small_k_alone() -> None:
+    cpu = torch.device("cpu")
+    assert sparse_pays(64, 12_288, cpu)
+    assert not sparse_pays(1200, 12_288, cpu)
+    assert not sparse_pays(1200, 12_288, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+def test_triton_kernels_equal_plain_torch() -> None:
+    rows = _random(33, 12_288).float()
+    rows[:, 5:900:7] = rows[:, :1]  # ties
+    values, indices = topk(rows.cuda(), 64)
+    assert torch.equal(indices.cpu().sort(-1).values, _stable_topk(rows, 64))
+    assert torch.equal(values.cpu(), rows.gather(1, indices.cpu()))
+    W_dec = _random(12_288, 384, seed=1).float()
+    expected = sparse_decode(values.cpu(), indices.cpu(), W_dec)
+    torch.testing.assert_close(sparse_decode(values, indices, W_dec.cuda()).cpu(), expected, atol=1e-3, rtol=1e-4)
+    tokens = torch.arange(33).repeat_interleave(64)
+    gradient = _random(33, 384, seed=2).float()
+    products = pair_products(gradient.cuda(), tokens.cuda(), W_dec.cuda(), indices.reshape(-1))
+    expected = pair_products(gradient, tokens, W_dec, indices.cpu().reshape(-1))
+    torch.testing.assert_close(products.cpu(), expected, atol=1e-3, rtol=1e-4)

@@ -1,1 +1,0 @@
-"""What FLUX.1-dev costs at full size, measured with random weights: `python -m train.benchmark_gpu`."""
