@@ -27,7 +27,7 @@ def upload_while_it_changes(repo_id: str, path: str, *, parent: str) -> transfer
         Path(path).write_bytes(b"changed in between")
         return listed(*args, **kwargs)
 
-    with mock.patch.object(hub, "list_files", write_then_list):
+    with mock.patch.object(transfer, "list_files", write_then_list):
         return transfer.upload(repo_id, {"a.bin": Path(path)}, parent=parent, message="moving")
 
 

@@ -147,7 +147,7 @@ def feature_coherence(
     return FeatureCoherence(
         coherence=values,
         p_value=p_values,
-        q_value=benjamini_hochberg(p_values),
+        q_value=q_values(p_values),
         monosemanticity=monosemanticity(embeddings, scores).numpy(),
         n_images=np.array([len(top) for top in tops]),
     )
@@ -230,14 +230,14 @@ def _prefix_coherences(
     return np.concatenate([np.full((len(sets), 1), np.nan), prefix.numpy()], axis=1)
 
 
-def benjamini_hochberg(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
+def q_values(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
     """The false discovery rate at which each test would be called a discovery; NaN stays NaN and counts as no test."""
-    q_values = np.full(len(p_values), np.nan)
-    tested = np.flatnonzero(~np.isnan(p_values))
-    order = tested[np.argsort(p_values[tested], kind="stable")]
-    raw = p_values[order] * len(order) / np.arange(1, len(order) + 1)
-    q_values[order] = np.minimum.accumulate(raw[::-1])[::-1].clip(max=1.0)
-    return q_values
+    from scipy.stats import false_discovery_control
+
+    is_test = ~np.isnan(p_values)
+    rates = np.full(len(p_values), np.nan)
+    rates[is_test] = false_discovery_control(p_values[is_test]) if is_test.any() else np.nan
+    return rates
 
 
 def label_images(

@@ -4,14 +4,16 @@ Nothing here knows what a run is. Tokens are the client's affair (`hf auth login
 """
 
 import hashlib
+import io
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import huggingface_hub as hf
 from huggingface_hub import errors as hf_errors
@@ -106,23 +108,20 @@ def check_repo_id(text: str) -> None:
 
 def sha256(content: Path | bytes) -> str:
     """The SHA-256 of a file or of bytes, in hex."""
-    return _digest(hashlib.sha256(), content)
+    with _opened(content) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_sha1(content: Path | bytes) -> str:
     """git's id of a file's content, in hex."""
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    return _digest(hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), content)
+    begun = partial(hashlib.sha1, b"blob %d\0" % size, usedforsecurity=False)
+    with _opened(content) as file:
+        return hashlib.file_digest(file, begun).hexdigest()
 
 
-def _digest(digest: "hashlib._Hash", content: Path | bytes) -> str:
-    if isinstance(content, bytes):
-        digest.update(content)
-        return digest.hexdigest()
-    with content.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _opened(content: Path | bytes) -> BinaryIO:
+    return io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
 
 
 def list_files(repo_id: str, *, revision: str | None = None, repo_type: RepoType = "model") -> Listing:

@@ -6,7 +6,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from fluxsae.evaluation.intervals import Estimate
+from fluxsae.evaluation.intervals import LEVEL, Estimate
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.laboratory.outcomes import Tally
 from fluxsae.laboratory.truths import Concept
@@ -16,8 +16,6 @@ Direction = Literal["amplify", "suppress"]
 DIRECTIONS: Final[tuple[Direction, ...]] = ("amplify", "suppress")
 TARGET_ATTRIBUTES: Final = ("colour", "texture", "background")
 LEAST_SPECIFICITY: Final = 0.8
-_Z: Final = 1.96
-"""Of 95 % intervals."""
 _PENALTY: Final = 2.0
 """Success that a setting must gain for each unit of specificity that it misses."""
 
@@ -161,7 +159,12 @@ class LaboratoryReport:
 
 def _mean_share(parts: Sequence[Estimate], counts: Sequence[int]) -> Estimate:
     """The mean of shares of `counts` pictures; a concept at 0 or 1 is not certain, as resampling would have it."""
-    share, n = np.array([part.value for part in parts]), np.array(counts)
-    widths = _Z * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
-    value, half = float(share.mean()), float(np.sqrt(np.square(widths).sum())) / len(parts)
+    from scipy.stats import binomtest
+
+    value = float(np.mean([part.value for part in parts]))
+    intervals = [
+        binomtest(round(part.value * n), n).proportion_ci(LEVEL, method="wilson")
+        for part, n in zip(parts, counts, strict=True)
+    ]
+    half = float(np.linalg.norm([(one.high - one.low) / 2 for one in intervals])) / len(parts)
     return Estimate(value, max(0.0, value - half), min(1.0, value + half))

@@ -13,6 +13,7 @@ from fluxsae.sae.kernels import (
     exact_sum_product,
     lowered,
     pair_products,
+    private_torch,
     product,
     sparse_decode,
     sparse_pays,
@@ -183,3 +184,21 @@ def test_triton_kernels_equal_plain_torch() -> None:
     products = pair_products(gradient.cuda(), tokens.cuda(), W_dec.cuda(), indices.reshape(-1))
     expected = pair_products(gradient, tokens, W_dec, indices.cpu().reshape(-1))
     torch.testing.assert_close(products.cpu(), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_this_torch_still_has_what_it_offers_under_private_names() -> None:
+    assert private_torch.has_pair_products()
+    assert private_torch.has_bfloat16_switch()
+
+
+def test_the_plain_ways_say_what_the_private_ones_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = _random(7, 5), _random(9, 5, seed=1)
+    rows = torch.tensor([0, 0, 3, 6]), torch.tensor([8, 2, 2, 1])
+    private = private_torch.pair_products(left, rows[0], right, rows[1])
+    a, b = left.float(), right.float().T
+    switched = private_torch.bfloat16_product(a, b)
+    monkeypatch.setattr(private_torch, "has_pair_products", lambda: False)
+    monkeypatch.setattr(private_torch, "has_bfloat16_switch", lambda: False)
+    torch.testing.assert_close(private_torch.pair_products(left, rows[0], right, rows[1]), private)
+    # Small products may stay in float32: one rounding of either factor is 2**-9 at most.
+    torch.testing.assert_close(private_torch.bfloat16_product(a, b), switched, rtol=2**-6, atol=2**-6)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from fluxsae.sae.kernels import cuda
+from fluxsae.sae.kernels import cuda, private_torch
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -28,8 +28,9 @@ def default_precision(device: torch.device) -> Precision:
     """The fastest precision for matrix products in training: bfloat16 where the device multiplies it natively."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if device.type == "cpu" and native else "float32"
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    is_native = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return "bfloat16" if device.type == "cpu" and is_native else "float32"
 
 
 def topk(
@@ -116,11 +117,7 @@ def pair_products(
     """<left[left_rows[p]], right[right_rows[p]]> for each pair; quickest where the larger side's rows are sorted."""
     if cuda.usable(left):
         return cuda.pair_products(left, left_rows, right, right_rows)
-    # The gradient of embedding_bag's weights is exactly this product; mode 0 is a sum, -1 is no padding.
-    products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left, right, right_rows, left_rows, left_rows, 0, -1
-    )
-    return products
+    return private_torch.pair_products(left, left_rows, right, right_rows)
 
 
 class PairsByFeature:
@@ -202,9 +199,4 @@ def exact_sum_product(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
         return a @ b
     if a.is_cuda:
         return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    previous, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        return a @ b
-    finally:
-        matmul.fp32_precision = previous
+    return private_torch.bfloat16_product(a, b)

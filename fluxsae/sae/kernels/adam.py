@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.optim.adam import adam
 
 from fluxsae.sae.kernels import cuda
 
@@ -45,9 +46,10 @@ def adam_(
     if is_unit:
         along = torch.linalg.vecdot(gradients, weights)
         gradients.addcmul_(along[:, None], weights, value=-1)
-    torch._fused_adam_(
-        [weights], [gradients], [mean], [square], [], [step.count], lr=step.rate, beta1=step.beta1, beta2=step.beta2,
-        weight_decay=0.0, eps=step.eps, amsgrad=False, maximize=False, grad_scale=step.divisor,
+    before = step.count - 1  # `adam` counts this step itself, once for each call
+    adam(
+        [weights], [gradients], [mean], [square], [], [before], fused=True, lr=step.rate, beta1=step.beta1,
+        beta2=step.beta2, weight_decay=0.0, eps=step.eps, amsgrad=False, maximize=False, grad_scale=step.divisor,
         found_inf=step.is_skipped,
     )  # fmt: skip
     if is_unit:
