@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "train" / "LOG.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*GUIDES, ROOT / "train" / "LOG.md", ROOT / "CHANGELOG.md"]
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES if page.is_file()}
+
+
+GUIDE_NAMES = [page.relative_to(ROOT).as_posix() for page in GUIDES]
 
 
 def snippets(page: str, language: str) -> list[str]:
@@ -71,8 +75,9 @@ def test_every_python_snippet_is_python(page: str) -> None:
         ast.parse(snippet)
 
 
-def test_every_flag_in_the_readme_is_one_of_its_script() -> None:
-    calls = re.findall(r"python -m (train\.[a-z_]+)((?:[^\n`]|\\\n)*)", TEXT["README.md"])
+@pytest.mark.parametrize("page", GUIDE_NAMES)
+def test_every_flag_of_a_command_is_one_of_its_script(page: str) -> None:
+    calls = re.findall(r"python -m (train\.[a-z_]+)((?:[^\n`]|\\\n)*)", TEXT[page])
     for script, arguments in calls:
         flags = set(re.findall(r"--([a-z][a-z0-9-]*)", arguments))
         if not flags:
@@ -83,6 +88,13 @@ def test_every_flag_in_the_readme_is_one_of_its_script() -> None:
         sources = [Path(spec.origin), *Path(spec.origin).parent.glob("__main__.py"), ROOT / "train" / "flux_options.py"]
         fields = " ".join(source.read_text() for source in sources)
         assert {flag for flag in flags if f"{flag.replace('-', '_')}:" not in fields} == set(), script
+
+
+@pytest.mark.parametrize("page", GUIDE_NAMES)
+def test_lines_and_tables_stay_narrow(page: str) -> None:
+    lines = TEXT[page].splitlines()
+    assert [line for line in lines if len(line) > 120] == []
+    assert [line for line in lines if line.startswith("|") and line.count("|") > 6] == []
 
 
 def test_the_first_snippet_of_the_readme_runs_as_it_is(tmp_path: Path) -> None:
