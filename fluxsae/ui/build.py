@@ -9,11 +9,7 @@ from fluxsae.ui.kit.shell import Shell
 from fluxsae.ui.kit.theme import build_theme, page_css, page_head
 from fluxsae.ui.serve.refusals import exception_handlers
 from fluxsae.ui.serve.session import Workbench, open_workbench
-from fluxsae.ui.tabs.about.tab import build_about_tab
-from fluxsae.ui.tabs.directions.tab import add_directions_endpoints, build_directions_tab
-from fluxsae.ui.tabs.gallery.tab import add_gallery_endpoints, build_gallery_tab
-from fluxsae.ui.tabs.heatmap.tab import add_heatmap_endpoints, build_heatmap_tab
-from fluxsae.ui.tabs.steer.tab import add_steer_endpoints, build_steer_tab
+from fluxsae.ui.tabs.registry import TABS
 
 TITLE = "fluxsae: what fires where inside FLUX"
 MAX_QUEUE = 256
@@ -29,21 +25,13 @@ def build_app(bench: Workbench | None = None) -> gr.Blocks:
         selection = gr.State({"hookpoint": bench.limits.default_hookpoint, "feature": None})
         with gr.Tabs(elem_id="tabs") as tabs:
             shell = Shell(app, selection, tabs)
-            with gr.Tab("Heatmap", id="heatmap"):
-                build_heatmap_tab(bench, shell)
-            with gr.Tab("Gallery", id="gallery"):
-                build_gallery_tab(bench, shell)
-            with gr.Tab("Directions", id="directions") as directions:
-                build_directions_tab(bench, shell, directions)
-            with gr.Tab("Steer", id="steer"):
-                build_steer_tab(bench, shell)
-            with gr.Tab("About", id="about"):
-                build_about_tab(bench)
-        shell.tell_bad_links("heatmap", "gallery", "directions", "steer")
-        add_heatmap_endpoints(bench)
-        add_gallery_endpoints(bench)
-        add_directions_endpoints(bench)
-        add_steer_endpoints(bench)
+            for tab in TABS:
+                with gr.Tab(tab.title, id=tab.name) as place:
+                    tab.build(bench, shell, place)
+        shell.tell_bad_links(*(tab.name for tab in TABS if tab.add_endpoints))
+        for tab in TABS:
+            if tab.add_endpoints:
+                tab.add_endpoints(bench)
     app.queue(max_size=MAX_QUEUE, default_concurrency_limit=4)
     return app
 

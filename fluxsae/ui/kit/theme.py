@@ -8,19 +8,6 @@ from fluxsae.pictures.heatmaps import NEUTRAL_COLOUR
 from fluxsae.ui.kit.views import heat_table
 
 UI = Path(__file__).parent.parent
-SCRIPTS = (
-    "kit/core.js",
-    "kit/status.js",
-    "tabs/gallery/report.js",
-    "tabs/heatmap/view.js",
-    "tabs/heatmap/patch.js",
-    "tabs/gallery/view.js",
-    "tabs/gallery/words.js",
-    "tabs/steer/view.js",
-    "tabs/directions/view.js",
-    "tabs/steer/diff.js",
-    "tabs/about/view.js",
-)
 ACCENT = gr.themes.Color(
     name="iris",
     c50="#f3f2fd",
@@ -105,7 +92,9 @@ def page_css() -> str:
 
 def page_head() -> str:
     """The page's scripts, and the colours they paint with."""
-    scripts = "\n".join((UI / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    core = UI / "kit" / "core.js"  # first, since the others define their elements with it
+    files = [core, *(file for file in sorted(UI.glob("**/*.js")) if file != core)]
+    scripts = "\n".join(file.read_text(encoding="utf-8") for file in files)
     colours = f'window.FS_HEAT = "{heat_table()}"; window.FS_NEUTRAL = "{NEUTRAL_COLOUR}";'
     return f"<script>{colours}\n{scripts}</script>"
 

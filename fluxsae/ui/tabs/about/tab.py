@@ -6,6 +6,7 @@ from typing import Any
 import gradio as gr
 
 from fluxsae.ui.kit.header import flux_words
+from fluxsae.ui.kit.shell import Shell
 from fluxsae.ui.kit.snippets import snippets
 from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.session import Workbench
@@ -32,7 +33,7 @@ FIGURES = {
 """Name in metrics.json -> title, meaning and number format."""
 
 
-def build_about_tab(bench: Workbench) -> None:
+def build_about_tab(bench: Workbench, shell: Shell, tab: gr.Tab) -> None:
     """The tab's text, figures and code."""
     gr.HTML(about_html(bench), elem_id="about-text")
     gr.HTML({"endpoints": endpoint_examples(bench)}, html_template=element("fs-endpoints"), js_on_load=mount())

@@ -15,7 +15,7 @@ from fluxsae.ui.tabs.gallery.desk import CLASSES, PAGE, SORTS, GalleryDesk
 from fluxsae.ui.tabs.gallery.words import WordsDesk
 
 
-def build_gallery_tab(bench: Workbench, shell: Shell) -> None:
+def build_gallery_tab(bench: Workbench, shell: Shell, tab: gr.Tab) -> None:
     """The tab's components and events."""
     desk, words = GalleryDesk(bench), WordsDesk(bench)
     with gr.Row(elem_classes="fs-ask"):

@@ -15,7 +15,7 @@ from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.heatmap.desk import HeatmapDesk
 
 
-def build_heatmap_tab(bench: Workbench, shell: Shell) -> None:
+def build_heatmap_tab(bench: Workbench, shell: Shell, tab: gr.Tab) -> None:
     """The tab's components and events."""
     desk = HeatmapDesk(bench)
     with gr.Row(equal_height=True, elem_classes="fs-ask"):

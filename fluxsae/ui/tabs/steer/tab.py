@@ -15,7 +15,7 @@ from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.steer.desk import SteerDesk
 
 
-def build_steer_tab(bench: Workbench, shell: Shell) -> None:
+def build_steer_tab(bench: Workbench, shell: Shell, tab: gr.Tab) -> None:
     """The tab's components and events."""
     desk = SteerDesk(bench)
     first = desk.first() or {}
