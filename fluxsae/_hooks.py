@@ -286,18 +286,23 @@ class _Recorder:
     stop_early: bool
     sink: Callable[[BlockCall], object] | None
     _seen: set[HookPoint] = field(default_factory=set)
+    # Over all runs of the `with`: a sink keeps what each of them gave.
+    _reached: set[int] = field(default_factory=set)
+    _n_steps: int | None = None
 
     def on_call(self, call: TransformerCall) -> None:
         if call.is_first_of_run:
             self.captured._acts.clear()
             self.captured._sigmas.clear()
             self._refuse_steps_beyond(len(call.sigmas))
+        self._n_steps = len(call.sigmas)
         self._seen.clear()
 
     def on_block(self, call: BlockCall) -> None:
         if not call.is_conditional or (self.steps is not None and call.step not in self.steps):
             return
         self.captured._sigmas[call.step] = call.sigma
+        self._reached.add(call.step)
         if self.sink is not None:
             self.sink(call)
         else:
@@ -306,6 +311,18 @@ class _Recorder:
         last_step = call.n_steps - 1 if self.steps is None else max(self.steps)
         if self.stop_early and call.step == last_step and len(self._seen) == len(self.captured.hookpoints):
             raise StopGeneration
+
+    def refuse_unreached(self) -> None:
+        """Raises a FluxSaeError where the model ran but never came to a wanted step."""
+        unreached = sorted((self.steps or frozenset()) - self._reached)
+        if self._n_steps is None or not unreached:
+            return
+        reached = ", ".join(map(str, sorted(self._reached))) or "none"
+        raise FluxSaeError(
+            f"Steps {', '.join(map(str, unreached))} were to be captured but never reached, in a schedule of "
+            f"{self._n_steps} steps (reached of those wanted: {reached}). A generation taken up midway, or ended "
+            "early, runs only some steps: ask for steps that it runs, or generate from step 0 to the end."
+        )
 
     def _refuse_steps_beyond(self, n_steps: int) -> None:
         if self.steps and max(self.steps) >= n_steps:
@@ -331,7 +348,8 @@ def capture(
     second run inside the same `with` replaces the first.
 
     Raises:
-        FluxSaeError: no or unknown hook points, or a step outside the schedule.
+        FluxSaeError: no or unknown hook points, a step outside the schedule, or, when the `with` ends without another
+            error, a wanted step that none of its runs came to.
     """
     wanted = _parse_hookpoints(hookpoints)
     captured = Captured(wanted)
@@ -343,6 +361,7 @@ def capture(
         if not stop_early:
             raise
         free_after_abort(pipe)
+    recorder.refuse_unreached()
 
 
 def free_after_abort(pipe: FluxLike) -> None:

@@ -1,0 +1,60 @@
+"""What would be captured or generated wrongly without a word is refused: steps, models, caches and layouts."""
+
+from dataclasses import replace
+
+import pytest
+from tiny_flux import SETTINGS
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.flux import BlockCall, capture, denoise_to, embed_prompts, generate, generate_from, initial_noise, velocity
+
+PROMPT = "a red circle"
+CFG = replace(SETTINGS, true_cfg_scale=2.0, negative_prompt="a green ring")
+
+
+def run(pipe, settings=SETTINGS, **arguments):
+    return generate(pipe, PROMPT, seeds=1, settings=settings, output_type="latent", **arguments)
+
+
+# Steps that are never reached
+
+
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_a_step_before_the_one_where_a_generation_is_taken_up_is_refused(tiny_flux, stop_early):
+    snapshot = denoise_to(tiny_flux, PROMPT, seeds=1, settings=SETTINGS, step=2)
+    refusal = r"Steps 0 were to be captured but never reached, in a schedule of 4 steps \(.*: 3\).*from step 0"
+    with pytest.raises(FluxSaeError, match=refusal), capture(tiny_flux, ["layer1"], [0, 3], stop_early=stop_early):
+        generate_from(tiny_flux, snapshot, output_type="latent")
+
+
+def test_a_step_after_the_one_where_a_generation_was_ended_is_refused(tiny_flux):
+    def cancel(step: int, n_steps: int) -> None:
+        if step == 1:
+            raise InterruptedError
+
+    with (
+        pytest.raises(FluxSaeError, match="Steps 2, 3 were to be captured"),
+        capture(tiny_flux, ["layer1"], [1, 2, 3]),
+        pytest.raises(InterruptedError),
+    ):
+        run(tiny_flux, on_step=cancel)
+
+
+def test_an_error_on_its_way_out_is_not_hidden_by_unreached_steps(tiny_flux):
+    with pytest.raises(ZeroDivisionError), capture(tiny_flux, ["layer1"], [3]):
+        run(tiny_flux, on_step=lambda step, n_steps: 1 // 0)
+
+
+def test_a_context_in_which_nothing_ran_is_no_error(tiny_flux):
+    with capture(tiny_flux, ["layer1"], [50]) as captured:
+        pass
+    assert captured.steps == []
+
+
+def test_steps_may_be_reached_in_several_runs(tiny_flux):
+    embeddings, latents = embed_prompts(tiny_flux, [PROMPT], SETTINGS), initial_noise(tiny_flux, [1], SETTINGS)
+    calls: list[BlockCall] = []
+    with capture(tiny_flux, ["layer1"], [1, 3], sink=calls.append):
+        for step in (1, 3):
+            velocity(tiny_flux, latents, embeddings, step=step, settings=SETTINGS)
+    assert [call.step for call in calls] == [1, 3]
