@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fluxsae._requests import check_channels
 from fluxsae._schedules import Schedule
 from fluxsae.errors import FluxSaeError
 from fluxsae.hookpoints import BlockOutput, HookPoint
@@ -166,9 +167,10 @@ def block_hooks(
     transformer before its first block runs, and may end it by raising.
 
     Raises:
-        FluxSaeError: a hook point this model does not have, a schedule whose steps cannot be told apart, or a
-            handler's tensor of another shape.
+        FluxSaeError: a model that needs more than a prompt, a hook point it does not have, a schedule whose steps
+            cannot be told apart, or a handler's tensor of another shape.
     """
+    check_channels(getattr(pipe.transformer, "config", {}))
     modules = {hookpoint: find_module(pipe, hookpoint) for hookpoint in handlers}
     with ExitStack() as stack:
         now = stack.enter_context(step_clock(pipe, on_call))

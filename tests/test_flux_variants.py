@@ -3,10 +3,21 @@
 from dataclasses import replace
 
 import pytest
-from tiny_flux import SETTINGS
+from tiny_flux import SETTINGS, build_tiny_flux
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import BlockCall, capture, denoise_to, embed_prompts, generate, generate_from, initial_noise, velocity
+from fluxsae.flux import (
+    BlockCall,
+    FluxPipeline,
+    capture,
+    denoise_to,
+    embed_prompts,
+    generate,
+    generate_from,
+    initial_noise,
+    load_flux,
+    velocity,
+)
 
 PROMPT = "a red circle"
 CFG = replace(SETTINGS, true_cfg_scale=2.0, negative_prompt="a green ring")
@@ -58,3 +69,35 @@ def test_steps_may_be_reached_in_several_runs(tiny_flux):
         for step in (1, 3):
             velocity(tiny_flux, latents, embeddings, step=step, settings=SETTINGS)
     assert [call.step for call in calls] == [1, 3]
+
+
+# Models that need more than a prompt
+
+
+@pytest.fixture(scope="module")
+def fill():
+    """As FLUX.1 Fill: the transformer also reads the masked image and the mask."""
+    return build_tiny_flux(in_channels=96, out_channels=16)
+
+
+def test_a_model_that_needs_more_than_a_prompt_is_not_opened(fill, tmp_path, monkeypatch):
+    fill.save_pretrained(tmp_path)
+    monkeypatch.setattr(FluxPipeline, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(FluxSaeError, match=r"takes 96 channels and returns 16: .*Fill, Depth, Canny.*FLUX.1-dev"):
+        load_flux(tmp_path)
+
+
+def run_captured(pipe) -> None:
+    with capture(pipe, ["layer1"]):
+        pipe(PROMPT)
+
+
+@pytest.mark.parametrize("work", [run, lambda pipe: denoise_to(pipe, PROMPT, seeds=1, step=1), run_captured])
+def test_a_model_that_needs_more_than_a_prompt_is_refused_before_any_work(fill, work, monkeypatch):
+    monkeypatch.setattr(fill.text_encoder, "forward", lambda *_, **__: pytest.fail("the model worked"))
+    with pytest.raises(FluxSaeError, match="takes 96 channels and returns 16"):
+        work(fill)
+
+
+def test_a_model_that_says_how_many_channels_it_returns_is_no_other():
+    assert run(build_tiny_flux(out_channels=16)).shape == (1, 16, 16)
