@@ -167,13 +167,20 @@ def block_hooks(
     transformer before its first block runs, and may end it by raising.
 
     Raises:
-        FluxSaeError: a model that needs more than a prompt, a hook point it does not have, a schedule whose steps
-            cannot be told apart, or a handler's tensor of another shape.
+        FluxSaeError: a model that needs more than a prompt, a step cache, a hook point the model does not have, a
+            schedule whose steps cannot be told apart, or a handler's tensor of another shape.
     """
     check_channels(getattr(pipe.transformer, "config", {}))
+    _refuse_step_cache(pipe.transformer)
+
+    def before_blocks(call: TransformerCall) -> None:
+        _refuse_step_cache(pipe.transformer)  # one may also be enabled while hooks are open
+        if on_call is not None:
+            on_call(call)
+
     modules = {hookpoint: find_module(pipe, hookpoint) for hookpoint in handlers}
     with ExitStack() as stack:
-        now = stack.enter_context(step_clock(pipe, on_call))
+        now = stack.enter_context(step_clock(pipe, before_blocks))
         for block_path in sorted({hookpoint.block_path for hookpoint in handlers}):
             stack.enter_context(_eager(pipe.transformer.get_submodule(block_path)))
         for hookpoint, handler in handlers.items():
@@ -224,6 +231,15 @@ def _refuse_whole_compile(transformer: nn.Module) -> None:
         raise FluxSaeError(
             "The whole transformer is compiled, so hooks would be ignored without a word. Load it uncompiled and "
             "call fluxsae.flux.compile_blocks(pipe), which compiles block by block and leaves tapped blocks eager."
+        )
+
+
+def _refuse_step_cache(transformer: nn.Module) -> None:
+    # A block that the cache skips hands its input on as its output, or its submodules do not run at all.
+    if getattr(transformer, "is_cache_enabled", False):
+        raise FluxSaeError(
+            "A step cache is enabled on the transformer, which skips blocks: hooks would see their input as their "
+            "output. Call pipe.transformer.disable_cache() first. Generating without hooks works with the cache."
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import TypeCheckError
 from tiny_flux import D_MODEL, N_DOUBLE, N_SINGLE, N_TEXT, SETTINGS, build_tiny_flux
 
+from fluxsae._hooks import step_clock
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import (
     BlockCall,
@@ -396,9 +397,10 @@ def test_a_step_cache_that_skips_blocks_does_not_mislead_the_clock(tiny_flux):
     pipe = build_tiny_flux()
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=10.0))
     settings = replace(SETTINGS, num_inference_steps=8)
-    calls = record(pipe, "layer0", lambda: pixels(pipe, settings=settings))
-    assert [call.step for call in calls] == list(range(8))
-    pipe.transformer.disable_cache()
+    steps: list[int] = []
+    with step_clock(pipe, lambda call: steps.append(call.step)):
+        pixels(pipe, settings=settings)
+    assert steps == list(range(8))
 
 
 def test_compiled_blocks_that_are_tapped_run_eager_and_hooks_work(tiny_flux):

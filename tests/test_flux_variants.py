@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 
+import diffusers
 import pytest
+import torch
 from tiny_flux import SETTINGS, build_tiny_flux
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import (
     BlockCall,
     FluxPipeline,
+    block_hooks,
     capture,
     denoise_to,
     embed_prompts,
@@ -18,6 +21,7 @@ from fluxsae.flux import (
     load_flux,
     velocity,
 )
+from fluxsae.hookpoints import HookPoint
 
 PROMPT = "a red circle"
 CFG = replace(SETTINGS, true_cfg_scale=2.0, negative_prompt="a green ring")
@@ -101,3 +105,40 @@ def test_a_model_that_needs_more_than_a_prompt_is_refused_before_any_work(fill, 
 
 def test_a_model_that_says_how_many_channels_it_returns_is_no_other():
     assert run(build_tiny_flux(out_channels=16)).shape == (1, 16, 16)
+
+
+# Step caches
+
+
+@pytest.fixture
+def cached():
+    pipe = build_tiny_flux()
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=10.0))
+    return pipe
+
+
+def open_handler(pipe):
+    return block_hooks(pipe, {HookPoint.parse("transformer_blocks.1"): lambda call: None})
+
+
+@pytest.mark.parametrize("hooked", [lambda pipe: capture(pipe, ["layer1"]), open_handler], ids=["capture", "handler"])
+def test_a_step_cache_is_refused_with_the_remedy_and_the_remedy_helps(cached, hooked):
+    with pytest.raises(FluxSaeError, match=r"step cache .*pipe.transformer.disable_cache\(\)"), hooked(cached):
+        pass
+    cached.transformer.disable_cache()
+    with hooked(cached):
+        assert torch.equal(run(cached), run(build_tiny_flux()))
+
+
+def test_a_step_cache_enabled_while_hooks_are_open_is_refused():
+    pipe = build_tiny_flux()
+    with capture(pipe, ["layer1"]):
+        pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=10.0))
+        with pytest.raises(FluxSaeError, match="disable_cache"):
+            run(pipe)
+
+
+def test_a_step_cache_may_be_used_where_no_block_is_hooked(cached):
+    assert run(cached).isfinite().all()
+    snapshot = denoise_to(cached, PROMPT, seeds=1, settings=SETTINGS, step=2)
+    assert generate_from(cached, snapshot, output_type="latent").isfinite().all()
