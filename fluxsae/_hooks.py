@@ -168,7 +168,8 @@ def block_hooks(
 
     Raises:
         FluxSaeError: a model that needs more than a prompt, a step cache, a hook point the model does not have, a
-            schedule whose steps cannot be told apart, or a handler's tensor of another shape.
+            schedule whose steps cannot be told apart, a module whose output is not laid out as known, or a handler's
+            tensor of another shape.
     """
     check_channels(getattr(pipe.transformer, "config", {}))
     _refuse_step_cache(pipe.transformer)
@@ -184,7 +185,8 @@ def block_hooks(
         for block_path in sorted({hookpoint.block_path for hookpoint in handlers}):
             stack.enter_context(_eager(pipe.transformer.get_submodule(block_path)))
         for hookpoint, handler in handlers.items():
-            handle = modules[hookpoint].register_forward_hook(_forward_hook(hookpoint, handler, now))
+            hook = _forward_hook(hookpoint, handler, now, width=find_width(pipe, hookpoint))
+            handle = modules[hookpoint].register_forward_hook(hook)
             stack.callback(handle.remove)
         yield
 
@@ -205,12 +207,20 @@ def find_module(pipe: FluxLike, hookpoint: HookPoint) -> nn.Module:
     return pipe.transformer.get_submodule(hookpoint.path)
 
 
+def find_width(pipe: FluxLike, hookpoint: HookPoint) -> int:
+    """d_model of the activations at a hook point; raises a FluxSaeError where the model has no such block."""
+    module: Any = find_module(pipe, hookpoint)
+    width: Any = module.out_features if hookpoint.submodule == "proj_mlp" else pipe.transformer.inner_dim
+    return int(width)
+
+
 def _forward_hook(
-    hookpoint: HookPoint, handler: BlockHandler, now: Callable[[], TransformerCall]
+    hookpoint: HookPoint, handler: BlockHandler, now: Callable[[], TransformerCall], *, width: int
 ) -> Callable[[nn.Module, Any, BlockOutput], BlockOutput | None]:
     def after_forward(module: nn.Module, args: Any, output: BlockOutput) -> BlockOutput | None:
         here = now()
         tokens = hookpoint.split(output, here.n_text)
+        _check_layout(hookpoint, tokens, here, width)
         call = BlockCall(hookpoint, here.step, here.sigma, len(here.sigmas), here.is_conditional, tokens)
         replacement = handler(call)
         if replacement is None:
@@ -223,6 +233,17 @@ def _forward_hook(
         return hookpoint.join(output, replacement.to(tokens), here.n_text)
 
     return after_forward
+
+
+def _check_layout(hookpoint: HookPoint, tokens: Tensor, call: TransformerCall, width: int) -> None:
+    # A library that reorders or reshapes outputs would otherwise have the other stream captured, or garbage.
+    n_tokens = call.n_text if hookpoint.stream == "text" else call.inputs["hidden_states"].shape[1]
+    if tokens.shape[1:] != (n_tokens, width):
+        raise FluxSaeError(
+            f"{hookpoint} gave {' x '.join(map(str, tokens.shape[1:]))} ({hookpoint.stream} tokens x width), but this "
+            f"call has {n_tokens} {hookpoint.stream} tokens and the width there is {width}. Its output is not laid out "
+            "as in diffusers 0.42: install the version that fluxsae asks for, or remove what changed this module."
+        )
 
 
 def _refuse_whole_compile(transformer: nn.Module) -> None:

@@ -24,7 +24,7 @@ from fluxsae._hooks import (
     TransformerCall,
     block_hooks,
     capture,
-    find_module,
+    find_width,
     free_after_abort,
     step_clock,
 )
@@ -257,8 +257,7 @@ def hookpoint_width(pipe: diffusers.FluxPipeline, hookpoint: HookPoint) -> int:
     Raises:
         FluxSaeError: this model has no such block.
     """
-    module: Any = find_module(pipe, hookpoint)
-    return int(module.out_features if hookpoint.submodule == "proj_mlp" else pipe.transformer.inner_dim)
+    return find_width(pipe, hookpoint)
 
 
 def default_settings(pipe: diffusers.FluxPipeline) -> GenerationSettings:

@@ -142,3 +142,42 @@ def test_a_step_cache_may_be_used_where_no_block_is_hooked(cached):
     assert run(cached).isfinite().all()
     snapshot = denoise_to(cached, PROMPT, seeds=1, settings=SETTINGS, step=2)
     assert generate_from(cached, snapshot, output_type="latent").isfinite().all()
+
+
+# Outputs that are not laid out as the table of hook points says
+
+
+LAYOUT_FAULTS = {
+    "swapped": ("transformer_blocks.1", lambda out: out[::-1], "gave 8 x 32 .*this call has 16 image tokens"),
+    "swapped-text": ("transformer_blocks.1.attn:text", lambda out: out[::-1], "gave 16 x 32 .*call has 8 text tokens"),
+    "narrower": ("transformer_blocks.1.ff", lambda out: out[..., :24], "gave 16 x 24 .*width there is 32"),
+    "image-only": ("single_transformer_blocks.0.attn", lambda out: out[:, 8:], "gave 8 x 32 .*has 16 image tokens"),
+    "joined": (
+        "transformer_blocks.1",
+        lambda out: torch.cat(out, dim=1),
+        r"one tensor, not a tuple of 2 \(text, image",
+    ),
+    "split": ("transformer_blocks.1.ff", lambda out: (out, out), "a tuple of 2, not one tensor"),
+}
+
+
+@pytest.mark.parametrize("fault", LAYOUT_FAULTS)
+def test_an_output_that_is_laid_out_otherwise_is_refused_with_both_shapes(fault):
+    name, change, words = LAYOUT_FAULTS[fault]
+    pipe = build_tiny_flux()
+    module = pipe.transformer.get_submodule(name.removesuffix(":text"))
+    module.register_forward_hook(lambda module, args, output: change(output))
+    with pytest.raises(FluxSaeError, match=words), capture(pipe, [name]):
+        run(pipe)
+
+
+def test_a_third_part_of_attention_as_an_ip_adapter_adds_is_let_through():
+    name = "transformer_blocks.1.attn"
+    pipe = build_tiny_flux()
+    with capture(pipe, [name], [0]) as plain:
+        run(pipe)
+    module = pipe.transformer.get_submodule(name)
+    module.register_forward_hook(lambda module, args, output: (*output, torch.zeros_like(output[0])))
+    with capture(pipe, [name], [0]) as adapted:
+        run(pipe)
+    assert torch.equal(plain.get(name, 0), adapted.get(name, 0))
