@@ -64,8 +64,10 @@ class StopGeneration(BaseException):
 class _StepClock:
     """Reads the step from the transformer's own `timestep` argument, never from a count of calls.
 
-    The schedule is cast exactly as FluxPipeline casts it (to the latents' dtype, then divided by 1000). The first
-    call at a timestep is the conditional pass. Every run sets new timesteps, a new tensor, which tells runs apart.
+    The schedule is cast exactly as FluxPipeline casts it (to the latents' dtype, then divided by 1000). Steps whose
+    timesteps are then equal (28 steps in bfloat16 at 1792 px have some) are told apart by the scheduler's own step
+    index. The first call at a step is the conditional pass. Every run sets new timesteps, a new tensor, which tells
+    runs apart.
     """
 
     def __init__(self, pipe: FluxLike) -> None:
@@ -101,7 +103,8 @@ class _StepClock:
             schedule = Schedule(scheduler.timesteps, scheduler.sigmas[: len(scheduler.timesteps)])
         if self._schedule is not None and self._schedule.timesteps is schedule.timesteps:
             return False
-        _refuse_duplicates(schedule.timesteps, dtype)
+        if _scheduler_step(self._pipe.scheduler, schedule) is None:
+            _refuse_duplicates(schedule.timesteps, dtype)
         self._schedule, self._last_step = schedule, None
         self._sigmas = tuple(schedule.sigmas.tolist())
         return True
@@ -110,13 +113,30 @@ class _StepClock:
         assert self._schedule is not None
         cast = self._schedule.timesteps.to(timestep.device).to(timestep.dtype) / 1000
         steps = (cast[:, None] == timestep.reshape(1, -1)).all(dim=1).nonzero().flatten().tolist()
-        if len(steps) != 1:
+        if not steps:
             raise FluxSaeError(
                 f"The transformer was called at timestep {timestep.flatten()[0].item() * 1000:g}, which is not a step "
                 f"of the schedule of {len(self._sigmas)}. Hooks follow FluxPipeline's own loop: call the pipeline, or "
                 "fluxsae.flux.velocity for a single step."
             )
-        return int(steps[0])
+        if len(steps) == 1:
+            return int(steps[0])
+        step = _scheduler_step(self._pipe.scheduler, self._schedule)
+        if step not in steps:
+            _refuse_duplicates(self._schedule.timesteps, timestep.dtype)
+        assert step is not None
+        return step
+
+
+def _scheduler_step(scheduler: Any, schedule: Schedule) -> int | None:
+    """The step of the full schedule that the scheduler is at, or None where it does not say."""
+    if schedule.step is not None:
+        return schedule.step
+    index = getattr(scheduler, "step_index", None)
+    if index is None:  # as before a run's first step, when the pipeline has set where it begins
+        index = getattr(scheduler, "begin_index", None)
+    # The scheduler of a generation taken up midway holds only the tail of the schedule.
+    return None if index is None else int(index) + len(schedule.timesteps) - len(scheduler.timesteps)
 
 
 def _refuse_duplicates(timesteps: Tensor, dtype: torch.dtype) -> None:
@@ -125,7 +145,8 @@ def _refuse_duplicates(timesteps: Tensor, dtype: torch.dtype) -> None:
         name = str(dtype).removeprefix("torch.")
         raise FluxSaeError(
             f"A schedule of {len(timesteps)} steps has only {n_distinct} distinct timesteps in {name}, so the steps "
-            f"cannot be told apart. Use fewer steps (at most {n_distinct} is safe to try), or load FLUX in float32."
+            "cannot be told apart, and the scheduler does not say which it is at. Call FluxPipeline itself, which has "
+            f"its scheduler count; or use fewer steps (at most {n_distinct} is safe to try), or load FLUX in float32."
         )
 
 

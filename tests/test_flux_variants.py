@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_flux import SETTINGS, build_tiny_flux
 
+from fluxsae._schedules import build_schedule
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import (
     BlockCall,
@@ -181,3 +182,74 @@ def test_a_third_part_of_attention_as_an_ip_adapter_adds_is_let_through():
     with capture(pipe, [name], [0]) as adapted:
         run(pipe)
     assert torch.equal(plain.get(name, 0), adapted.get(name, 0))
+
+
+# Steps with equal timesteps
+
+
+CLOSE = replace(SETTINGS, num_inference_steps=28)
+
+
+@pytest.fixture(scope="module")
+def close():
+    """In bfloat16, with a shift so strong that some of 28 steps have the same timestep, as FLUX.1-dev at 1792 px."""
+    pipe = build_tiny_flux(scheduler={"base_shift": 3.0}).to(torch.bfloat16)
+    assert len(build_schedule(pipe, CLOSE).timesteps.bfloat16().unique()) < 28
+    return pipe
+
+
+def steps_of(pipe, work) -> list[tuple[int, bool]]:
+    calls: list[BlockCall] = []
+    with block_hooks(pipe, {HookPoint.parse("layer1"): calls.append}):
+        work()
+    sigmas = build_schedule(pipe, CLOSE).sigmas.tolist()
+    assert [call.sigma for call in calls] == [sigmas[call.step] for call in calls]
+    return [(call.step, call.is_conditional) for call in calls]
+
+
+def test_steps_with_equal_timesteps_are_told_apart_by_the_scheduler(close):
+    twice = [(step, True) for step in range(28)] * 2
+    assert steps_of(close, lambda: [run(close, CLOSE), run(close, CLOSE)]) == twice
+    guided = replace(CFG, num_inference_steps=28)
+    both = [(step, is_conditional) for step in range(28) for is_conditional in (True, False)]
+    assert steps_of(close, lambda: run(close, guided)) == both
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_steps_with_equal_timesteps_are_right_after_a_restart(close, first):
+    snapshot = denoise_to(close, PROMPT, seeds=1, settings=CLOSE, step=first)
+    steps = steps_of(close, lambda: generate_from(close, snapshot, output_type="latent"))
+    assert steps == [(step, True) for step in range(first, 28)]
+    assert torch.equal(generate_from(close, snapshot, output_type="latent"), run(close, CLOSE))
+
+
+def test_steps_with_equal_timesteps_are_right_where_an_image_is_taken_up(close):
+    pipe = diffusers.FluxImg2ImgPipeline(**close.components)
+    pipe.set_progress_bar_config(disable=True)
+    image = generate(close, PROMPT, seeds=1, settings=SETTINGS)[0]
+    sizes = {"height": 32, "width": 32, "max_sequence_length": 8, "output_type": "latent"}
+    steps = steps_of(pipe, lambda: pipe(PROMPT, image=image, strength=0.95, num_inference_steps=28, **sizes))
+    assert steps == [(step, True) for step in range(1, 28)]
+
+
+def test_a_single_step_with_the_timestep_of_another_is_the_one_asked_for(close):
+    embeddings, latents = embed_prompts(close, [PROMPT], CLOSE), initial_noise(close, [1], CLOSE)
+    run(close, SETTINGS)  # leaves the scheduler at another step
+
+    def work() -> None:
+        for step in (2, 0, 1):
+            velocity(close, latents, embeddings, step=step, settings=CLOSE)
+
+    assert steps_of(close, work) == [(2, True), (0, True), (1, True)]
+
+
+def test_steps_that_neither_timestep_nor_scheduler_tells_apart_are_refused(close):
+    embeddings, latents = embed_prompts(close, [PROMPT], CLOSE), initial_noise(close, [1], CLOSE)
+    close.scheduler.set_timesteps(28, mu=3.0)
+    refusal = r"28 steps has only \d+ distinct timesteps in bfloat16.*the scheduler does not say.*float32"
+    with pytest.raises(FluxSaeError, match=refusal), capture(close, ["layer1"]):
+        close.transformer(
+            hidden_states=latents,
+            timestep=close.scheduler.timesteps[:1].bfloat16() / 1000,
+            encoder_hidden_states=embeddings.prompt,
+        )
