@@ -26,7 +26,7 @@ from fluxsae.flux.hooks import (
     TransformerCall,
     block_hooks,
     capture,
-    find_module,
+    find_width,
     free_after_abort,
     step_clock,
 )
@@ -50,7 +50,7 @@ from fluxsae.flux.presets import (
     measure_machine,
     require_quantiser,
 )
-from fluxsae.flux.requests import check_request, check_text_length, tokens_beyond, words_outside
+from fluxsae.flux.requests import check_channels, check_request, check_text_length, tokens_beyond, words_outside
 from fluxsae.flux.schedules import (
     build_grid,
     build_schedule,
@@ -142,7 +142,8 @@ def load_flux(
     activations (`is_exact`). Small models run in float32.
 
     Raises:
-        FluxSaeError: no such model, no access to it (with the steps to get it), or no room.
+        FluxSaeError: no such model, no access to it (with the steps to get it), no room, or a model that needs more
+            than a prompt (FLUX.1 Fill, Depth, Canny).
     """
     folder, identity = find_model(name, revision)
     sizes = component_bytes(folder)
@@ -167,6 +168,7 @@ def load_flux(
 def _open_folder(folder: Path, **arguments: Any) -> FluxPipeline:
     if not (folder / "transformer").is_dir():
         raise FluxSaeError(f"{folder} has no transformer folder, so it is not FLUX. Give a FLUX.1 model.")
+    check_channels(_read_config(folder / "transformer" / "config.json"))
     try:
         pipe: FluxPipeline = FluxPipeline.from_pretrained(folder, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
@@ -178,6 +180,15 @@ def _open_folder(folder: Path, **arguments: Any) -> FluxPipeline:
         kind = type(pipe.transformer).__name__
         raise FluxSaeError(f"{folder} holds a {kind}, not FLUX's transformer. Give a FLUX.1 model.")
     return pipe
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What a component's configuration says; nothing where it cannot be read, which diffusers then reports."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _quantisation(preset: Preset, dtype: torch.dtype) -> Any:
@@ -253,8 +264,7 @@ def hookpoint_width(pipe: diffusers.FluxPipeline, hookpoint: HookPoint) -> int:
     Raises:
         FluxSaeError: this model has no such block.
     """
-    module: Any = find_module(pipe, hookpoint)
-    return int(module.out_features if hookpoint.submodule == "proj_mlp" else pipe.transformer.inner_dim)
+    return find_width(pipe, hookpoint)
 
 
 def default_settings(pipe: diffusers.FluxPipeline) -> GenerationSettings:
@@ -448,6 +458,7 @@ def _check_all(
     settings: GenerationSettings,
 ) -> tuple[list[str], list[int]]:
     """Prompts and seeds as lists of equal length, everything checked that can be before the model works."""
+    check_channels(pipe.transformer.config)
     token_grid(pipe, settings)
     check_text_length(pipe.tokenizer_2, settings)
     return check_request(prompts, seeds)

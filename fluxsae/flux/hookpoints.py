@@ -105,8 +105,19 @@ class HookPoint:
         """This stream's tokens in what the module returned, as a view where possible.
 
         `n_text` is the number of text tokens, which lead the sequence where both streams share one tensor.
+
+        Raises:
+            FluxSaeError: not the kind of output that this module has in the diffusers that fluxsae knows.
         """
         shape, streams = _LAYOUTS[self.block_kind, self.submodule]
+        # Longer tuples occur: with an IP-Adapter, attention returns a third part.
+        if isinstance(output, tuple) != (shape == "tuple") or (shape == "tuple" and len(output) < len(streams)):
+            given = f"a tuple of {len(output)}" if isinstance(output, tuple) else "one tensor"
+            known = f"a tuple of {len(streams)} ({', '.join(streams)})" if shape == "tuple" else "one tensor"
+            raise FluxSaeError(
+                f"{self.path} returned {given}, not {known} as in diffusers 0.42. Install the diffusers version that "
+                "fluxsae asks for, or remove what replaced this module."
+            )
         if shape == "tuple":
             return output[streams.index(self.stream)]
         assert isinstance(output, Tensor)

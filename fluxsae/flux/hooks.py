@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import BlockOutput, HookPoint
+from fluxsae.flux.requests import check_channels
 from fluxsae.flux.schedules import Schedule
 
 
@@ -63,8 +64,10 @@ class StopGeneration(BaseException):
 class _StepClock:
     """Reads the step from the transformer's own `timestep` argument, never from a count of calls.
 
-    The schedule is cast exactly as FluxPipeline casts it (to the latents' dtype, then divided by 1000). The first
-    call at a timestep is the conditional pass. Every run sets new timesteps, a new tensor, which tells runs apart.
+    The schedule is cast exactly as FluxPipeline casts it (to the latents' dtype, then divided by 1000). Steps whose
+    timesteps are then equal (28 steps in bfloat16 at 1792 px have some) are told apart by the scheduler's own step
+    index. The first call at a step is the conditional pass. Every run sets new timesteps, a new tensor, which tells
+    runs apart.
     """
 
     def __init__(self, pipe: FluxLike) -> None:
@@ -100,7 +103,8 @@ class _StepClock:
             schedule = Schedule(scheduler.timesteps, scheduler.sigmas[: len(scheduler.timesteps)])
         if self._schedule is not None and self._schedule.timesteps is schedule.timesteps:
             return False
-        _refuse_duplicates(schedule.timesteps, dtype)
+        if _scheduler_step(self._pipe.scheduler, schedule) is None:
+            _refuse_duplicates(schedule.timesteps, dtype)
         self._schedule, self._last_step = schedule, None
         self._sigmas = tuple(schedule.sigmas.tolist())
         return True
@@ -109,13 +113,30 @@ class _StepClock:
         assert self._schedule is not None
         cast = self._schedule.timesteps.to(timestep.device).to(timestep.dtype) / 1000
         steps = (cast[:, None] == timestep.reshape(1, -1)).all(dim=1).nonzero().flatten().tolist()
-        if len(steps) != 1:
+        if not steps:
             raise FluxSaeError(
                 f"The transformer was called at timestep {timestep.flatten()[0].item() * 1000:g}, which is not a step "
                 f"of the schedule of {len(self._sigmas)}. Hooks follow FluxPipeline's own loop: call the pipeline, or "
                 "fluxsae.flux.velocity for a single step."
             )
-        return int(steps[0])
+        if len(steps) == 1:
+            return int(steps[0])
+        step = _scheduler_step(self._pipe.scheduler, self._schedule)
+        if step not in steps:
+            _refuse_duplicates(self._schedule.timesteps, timestep.dtype)
+        assert step is not None
+        return step
+
+
+def _scheduler_step(scheduler: Any, schedule: Schedule) -> int | None:
+    """The step of the full schedule that the scheduler is at, or None where it does not say."""
+    if schedule.step is not None:
+        return schedule.step
+    index = getattr(scheduler, "step_index", None)
+    if index is None:  # as before a run's first step, when the pipeline has set where it begins
+        index = getattr(scheduler, "begin_index", None)
+    # The scheduler of a generation taken up midway holds only the tail of the schedule.
+    return None if index is None else int(index) + len(schedule.timesteps) - len(scheduler.timesteps)
 
 
 def _refuse_duplicates(timesteps: Tensor, dtype: torch.dtype) -> None:
@@ -124,7 +145,8 @@ def _refuse_duplicates(timesteps: Tensor, dtype: torch.dtype) -> None:
         name = str(dtype).removeprefix("torch.")
         raise FluxSaeError(
             f"A schedule of {len(timesteps)} steps has only {n_distinct} distinct timesteps in {name}, so the steps "
-            f"cannot be told apart. Use fewer steps (at most {n_distinct} is safe to try), or load FLUX in float32."
+            "cannot be told apart, and the scheduler does not say which it is at. Call FluxPipeline itself, which has "
+            f"its scheduler count; or use fewer steps (at most {n_distinct} is safe to try), or load FLUX in float32."
         )
 
 
@@ -166,16 +188,26 @@ def block_hooks(
     transformer before its first block runs, and may end it by raising.
 
     Raises:
-        FluxSaeError: a hook point this model does not have, a schedule whose steps cannot be told apart, or a
-            handler's tensor of another shape.
+        FluxSaeError: a model that needs more than a prompt, a step cache, a hook point the model does not have, a
+            schedule whose steps cannot be told apart, a module whose output is not laid out as known, or a handler's
+            tensor of another shape.
     """
+    check_channels(getattr(pipe.transformer, "config", {}))
+    _refuse_step_cache(pipe.transformer)
+
+    def before_blocks(call: TransformerCall) -> None:
+        _refuse_step_cache(pipe.transformer)  # one may also be enabled while hooks are open
+        if on_call is not None:
+            on_call(call)
+
     modules = {hookpoint: find_module(pipe, hookpoint) for hookpoint in handlers}
     with ExitStack() as stack:
-        now = stack.enter_context(step_clock(pipe, on_call))
+        now = stack.enter_context(step_clock(pipe, before_blocks))
         for block_path in sorted({hookpoint.block_path for hookpoint in handlers}):
             stack.enter_context(_eager(pipe.transformer.get_submodule(block_path)))
         for hookpoint, handler in handlers.items():
-            handle = modules[hookpoint].register_forward_hook(_forward_hook(hookpoint, handler, now))
+            hook = _forward_hook(hookpoint, handler, now, width=find_width(pipe, hookpoint))
+            handle = modules[hookpoint].register_forward_hook(hook)
             stack.callback(handle.remove)
         yield
 
@@ -196,12 +228,20 @@ def find_module(pipe: FluxLike, hookpoint: HookPoint) -> nn.Module:
     return pipe.transformer.get_submodule(hookpoint.path)
 
 
+def find_width(pipe: FluxLike, hookpoint: HookPoint) -> int:
+    """d_model of the activations at a hook point; raises a FluxSaeError where the model has no such block."""
+    module: Any = find_module(pipe, hookpoint)
+    width: Any = module.out_features if hookpoint.submodule == "proj_mlp" else pipe.transformer.inner_dim
+    return int(width)
+
+
 def _forward_hook(
-    hookpoint: HookPoint, handler: BlockHandler, now: Callable[[], TransformerCall]
+    hookpoint: HookPoint, handler: BlockHandler, now: Callable[[], TransformerCall], *, width: int
 ) -> Callable[[nn.Module, Any, BlockOutput], BlockOutput | None]:
     def after_forward(module: nn.Module, args: Any, output: BlockOutput) -> BlockOutput | None:
         here = now()
         tokens = hookpoint.split(output, here.n_text)
+        _check_layout(hookpoint, tokens, here, width)
         call = BlockCall(hookpoint, here.step, here.sigma, len(here.sigmas), here.is_conditional, tokens)
         replacement = handler(call)
         if replacement is None:
@@ -216,12 +256,32 @@ def _forward_hook(
     return after_forward
 
 
+def _check_layout(hookpoint: HookPoint, tokens: Tensor, call: TransformerCall, width: int) -> None:
+    # A library that reorders or reshapes outputs would otherwise have the other stream captured, or garbage.
+    n_tokens = call.n_text if hookpoint.stream == "text" else call.inputs["hidden_states"].shape[1]
+    if tokens.shape[1:] != (n_tokens, width):
+        raise FluxSaeError(
+            f"{hookpoint} gave {' x '.join(map(str, tokens.shape[1:]))} ({hookpoint.stream} tokens x width), but this "
+            f"call has {n_tokens} {hookpoint.stream} tokens and the width there is {width}. Its output is not laid out "
+            "as in diffusers 0.42: install the version that fluxsae asks for, or remove what changed this module."
+        )
+
+
 def _refuse_whole_compile(transformer: nn.Module) -> None:
     # A fully compiled transformer ignores hooks that come later, silently (torch's skip_nnmodule_hook_guards).
     if hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None:
         raise FluxSaeError(
             "The whole transformer is compiled, so hooks would be ignored without a word. Load it uncompiled and "
             "call fluxsae.flux.compile_blocks(pipe), which compiles block by block and leaves tapped blocks eager."
+        )
+
+
+def _refuse_step_cache(transformer: nn.Module) -> None:
+    # A block that the cache skips hands its input on as its output, or its submodules do not run at all.
+    if getattr(transformer, "is_cache_enabled", False):
+        raise FluxSaeError(
+            "A step cache is enabled on the transformer, which skips blocks: hooks would see their input as their "
+            "output. Call pipe.transformer.disable_cache() first. Generating without hooks works with the cache."
         )
 
 
@@ -286,18 +346,23 @@ class _Recorder:
     stop_early: bool
     sink: Callable[[BlockCall], object] | None
     _seen: set[HookPoint] = field(default_factory=set)
+    # Over all runs of the `with`: a sink keeps what each of them gave.
+    _reached: set[int] = field(default_factory=set)
+    _n_steps: int | None = None
 
     def on_call(self, call: TransformerCall) -> None:
         if call.is_first_of_run:
             self.captured._acts.clear()
             self.captured._sigmas.clear()
             self._refuse_steps_beyond(len(call.sigmas))
+        self._n_steps = len(call.sigmas)
         self._seen.clear()
 
     def on_block(self, call: BlockCall) -> None:
         if not call.is_conditional or (self.steps is not None and call.step not in self.steps):
             return
         self.captured._sigmas[call.step] = call.sigma
+        self._reached.add(call.step)
         if self.sink is not None:
             self.sink(call)
         else:
@@ -306,6 +371,18 @@ class _Recorder:
         last_step = call.n_steps - 1 if self.steps is None else max(self.steps)
         if self.stop_early and call.step == last_step and len(self._seen) == len(self.captured.hookpoints):
             raise StopGeneration
+
+    def refuse_unreached(self) -> None:
+        """Raises a FluxSaeError where the model ran but never came to a wanted step."""
+        unreached = sorted((self.steps or frozenset()) - self._reached)
+        if self._n_steps is None or not unreached:
+            return
+        reached = ", ".join(map(str, sorted(self._reached))) or "none"
+        raise FluxSaeError(
+            f"Steps {', '.join(map(str, unreached))} were to be captured but never reached, in a schedule of "
+            f"{self._n_steps} steps (reached of those wanted: {reached}). A generation taken up midway, or ended "
+            "early, runs only some steps: ask for steps that it runs, or generate from step 0 to the end."
+        )
 
     def _refuse_steps_beyond(self, n_steps: int) -> None:
         if self.steps and max(self.steps) >= n_steps:
@@ -331,7 +408,8 @@ def capture(
     second run inside the same `with` replaces the first.
 
     Raises:
-        FluxSaeError: no or unknown hook points, or a step outside the schedule.
+        FluxSaeError: no or unknown hook points, a step outside the schedule, or, when the `with` ends without another
+            error, a wanted step that none of its runs came to.
     """
     wanted = _parse_hookpoints(hookpoints)
     captured = Captured(wanted)
@@ -343,6 +421,7 @@ def capture(
         if not stop_early:
             raise
         free_after_abort(pipe)
+    recorder.refuse_unreached()
 
 
 def free_after_abort(pipe: FluxLike) -> None:

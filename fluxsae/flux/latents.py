@@ -103,7 +103,7 @@ def velocity(
         )
     schedule = build_schedule(pipe, settings, device=device)
     guidance = torch.full([len(latents)], settings.guidance_scale, device=device, dtype=torch.float32)
-    with full_schedule(pipe, schedule):
+    with full_schedule(pipe, schedule._replace(step=step)):
         outputs: tuple[Tensor] = pipe.transformer(
             hidden_states=latents.to(device),
             timestep=schedule.timesteps[step].expand(len(latents)).to(dtype) / 1000,

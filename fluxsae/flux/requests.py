@@ -1,6 +1,6 @@
 """What is asked of FLUX, checked before any model work."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fluxsae.errors import FluxSaeError
@@ -42,6 +42,20 @@ def check_seed(seed: object) -> None:
     """Raises a FluxSaeError for what is not a whole number that a generator takes."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise FluxSaeError(f"seed={str(seed)[:40]}: allowed is a whole number from 0 to {MAX_SEED}.")
+
+
+def check_channels(config: Mapping[str, Any]) -> None:
+    """Raises a FluxSaeError for a transformer that reads more than the noisy latents: FLUX.1 Fill, Depth and Canny.
+
+    `config` is the transformer's own; without `out_channels` it returns as many channels as it takes.
+    """
+    n_in, n_out = config.get("in_channels"), config.get("out_channels")
+    if n_in is not None and n_out is not None and n_in > n_out:
+        raise FluxSaeError(
+            f"This transformer takes {n_in} channels and returns {n_out}: it needs a mask, a depth map or another "
+            "image beside the noise (FLUX.1 Fill, Depth, Canny), and makes garbage from a prompt alone. Allowed are "
+            "text-to-image models, which return as many channels as they take, for example FLUX.1-dev."
+        )
 
 
 def check_text_length(tokenizer: Any, settings: GenerationSettings) -> None:

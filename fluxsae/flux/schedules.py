@@ -16,10 +16,14 @@ from fluxsae.flux.settings import GenerationSettings
 
 
 class Schedule(NamedTuple):
-    """A full schedule: the scheduler's timesteps and the noise levels, one a step, without the final 0."""
+    """A full schedule: the scheduler's timesteps and the noise levels, one a step, without the final 0.
+
+    `step` is set where a single step runs outside the pipeline's loop, so that the scheduler does not know it.
+    """
 
     timesteps: Float[Tensor, " steps"]
     sigmas: Float[Tensor, " steps"]
+    step: int | None = None
 
 
 def build_grid(pipe: Any, settings: GenerationSettings) -> TokenGrid:
