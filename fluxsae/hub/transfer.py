@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import huggingface_hub as hf
 from huggingface_hub import errors as hf_errors
@@ -120,7 +120,7 @@ def git_sha1(content: Path | bytes) -> str:
         return hashlib.file_digest(file, begun).hexdigest()
 
 
-def _opened(content: Path | bytes) -> BinaryIO:
+def _opened(content: Path | bytes) -> io.BytesIO | io.BufferedReader:
     return io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
 
 
