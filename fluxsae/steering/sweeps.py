@@ -1,5 +1,6 @@
 """Many edits of one image at little more than the price of one: shared text, shared steps, then one batch."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,7 +112,7 @@ def sweep(
     if size < 1:
         raise FluxSaeError(f"max_batch is {max_batch}; it is a whole number of at least 1.")
     first_step = first_edited_step(pipe, saes, variants, settings)
-    batches = [tuple(map(tuple, variants[start : start + size])) for start in range(0, len(variants), size)]
+    batches = equal_batches(variants, size)
     clock = _Progress(on_progress, first_step, settings.num_inference_steps, len(batches))
     snapshot = denoise_to(pipe, prompt, seeds=seed, settings=settings, step=first_step, on_step=clock.prefix_step)
     found: list[Variant] = []
@@ -132,9 +133,19 @@ def sweep(
         assert isinstance(latents, Tensor)
         found += [
             Variant(_decoded(pipe, latents[index], settings), latents[index].cpu(), replace(recipe, index=index))
-            for index in range(len(batch))
+            for index in range(min(len(batch), len(variants) - len(found)))
         ]
     return found
+
+
+def equal_batches(variants: Sequence[Sequence[SteeringEdit]], size: int) -> list[tuple[tuple[SteeringEdit, ...], ...]]:
+    """The variants in batches of one size, at most `size`; the last one is filled up with unedited images.
+
+    In bfloat16 a batch of another size changes pixels, so images that are compared come from batches of one size.
+    """
+    even = math.ceil(len(variants) / math.ceil(len(variants) / size))
+    filled = [*map(tuple, variants), *[()] * (-len(variants) % even)]
+    return [tuple(filled[start : start + even]) for start in range(0, len(filled), even)]
 
 
 def reproduce(

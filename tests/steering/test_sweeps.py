@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_steering import DOUBLE, SAES, SINGLE, n_hooks
-from tiny_flux import SETTINGS
+from tiny_flux import SETTINGS, build_tiny_flux
 
 import train.benchmarks.steering
 from fluxsae.errors import FluxSaeError
@@ -81,8 +81,8 @@ def test_the_steps_before_the_first_edit_run_once(tiny_flux: FluxPipeline) -> No
     handler = {HookPoint.parse("transformer_blocks.0"): lambda call: calls.append((call.step, len(call.tokens)))}
     with block_hooks(tiny_flux, handler):
         run(tiny_flux, max_batch=4)
-    prefix, first, second = [(step, 1) for step in range(3)], [(s, 4) for s in (3, 4, 5)], [(s, 2) for s in (3, 4, 5)]
-    assert calls == prefix + first + second
+    prefix, batch = [(step, 1) for step in range(3)], [(step, 3) for step in (3, 4, 5)]
+    assert calls == prefix + batch + batch
 
 
 def test_a_recipe_makes_the_same_image_bit_for_bit(tiny_flux: FluxPipeline) -> None:
@@ -178,3 +178,21 @@ def test_the_benchmark_reports_sweeps_and_edits(tiny_flux: FluxPipeline, capsys:
 def test_a_sweep_of_six_strengths_from_halfway_takes_at_most_0_62_of_separate_runs(miniature: FluxPipeline) -> None:
     speed = train.benchmarks.steering.main(BenchmarkConfig(), pipe=miniature)
     assert speed.sweep_ratio <= 0.62
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 4, 6])
+def test_all_images_of_a_sweep_come_from_batches_of_one_size(tiny_flux: FluxPipeline, max_batch: int) -> None:
+    """In bfloat16 another batch size changes pixels; of 5 variants the last batch is filled up."""
+    sizes = []
+    with block_hooks(tiny_flux, {DOUBLE: lambda call: sizes.append(len(call.tokens))}):
+        assert len(run(tiny_flux, VARIANTS[:5], max_batch=max_batch)) == 5
+    n_shared = 3  # steps before the first edited one, at batch 1
+    assert len(set(sizes[n_shared:])) == 1
+
+
+def test_in_bfloat16_strength_0_of_the_last_batch_is_the_baseline_bit_for_bit() -> None:
+    pipe = build_tiny_flux()
+    pipe.to(torch.bfloat16)
+    variants = strength_variants(EDIT, [8.0, 2.0, -2.0, 0.0])
+    found = run(pipe, variants, max_batch=4)
+    assert torch.equal(found[-1].latents, found[0].latents)
