@@ -9,13 +9,15 @@ from fluxsae.lazy import hand_on
 
 if TYPE_CHECKING:
     from fluxsae.errors import FluxSaeError
-    from fluxsae.flux.generation import generate, load_flux
+    from fluxsae.flux.generation import generate
     from fluxsae.flux.hookpoints import HookPoint, TokenGrid
     from fluxsae.flux.hooks import capture
+    from fluxsae.flux.loading import load_flux
     from fluxsae.flux.settings import GenerationSettings
     from fluxsae.publishing.publish import pull_run, push_run
     from fluxsae.runs.folder import RunFolder
-    from fluxsae.sae.model import SaeConfig, SaeOutput, SparseAutoencoder
+    from fluxsae.sae.config import SaeConfig
+    from fluxsae.sae.model import SaeOutput, SparseAutoencoder
     from fluxsae.steering.apply import steer
     from fluxsae.steering.edits import SteeringEdit
     from fluxsae.steering.sweeps import sweep
@@ -46,14 +48,14 @@ __getattr__, __dir__ = hand_on(
         "GenerationSettings": "flux.settings",
         "HookPoint": "flux.hookpoints",
         "RunFolder": "runs.folder",
-        "SaeConfig": "sae.model",
+        "SaeConfig": "sae.config",
         "SaeOutput": "sae.model",
         "SparseAutoencoder": "sae.model",
         "SteeringEdit": "steering.edits",
         "TokenGrid": "flux.hookpoints",
         "capture": "flux.hooks",
         "generate": "flux.generation",
-        "load_flux": "flux.generation",
+        "load_flux": "flux.loading",
         "pull_run": "publishing.publish",
         "push_run": "publishing.publish",
         "steer": "steering.apply",

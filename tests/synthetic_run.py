@@ -17,7 +17,8 @@ from fluxsae.miniature.drawing import ATTRIBUTES, Scene, object_mask, render_sce
 from fluxsae.miniature.reader import read_scene
 from fluxsae.runs.folder import RunFolder, RunInfo
 from fluxsae.runs.tables import Embeddings, FeatureRow, FeatureTable, ImageRow, encode_webp
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder
+from fluxsae.sae.config import SaeConfig
+from fluxsae.sae.model import SparseAutoencoder
 
 GRID = TokenGrid(16, 16)
 HOOKPOINT = "transformer_blocks.3.ff"

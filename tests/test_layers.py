@@ -71,7 +71,7 @@ SparseAutoencoder.from_pretrained({str(tmp_path)!r})
 
 
 def test_only_flux_imports_diffusers() -> None:
-    assert importers("diffusers") == {"flux/generation.py"}
+    assert importers("diffusers") == {"flux/generation.py", "flux/loading.py"}
 
 
 def test_only_ui_imports_gradio() -> None:

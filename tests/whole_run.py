@@ -13,7 +13,8 @@ from fluxsae.features.scores import ScoreAccumulator, write_scores
 from fluxsae.files import save_tensors, write_bytes
 from fluxsae.runs.folder import RunFolder
 from fluxsae.runs.tables import encode_webp
-from fluxsae.sae.model import SaeConfig, SparseActs, SparseAutoencoder, TrainedOn
+from fluxsae.sae.config import SaeConfig, TrainedOn
+from fluxsae.sae.model import SparseActs, SparseAutoencoder
 
 EARLY, LATE = "transformer_blocks.1.ff", synthetic_run.HOOKPOINT
 D_MODEL, N_FEATURES = 16, len(synthetic_run.FEATURES)

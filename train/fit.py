@@ -27,7 +27,8 @@ from fluxsae.activations.shards import ActivationManifest, ShardFolder, find_fol
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.runs.folder import RunFolder
-from fluxsae.sae.model import Architecture, SaeConfig, SparseAutoencoder, TrainedOn
+from fluxsae.sae.config import Architecture, SaeConfig, TrainedOn
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training import Processes, Source, TrainConfig, measure_held_out, train
 from fluxsae.sae.training.checkpoints import CHECKPOINT_NAME
 from train.flux_options import FluxOptions

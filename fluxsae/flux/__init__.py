@@ -9,23 +9,15 @@ from fluxsae.lazy import hand_on
 
 if TYPE_CHECKING:
     from fluxsae.flux.generation import (
-        FluxPipeline,
         OnStep,
         OutputType,
-        compile_blocks,
-        default_settings,
         denoise_to,
-        flux_identity,
         generate,
         generate_from,
-        hookpoint_width,
-        is_exact,
-        load_flux,
         schedule_sigmas,
         token_grid,
         unknown_words,
         unread_tokens,
-        why_inexact,
     )
     from fluxsae.flux.hookpoints import HookPoint, TokenGrid
     from fluxsae.flux.hooks import BlockCall, BlockHandler, Captured, FluxLike, block_hooks, capture
@@ -37,6 +29,16 @@ if TYPE_CHECKING:
         encode_images,
         initial_noise,
         velocity,
+    )
+    from fluxsae.flux.loading import (
+        FluxPipeline,
+        compile_blocks,
+        default_settings,
+        flux_identity,
+        hookpoint_width,
+        is_exact,
+        load_flux,
+        why_inexact,
     )
     from fluxsae.flux.models import FluxIdentity
     from fluxsae.flux.schedules import nearest_step
@@ -89,7 +91,7 @@ __getattr__, __dir__ = hand_on(
         "Embeddings": "latents",
         "FluxIdentity": "models",
         "FluxLike": "hooks",
-        "FluxPipeline": "generation",
+        "FluxPipeline": "loading",
         "GenerationSettings": "settings",
         "HookPoint": "hookpoints",
         "OnStep": "generation",
@@ -98,25 +100,25 @@ __getattr__, __dir__ = hand_on(
         "TokenGrid": "hookpoints",
         "block_hooks": "hooks",
         "capture": "hooks",
-        "compile_blocks": "generation",
+        "compile_blocks": "loading",
         "decode_latents": "latents",
-        "default_settings": "generation",
+        "default_settings": "loading",
         "denoise_to": "generation",
         "embed_prompts": "latents",
         "encode_images": "latents",
-        "flux_identity": "generation",
+        "flux_identity": "loading",
         "generate": "generation",
         "generate_from": "generation",
-        "hookpoint_width": "generation",
+        "hookpoint_width": "loading",
         "initial_noise": "latents",
-        "is_exact": "generation",
-        "load_flux": "generation",
+        "is_exact": "loading",
+        "load_flux": "loading",
         "nearest_step": "schedules",
         "schedule_sigmas": "generation",
         "token_grid": "generation",
         "unknown_words": "generation",
         "unread_tokens": "generation",
         "velocity": "latents",
-        "why_inexact": "generation",
+        "why_inexact": "loading",
     },
 )

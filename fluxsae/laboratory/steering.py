@@ -44,7 +44,8 @@ from fluxsae.laboratory.steering_report import (
 )
 from fluxsae.laboratory.truths import CONCEPTS, COVERED, Concept, coverage
 from fluxsae.miniature.scenes import Scene, read_scene
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder
+from fluxsae.sae.config import SaeConfig
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import steer
 from fluxsae.steering.edits import IDENTITY, MAX_STRENGTH, NEEDS_REFERENCE, SteeringEdit
 from fluxsae.steering.sweeps import first_edited_step

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 from fluxsae.lazy import hand_on
 
 if TYPE_CHECKING:
-    from fluxsae.sae.model import SaeConfig, SaeOutput, SparseAutoencoder, TrainedOn
+    from fluxsae.sae.config import SaeConfig, TrainedOn
+    from fluxsae.sae.model import SaeOutput, SparseAutoencoder
 
 __all__ = ["SaeConfig", "SaeOutput", "SparseAutoencoder", "TrainedOn"]
 
 __getattr__, __dir__ = hand_on(
     __name__,
     {
-        "SaeConfig": "model",
+        "SaeConfig": "config",
         "SaeOutput": "model",
         "SparseAutoencoder": "model",
-        "TrainedOn": "model",
+        "TrainedOn": "config",
     },
 )

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import atomic_path, read_header, read_json, save_tensors, write_json
-from fluxsae.sae.model import Architecture, SaeConfig, SparseAutoencoder
+from fluxsae.sae.config import Architecture, SaeConfig
+from fluxsae.sae.model import SparseAutoencoder
 
 _SAELENS_VERSION = "6.0.0"
 _EQUAL_NORMS = 1e-4

@@ -8,12 +8,11 @@ x_hat  = x~_hat * input_scale + input_mean
 """
 
 import json
-import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -22,201 +21,13 @@ from torch import Tensor, nn
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import read_header, save_tensors, write_json
+from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.kernels import sparse_decode, sparse_pays, topk, topk_acts
 
-Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "matryoshka"]
-
-ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
-SCHEMA_VERSION = 1
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
-_NEEDS_K: frozenset[Architecture] = frozenset({"topk", "batchtopk", "matryoshka"})
-_HAS_THRESHOLD: frozenset[Architecture] = frozenset({"batchtopk", "matryoshka", "jumprelu"})
 _FEW_FEATURES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedOn:
-    """Where an SAE's activations came from: the ground on which its features mean what their cards say."""
-
-    flux_id: str
-    """Hub id or name of the FLUX model."""
-    flux_revision: str | None = None
-    """Commit of the FLUX model, or None for a local one."""
-    hookpoint: str
-    """Module path, as `str(HookPoint)` writes it."""
-    steps: tuple[int, ...]
-    """0-based steps of the full schedule."""
-    sigmas: tuple[float, ...]
-    """Noise level of each of `steps`."""
-    height: int
-    """Image height, pixels."""
-    width: int
-    """Image width, pixels."""
-    guidance_scale: float
-    """Distilled guidance of the generations."""
-    n_tokens: int
-    """Tokens an image (and step) gives at this hook point."""
-    dataset_hash: str
-    """Hash of the activation manifest or of the prompts."""
-    sigma_tolerance: float = 0.05
-    """How far from a trained sigma the SAE may be used."""
-
-    def __post_init__(self) -> None:
-        if not self.steps or len(self.steps) != len(self.sigmas):
-            raise FluxSaeError(
-                f"trained_on has steps {self.steps} and sigmas {self.sigmas}. Give a sigma for each step."
-            )
-
-    def differences(self, **actual: Any) -> list[str]:
-        """What differs between the training ground and `actual` (fields of this class by name), one sentence each."""
-        known = {field.name for field in fields(self)}
-        unknown = sorted(set(actual) - known)
-        if unknown:
-            raise FluxSaeError(f"Unknown fields {', '.join(unknown)}. Allowed are {', '.join(sorted(known))}.")
-        return [
-            f"{name} is {value!r}, but the SAE was trained on {getattr(self, name)!r}"
-            for name, value in actual.items()
-            if value != getattr(self, name)
-        ]
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The value that `asdict` and JSON turned into `values`.
-
-        Raises:
-            FluxSaeError: a field is missing, unknown or of the wrong type.
-        """
-        _check_fields(cls, values, where="trained_on")
-        for name in ("flux_id", "flux_revision", "hookpoint", "dataset_hash"):
-            if not isinstance(values[name], str) and (name != "flux_revision" or values[name] is not None):
-                raise FluxSaeError(f"trained_on.{name} is {values[name]!r}. It must be text.")
-        for name in ("height", "width", "n_tokens"):
-            _check_size(f"trained_on.{name}", values[name], 1, 1 << 30)
-        for name in ("guidance_scale", "sigma_tolerance"):
-            _check_real(f"trained_on.{name}", values[name], 0.0)
-        steps = _numbers("trained_on.steps", values["steps"], int)
-        sigmas = _numbers("trained_on.sigmas", values["sigmas"], float)
-        return cls(**{**values, "steps": tuple(int(step) for step in steps), "sigmas": sigmas})
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaeConfig:
-    """What an SAE is: architecture, sizes, the weights of its loss, and what it was trained on.
-
-    Raises:
-        FluxSaeError: a value out of range, or one that the architecture needs is missing.
-    """
-
-    architecture: Architecture
-    """l1 (ReLU), topk, batchtopk, jumprelu or matryoshka."""
-    d_model: int
-    """Width of the activations."""
-    n_features: int
-    """Number of features."""
-    k: int | None = None
-    """Active features a token (topk), or on average a token (batchtopk, matryoshka)."""
-    l1_coeff: float = 1e-3
-    """l1: weight of mean over tokens of sum_f acts."""
-    l0_coeff: float = 1e-3
-    """jumprelu: weight of mean over tokens of the number of active features."""
-    bandwidth: float = 0.1
-    """jumprelu: width of the window through which the thresholds get their gradient, in units of pre_acts."""
-    auxk_coeff: float = 1 / 32
-    """topk, batchtopk, matryoshka: weight of the auxiliary loss of dead features (0 = off)."""
-    auxk: int | None = None
-    """Dead features a token in the auxiliary loss; None = half of d_model."""
-    dead_after_tokens: int = 1_000_000
-    """A feature is dead when it fired on none of this many tokens."""
-    prefixes: tuple[int, ...] = ()
-    """matryoshka: nested dictionary sizes, rising, the last one n_features; () = eighths doubling."""
-    trained_on: TrainedOn | None = None
-    """The training ground; None = unknown."""
-
-    def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise FluxSaeError(f"architecture is {self.architecture!r}. Allowed are {', '.join(ARCHITECTURES)}.")
-        _check_size("d_model", self.d_model, 1, 1 << 20)
-        _check_size("n_features", self.n_features, 1, 1 << 24)
-        if self.architecture in _NEEDS_K:
-            _check_size("k", self.k, 1, self.n_features)
-        elif self.k is not None:
-            raise FluxSaeError(f"k is {self.k}, but {self.architecture} has no k. Leave it out, or choose topk.")
-        if self.auxk is not None:
-            _check_size("auxk", self.auxk, 1, self.n_features)
-        _check_size("dead_after_tokens", self.dead_after_tokens, 1, 1 << 50)
-        for name in ("l1_coeff", "l0_coeff", "auxk_coeff"):
-            _check_real(name, getattr(self, name), 0.0)
-        _check_real("bandwidth", self.bandwidth, 1e-6)
-        self._check_prefixes()
-
-    def _check_prefixes(self) -> None:
-        if not self.prefixes:
-            return
-        rising = all(low < high for low, high in zip((0, *self.prefixes), self.prefixes, strict=False))
-        if self.architecture != "matryoshka" or not rising or self.prefixes[-1] != self.n_features:
-            raise FluxSaeError(
-                f"prefixes is {self.prefixes} for {self.architecture}. Allowed, with matryoshka only, are rising sizes "
-                f"that end with n_features = {self.n_features}."
-            )
-
-    @property
-    def nested_sizes(self) -> tuple[int, ...]:
-        """The nested dictionary sizes of the matryoshka loss; one size for the other architectures."""
-        if self.architecture != "matryoshka":
-            return (self.n_features,)
-        sizes = {max(1, self.n_features // fraction) for fraction in (8, 4, 2, 1)}
-        return self.prefixes or tuple(sorted(sizes))
-
-    @property
-    def has_threshold(self) -> bool:
-        """Whether the file holds a `threshold`: one number (batchtopk, matryoshka) or one a feature (jumprelu)."""
-        return self.architecture in _HAS_THRESHOLD
-
-    @property
-    def expansion_factor(self) -> float:
-        """n_features / d_model."""
-        return self.n_features / self.d_model
-
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of the file; all are float32."""
-        rows, column = (self.n_features, self.d_model), (self.n_features,)
-        shapes: dict[str, tuple[int, ...]] = {
-            "W_enc": rows, "W_dec": rows, "b_enc": column, "b_dec": (self.d_model,),
-            "input_mean": (self.d_model,), "input_scale": (), "reference_acts": column,
-        }  # fmt: skip
-        if self.has_threshold:
-            shapes["threshold"] = column if self.architecture == "jumprelu" else ()
-        return shapes
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON values, with the schema version."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The configuration that `to_dict` turned into `values`.
-
-        Raises:
-            FluxSaeError: a newer schema; a field missing, unknown or out of range.
-        """
-        values = dict(values)
-        version = values.pop("schema_version", None)
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-            raise FluxSaeError(f"schema_version is {version!r}. It must be a whole number from 1 to {SCHEMA_VERSION}.")
-        if version > SCHEMA_VERSION:
-            raise FluxSaeError(
-                f"schema_version is {version}, written by a newer fluxsae; this one reads up to {SCHEMA_VERSION}. "
-                "Upgrade fluxsae."
-            )
-        _check_fields(cls, values, where="the SAE's config")
-        values["prefixes"] = _numbers("prefixes", values["prefixes"], int)
-        if values["trained_on"] is not None:
-            if not isinstance(values["trained_on"], Mapping):
-                raise FluxSaeError(f"trained_on is {values['trained_on']!r}. It must be an object or null.")
-            values["trained_on"] = TrainedOn.from_dict(values["trained_on"])
-        return cls(**values)
 
 
 class SaeOutput(NamedTuple):
@@ -572,35 +383,3 @@ def _check_finite(name: str, tensor: Tensor, *, where: str) -> None:
         raise FluxSaeError(
             f"{where}: {name} holds {wrong} values that are NaN or infinite. Fetch it again or train the SAE again."
         )
-
-
-def _check_fields(cls: type, values: Mapping[str, Any], *, where: str) -> None:
-    known = [field.name for field in fields(cls)]
-    missing, unknown = [name for name in known if name not in values], sorted(set(values) - set(known))
-    if missing or unknown:
-        problem = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(
-            unknown
-        )
-        raise FluxSaeError(f"{where} {' and '.join(problem)}. Its fields are exactly {', '.join(known)}.")
-
-
-def _numbers(name: str, values: object, kind: type) -> tuple[Any, ...]:
-    if not isinstance(values, list | tuple) or not all(_is_number(value, kind) for value in values):
-        raise FluxSaeError(f"{name} is {values!r}. It must be a list of finite numbers ({kind.__name__}).")
-    return tuple(kind(value) for value in values)
-
-
-def _is_number(value: object, kind: type) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value) and isinstance(value, int | kind)
-
-
-def _check_size(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise FluxSaeError(f"{name} is {value!r}. Allowed is a whole number from {low} to {high}.")
-
-
-def _check_real(name: str, value: object, low: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < low:
-        raise FluxSaeError(f"{name} is {value!r}. Allowed is a finite number of at least {low:g}.")

@@ -15,7 +15,8 @@ from fluxsae.flux import BlockCall, block_hooks, flux_identity, hookpoint_width,
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.hooks import TransformerCall
 from fluxsae.flux.settings import GenerationSettings
-from fluxsae.sae.model import SparseAutoencoder, TrainedOn
+from fluxsae.sae.config import TrainedOn
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.edits import NEEDS_REFERENCE, HeatmapRegion, SteeringEdit, check_count, is_batched
 
 _READS_ACTS: Final = ("scale", "clamp", "ablate")

@@ -41,7 +41,8 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.folder import RunFolder, RunInfo
 from fluxsae.runs.tables import Heatmaps
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder, TrainedOn
+from fluxsae.sae.config import SaeConfig, TrainedOn
+from fluxsae.sae.model import SparseAutoencoder
 from train.benchmarks.collection import BenchmarkConfig
 
 PLACES = ["layer1", "single_transformer_blocks.0", "transformer_blocks.0.ff_context"]

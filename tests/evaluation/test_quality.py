@@ -13,8 +13,9 @@ from fluxsae.evaluation.stream import ImageSet, iter_activations
 from fluxsae.evaluation.tables import flow_text, reconstruction_text, transfer_text
 from fluxsae.flux import FluxPipeline, capture, generate
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.metrics import fvu, l0
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder
+from fluxsae.sae.model import SparseAutoencoder
 
 LATE = HookPoint.parse("layer2")
 IMAGES = ImageSet(("a red circle", "a blue star", "a small green ring", "two cats"), (1, 2, 3, 4))

@@ -13,7 +13,8 @@ from fluxsae.flux import FluxPipeline, flux_identity, schedule_sigmas
 from fluxsae.laboratory.evaluate import EvaluationConfig, evaluate
 from fluxsae.runs.folder import RunFolder, RunInfo
 from fluxsae.runs.tables import ImageRow
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder, TrainedOn
+from fluxsae.sae.config import SaeConfig, TrainedOn
+from fluxsae.sae.model import SparseAutoencoder
 from train.evaluate import EvaluateConfig, main
 
 HERE = "transformer_blocks.2.ff"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tiny_flux import build_tiny_flux
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import generation as flux
 from fluxsae.flux import is_exact, load_flux, why_inexact
+from fluxsae.flux import loading as flux
 from fluxsae.flux.presets import (
     GB,
     PRESETS,

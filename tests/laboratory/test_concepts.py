@@ -24,7 +24,8 @@ from fluxsae.laboratory.probes import TokenMoments, pooled_probe
 from fluxsae.laboratory.readouts import principal_components
 from fluxsae.laboratory.truths import CONCEPTS, Concept, coverage, truth_table
 from fluxsae.miniature.scenes import Scene, SceneObject, caption_scene, render_scene, sample_scene
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder
+from fluxsae.sae.config import SaeConfig
+from fluxsae.sae.model import SparseAutoencoder
 
 HERE = HookPoint.parse("layer1")
 GRID = TokenGrid(16, 16)

@@ -29,7 +29,8 @@ from fluxsae.laboratory.steering_report import DIRECTIONS, ConceptResult, EditSe
 from fluxsae.laboratory.steering_tables import laboratory_text
 from fluxsae.laboratory.truths import CONCEPTS, Concept
 from fluxsae.miniature.scenes import ATTRIBUTES, Scene, prompted_attributes, sample_scene
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder
+from fluxsae.sae.config import SaeConfig
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import steer
 from fluxsae.steering.edits import SteeringEdit
 

@@ -32,7 +32,8 @@ from fluxsae.pictures.heatmaps import (
     wrap,
 )
 from fluxsae.runs.folder import RunFolder, RunInfo
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder, TrainedOn
+from fluxsae.sae.config import SaeConfig, TrainedOn
+from fluxsae.sae.model import SparseAutoencoder
 
 
 def picture(width: int = 96, height: int = 64) -> Image.Image:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.sae.config import ARCHITECTURES, Architecture, SaeConfig
 from fluxsae.sae.interop import (
     from_dictionary_learning,
     from_saelens,
@@ -20,7 +21,7 @@ from fluxsae.sae.interop import (
     to_saelens,
     to_sparsify,
 )
-from fluxsae.sae.model import ARCHITECTURES, Architecture, SaeConfig, SparseAutoencoder
+from fluxsae.sae.model import SparseAutoencoder
 
 Writer = Callable[[SparseAutoencoder, Path], None]
 Reader = Callable[[Path], SparseAutoencoder]

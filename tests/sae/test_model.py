@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.sae.model import ARCHITECTURES, Architecture, SaeConfig, SparseAutoencoder, TrainedOn
+from fluxsae.sae.config import ARCHITECTURES, Architecture, SaeConfig, TrainedOn
+from fluxsae.sae.model import SparseAutoencoder
 
 GROUND = TrainedOn(
     flux_id="miniature", hookpoint="transformer_blocks.3.ff", steps=(2, 6), sigmas=(0.9, 0.7), height=128, width=128,

@@ -19,8 +19,9 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.files import load_tensors
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.folder import RunFolder, RunInfo
+from fluxsae.sae.config import ARCHITECTURES, Architecture, SaeConfig
 from fluxsae.sae.metrics import fvu
-from fluxsae.sae.model import ARCHITECTURES, Architecture, SaeConfig, SparseAutoencoder
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training import TrainConfig, measure_held_out, train
 from fluxsae.sae.training.checkpoints import CHECKPOINT_NAME, LOG_NAME
 from fluxsae.sae.training.gradients import Situation, _batch_topk, batch_gradients

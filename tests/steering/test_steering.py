@@ -13,7 +13,8 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, block_hooks, capture, generate
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.models import FluxIdentity
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder, TrainedOn
+from fluxsae.sae.config import SaeConfig, TrainedOn
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import EditedCall, add_delta, edit_coefficient, edit_delta, edit_window, steer
 from fluxsae.steering.edits import HeatmapRegion, SteeringEdit
 

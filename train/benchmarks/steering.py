@@ -17,7 +17,8 @@ import tyro
 from fluxsae.flux import default_settings, denoise_to, generate, generate_from, hookpoint_width, load_flux
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder
+from fluxsae.sae.config import SaeConfig
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import steer
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.steering.sweeps import strength_variants

@@ -26,8 +26,9 @@ import tyro
 from torch import Tensor
 
 from fluxsae.files import write_json
+from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.kernels import sparse_pays
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training.config import TrainConfig
 from fluxsae.sae.training.trainer import SaeTrainer
 

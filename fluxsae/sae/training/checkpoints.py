@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import explained_full_disk, load_tensors, read_header, save_tensors, write_text
-from fluxsae.sae.model import SaeConfig
+from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.training.config import TrainConfig
 
 CHECKPOINT_NAME = "checkpoint.safetensors"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder
+from fluxsae.sae.config import SaeConfig
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training.checkpoints import LOG_NAME, MetricsLog, Plan, load_checkpoint, save_checkpoint
 from fluxsae.sae.training.config import TrainConfig
 from fluxsae.sae.training.initial import Source, initialise, resample_dead

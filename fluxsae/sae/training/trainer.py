@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.kernels import Precision, default_precision, sparse_pays
 from fluxsae.sae.kernels.adam import AdamStep, adam_
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training.config import TrainConfig
 from fluxsae.sae.training.gradients import BatchGradients, Situation, batch_gradients
 from fluxsae.sae.training.processes import Processes

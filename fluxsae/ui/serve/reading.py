@@ -12,7 +12,8 @@ from PIL import Image
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
-from fluxsae.sae.model import SparseAutoencoder, TrainedOn
+from fluxsae.sae.config import TrainedOn
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.ui.serve.lane import OnStep
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from fluxsae.flux import (
     token_grid,
 )
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder
+from fluxsae.sae.config import SaeConfig
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import steer
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.steering.sweeps import strength_variants, sweep

@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from fluxsae.sae.model import SaeConfig, SparseAutoencoder
+from fluxsae.sae.config import SaeConfig
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training import TrainConfig
 from fluxsae.sae.training.trainer import SaeTrainer
 from train.benchmarks.gpu.desk import Desk
