@@ -1,5 +1,10 @@
 """Every way to compute equals the plain dense one, in float64 where rounding would hide a mistake."""
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +15,7 @@ from fluxsae.sae.kernels import (
     PairsByFeature,
     _topk_by_repair,
     bag_sums,
+    cuda,
     exact_sum_product,
     lowered,
     pair_products,
@@ -202,3 +208,46 @@ def test_the_plain_ways_say_what_the_private_ones_say(monkeypatch: pytest.Monkey
     torch.testing.assert_close(private_torch.pair_products(left, rows[0], right, rows[1]), private)
     # Small products may stay in float32: one rounding of either factor is 2**-9 at most.
     torch.testing.assert_close(private_torch.bfloat16_product(a, b), switched, rtol=2**-6, atol=2**-6)
+
+
+def test_the_kernel_that_finds_the_top_k_does_not_cost_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A double of the CUDA kernel: right values without a gradient, in the order of their indices."""
+
+    def kernel(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        indices = rows.topk(k).indices.sort(-1).values
+        return rows.gather(1, indices).detach(), indices
+
+    pre_acts = _random(3, 10).float().requires_grad_()
+    expected = torch.autograd.grad(topk_acts(pre_acts, 4).square().sum(), pre_acts)
+    monkeypatch.setattr(cuda, "can_find_topk", lambda rows: True)
+    monkeypatch.setattr(cuda, "topk", kernel)
+    values, _ = topk(pre_acts, 4)
+    assert values.requires_grad
+    assert torch.equal(torch.autograd.grad(topk_acts(pre_acts, 4).square().sum(), pre_acts)[0], expected[0])
+
+
+def test_every_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+    launched: list[str] = []
+    names = ("topk", "topk_acts", "bag_sums", "pair_products", "adam_")
+
+    @contextmanager
+    def device(which: torch.device) -> Iterator[None]:
+        entered.append(which)
+        yield
+        entered.pop()
+
+    def launch(name: str) -> Callable[..., None]:
+        return lambda *_, **__: launched.append(f"{name} on {entered[-1]}")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    kernels = SimpleNamespace(**{name: launch(name) for name in names})
+    monkeypatch.setitem(sys.modules, "fluxsae.sae.kernels.triton_kernels", kernels)
+    rows, numbers = torch.zeros(2, 3, device="meta"), torch.zeros(2, dtype=torch.int64)
+    cuda.topk(rows, 1)
+    cuda.topk_acts(rows, 1, torch.float32)
+    cuda.bag_sums(numbers, numbers, numbers, rows)
+    cuda.pair_products(rows, numbers, rows, numbers)
+    step = AdamStep(torch.ones(()), 1e-3, 0.9, 0.99, 1e-8, torch.ones(()), torch.zeros(()))
+    cuda.adam_(rows, rows, rows, rows, step=step, is_unit=False)
+    assert launched == [f"{name} on meta" for name in names]

@@ -43,7 +43,9 @@ def topk(
         indices = torch.arange(n_features, device=rows.device).expand(len(rows), -1)
         values = rows
     elif cuda.can_find_topk(rows):
-        values, indices = cuda.topk(rows, k)
+        values, indices = cuda.topk(rows.detach(), k)
+        if rows.requires_grad:  # the kernel has no gradient: its indices choose, `gather` carries it
+            values = rows.gather(1, indices)
     elif rows.dtype == torch.bfloat16 and n_features <= 1 << 16:
         indices = _topk_by_index_bits(rows, k)
         values = rows.gather(1, indices)

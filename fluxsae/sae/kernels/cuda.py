@@ -1,4 +1,7 @@
-"""When the Triton kernels serve; `triton_kernels` is imported on first use on a CUDA device only."""
+"""When the Triton kernels serve; `triton_kernels` is imported on first use on a CUDA device only.
+
+Triton launches on the current device, so each launch makes its tensor's device the current one.
+"""
 
 import functools
 import importlib.util
@@ -39,35 +42,40 @@ def topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and indices of each row's k largest entries; equal entries go to the lower index."""
     from fluxsae.sae.kernels.triton_kernels import topk
 
-    return topk(rows, k)
+    with torch.cuda.device(rows.device):
+        return topk(rows, k)
 
 
 def topk_acts(rows: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     """See `fluxsae.sae.kernels.topk_acts`."""
     from fluxsae.sae.kernels.triton_kernels import topk_acts
 
-    return topk_acts(rows, k, dtype)
+    with torch.cuda.device(rows.device):
+        return topk_acts(rows, k, dtype)
 
 
 def bag_sums(weights: Tensor, rows: Tensor, starts: Tensor, source: Tensor) -> Tensor:
     """See `fluxsae.sae.kernels.bag_sums`."""
     from fluxsae.sae.kernels.triton_kernels import bag_sums
 
-    return bag_sums(weights, rows, starts, source)
+    with torch.cuda.device(source.device):
+        return bag_sums(weights, rows, starts, source)
 
 
 def pair_products(left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor) -> Tensor:
     """See `fluxsae.sae.kernels.pair_products`."""
     from fluxsae.sae.kernels.triton_kernels import pair_products
 
-    return pair_products(left, left_rows, right, right_rows)
+    with torch.cuda.device(left.device):
+        return pair_products(left, left_rows, right, right_rows)
 
 
 def adam_(weights: Tensor, gradients: Tensor, mean: Tensor, square: Tensor, *, step: "AdamStep", is_unit: bool) -> None:
     """See `fluxsae.sae.kernels.adam.adam_`."""
     from fluxsae.sae.kernels.triton_kernels import adam_
 
-    adam_(
-        weights, gradients, mean, square, step=step.count, rate=step.rate, betas=(step.beta1, step.beta2), eps=step.eps,
-        divisor=step.divisor, is_skipped=step.is_skipped, is_unit=is_unit,
-    )  # fmt: skip
+    with torch.cuda.device(weights.device):
+        adam_(
+            weights, gradients, mean, square, step=step.count, rate=step.rate, betas=(step.beta1, step.beta2),
+            eps=step.eps, divisor=step.divisor, is_skipped=step.is_skipped, is_unit=is_unit,
+        )  # fmt: skip
