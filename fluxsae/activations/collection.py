@@ -147,12 +147,29 @@ def capture_rows(
     }
 
 
+def check_finite(call: BlockCall, names: Sequence[str]) -> None:
+    """Refuses activations that are no numbers, before anything is made of them; `names` says what each item is.
+
+    Raises:
+        FluxSaeError: an item of the batch holds NaN or an infinite number.
+    """
+    is_sound = call.tokens.flatten(1).isfinite().all(1).tolist()
+    bad = [name for name, sound in zip(names, is_sound, strict=True) if not sound]
+    if bad:
+        raise FluxSaeError(
+            f"At step {call.step} of {call.hookpoint}, the activations of {', '.join(bad)} hold NaN or infinite "
+            f"numbers; nothing was made of them. FLUX ran in {str(call.tokens.dtype).removeprefix('torch.')}: float16 "
+            "overflows in it, so load it in bfloat16 or float32; if it was loaded so, try another GPU."
+        )
+
+
 def _capture_batch(
     pipe: Any, plan: ImagePlan, image_ids: Sequence[int], request: CaptureRequest
 ) -> dict[HookPoint, Rows]:
     kept: dict[tuple[HookPoint, int], tuple[Tensor, Tensor]] = {}
 
     def keep(call: BlockCall) -> None:
+        check_finite(call, [f"image {i}" for i in image_ids])
         n_tokens = call.tokens.shape[1]
         index = torch.stack([kept_tokens(request, i, call.step, n_tokens=n_tokens) for i in image_ids])
         tokens = call.tokens.gather(1, index.to(call.tokens.device)[..., None].expand(-1, -1, call.tokens.shape[2]))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fluxsae.activations.collection import ImagePlan, OnImages
+from fluxsae.activations.collection import ImagePlan, OnImages, check_finite
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.scores import FeatureStats, ScoreAccumulator, ScoreMatrix, write_scores
 from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
@@ -234,6 +234,7 @@ def generate_with_acts(
 
     def encode(call: BlockCall) -> None:
         if call.step in steps[call.hookpoint]:
+            check_finite(call, [f"seed {seed} ({prompt!r:.60})" for seed, prompt in zip(seeds, prompts, strict=True)])
             sae = saes[call.hookpoint]
             tokens = call.tokens.detach().to(sae.W_enc.device, torch.float32)
             acts[call.hookpoint][call.step] = SparseActs(*(part.detach() for part in sae.encode_sparse(tokens)))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import read_header, save_tensors, write_json
-from fluxsae.sae.config import SaeConfig
+from fluxsae.sae.config import SaeConfig, TrainedOn
 from fluxsae.sae.kernels import sparse_decode, sparse_pays, topk, topk_acts
 
 CONFIG_NAME = "config.json"

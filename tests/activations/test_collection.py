@@ -36,7 +36,7 @@ from fluxsae.features.scoring import (
     stream_grid,
     trained_steps,
 )
-from fluxsae.flux import FluxPipeline, capture, default_settings, generate, schedule_sigmas
+from fluxsae.flux import BlockCall, FluxPipeline, block_hooks, capture, default_settings, generate, schedule_sigmas
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.folder import RunFolder, RunInfo
@@ -418,3 +418,30 @@ def test_the_benchmark_counts_blocks_and_bytes(tiny_flux: FluxPipeline, capsys: 
 def test_early_exit_takes_about_the_share_of_blocks_that_it_runs(miniature: FluxPipeline) -> None:
     speed = train.benchmarks.collection.main(BenchmarkConfig(), pipe=miniature)
     assert speed.early_seconds / speed.denoised_seconds <= speed.blocks_share + 0.05
+
+
+def spoil_second(call: BlockCall) -> torch.Tensor:
+    """As a number that overflows in float16 would come out of a block."""
+    spoiled = call.tokens.clone()
+    spoiled[1, 0, 0] = float("inf")
+    return spoiled
+
+
+def test_collection_refuses_numbers_that_are_none_by_image_and_step(tiny_flux: FluxPipeline, tmp_path: Path) -> None:
+    with (
+        block_hooks(tiny_flux, {HookPoint.parse("layer0"): spoil_second}),
+        pytest.raises(FluxSaeError, match=r"At step 1 of transformer_blocks.1.ff, .* image 1 hold NaN or infinite"),
+    ):
+        capture_rows(tiny_flux, PLAN, [0, 1], build_request(tiny_flux, ["layer1"], [1], batch_size=2))
+
+
+def test_scoring_refuses_numbers_that_are_none_by_prompt_and_seed(tiny_flux: FluxPipeline) -> None:
+    saes, request = score_request(tiny_flux)
+    with (
+        block_hooks(tiny_flux, {HookPoint.parse("transformer_blocks.0"): spoil_second}),
+        pytest.raises(FluxSaeError, match=r"the activations of seed 2 \('a blue ring'\) hold NaN or infinite"),
+    ):
+        generate_with_acts(
+            tiny_flux, saes, request.steps, prompts=["a red star", "a blue ring"], seeds=[1, 2],
+            settings=request.settings,
+        )  # fmt: skip

@@ -599,3 +599,10 @@ def test_training_is_faster_than_every_other_tool(tmp_path: Path) -> None:
     ratios = {shape: best[shape, False] / best[shape, True] for shape, _ in best}
     print("\n".join(f"{shape}: {ratio:.2f} times the fastest other tool" for shape, ratio in ratios.items()))
     assert all(ratio > 1 for ratio in ratios.values())
+
+
+def test_an_sae_that_skipped_most_of_its_batches_is_not_returned() -> None:
+    rows = sparse_rows(320)
+    rows[64:] = torch.nan
+    with pytest.raises(FluxSaeError, match=r"skipped \d+ of \d+ batches, since they hold NaN"):
+        train({"a": sae_config()}, MemorySource(rows), TrainConfig(init_rows=64, on_nan="skip"))

@@ -22,6 +22,7 @@ from fluxsae.sae.training.initial import Source, initialise, resample_dead
 from fluxsae.sae.training.processes import Processes
 from fluxsae.sae.training.trainer import SaeTrainer
 
+_FEWEST_STEPS = 20  # fewer say little about the data
 _FAULTS = {1: "not finite", 2: "spike"}
 _ASK_EVERY = 10
 
@@ -76,7 +77,8 @@ def train(
     every line of the log with its step, `on_step` (steps done, steps in all).
 
     Raises:
-        FluxSaeError: widths that do not fit, a checkpoint of other settings, or a fault that the config stops at.
+        FluxSaeError: widths that do not fit, a checkpoint of other settings, a fault that the config stops at, or
+            more than half of the batches skipped.
     """
     plan = Plan(dict(saes), config, source.n_batches, source.batch_size, source.order)
     peers = processes or Processes.current()
@@ -92,6 +94,7 @@ def train(
             is_stopped = _agrees_to_stop(stop, step, run.processes)
             if step % config.log_every == 0 or step == run.n_steps or is_stopped:
                 _report(run, step)
+                _refuse_bad_data(run, step)
             if step % config.checkpoint_every == 0 or step == run.n_steps or is_stopped:
                 _save(run, step)
             if is_stopped:
@@ -150,6 +153,20 @@ def _train_step(run: _Run, batch: Tensor, step: int) -> None:
     stops = config.on_nan == "stop" or config.on_spike == "stop"
     if stops and batch.device.type == "cpu":
         _stop_at_fault(run)
+
+
+def _refuse_bad_data(run: _Run, step: int) -> None:
+    """An SAE that missed most of its batches is an untrained one: nothing is to be made of it."""
+    if step < min(_FEWEST_STEPS, run.n_steps):
+        return
+    for name, trainer in run.trainers.items():
+        n_skipped = int(trainer.n_skipped)
+        if n_skipped * 2 > step:
+            raise FluxSaeError(
+                f"SAE {name} skipped {n_skipped} of {step} batches, since they hold NaN or infinite numbers or their "
+                "gradients do. Training stopped, and no SAE was written. Collect the activations again in bfloat16 or "
+                "float32 (`python -m train.verify` finds the bad ones), or lower the learning rate."
+            )
 
 
 def _report(run: _Run, step: int) -> None:
