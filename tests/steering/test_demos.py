@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,6 +206,17 @@ def copy_of(run: RunFolder, folder: Path) -> RunFolder:
 
     shutil.copytree(run.path, folder / "run", ignore=shutil.ignore_patterns("demos", ".work"))
     return RunFolder(folder / "run")
+
+
+def test_features_without_a_reference_activation_get_no_demo_and_do_not_end_the_search(
+    run: RunFolder, tiny_flux: FluxPipeline, features: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = copy_of(run, tmp_path / "run")
+    sae = deepcopy(random_sae())
+    sae.reference_acts[features[0]] = 0.0
+    options = {"distance": PixelDistance(), "config": CONFIG}
+    find_demos(own, tiny_flux, {PLACE: sae}, {PLACE: features[:1]}, **options)  # the smallest run: nothing is left
+    assert f"No demo of features {features[0]}: they have no reference activation." in caplog.text
 
 
 def test_a_feature_that_never_fires_is_refused(run: RunFolder, tiny_flux: FluxPipeline) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,9 +26,12 @@ from fluxsae.runs.folder import RunFolder
 from fluxsae.runs.tables import encode_webp
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.demos.measured import LIMITS_KEY, load_limits, measured_sweep, run_origin
+from fluxsae.steering.demos.swaps import addable
 from fluxsae.steering.edits import Recipe, SteeringEdit
 from fluxsae.steering.measurements import EditMeasurement, TokenLimits, measure_token_limits
 from fluxsae.steering.sweeps import Variant, first_edited_step
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +161,8 @@ def find_demos(
     config = config or DemoConfig()
     found: dict[HookPoint, list[SteeringDemo]] = {}
     searches = [
-        _Search(run, pipe, saes[place], place, distance, embedder, config, max_batch, tuple(features[place]))
-        for place in sorted(features)
+        _Search(run, pipe, saes[place], place, distance, embedder, config, max_batch, _turnable(saes[place], chosen))
+        for place, chosen in sorted(features.items())
     ]
     plans = [search.candidates() for search in searches]
     total, done = sum(map(len, plans)), 0
@@ -170,6 +174,14 @@ def find_demos(
                 on_candidate(done, total)
         found[search.place] = search.write_demos()
     return found
+
+
+def _turnable(sae: SparseAutoencoder, features: Sequence[int]) -> tuple[int, ...]:
+    """The features that can be turned up; the others, with no reference activation to count in, are told of."""
+    kept = addable(sae, features)
+    if left := [feature for feature in features if feature not in kept]:
+        _log.warning("No demo of features %s: they have no reference activation.", ", ".join(map(str, left)))
+    return tuple(kept)
 
 
 def candidate_images(
