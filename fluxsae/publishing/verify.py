@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fluxsae.activations.shards import ActivationShard, ShardFolder
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.scores import ScoreMatrix
 from fluxsae.features.statistics import FeatureStats
@@ -163,6 +164,8 @@ class _Checker:
         yield from self.guarded(run.demos_path(hookpoint), about.demos)
         if run.swaps_path(hookpoint).is_file():  # runs of before have none
             yield from self.guarded(run.swaps_path(hookpoint), about.swaps)
+        if (activations := run.activations_folder(hookpoint)).is_dir():  # kept on the machine that collected them
+            yield from self.guarded(activations, about.activations)
         for sheet in run.sheets(hookpoint):
             yield from self.guarded(sheet, about.sheet)
 
@@ -229,6 +232,9 @@ class _AboutHookpoint:
         yield from self.checker._counted("images", stats.n_images, self.checker.n_images, "images")
         if self.image_counts is not None and not np.array_equal(stats.image_counts.numpy(), self.image_counts):
             yield "counts other images than S does. Score the images again."
+        for name, values in stats.tensors().items():
+            if not bool(values.isfinite().all()) or bool((values < 0).any()):
+                yield f"has values of {name} that are negative or not finite. Score the images again."
 
     def features(self, path: Path) -> Iterator[str]:
         table = FeatureTable.load(path)
@@ -306,6 +312,14 @@ class _AboutHookpoint:
             elif fault := _picture_fault(picture.read_bytes()):
                 yield f"line {number} names the picture {picture.name}, which cannot be shown ({fault})."
 
+    def activations(self, path: Path) -> Iterator[str]:
+        for shard in ShardFolder(path).shards:
+            if shard.path.is_file() and (wrong := _images_not_finite(shard)):
+                yield (
+                    f"{shard.path.name} holds NaN or infinite numbers of images {wrong[:5]}. Delete the file and "
+                    "collect again, in bfloat16 or float32."
+                )
+
     def sheet(self, path: Path) -> Iterator[str]:
         if fault := _picture_fault(path.read_bytes()):
             yield f"cannot be shown ({fault}). Run `python -m train.render` again."
@@ -321,6 +335,11 @@ class _AboutHookpoint:
         wrong = every[(every < 0) | (every >= size)] if size is not None else every[:0]
         if len(wrong):
             yield f"{name} names {of} that do not exist, for example {int(wrong[0])} of {size}. Run its stage again."
+
+
+def _images_not_finite(shard: ActivationShard) -> list[int]:
+    is_sound = [bool(tokens.isfinite().all()) for tokens in shard.tokens()]  # one image at a time: shards are large
+    return [image_id for image_id, sound in zip(shard.image_ids, is_sound, strict=True) if not sound]
 
 
 def _picture_fault(data: bytes) -> str | None:
