@@ -1,16 +1,22 @@
-"""What goes wrong first on a rented GPU: numbers that are none."""
+"""What goes wrong first on a rented GPU: numbers that are none, and pictures from batches of other sizes."""
 
 from pathlib import Path
 
 import pytest
 import torch
 import whole_run
+from test_demos import CONFIG, copy_of, search
+from test_demos import features as features  # noqa: PLC0414  (a fixture)
+from test_demos import run as run  # noqa: PLC0414  (a fixture)
 from tiny_flux import SETTINGS
 
 from fluxsae.activations.shards import ActivationManifest, ShardWriter
 from fluxsae.files import load_tensors, read_header, save_tensors
+from fluxsae.flux import FluxPipeline
 from fluxsae.publishing.verify import verify_run
 from fluxsae.runs.folder import RunFolder
+from fluxsae.steering.demos import measured
+from fluxsae.steering.demos import search as demo_search
 
 
 @pytest.fixture
@@ -46,3 +52,20 @@ def test_activations_that_are_no_numbers_are_found_by_shard_and_image(whole: Run
         "shard-00001.safetensors holds NaN or infinite numbers of images [3]. Delete the file and collect again, in "
         "bfloat16 or float32."
     ]
+
+
+def test_a_demo_search_compares_with_a_baseline_of_the_same_batch(
+    run: RunFolder, tiny_flux: FluxPipeline, features: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two features share an image: the second one's batch needs an unedited image of its own."""
+    swept = []
+
+    def watch(pipe, saes, variants, **options):
+        swept.append((variants[0], len(variants), options.get("baseline")))
+        return measured.measured_sweep(pipe, saes, variants, **options)
+
+    monkeypatch.setattr(demo_search, "measured_sweep", watch)
+    search(copy_of(run, tmp_path), tiny_flux, features)
+    n_edits = len(CONFIG.suppress) + len(CONFIG.amplify)
+    assert len(swept) >= 2 * CONFIG.n_candidates
+    assert set(swept) == {((), n_edits + 1, None)}

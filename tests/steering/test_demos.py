@@ -190,16 +190,6 @@ def test_a_search_that_was_cut_off_goes_on_where_it_stopped(
     assert not again
 
 
-def test_baselines_are_made_once_for_all_features(
-    tiny_flux: FluxPipeline, run: RunFolder, features: list[int], tmp_path: Path
-) -> None:
-    other = copy_of(run, tmp_path)
-    search(other, tiny_flux, features)
-    stored = list((other.work_path("demos") / "baselines").glob("*.png"))
-    images = {demo["prompt"] for demo in other.load_demos(PLACE)}
-    assert len(images) <= len(stored) <= len(PROMPTS)
-
-
 def copy_of(run: RunFolder, folder: Path) -> RunFolder:
     """The run without its demos and without what a search keeps."""
     import shutil

@@ -1,7 +1,6 @@
 """The search for the image, seed and strengths at which turning a feature down and up shows best."""
 
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -233,15 +232,9 @@ class _Search:
 
     def measure(self, feature: int, image_id: int) -> None:
         """Measures one feature on one image and keeps the score."""
-        baseline = self._stored_baseline(image_id)
-        variants, measured = self._sweep(feature, image_id, baseline)
+        variants, measured = self._sweep(feature, image_id)
         images = [variant.image for variant in variants]
-        if baseline is None:
-            write_bytes(self._baseline_path(image_id), _png(images[0]))
-            measured = measured[1:]
-        else:
-            images = [baseline, *images]
-        self.done[feature, image_id] = self._with_label(feature, self._score(measured), images)
+        self.done[feature, image_id] = self._with_label(feature, self._score(measured[1:]), images)
         self._save_checkpoint()
 
     def write_demos(self) -> list[SteeringDemo]:
@@ -271,24 +264,22 @@ class _Search:
         pairs = [("scale", strength) for strength in config.suppress] + [("add", value) for value in config.amplify]
         return [(SteeringEdit(self.place, feature, mode, value, steps=config.steps),) for mode, value in pairs]
 
-    def _sweep(
-        self, feature: int, image_id: int, baseline: Image.Image | None
-    ) -> tuple[list[Variant], list[EditMeasurement]]:
+    def _sweep(self, feature: int, image_id: int) -> tuple[list[Variant], list[EditMeasurement]]:
+        """The unedited image and each variant. Its baseline is its own: a batch of another size changes pixels."""
         row = self.images[image_id]
         edits = self.edits[feature]
         # Scaling a feature touches exactly the tokens where it fires: that is its region.
         return measured_sweep(
             self.pipe,
             {self.place: self.sae},
-            edits if baseline is not None else [(), *edits],
+            [(), *edits],
             prompt=row.prompt,
             seed=row.seed,
             settings=self.settings,
             distance=self.distance,
             embedder=self.embedder,
             limits={self.place: self._limits(feature)},
-            baseline=baseline,
-            region_of=len(self.config.suppress) - (baseline is not None),
+            region_of=len(self.config.suppress),
             origin=run_origin(self.run, self.pipe),
             max_batch=self.max_batch,
         )
@@ -338,7 +329,7 @@ class _Search:
 
     def _demo(self, feature: int, image_id: int, score: DemoScore) -> SteeringDemo:
         row = self.images[image_id]
-        variants, measured = self._sweep(feature, image_id, None)
+        variants, measured = self._sweep(feature, image_id)
         chosen = self._places(score)
         name = f"feature-{feature}"
         strip = join_pictures([variants[place].image for place in chosen.values()])
@@ -391,19 +382,6 @@ class _Search:
             for (feature, image_id), score in self.done.items()
         ]
         write_text(self._checkpoint_path, json.dumps(rows))
-
-    def _baseline_path(self, image_id: int) -> Path:
-        return self.folder.parent / "baselines" / f"{self._identity()}-{image_id}.png"
-
-    def _stored_baseline(self, image_id: int) -> Image.Image | None:
-        path = self._baseline_path(image_id)
-        return Image.open(path).convert("RGB") if path.is_file() else None
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _responsiveness(measured: EditMeasurement) -> float:
