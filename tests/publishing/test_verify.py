@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 import whole_run
+from tiny_flux import SETTINGS
 
+from fluxsae.activations.shards import ActivationManifest, ShardWriter
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import load_tensors, read_header, save_tensors
 from fluxsae.miniature import miniature_path
@@ -273,3 +275,33 @@ def test_checksums_are_those_of_sha256sum_and_stay_in_the_folder(whole: RunFolde
 
 def test_the_committed_run_is_whole() -> None:
     assert verify_run(miniature_path("run")).problems == ()
+
+
+@pytest.mark.parametrize("name", ["sums", "square_sums", "maxima", "step_sums", "places"])
+def test_stats_that_are_no_numbers_are_found(run: RunFolder, name: str) -> None:
+    path = run.stats_path(run.hookpoints()[0])
+    metadata, tensors = read_header(path).metadata, load_tensors(path)
+    tensors[name].view(-1)[0] = torch.nan
+    save_tensors(path, tensors, metadata=metadata)
+    assert [p.text for p in verify_run(run).problems] == [
+        f"has values of {name} that are negative or not finite. Score the images again."
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_no_numbers_are_found_by_shard_and_image(run: RunFolder, value: float) -> None:
+    place = run.hookpoints()[0]
+    manifest = ActivationManifest(
+        hookpoint=str(place), d_model=4, flux_id="tiny", flux_revision=None, settings=SETTINGS, steps=(1,),
+        sigmas=(0.5,), n_tokens=3, tokens_per_image=2, n_images=4, images_per_shard=2, prompts_hash="0", seed=0,
+    )  # fmt: skip
+    writer = ShardWriter(run.activations_folder(place), manifest)
+    tokens, index = torch.ones(2, 1, 2, 4, dtype=torch.bfloat16), torch.zeros(2, 1, 2, dtype=torch.int32)
+    writer.write(0, tokens, index)
+    assert verify_run(run).problems == ()  # the second shard is still to come: no fault
+    tokens[1, 0, 0, 0] = value
+    writer.write(1, tokens, index)
+    assert [p.text for p in verify_run(run).problems] == [
+        "shard-00001.safetensors holds NaN or infinite numbers of images [3]. Delete the file and collect again, in "
+        "bfloat16 or float32."
+    ]

@@ -604,5 +604,5 @@ def test_training_is_faster_than_every_other_tool(tmp_path: Path) -> None:
 def test_an_sae_that_skipped_most_of_its_batches_is_not_returned() -> None:
     rows = sparse_rows(320)
     rows[64:] = torch.nan
-    with pytest.raises(FluxSaeError, match=r"skipped \d+ of \d+ batches, since they hold NaN"):
+    with pytest.raises(FluxSaeError, match=r"skipped \d+ of \d+ batches: they or their gradients hold NaN"):
         train({"a": sae_config()}, MemorySource(rows), TrainConfig(init_rows=64, on_nan="skip"))

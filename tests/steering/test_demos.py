@@ -34,6 +34,8 @@ from fluxsae.steering.demos import (
     load_limits,
     measured_sweep,
 )
+from fluxsae.steering.demos import measured as measured_module
+from fluxsae.steering.demos import search as demo_search
 from fluxsae.steering.demos.search import _Search
 from fluxsae.steering.edits import Recipe, SteeringEdit, load_recipes
 from fluxsae.steering.sweeps import reproduce
@@ -207,6 +209,23 @@ def test_features_without_a_reference_activation_get_no_demo_and_do_not_end_the_
     options = {"distance": PixelDistance(), "config": CONFIG}
     find_demos(own, tiny_flux, {PLACE: sae}, {PLACE: features[:1]}, **options)  # the smallest run: nothing is left
     assert f"No demo of features {features[0]}: they have no reference activation." in caplog.text
+
+
+def test_a_demo_search_compares_with_a_baseline_of_the_same_batch(
+    run: RunFolder, tiny_flux: FluxPipeline, features: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two features share an image: the second one's batch needs an unedited image of its own."""
+    swept = []
+
+    def watch(pipe, saes, variants, **options):
+        swept.append((variants[0], len(variants), options.get("baseline")))
+        return measured_module.measured_sweep(pipe, saes, variants, **options)
+
+    monkeypatch.setattr(demo_search, "measured_sweep", watch)
+    search(copy_of(run, tmp_path), tiny_flux, features)
+    n_edits = len(CONFIG.suppress) + len(CONFIG.amplify)
+    assert len(swept) >= 2 * CONFIG.n_candidates
+    assert set(swept) == {((), n_edits + 1, None)}
 
 
 def test_a_feature_that_never_fires_is_refused(run: RunFolder, tiny_flux: FluxPipeline) -> None:
