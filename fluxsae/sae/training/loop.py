@@ -165,7 +165,7 @@ def _refuse_bad_data(run: _Run, step: int) -> None:
             raise FluxSaeError(
                 f"SAE {name} skipped {n_skipped} of {step} batches: they or their gradients hold NaN or infinite "
                 "numbers, or their loss was a spike. Training stopped, and no SAE was written. Collect the activations "
-                "again in bfloat16 or float32 (`python -m train.verify` finds the bad ones), or lower the learning rate."
+                "again in bfloat16 or float32 (`python -m train.verify` finds bad ones), or lower the learning rate."
             )
 
 
