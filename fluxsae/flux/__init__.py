@@ -1,4 +1,4 @@
-"""FLUX itself: load, generate, read and hook. Nothing else in the package imports diffusers.
+"""FLUX itself: load, generate and hook. Nothing else in the package imports diffusers.
 
 Hook points and settings are plain data; they load without diffusers.
 """

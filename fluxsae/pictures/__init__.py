@@ -1,4 +1,4 @@
-"""Pictures out: heatmaps over images, grids and contact sheets. And how alike two pictures are (CLIP, LPIPS)."""
+"""Pictures: heatmaps over images, grids and contact sheets. And how alike two pictures are (CLIP, LPIPS)."""
 
 from typing import TYPE_CHECKING
 
