@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import huggingface_hub as hf
 import torch
 
 from fluxsae.hub import transfer
@@ -14,21 +15,9 @@ from fluxsae.sae.model import SparseAutoencoder
 from train import deploy_space, stages, verify
 
 
-def upload_paths(repo_id: str, paths: dict[str, str], **options: Any) -> transfer.Commit:
+def upload_paths(repo_id: str, paths: dict[str, str], **options: Any) -> hf.CommitInfo:
     """`transfer.upload` of files on this disk."""
     return transfer.upload(repo_id, {name: Path(path) for name, path in paths.items()}, **options)
-
-
-def upload_while_it_changes(repo_id: str, path: str, *, parent: str) -> transfer.Commit:
-    """`transfer.upload` of a file that another process writes to after it was sent."""
-    listed = transfer.list_files
-
-    def write_then_list(*args: Any, **kwargs: Any) -> transfer.Listing:
-        Path(path).write_bytes(b"changed in between")
-        return listed(*args, **kwargs)
-
-    with mock.patch.object(transfer, "list_files", write_then_list):
-        return transfer.upload(repo_id, {"a.bin": Path(path)}, parent=parent, message="moving")
 
 
 def download_on_a_small_disk(repo_id: str, *, free: int) -> transfer.Snapshot:
@@ -37,7 +26,7 @@ def download_on_a_small_disk(repo_id: str, *, free: int) -> transfer.Snapshot:
         return transfer.download(repo_id)
 
 
-def add_file(repo_id: str, name: str, text: str, repo_type: transfer.RepoType = "model") -> transfer.Commit:
+def add_file(repo_id: str, name: str, text: str, repo_type: transfer.RepoType = "model") -> hf.CommitInfo:
     """One file more in a repository, as someone does by hand."""
     head = transfer.list_files(repo_id, repo_type=repo_type).commit
     return transfer.upload(repo_id, {name: text.encode()}, parent=head, message="by hand", repo_type=repo_type)
@@ -59,7 +48,7 @@ def push_to_hub(folder: str, repo_id: str, **options: Any) -> str:
     return SparseAutoencoder.from_pretrained(folder).push_to_hub(repo_id, **options)
 
 
-def deploy(*, source: str, **config: Any) -> transfer.Commit:
+def deploy(*, source: str, **config: Any) -> hf.CommitInfo:
     """`train.deploy_space` of a checkout."""
     return deploy_space.main(deploy_space.DeployConfig(source=Path(source), **config))
 

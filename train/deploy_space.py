@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub as hf
 import tyro
 
 from fluxsae.errors import FluxSaeError
@@ -41,7 +42,7 @@ class DeployConfig:
     """The checkout that is deployed."""
 
 
-def main(config: DeployConfig) -> transfer.Commit:
+def main(config: DeployConfig) -> hf.CommitInfo:
     """Deploys, and prints the Space's address and what is left to do."""
     if not transfer.is_repo_id(config.repo):
         raise FluxSaeError(f"{config.repo!r} names no Space. Write user/name.")
@@ -56,10 +57,10 @@ def main(config: DeployConfig) -> transfer.Commit:
         parent=remote.commit,
         message=f"Deploy fluxsae with {config.run or 'the embedded miniature run'}",
         repo_type="space",
-        deletions=[file.path for file in remote.files if file.path not in files and _is_ours(file.path)],
+        deletions=[path for path in remote.files if path not in files and _is_ours(path)],
     )
     transfer.set_space_variables(config.repo, variables)
-    print(f"{len(files)} files at {made.url}")
+    print(f"{len(files)} files at {made.commit_url}")
     print(_remaining(config))
     return made
 

@@ -1,12 +1,11 @@
 """SHA256SUMS: the hashes of a published run, which go with it wherever it is copied."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import write_text
-from fluxsae.hub.transfer import sha256
+from fluxsae.hub.transfer import failing, sha256
 from fluxsae.runs.folder import RunFolder
 
 
@@ -33,15 +32,9 @@ def read_checksums(path: Path) -> dict[str, str]:
 
 def wrong_files(run: RunFolder, sums: Mapping[str, str]) -> list[str]:
     """The files that are missing or whose content does not have its hash."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        is_right = list(pool.map(lambda item: _has_sum(run.path / item[0], item[1]), sums.items()))
-    return [name for name, right in zip(sums, is_right, strict=True) if not right]
+    return failing(sums, lambda name: (run.path / name).is_file() and sha256(run.path / name) == sums[name])
 
 
 def is_inside(name: str) -> bool:
     """Whether a relative path stays in its folder."""
     return bool(name) and not name.startswith("/") and "\\" not in name and ".." not in name.split("/")
-
-
-def _has_sum(path: Path, digest: str) -> bool:
-    return path.is_file() and sha256(path) == digest

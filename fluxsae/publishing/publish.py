@@ -2,9 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -90,15 +89,15 @@ def push_run(
     made = transfer.upload(
         repo_id,
         files,
-        parent=_parent(onto, origin, repo_id, remote.commit),
         message=message or f"Publish the run at {', '.join(info.hookpoints)}",
+        parent=_parent(onto, origin, repo_id, remote.commit),
         deletions=_gone(repo_id, remote, files, run),
         tag=tag,
     )
     _save_origin(run, _Origin(repo_id, made.oid))
     if tables_repo:
         push_tables(run, tables_repo, model_repo=repo_id, private=private)
-    return Published(repo_id, made.oid, made.url, len(files), tag, tables_repo)
+    return Published(repo_id, made.oid, made.commit_url, len(files), tag, tables_repo)
 
 
 def push_sae(
@@ -120,12 +119,12 @@ def push_sae(
     if not run.has_sae(hookpoint):
         raise FluxSaeError(f"{run.path} holds no SAE for {hookpoint}. Run `python -m train.fit` first.")
     folder = run.sae_path(hookpoint)
-    files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir()) if _is_plain(path)}
+    plain = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files: dict[str, Path | bytes] = {path.name: path for path in plain}
     files[run.card_path.name] = build_sae_card(run, hookpoint, repo_id, revision=tag).encode()
     transfer.create_repo(repo_id, private=private)
-    parent = transfer.list_files(repo_id).commit
-    made = transfer.upload(repo_id, files, parent=parent, message=f"Publish the SAE of {hookpoint}", tag=tag)
-    return Published(repo_id, made.oid, made.url, len(files), tag)
+    made = transfer.upload(repo_id, files, message=f"Publish the SAE of {hookpoint}", tag=tag)
+    return Published(repo_id, made.oid, made.commit_url, len(files), tag)
 
 
 def push_tables(
@@ -139,18 +138,14 @@ def push_tables(
     run = RunFolder(run)
     _check_repo_ids(repo_id, None)
     paths = {"images": run.images_path} | {str(hp): run.features_path(hp) for hp in run.hookpoints()}
-    paths = {name: path for name, path in paths.items() if path.is_file()}
-    if not paths:
+    names = {name: path.relative_to(run.path).as_posix() for name, path in paths.items() if path.is_file()}
+    if not names:
         raise FluxSaeError(f"{run.path} has no tables yet. Run `python -m train.score` and `train.analyze` first.")
-    names = {name: path.relative_to(run.path).as_posix() for name, path in paths.items()}
-    files: dict[str, Path | bytes] = {names[name]: path for name, path in paths.items()}
+    files: dict[str, Path | bytes] = {name: run.path / name for name in names.values()}
     files[run.card_path.name] = build_tables_card(run, names, model_repo).encode()
     transfer.create_repo(repo_id, repo_type="dataset", private=private)
-    parent = transfer.list_files(repo_id, repo_type="dataset").commit
-    made = transfer.upload(
-        repo_id, files, parent=parent, message=f"Publish the tables of {model_repo}", repo_type="dataset"
-    )
-    return Published(repo_id, made.oid, made.url, len(files))
+    made = transfer.upload(repo_id, files, message=f"Publish the tables of {model_repo}", repo_type="dataset")
+    return Published(repo_id, made.oid, made.commit_url, len(files))
 
 
 def _check_repo_ids(repo_id: str, tables_repo: str | None) -> None:
@@ -161,10 +156,6 @@ def _check_repo_ids(repo_id: str, tables_repo: str | None) -> None:
         raise FluxSaeError(f"The tables cannot go to {repo_id} itself. Name a dataset repository, as {repo_id}-tables.")
 
 
-def _is_plain(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(".")
-
-
 def _parent(onto: str | None, origin: _Origin | None, repo_id: str, head: str) -> str:
     """The commit that a push builds on."""
     if onto is not None:
@@ -172,14 +163,13 @@ def _parent(onto: str | None, origin: _Origin | None, repo_id: str, head: str) -
     return origin.commit if origin and origin.repo_id == repo_id else head
 
 
-def _gone(repo_id: str, remote: transfer.Listing, files: dict[str, Path | bytes], run: RunFolder) -> list[str]:
+def _gone(repo_id: str, remote: transfer.Listing, files: Mapping[str, Path | bytes], run: RunFolder) -> set[str]:
     """Files of an earlier push that the run no longer has; what others put into the repository stays."""
-    present = {file.path for file in remote.files}
     sums = run.checksums_path.name
-    if sums not in present:
-        return []
+    if sums not in remote.files:
+        return set()
     folder = transfer.download(repo_id, revision=remote.commit, patterns=[sums]).folder
-    return sorted((set(read_checksums(folder / sums)) & present) - set(files))
+    return set(read_checksums(folder / sums)).intersection(remote.files).difference(files)
 
 
 # Pull
@@ -209,7 +199,9 @@ def pull_run(
         _check_target(Path(into), overwrite=overwrite)
     elif hookpoints is not None:
         raise FluxSaeError("A pull of some hook points needs a folder of its own. Say where with into=... (--into).")
-    index = transfer.download(repo_id, revision=revision or named, patterns=_index_patterns())
+    names = RunFolder("")
+    patterns = [path.name for path in (names.index_path, names.info_path, names.checksums_path)]
+    index = transfer.download(repo_id, revision=revision or named, patterns=patterns)
     source = RunFolder(index.folder)
     if not source.exists():
         raise FluxSaeError(
@@ -223,13 +215,8 @@ def pull_run(
     _check_sums(RunFolder(snapshot.folder), wanted)
     if into is None:
         return RunFolder(snapshot.folder)
-    names = tuple(str(hookpoint) for hookpoint in chosen or ())
-    return _materialise(snapshot, Path(into), wanted, _Origin(repo_id, index.commit, names, part))
-
-
-def _index_patterns() -> list[str]:
-    run = RunFolder("")
-    return [path.name for path in (run.index_path, run.info_path, run.checksums_path)]
+    origin = _Origin(repo_id, index.commit, tuple(map(str, chosen or ())), part)
+    return _materialise(snapshot, Path(into), origin)
 
 
 def _wanted_files(run: RunFolder, chosen: Sequence[HookPoint] | None, part: Part) -> list[str]:
@@ -265,9 +252,7 @@ def _belongs_to(run: RunFolder, name: str, hookpoint: HookPoint) -> bool:
 
 def _check_sums(run: RunFolder, wanted: Sequence[str]) -> None:
     """Compares the files with the run's own checksums, which go with it wherever it is copied."""
-    if not run.checksums_path.is_file():
-        return
-    sums = read_checksums(run.checksums_path)
+    sums = read_checksums(run.checksums_path) if run.checksums_path.is_file() else {}
     wrong = wrong_files(run, {name: sums[name] for name in wanted if name in sums})
     if wrong:
         raise FluxSaeError(
@@ -279,26 +264,32 @@ def _check_sums(run: RunFolder, wanted: Sequence[str]) -> None:
 def _check_target(into: Path, *, overwrite: bool) -> None:
     if into.is_symlink() or into.is_file():
         raise FluxSaeError(f"{into} is not a folder. Name a folder that does not exist yet.")
-    if into.is_dir() and any(into.iterdir()) and not overwrite:
+    if not into.is_dir() or not any(into.iterdir()):
+        return
+    if not overwrite:
         raise FluxSaeError(f"{into} is not empty. Name another folder, or replace it: overwrite=True, --overwrite.")
-    if overwrite and into.is_dir() and any(into.iterdir()) and not RunFolder(into).exists():
+    if not RunFolder(into).exists():
         raise FluxSaeError(f"{into} holds something that is not a run, so it is not replaced. Name another folder.")
 
 
-def _materialise(snapshot: transfer.Snapshot, into: Path, wanted: Sequence[str], origin: _Origin) -> RunFolder:
+def _materialise(snapshot: transfer.Snapshot, into: Path, origin: _Origin) -> RunFolder:
     """Copies the snapshot's files into a folder that takes its name when it is complete."""
-    files = [file for file in snapshot.files if not file.path.startswith(".") and is_inside(file.path)]
+    files = [name for name in snapshot.files if not name.startswith(".") and is_inside(name)]
     into.parent.mkdir(parents=True, exist_ok=True)
-    check_free_space(into.parent, sum(file.size for file in files), purpose=f"Pulling {snapshot.repo_id}")
-    with _new_folder(into) as folder:
-        for file in files:
-            target = folder / file.path
+    size = sum((snapshot.folder / name).stat().st_size for name in files)
+    check_free_space(into.parent, size, purpose=f"Pulling {snapshot.repo_id}")
+    with tempfile.TemporaryDirectory(prefix=f".{into.name}.", suffix=".pull", dir=into.parent) as scratch:
+        run = RunFolder(Path(scratch, "new"))
+        for name in files:
+            target = run.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(snapshot.folder / file.path, target)
-        run = RunFolder(folder)
+            shutil.copyfile(snapshot.folder / name, target)
         if origin.is_partial:
             _narrow(run, origin)
         _save_origin(run, origin)
+        if into.is_dir():
+            into.replace(Path(scratch, "old"))
+        run.path.replace(into)
     return RunFolder(into)
 
 
@@ -311,30 +302,12 @@ def _narrow(run: RunFolder, origin: _Origin) -> None:
     write_checksums(run)
 
 
-@contextmanager
-def _new_folder(into: Path) -> Iterator[Path]:
-    """A folder beside `into` that takes its place when the block ends without an exception."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{into.name}.", suffix=".pull", dir=into.parent))
-    folder.chmod(0o755)
-    try:
-        yield folder
-        if into.is_dir():
-            old = Path(tempfile.mkdtemp(prefix=f".{into.name}.", suffix=".old", dir=into.parent))
-            into.replace(old)
-            folder.replace(into)
-            shutil.rmtree(old)
-        else:
-            folder.replace(into)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _load_origin(run: RunFolder) -> _Origin | None:
     if not run.origin_path.is_file():
         return None
     values = read_json(run.origin_path)
     try:
-        return _Origin(values["repo_id"], values["commit"], tuple(values["hookpoints"]), values["part"])
+        return _Origin(**{**values, "hookpoints": tuple(values["hookpoints"])})
     except (KeyError, TypeError) as error:
         raise FluxSaeError(
             f"{run.origin_path} is damaged. Delete it: the next push then builds on the newest commit."
@@ -342,8 +315,7 @@ def _load_origin(run: RunFolder) -> _Origin | None:
 
 
 def _save_origin(run: RunFolder, origin: _Origin) -> None:
-    values = {"repo_id": origin.repo_id, "commit": origin.commit, "hookpoints": list(origin.hookpoints)}
-    write_json(run.origin_path, {**values, "part": origin.part})
+    write_json(run.origin_path, asdict(origin))
 
 
 def _describe(origin: _Origin) -> str:

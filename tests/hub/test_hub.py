@@ -65,7 +65,7 @@ def test_only_files_that_match_the_patterns_are_fetched(server: LocalHub, machin
     make_repo(machine, "user/part", tmp_path, {"a/x.bin": b"1" * 99, "b/x.bin": b"2" * 99, "config.json": b"{}"})
     server.log()
     got = machine.call("fluxsae.hub.transfer:download", "user/part", patterns=["a/*", "config.json"], cache="part")
-    assert sorted(file["path"] for file in got["files"]) == ["a/x.bin", "config.json"]
+    assert got["files"] == ["a/x.bin", "config.json"]
     fetched = [entry["path"] for entry in server.log() if "/resolve/" in entry["path"]]
     assert fetched
     assert not [path for path in fetched if path.endswith("b/x.bin")]
@@ -188,7 +188,7 @@ def test_a_disk_too_small_is_refused_before_the_first_byte_and_a_full_one_leaves
     server.log()
     with pytest.raises(CallError, match=r"Downloading user/big needs 0.00 GB .* but only 0.00 GB are free"):
         machine.call("upload_files:download_on_a_small_disk", "user/big", free=1000, cache="small")
-    assert not [entry for entry in server.log() if "/resolve/" in entry["path"]]
+    assert not [entry for entry in server.log() if "/resolve/" in entry["path"] and entry["method"] == "GET"]
     with pytest.raises(CallError, match="The disk is full: could not download user/big"):
         machine.call("fluxsae.hub.transfer:download", "user/big", cache="full", limit=MEGABYTE)
     assert not [path for path in (machine.home / "full").rglob("*.bin") if path.exists()]
@@ -229,13 +229,6 @@ def test_an_upload_survives_a_busy_hub(server: LocalHub, machine: HubProcess, tm
     repo = server.repo("user/busy")
     assert len(repo["commits"]) == 2
     assert repo["refs"]["v1"] == made["oid"]
-
-
-def test_content_that_changed_during_the_upload_is_noticed(machine: HubProcess, tmp_path: Path) -> None:
-    make_repo(machine, "user/moving", tmp_path, {"a.bin": b"first"})
-    head = machine.call("fluxsae.hub.transfer:list_files", "user/moving")["commit"]
-    with pytest.raises(CallError, match=r"does not hold what was sent: a.bin"):
-        machine.call("upload_files:upload_while_it_changes", "user/moving", tmp_path / "a.bin", parent=head)
 
 
 def test_tokens_appear_in_no_output_and_are_sent_to_the_hub_only(
@@ -281,6 +274,5 @@ def test_what_is_no_repository_is_refused(text: str) -> None:
 def test_hashes_are_those_of_git_and_sha256sum(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"hello\n")
-    for content in (path, b"hello\n"):
-        assert transfer.git_sha1(content) == "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object
-        assert transfer.sha256(content) == "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
+    assert transfer.git_sha1(path) == "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object
+    assert transfer.sha256(path) == "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
