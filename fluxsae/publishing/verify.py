@@ -3,8 +3,8 @@
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,58 +61,63 @@ def verify_run(run: RunFolder | str | Path) -> Verdict:
         FluxSaeError: there is no run, or run.json cannot be read.
     """
     run = RunFolder(run)
-    info = run.load_info()
-    checker = _Checker(run, info)
-    problems = [*checker.folder(), *checker.images(), *checker.embeddings()]
+    whole = _WholeRun(run, run.load_info())
+    files = run.published_files()
+    problems = [
+        Problem(name, "is a kind of file that can run code or that no stage writes. Delete it.")
+        for name in files
+        if name.endswith(_PICKLES)
+    ]
+    problems += whole.findings(whole.checks())
     for hookpoint in run.hookpoints():
-        problems += checker.hookpoint(hookpoint)
-    return Verdict(len(run.published_files()), info.hookpoints, tuple(problems), tuple(checker.absent))
+        problems += whole.findings(_AboutHookpoint(whole, hookpoint).checks())
+    return Verdict(len(files), whole.info.hookpoints, tuple(problems), tuple(whole.absent))
 
 
-class _Checker:
-    """The checks of one run; a part that cannot be read is one problem, and the others are still checked."""
+Checks = Iterable[tuple[Path, Callable[[Path], Iterator[str]]]]
+"""A file or folder, and what finds its faults."""
 
-    def __init__(self, run: RunFolder, info: RunInfo) -> None:
-        self.run, self.info, self.absent = run, info, list[str]()
-        self.n_images: int | None = None
 
-    def problem(self, path: Path, text: str) -> Problem:
-        return Problem(path.relative_to(self.run.path).as_posix(), text)
+@dataclass(eq=False)
+class _WholeRun:
+    """The checks of what all hook points share; what was found is what the later checks are held against."""
 
-    def guarded(self, path: Path, check: Callable[[Path], Iterator[str]]) -> Iterator[Problem]:
-        """The check's findings about a file; what it cannot read is a finding, what is not there is noted."""
-        if not path.exists():
-            self.absent.append(path.relative_to(self.run.path).as_posix())
-            return
-        try:
-            for text in check(path):
-                yield self.problem(path, text)
-        except FluxSaeError as error:
-            yield self.problem(path, str(error))
-        except (ValueError, KeyError, TypeError, OSError, IndexError) as error:
-            yield self.problem(
-                path, f"cannot be read ({type(error).__name__}: {error}). Run the stage that writes it again."
-            )
+    run: RunFolder
+    info: RunInfo
+    absent: list[str] = field(default_factory=list)
+    n_images: int | None = None
 
-    # The folder
+    def findings(self, checks: Checks) -> Iterator[Problem]:
+        """What is wrong; a part that cannot be read is one problem, what is not there is noted."""
+        for path, check in checks:
+            name = path.relative_to(self.run.path).as_posix()
+            if not path.exists():
+                self.absent.append(name)
+                continue
+            try:
+                yield from (Problem(name, text) for text in check(path))
+            except FluxSaeError as error:
+                yield Problem(name, str(error))
+            except (ValueError, KeyError, TypeError, OSError, IndexError) as error:
+                kind = type(error).__name__
+                yield Problem(name, f"cannot be read ({kind}: {error}). Run the stage that writes it again.")
 
-    def folder(self) -> Iterator[Problem]:
-        yield from self.guarded(self.run.index_path, self._index)
-        yield from self.guarded(self.run.checksums_path, self._checksums)
-        for name in self.run.published_files():
-            if name.endswith(_PICKLES):
-                yield Problem(name, "is a kind of file that can run code or that no stage writes. Delete it.")
+    def checks(self) -> Checks:
+        run = self.run
+        yield run.index_path, self.index
+        yield run.checksums_path, self.checksums
+        yield run.images_path, self.images
+        yield run.embeddings_path, self.embeddings
 
-    def _index(self, path: Path) -> Iterator[str]:
+    def index(self, path: Path) -> Iterator[str]:
         index = read_json(path)
         if list(index.get("hookpoints", [])) != list(self.info.hookpoints):
             yield f"lists the hook points {index.get('hookpoints')}, run.json lists {list(self.info.hookpoints)}."
-        listed = set(index.get("saes", {}))
-        present = {name for name in self.info.hookpoints if self.run.has_sae(name)}
-        if present - listed:
-            yield f"does not list the SAEs of {', '.join(sorted(present - listed))}. Push the run to renew it."
+        unlisted = {name for name in self.info.hookpoints if self.run.has_sae(name)} - set(index.get("saes", {}))
+        if unlisted:
+            yield f"does not list the SAEs of {', '.join(sorted(unlisted))}. Push the run to renew it."
 
-    def _checksums(self, path: Path) -> Iterator[str]:
+    def checksums(self, path: Path) -> Iterator[str]:
         sums = read_checksums(path)
         files = set(self.run.published_files()) - {path.name}
         for name in wrong_files(self.run, {name: digest for name, digest in sums.items() if name in files}):
@@ -122,83 +127,62 @@ class _Checker:
         for name in sorted(files - set(sums)):
             yield f"{name} is there but not listed. Push the run to renew the hashes, or delete the file."
 
-    # What all hook points share
-
-    def images(self) -> Iterator[Problem]:
-        yield from self.guarded(self.run.images_path, self._images)
-
-    def _images(self, path: Path) -> Iterator[str]:
+    def images(self, path: Path) -> Iterator[str]:
         images = ImageTable(path)
         self.n_images = len(images)
-        pairs = Counter(zip(images.prompts, images.seeds, strict=True))
-        for (prompt, seed), n in pairs.items():
+        for (prompt, seed), n in Counter(zip(images.prompts, images.seeds, strict=True)).items():
             if n > 1:
                 yield f"holds prompt {prompt[:60]!r} with seed {seed} {n} times; a pair identifies one image."
         for image_id in images.image_ids:
-            fault = _picture_fault(images.thumbnail(image_id))
-            if fault:
+            if fault := _picture_fault(images.thumbnail(image_id)):
                 yield f"the thumbnail of image {image_id} cannot be shown ({fault})."
 
-    def embeddings(self) -> Iterator[Problem]:
-        yield from self.guarded(self.run.embeddings_path, self._embeddings)
-
-    def _embeddings(self, path: Path) -> Iterator[str]:
+    def embeddings(self, path: Path) -> Iterator[str]:
         vectors = np.asarray(Embeddings.load(path).vectors, dtype=np.float32)
-        yield from self._counted("embeddings", len(vectors), self.n_images, "images")
+        yield from _counted("embeddings", len(vectors), self.n_images, "images")
         norms = np.linalg.norm(vectors, axis=1)
         if not np.isfinite(vectors).all() or (len(norms) and np.abs(norms - 1).max() > 0.02):
             yield "has vectors that are not finite unit vectors. Run `python -m train.embed` again."
-
-    # One hook point
-
-    def hookpoint(self, hookpoint: HookPoint) -> Iterator[Problem]:
-        run = self.run
-        about = _AboutHookpoint(self, hookpoint)
-        yield from self.guarded(run.sae_path(hookpoint), about.sae)
-        yield from self.guarded(run.metrics_path(hookpoint), about.metrics)
-        yield from self.guarded(run.scores_path(hookpoint), about.scores)
-        yield from self.guarded(run.stats_path(hookpoint), about.stats)
-        yield from self.guarded(run.features_path(hookpoint), about.features)
-        yield from self.guarded(run.heatmaps_path(hookpoint), about.heatmaps)
-        yield from self.guarded(run.directions_path(hookpoint), about.directions)
-        yield from self.guarded(run.demos_path(hookpoint), about.demos)
-        if run.swaps_path(hookpoint).is_file():  # runs of before have none
-            yield from self.guarded(run.swaps_path(hookpoint), about.swaps)
-        if (activations := run.activations_folder(hookpoint)).is_dir():  # kept on the machine that collected them
-            yield from self.guarded(activations, about.activations)
-        for sheet in run.sheets(hookpoint):
-            yield from self.guarded(sheet, about.sheet)
-
-    def _counted(self, what: str, n: int, expected: int | None, of: str) -> Iterator[str]:
-        if expected is not None and n != expected:
-            yield f"has {n} {what}, but the run has {expected} {of}. Run the stage that writes it again."
 
 
 class _AboutHookpoint:
     """The checks of the files of one hook point; what the first tells, the later are held against."""
 
-    def __init__(self, checker: _Checker, hookpoint: HookPoint) -> None:
-        self.checker, self.run, self.info, self.hookpoint = checker, checker.run, checker.info, hookpoint
+    def __init__(self, whole: _WholeRun, hookpoint: HookPoint) -> None:
+        self.whole, self.run, self.info, self.hookpoint = whole, whole.run, whole.info, hookpoint
         self.n_features: int | None = None
         self.score_matrix: ScoreMatrix | None = None
         self.image_counts: np.ndarray | None = None
+
+    def checks(self) -> Checks:
+        run, hookpoint = self.run, self.hookpoint
+        yield run.sae_path(hookpoint), self.sae
+        yield run.metrics_path(hookpoint), self.metrics
+        yield run.scores_path(hookpoint), self.scores
+        yield run.stats_path(hookpoint), self.stats
+        yield run.features_path(hookpoint), self.features
+        yield run.heatmaps_path(hookpoint), self.heatmaps
+        yield run.directions_path(hookpoint), self.directions
+        yield run.demos_path(hookpoint), self.demos
+        # no run of before has swaps; activations stay on the machine that collected them
+        seldom = ((run.swaps_path(hookpoint), self.swaps), (run.activations_folder(hookpoint), self.activations))
+        yield from ((path, check) for path, check in seldom if path.exists())
+        yield from ((sheet, self.sheet) for sheet in run.sheets(hookpoint))
 
     def sae(self, path: Path) -> Iterator[str]:
         config = self.run.load_sae_config(self.hookpoint)
         self.n_features = int(config["n_features"])
         if not self.run.has_sae(self.hookpoint):
-            self.checker.absent.append(f"weights of {self.hookpoint}")
+            self.whole.absent.append(f"weights of {self.hookpoint}")
             return
         trained_on = SparseAutoencoder.from_pretrained(path).config.trained_on
         if trained_on is None:
             yield "does not say what it was trained on, so it cannot be refused where it does not belong."
             return
-        for name, given, own in (
-            ("hook point", trained_on.hookpoint, str(self.hookpoint)),
-            ("FLUX", trained_on.flux_id, self.info.flux_id),
-        ):
-            if given != own:
-                yield f"was trained on the {name} {given}, but the run is of {own}."
+        if trained_on.hookpoint != str(self.hookpoint):
+            yield f"was trained on the hook point {trained_on.hookpoint}, but the run is of {self.hookpoint}."
+        if trained_on.flux_id != self.info.flux_id:
+            yield f"was trained on the FLUX {trained_on.flux_id}, but the run is of {self.info.flux_id}."
 
     def metrics(self, path: Path) -> Iterator[str]:
         def refuse(name: str) -> Any:
@@ -210,14 +194,14 @@ class _AboutHookpoint:
     def scores(self, path: Path) -> Iterator[str]:
         scores = ScoreMatrix.load(path)
         self.score_matrix = scores
-        yield from self.checker._counted("rows", scores.n_images, self.checker.n_images, "images")
+        yield from _counted("rows", scores.n_images, self.whole.n_images, "images")
         yield from self._columns(scores.n_features)
         if (scores.rows, scores.cols) != (self.info.rows, self.info.cols):
             yield f"is of a {scores.rows} x {scores.cols} grid, the run of {self.info.rows} x {self.info.cols}."
         counts = np.zeros(scores.n_features, dtype=np.int64)
         for start in range(0, scores.n_images, _BLOCK):
             block = np.asarray(scores.values[start : start + _BLOCK])
-            if not np.isfinite(block).all() or (block < 0).any():
+            if not _is_sound(block):
                 yield f"has values that are negative or not finite from image {start} on. Score the images again."
                 return
             if np.asarray(scores.argmax_token[start : start + _BLOCK]).max(initial=0) >= scores.grid.n_tokens:
@@ -229,11 +213,11 @@ class _AboutHookpoint:
     def stats(self, path: Path) -> Iterator[str]:
         stats = FeatureStats.load(path)
         yield from self._columns(len(stats.counts))
-        yield from self.checker._counted("images", stats.n_images, self.checker.n_images, "images")
+        yield from _counted("images", stats.n_images, self.whole.n_images, "images")
         if self.image_counts is not None and not np.array_equal(stats.image_counts.numpy(), self.image_counts):
             yield "counts other images than S does. Score the images again."
         for name, values in stats.tensors().items():
-            if not bool(values.isfinite().all()) or bool((values < 0).any()):
+            if not _is_sound(values.numpy()):
                 yield f"has values of {name} that are negative or not finite. Score the images again."
 
     def features(self, path: Path) -> Iterator[str]:
@@ -242,38 +226,32 @@ class _AboutHookpoint:
         if unknown := set(table.column("feature_class").tolist()) - _CLASSES:
             yield f"has the classes {sorted(unknown)}; allowed are {sorted(_CLASSES)}."
         for name in ("density", "mean_act", "max_act"):
-            values = table.column(name).astype(np.float64)
-            if not np.isfinite(values).all() or (values < 0).any():
+            if not _is_sound(table.column(name).astype(np.float64)):
                 yield f"has values of {name} that are negative or not finite. Run `python -m train.analyze` again."
         if "top_images" in table:
             yield from self._top_images(table)
-        if "neighbours" in table:
-            yield from self._dangling("neighbours", table.column("neighbours"), self.n_features, "features")
-        if "silent_images" in table:
-            silent = table.column("silent_images")
-            yield from self._dangling("silent_images", silent, self.checker.n_images, "images")
+        ids = (("neighbours", self.n_features, "features"), ("silent_images", self.whole.n_images, "images"))
+        for name, size, of in ids:
+            if name in table:
+                yield from self._dangling(name, table.column(name), size, of)
 
     def _top_images(self, table: FeatureTable) -> Iterator[str]:
         top = table.column("top_images")
-        dangling = list(self._dangling("top_images", top, self.checker.n_images, "images"))
+        dangling = list(self._dangling("top_images", top, self.whole.n_images, "images"))
         yield from dangling
         if dangling or self.score_matrix is None or self.score_matrix.n_features != len(table):
             return
-        scores = table.column("top_scores")
-        wrong = [f for f in range(len(table)) if not self._has_scores(f, top[f], scores[f])]
+        values = self.score_matrix.values
+        both = enumerate(zip(top, table.column("top_scores"), strict=True))
+        wrong = [f for f, (images, scores) in both if not _are_near(values[list(images), f], scores)]
         if wrong:
             yield f"has top scores that are not those in S (features {wrong[:5]}). Run `python -m train.analyze` again."
-
-    def _has_scores(self, feature: int, images: list[int], scores: list[float]) -> bool:
-        assert self.score_matrix is not None
-        own = np.asarray(self.score_matrix.values[list(images), feature], dtype=np.float64)
-        return len(images) == len(scores) and bool(np.allclose(own, scores, rtol=2e-3, atol=1e-6))
 
     def heatmaps(self, path: Path) -> Iterator[str]:
         maps = Heatmaps.load(path)
         features = np.asarray(maps.features)
         yield from self._dangling("features", [features], self.n_features, "features")
-        yield from self._dangling("image_ids", [maps.image_ids[maps.image_ids >= 0]], self.checker.n_images, "images")
+        yield from self._dangling("image_ids", [maps.image_ids[maps.image_ids >= 0]], self.whole.n_images, "images")
         if len(features) and (np.diff(features) <= 0).any():
             yield "does not list its features in rising order."
         if maps.values.shape != (*maps.image_ids.shape, maps.rows * maps.cols):
@@ -325,7 +303,7 @@ class _AboutHookpoint:
             yield f"cannot be shown ({fault}). Run `python -m train.render` again."
 
     def _columns(self, n: int) -> Iterator[str]:
-        yield from self.checker._counted("features", n, self.n_features, "features at this hook point")
+        yield from _counted("features", n, self.n_features, "features at this hook point")
         if self.n_features is None:
             self.n_features = n
 
@@ -335,6 +313,19 @@ class _AboutHookpoint:
         wrong = every[(every < 0) | (every >= size)] if size is not None else every[:0]
         if len(wrong):
             yield f"{name} names {of} that do not exist, for example {int(wrong[0])} of {size}. Run its stage again."
+
+
+def _counted(what: str, n: int, expected: int | None, of: str) -> Iterator[str]:
+    if expected is not None and n != expected:
+        yield f"has {n} {what}, but the run has {expected} {of}. Run the stage that writes it again."
+
+
+def _is_sound(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values).all() and (values >= 0).all())
+
+
+def _are_near(own: np.ndarray, scores: list[float]) -> bool:
+    return len(own) == len(scores) and bool(np.allclose(own.astype(np.float64), scores, rtol=2e-3, atol=1e-6))
 
 
 def _images_not_finite(shard: ActivationShard) -> list[int]:
