@@ -20,7 +20,7 @@ import torch
 from jaxtyping import BFloat16, Int
 from torch import Tensor
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.errors import FluxSaeError, check_positive
 from fluxsae.files import (
     check_free_space,
     load_tensors,
@@ -69,9 +69,7 @@ class ActivationManifest:
 
     def __post_init__(self) -> None:
         HookPoint.parse(self.hookpoint)
-        for name in ("d_model", "n_tokens", "tokens_per_image", "n_images", "images_per_shard"):
-            if getattr(self, name) < 1:
-                raise FluxSaeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        check_positive(self, "d_model", "n_tokens", "tokens_per_image", "n_images", "images_per_shard")
         if self.tokens_per_image > self.n_tokens:
             raise FluxSaeError(
                 f"tokens_per_image is {self.tokens_per_image}, but {self.hookpoint} has {self.n_tokens} tokens."

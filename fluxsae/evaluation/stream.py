@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,14 @@ OnProgress = Callable[[str, int, int], None]
 
 FRESH_SEED = 1 << 40
 """Seeds from here on belong to evaluations: no collection or scoring counts so far."""
+
+
+T = TypeVar("T")
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The items in their order, `size` at a time."""
+    yield from (items[start : start + size] for start in range(0, len(items), size))
 
 
 @dataclass(frozen=True)

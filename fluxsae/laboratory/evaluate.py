@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.errors import FluxSaeError, check_positive
 from fluxsae.evaluation.flow import FlowReport, drawn_images, evaluate_flow, own_images
 from fluxsae.evaluation.reconstruction import (
     ReconstructionReport,
@@ -20,7 +20,8 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.concept_report import ConceptReport
 from fluxsae.laboratory.concepts import evaluate_concepts
-from fluxsae.laboratory.steering import LaboratoryConfig, candidate_features, run_laboratory
+from fluxsae.laboratory.steering import candidate_features, run_laboratory
+from fluxsae.laboratory.steering_config import LaboratoryConfig
 from fluxsae.laboratory.steering_report import LaboratoryReport
 from fluxsae.runs.folder import RunFolder
 from fluxsae.sae.model import SparseAutoencoder
@@ -54,9 +55,7 @@ class EvaluationConfig:
     """Sizes (height, width) of the transfer table, pixels; left out, a smaller one, the trained one and a wider one."""
 
     def __post_init__(self) -> None:
-        for name in ("n_images", "n_flow_images", "n_transfer_images", "batch_size", "draws"):
-            if getattr(self, name) < 1:
-                raise FluxSaeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        check_positive(self, "n_images", "n_flow_images", "n_transfer_images", "batch_size", "draws")
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,11 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.evaluation.stream import OnProgress
+from fluxsae.evaluation.stream import OnProgress, batches
 from fluxsae.flux import FluxPipeline, capture, decode_latents, denoise_to, generate, generate_from, token_grid
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
@@ -32,6 +30,7 @@ from fluxsae.laboratory.arms import Arm, Controls
 from fluxsae.laboratory.halves import LEAST_CONFIDENCE
 from fluxsae.laboratory.outcomes import Outcome, Subject, Tally, compare_scenes, draw_subject
 from fluxsae.laboratory.probes import TokenMoments
+from fluxsae.laboratory.steering_config import LaboratoryConfig
 from fluxsae.laboratory.steering_report import (
     DIRECTIONS,
     TARGET_ATTRIBUTES,
@@ -40,11 +39,9 @@ from fluxsae.laboratory.steering_report import (
     EditSettings,
     LaboratoryReport,
     TrialResult,
-    Where,
 )
 from fluxsae.laboratory.truths import CONCEPTS, COVERED, Concept, coverage
 from fluxsae.miniature.scenes import Scene, read_scene
-from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import steer
 from fluxsae.steering.edits import IDENTITY, MAX_STRENGTH, NEEDS_REFERENCE, SteeringEdit
@@ -53,84 +50,7 @@ from fluxsae.steering.sweeps import first_edited_step
 _REPORT_SEEDS: Final = 1 << 21
 _SELECT_SEEDS: Final = 1 << 20
 _DRAWS_PER_SUBJECT: Final = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaboratoryConfig:
-    """How much is tried."""
-
-    n_select: int = 6
-    """Pictures a concept and direction on which hook point, mode, strength, window and feature are chosen."""
-    n_report: int = 12
-    """Further pictures a concept and direction on which the chosen settings are reported."""
-    add: tuple[float, ...] = (0.25, 0.35, -0.5)
-    """Strengths of mode add that are tried: above 0 to turn a feature up, below to turn it down."""
-    clamp: tuple[float, ...] = (-0.25,)
-    """Strengths of mode clamp that are tried: above 0 to turn a feature up, below to turn it down."""
-    scale: tuple[float, ...] = (-1.0,)
-    """Strengths of mode scale that are tried to turn a feature down."""
-    project_out: tuple[float, ...] = ()
-    """Strengths of mode project_out that are tried to turn a feature down."""
-    starts: tuple[float, ...] = (0.2,)
-    """Where windows start, as fractions of the schedule."""
-    stop: float = 1.0
-    """Where they end."""
-    where: tuple[Where, ...] = ("everywhere", "painted")
-    """Whether edits act on the whole picture, or where the attribute lies in the unedited one."""
-    n_features: int = 1
-    """Matched features of a concept that are tried alone, the best by AUC first."""
-    together: tuple[int, ...] = (1, 4)
-    """How many matched features of a concept are turned at once at most, the best by AUC first; 1 tries each alone."""
-    without_rivals: tuple[bool, ...] = (False, True)
-    """Whether, to turn a feature up, the matched features of the attribute's other values are taken away (scale 0)."""
-    n_rivals: int = 3
-    """Matched features of each other value that are taken away, the best by AUC first."""
-    named: float = 1.0
-    """Share of the attributes an edit is not about that its prompt names; what is left open may be drawn either way."""
-    n_moment_images: int = 96
-    """Pictures from which the difference-of-means directions come."""
-    curve: tuple[float, ...] = (0.5, 2.0)
-    """Multiples of the chosen strength's distance from no change, beside 1, on the dose-response curve."""
-    batch_size: int = 64
-    """Pictures generated together."""
-    readers: int = 0
-    """Processes that read pictures back; 0 reads in this one."""
-    seed: int = 0
-    """Decides subjects and control directions."""
-
-    def __post_init__(self) -> None:
-        for name in ("n_select", "n_report", "n_features", "n_rivals", "n_moment_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise FluxSaeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not self.starts or not all(0 <= start < self.stop <= 1 for start in self.starts):
-            raise FluxSaeError(
-                f"starts is {self.starts} and stop {self.stop}; they are fractions of the schedule: "
-                "at least one start, each at least 0 and below stop, and stop at most 1."
-            )
-        if not 0 <= self.named <= 1:
-            raise FluxSaeError(f"named is {self.named}; it is a share of the attributes, from 0 to 1.")
-        if not self.where or not self.without_rivals:
-            raise FluxSaeError("where or without_rivals is empty; name at least one way of each.")
-        if not self.together or min(self.together) < 1:
-            raise FluxSaeError(f"together is {self.together}; give numbers of features, each at least 1.")
-        for direction in DIRECTIONS:
-            if not self.modes(direction):
-                raise FluxSaeError(
-                    f"No strength is left to {direction} with; give one of add, clamp, scale, project_out."
-                )
-
-    @property
-    def n_candidates(self) -> int:
-        """Matched features of a concept that any of the ways needs."""
-        return max(self.n_features, self.n_rivals, *self.together)
-
-    def modes(self, direction: Direction) -> list[tuple[str, float]]:
-        """(mode, strength) pairs that are tried in one direction."""
-        signed = [(name, strength) for name in ("add", "clamp") for strength in getattr(self, name)]
-        if direction == "amplify":
-            return [(name, strength) for name, strength in signed if strength > 0]
-        down = [(name, strength) for name in ("scale", "project_out") for strength in getattr(self, name)]
-        return down + [(name, strength) for name, strength in signed if strength < 0]
+_UNEDITED: Final = Arm("unedited", ())
 
 
 CandidateFeatures = Mapping[HookPoint, Mapping[Concept, Sequence[int]]]
@@ -270,77 +190,20 @@ class _Bench:
             for key, (count, seeds) in wanted.items()
             for seed in islice(seeds, count - len(self._cases[key]))
         ]:
-            scenes = self._plain_scenes([s.prompt for _, s in drawn], [s.seed for _, s in drawn])
-            for (key, subject), scene in zip(drawn, scenes, strict=True):
-                if _is_readable(scene, key[1], has_concept=key[2] == "suppress"):
-                    self._cases[key].append(_Case(subject, scene))
+            for part in batches(drawn, self.config.batch_size):
+                scenes = self._plain_scenes([s.prompt for _, s in part], [s.seed for _, s in part])
+                for (key, subject), scene in zip(part, scenes, strict=True):
+                    if _is_readable(scene, key[1], has_concept=key[2] == "suppress"):
+                        self._cases[key].append(_Case(subject, scene))
             if self.on_progress is not None:
                 done = sum(map(len, self._cases.values()))
                 self.on_progress("unedited pictures", done, sum(count for count, _ in wanted.values()))
 
     def _plain_scenes(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Scene]:
-        scenes: list[Scene] = []
-        for start in range(0, len(prompts), self.config.batch_size):
-            part = slice(start, start + self.config.batch_size)
-            pictures = generate(self.pipe, list(prompts[part]), seeds=list(seeds[part]), settings=self.settings)
-            assert isinstance(pictures, list)
-            scenes += self.read(pictures)
-        return scenes
-
-    def _edited_scenes(
-        self, cases: Sequence[_Case], attribute: str, arms: Sequence[Arm], saes: Mapping[HookPoint, SparseAutoencoder]
-    ) -> list[list[Scene]]:
-        """For each arm the scene of each case; the steps before an arm's first edit run once a case."""
-        groups: dict[int, list[int]] = {}
-        for place, arm in enumerate(arms):
-            first = first_edited_step(self.pipe, saes, [arm.edits], self.settings)
-            groups.setdefault(first, []).append(place)
-        found: dict[int, list[Scene]] = {}
-        for first, places in groups.items():
-            columns = self._scenes_from(first, cases, attribute, [arms[place] for place in places], saes)
-            found |= dict(zip(places, columns, strict=True))
-        return [found[place] for place in range(len(arms))]
-
-    def _scenes_from(
-        self,
-        first: int,
-        cases: Sequence[_Case],
-        attribute: str,
-        arms: Sequence[Arm],
-        saes: Mapping[HookPoint, SparseAutoencoder],
-    ) -> list[list[Scene]]:
-        """For each arm the scene of each case, where no arm edits before step `first`."""
-        per_batch = max(1, self.config.batch_size // len(arms))
-        scenes: list[Scene] = []
-        for start in range(0, len(cases), per_batch):
-            part = cases[start : start + per_batch]
-            snapshot = denoise_to(
-                self.pipe,
-                [case.subject.prompt for case in part],
-                seeds=[case.subject.seed for case in part],
-                settings=self.settings,
-                step=first,
-            )
-            edits = [self._edits(case, attribute, arm) for case in part for arm in arms]
-            with steer(
-                self.pipe,
-                saes,
-                edits,
-                settings=self.settings,
-                allow_mismatch=self.allow_mismatch,
-                direction_of=Controls([case.subject for case in part], arms, saes, self.config.seed),
-            ):
-                latents = generate_from(self.pipe, snapshot, repeat=len(arms), output_type="latent")
-            assert isinstance(latents, Tensor)
-            scenes += self.read(decode_latents(self.pipe, latents, self.settings))
-        return [scenes[place :: len(arms)] for place in range(len(arms))]
-
-    def _edits(self, case: _Case, attribute: str, arm: Arm) -> tuple[SteeringEdit, ...]:
-        """An arm's edits on one picture: in its painted region where the arm asks for it."""
-        if arm.where == "everywhere":
-            return arm.edits
-        region = case.painted(attribute, token_grid(self.pipe, self.settings))
-        return tuple(replace(edit, region=region) for edit in arm.edits)
+        """The scenes of unedited pictures, generated together."""
+        pictures = generate(self.pipe, prompts, seeds=seeds, settings=self.settings)
+        assert isinstance(pictures, list)
+        return self.read(pictures)
 
     def _outcomes(
         self,
@@ -350,13 +213,56 @@ class _Bench:
         arms: Sequence[Arm],
         saes: Mapping[HookPoint, SparseAutoencoder] | None = None,
     ) -> list[list[Outcome]]:
-        """For each arm the outcome of each case."""
-        cases = self._cases[stage, concept, direction]
-        scenes = self._edited_scenes(cases, concept.attribute, arms, self.saes if saes is None else saes)
-        return [
-            [compare_scenes(case.before, after, concept) for case, after in zip(cases, column, strict=True)]
-            for column in scenes
-        ]
+        """For each arm the outcome of each case; the steps before an arm's first edit run once a case."""
+        cases, saes = self._cases[stage, concept, direction], self.saes if saes is None else saes
+        firsts = [first_edited_step(self.pipe, saes, [arm.edits], self.settings) for arm in arms]
+        found: dict[int, list[Outcome]] = {}
+        for first in dict.fromkeys(firsts):
+            places = [place for place, own in enumerate(firsts) if own == first]
+            columns = self._outcomes_from(first, cases, concept, [arms[place] for place in places], saes)
+            found |= dict(zip(places, columns, strict=True))
+        return [found[place] for place in range(len(arms))]
+
+    def _outcomes_from(
+        self,
+        first: int,
+        cases: Sequence[_Case],
+        concept: Concept,
+        arms: Sequence[Arm],
+        saes: Mapping[HookPoint, SparseAutoencoder],
+    ) -> list[list[Outcome]]:
+        """For each arm the outcome of each case, where no arm edits before step `first`.
+
+        An edited picture is compared with the unedited one of its own batch: in bfloat16 a batch of another size
+        changes pixels.
+        """
+        tried = [_UNEDITED, *arms]
+        rows: list[list[Outcome]] = []
+        for part in batches(cases, max(1, self.config.batch_size // len(tried))):
+            subjects = [case.subject for case in part]
+            prompts, seeds = [s.prompt for s in subjects], [s.seed for s in subjects]
+            snapshot = denoise_to(self.pipe, prompts, seeds=seeds, settings=self.settings, step=first)
+            with steer(
+                self.pipe,
+                saes,
+                [self._edits(case, concept.attribute, arm) for case in part for arm in tried],
+                settings=self.settings,
+                allow_mismatch=self.allow_mismatch,
+                direction_of=Controls(subjects, tried, saes, self.config.seed),
+            ):
+                latents = generate_from(self.pipe, snapshot, repeat=len(tried), output_type="latent")
+            assert isinstance(latents, Tensor)
+            scenes = self.read(decode_latents(self.pipe, latents, self.settings))
+            for before, *after in batches(scenes, len(tried)):
+                rows.append([compare_scenes(before, scene, concept) for scene in after])
+        return [list(column) for column in zip(*rows, strict=True)]
+
+    def _edits(self, case: _Case, attribute: str, arm: Arm) -> tuple[SteeringEdit, ...]:
+        """An arm's edits on one picture: in its painted region where the arm asks for it."""
+        if arm.where == "everywhere":
+            return arm.edits
+        region = case.painted(attribute, token_grid(self.pipe, self.settings))
+        return tuple(replace(edit, region=region) for edit in arm.edits)
 
     # Choosing
 
@@ -445,8 +351,7 @@ class _Bench:
 
     def _best_group(self, by_group: Mapping[Group, Sequence[Outcome]], direction: Direction) -> Group:
         def merit(group: Group) -> float:
-            outcomes = by_group[group]
-            hits = [o.is_success(wanted=direction == "amplify") * o.share_unchanged for o in outcomes]
+            hits = [o.is_success(wanted=direction == "amplify") * o.share_unchanged for o in by_group[group]]
             return float(np.mean(hits))
 
         return max(by_group, key=merit)
@@ -458,15 +363,14 @@ class _Bench:
         scores: Mapping[Concept, Mapping[Group, Sequence[Outcome]]],
         concepts: Sequence[Concept],
     ) -> TrialResult:
-        wanted = direction == "amplify"
-        rows = [
-            _means(scores[concept][self._best_group(scores[concept], direction)], wanted=wanted)
-            if concept in scores
-            else (0.0, 1.0, 1.0)
-            for concept in concepts
-        ]
-        success, specificity, unchanged = np.mean(rows, axis=0).tolist()
-        return TrialResult(chosen, direction, success, specificity, unchanged)
+        def means(by_group: Mapping[Group, Sequence[Outcome]]) -> list[float]:
+            outcomes = by_group[self._best_group(by_group, direction)]
+            hits = [(o.is_success(wanted=direction == "amplify"), o.is_specific, o.share_unchanged) for o in outcomes]
+            return [float(value) for value in np.mean(hits, axis=0)]
+
+        unknown = [0.0, 1.0, 1.0]  # without a feature nothing is changed
+        rows = [means(scores[concept]) if concept in scores else unknown for concept in concepts]
+        return TrialResult(chosen, direction, *np.mean(rows, axis=0).tolist())
 
     # Reporting
 
@@ -510,37 +414,26 @@ class _Bench:
     def _difference_of_means(
         self, concept: Concept, direction: Direction, chosen: EditSettings, moments: TokenMoments
     ) -> dict[str, Tally]:
-        """The direction from other tokens of its kind to the concept's, as a dictionary of one feature."""
-        step = mean_difference(moments, concept)
-        if step is None:
+        """The mean-difference direction at its best strength: alone, without rivals taken away, not below nothing."""
+        sae = moments.difference_sae(concept)
+        if sae is None:
             return {}
-        d_model = moments.sae.config.d_model
-        sae = SparseAutoencoder(SaeConfig(architecture="l1", d_model=d_model, n_features=1), seed=None)
-        sae.W_dec.data[0] = normalize(step.float(), dim=0)
-        sae.reference_acts[0] = step.norm().float()
-        sae.input_mean.copy_((moments.total / moments.count).float() * float(moments.sae.input_scale)
-                             + moments.sae.input_mean.cpu())  # fmt: skip
-        sae.input_scale.copy_(moments.sae.input_scale.cpu())
-        sae = sae.to(self.pipe.transformer.device)
-        strengths: tuple[float, ...] = (0.5, 1.0, 2.0) if direction == "amplify" else (1.0,)
-        mode = "add" if direction == "amplify" else "project_out"
-        arms = [
-            Arm(
-                "difference of means",
-                (SteeringEdit(chosen.hookpoint, 0, mode, strength, steps=chosen.steps),),
-                chosen.where,
-            )
-            for strength in strengths
-        ]
-        outcomes = self._outcomes("report", concept, direction, arms, {chosen.hookpoint: sae})
-        tallies = [Tally.of(one, wanted=direction == "amplify") for one in outcomes]
-        # its best strength; alone, without rivals taken away, and not below nothing
-        return {"difference of means": max(tallies, key=lambda t: t.success.value * t.specificity.value)}
+        name, wanted = "difference of means", direction == "amplify"
+        mode, strengths = ("add", (0.5, 1.0, 2.0)) if wanted else ("project_out", (1.0,))
+        edits = [SteeringEdit(chosen.hookpoint, 0, mode, strength, steps=chosen.steps) for strength in strengths]
+        arms = [Arm(name, (edit,), chosen.where) for edit in edits]
+        saes = {chosen.hookpoint: sae.to(self.pipe.transformer.device)}
+        tallies = [Tally.of(one, wanted=wanted) for one in self._outcomes("report", concept, direction, arms, saes)]
+        return {name: max(tallies, key=lambda t: t.success.value * t.specificity.value)}
 
     def _prompt_editing(self, concept: Concept, direction: Direction) -> dict[str, Tally]:
-        cases = self._cases["report", concept, direction]
-        scenes = self._plain_scenes([c.subject.edited_prompt for c in cases], [c.subject.seed for c in cases])
-        outcomes = [compare_scenes(case.before, scene, concept) for case, scene in zip(cases, scenes, strict=True)]
+        outcomes = []
+        for part in batches(self._cases["report", concept, direction], max(1, self.config.batch_size // 2)):
+            subjects = [case.subject for case in part]
+            prompts = [s.prompt for s in subjects] + [s.edited_prompt for s in subjects]
+            scenes = self._plain_scenes(prompts, [s.seed for s in subjects] * 2)
+            pairs = zip(scenes[: len(part)], scenes[len(part) :], strict=True)
+            outcomes += [compare_scenes(before, after, concept) for before, after in pairs]
         return {"prompt": Tally.of(outcomes, wanted=direction == "amplify")}
 
     def _moments(self) -> dict[HookPoint, TokenMoments]:
@@ -551,8 +444,7 @@ class _Bench:
         grid = token_grid(self.pipe, self.settings)
         n_steps = self.settings.num_inference_steps
         steps = sorted({n_steps * part // 10 for part in (3, 5, 7, 9)})
-        for start in range(0, len(cases), self.config.batch_size):
-            part = cases[start : start + self.config.batch_size]
+        for part in batches(cases, self.config.batch_size):
             prompts, seeds = [c.subject.prompt for c in part], [c.subject.seed for c in part]
             with capture(self.pipe, list(self.saes), steps, stop_early=True) as captured:
                 generate(self.pipe, prompts, seeds=seeds, settings=self.settings)
@@ -571,20 +463,3 @@ class _Bench:
 
 def _no_change(mode: str) -> float:
     return IDENTITY[mode] or 0.0
-
-
-def _means(outcomes: Sequence[Outcome], *, wanted: bool) -> tuple[float, float, float]:
-    """Success, specificity and share of unchanged attributes of some outcomes."""
-    rows = [(o.is_success(wanted=wanted), o.is_specific, o.share_unchanged) for o in outcomes]
-    success, specificity, unchanged = np.mean(rows, axis=0).tolist()
-    return success, specificity, unchanged
-
-
-def mean_difference(moments: TokenMoments, concept: Concept) -> Float[Tensor, " d"] | None:
-    """Mean of the concept's tokens minus mean of the tokens of the attribute's other values, normalised units."""
-    own = CONCEPTS.index(concept)
-    others = [row for row, other in enumerate(CONCEPTS) if other.attribute == concept.attribute and row != own]
-    n_own, n_others = float(moments.concept_count[own]), float(moments.concept_count[others].sum())
-    if not n_own or not n_others:
-        return None
-    return moments.concept_total[own] / n_own - moments.concept_total[others].sum(0) / n_others

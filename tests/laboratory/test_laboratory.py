@@ -1,6 +1,8 @@
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import cycle
+from itertools import count, cycle
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,11 @@ from fluxsae.laboratory.arms import control_seed
 from fluxsae.laboratory.outcomes import OBJECT_ATTRIBUTES, Outcome, Tally, compare_scenes, draw_subject
 from fluxsae.laboratory.probes import TokenMoments
 from fluxsae.laboratory.steering import (
-    LaboratoryConfig,
     _Case,
     candidate_features,
-    mean_difference,
     run_laboratory,
 )
+from fluxsae.laboratory.steering_config import LaboratoryConfig
 from fluxsae.laboratory.steering_report import DIRECTIONS, ConceptResult, EditSettings, LaboratoryReport, TrialResult
 from fluxsae.laboratory.steering_tables import laboratory_text
 from fluxsae.laboratory.truths import CONCEPTS, Concept
@@ -164,10 +165,10 @@ def test_the_mean_difference_is_that_of_tokens_of_the_same_kind() -> None:
     covers[CONCEPTS.index(RED), 0] = 1
     covers[CONCEPTS.index(Concept("colour", "blue")), 1] = 1  # token 2 is background: no colour at all
     moments.update(torch.tensor([[[3.0, 1.0], [1.0, 5.0], [100.0, 100.0]]]), covers)
-    difference = mean_difference(moments, RED)
+    difference = moments.difference(RED)
     assert difference is not None
     assert difference.tolist() == [2.0, -4.0]
-    assert mean_difference(moments, Concept("texture", "dotted")) is None
+    assert moments.difference(Concept("texture", "dotted")) is None
 
 
 def test_every_attribute_but_the_background_belongs_to_objects() -> None:
@@ -332,6 +333,39 @@ def test_a_painted_edit_gets_the_region_of_its_own_picture(
     assert report.defaults["amplify"].where == "painted"
     case = _Case(draw_subject(RED, has_concept=True, seed=0), scene())
     assert {edit.region for edit in given} == {case.painted("colour", token_grid(tiny_flux, SETTINGS))}
+
+
+def test_pictures_are_compared_inside_one_batch(tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 a batch of another size changes pixels."""
+    batch_of: dict[int, int] = {}
+    pictures: list[Scene] = []
+
+    @contextmanager
+    def reading(_: int) -> Iterator[Callable[[Sequence[Any]], list[Scene]]]:
+        number, colours = count(), cycle(("red", "orange", "orange"))
+
+        def read(images: Sequence[Any]) -> list[Scene]:
+            read = [scene(colour=next(colours)) for _ in images]
+            batch_of.update(dict.fromkeys(map(id, read), next(number)))
+            pictures.extend(read)
+            return read
+
+        yield read
+
+    compared: list[tuple[int, int]] = []
+
+    def compare(before: Scene, after: Scene, concept: Concept) -> Outcome:
+        compared.append((batch_of[id(before)], batch_of[id(after)]))
+        return compare_scenes(before, after, concept)
+
+    monkeypatch.setattr("fluxsae.laboratory.steering._reading", reading)
+    monkeypatch.setattr("fluxsae.laboratory.steering.compare_scenes", compare)
+    config = LaboratoryConfig(
+        n_select=3, n_report=3, add=(5.0,), clamp=(), scale=(-3.0,), starts=(0.25, 0.5), curve=(), batch_size=5
+    )
+    run_laboratory(tiny_flux, {DOUBLE: SAES[DOUBLE]}, {DOUBLE: {RED: [3]}}, settings=SETTINGS, config=config)
+    assert len(compared) > 20
+    assert all(before == after for before, after in compared)
 
 
 def test_controls_differ_from_picture_to_picture_and_from_feature_to_feature() -> None:
