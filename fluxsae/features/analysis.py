@@ -1,9 +1,8 @@
 """From S and sums to one row a feature: class, quantiles, place, steps, best images, companions."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -119,78 +118,33 @@ def describe_features(scores: ScoreMatrix, stats: FeatureStats, config: Analysis
     best = scores.top(max(config.n_top_images, config.companion_images))
     companions = find_companions(best, n_images=scores.n_images, n_neighbours=config.n_neighbours)
     families = find_families(companions, similarity=config.family_similarity)
-    measured = _Measured.of(stats, config.quantile_levels)
-    rows = []
-    for feature in range(scores.n_features):
-        images = _best_images(scores, best, feature, config.n_top_images)
-        rows.append(_row(feature, measured, images, companions=companions, families=families, config=config))
+    images = [ids[ids >= 0].numpy() for ids in best.image_ids[:, : config.n_top_images]]
+    density = stats.density.tolist()
+    columns: dict[str, list[Any]] = {
+        "feature": list(range(scores.n_features)),
+        "feature_class": [feature_class(share, config) for share in density],
+        "density": density,
+        "image_density": (stats.image_counts / max(1, stats.n_images)).tolist(),
+        "mean_act": stats.mean_act.tolist(),
+        "max_act": stats.maxima.tolist(),
+        "quantiles": stats.quantiles(config.quantile_levels).tolist(),
+        "spatial_spread": stats.spatial_spread.tolist(),
+        "step_profile": stats.step_profile.T.tolist(),
+        "histogram": stats.histogram.tolist(),
+        "top_images": [ids.tolist() for ids in images],
+        "top_scores": [best.scores[f, : len(ids)].tolist() for f, ids in enumerate(images)],
+        "top_tokens": [np.asarray(scores.argmax_token[ids, f]).astype(int).tolist() for f, ids in enumerate(images)],
+        "neighbours": companions.features,
+        "neighbour_similarities": companions.similarities,
+        "family": families,
+    }
+    rows = [FeatureRow(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
     metadata = {
         "quantile_levels": json.dumps(list(config.quantile_levels)),
         "steps": json.dumps(list(stats.steps)),
         "histogram_edges": json.dumps(list(HISTOGRAM_EDGES)),
     }
     return FeatureTable.from_rows(rows, metadata=metadata)
-
-
-class _Measured(NamedTuple):
-    """The stats as plain lists, one entry a feature."""
-
-    density: list[float]
-    image_density: list[float]
-    mean_act: list[float]
-    max_act: list[float]
-    quantiles: list[list[float]]
-    spatial_spread: list[float]
-    step_profile: list[list[float]]
-    histogram: list[list[int]]
-
-    @classmethod
-    def of(cls, stats: FeatureStats, levels: Sequence[float]) -> "_Measured":
-        return cls(
-            density=stats.density.tolist(),
-            image_density=(stats.image_counts / max(1, stats.n_images)).tolist(),
-            mean_act=stats.mean_act.tolist(),
-            max_act=stats.maxima.tolist(),
-            quantiles=stats.quantiles(levels).tolist(),
-            spatial_spread=stats.spatial_spread.tolist(),
-            step_profile=stats.step_profile.T.tolist(),
-            histogram=stats.histogram.tolist(),
-        )
-
-
-class _BestImages(NamedTuple):
-    image_ids: list[int]
-    scores: list[float]
-    tokens: list[int]
-
-
-def _best_images(scores: ScoreMatrix, best: TopImages, feature: int, n: int) -> _BestImages:
-    image_ids = best.image_ids[feature, :n]
-    image_ids = image_ids[image_ids >= 0]
-    tokens = np.asarray(scores.argmax_token[image_ids.numpy(), feature]).astype(int)
-    return _BestImages(image_ids.tolist(), best.scores[feature, : len(image_ids)].tolist(), tokens.tolist())
-
-
-def _row(
-    feature: int,
-    measured: _Measured,
-    best: _BestImages,
-    *,
-    companions: Companions,
-    families: Sequence[int],
-    config: AnalysisConfig,
-) -> FeatureRow:
-    return FeatureRow(
-        feature=feature,
-        feature_class=feature_class(measured.density[feature], config),
-        **{name: values[feature] for name, values in measured._asdict().items()},
-        top_images=best.image_ids,
-        top_scores=best.scores,
-        top_tokens=best.tokens,
-        neighbours=companions.features[feature],
-        neighbour_similarities=companions.similarities[feature],
-        family=families[feature],
-    )
 
 
 def class_counts(table: FeatureTable) -> dict[str, int]:

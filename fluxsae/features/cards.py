@@ -3,9 +3,9 @@
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -98,27 +98,6 @@ class FeatureCard:
         """The card as plain JSON values."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The card from `to_dict`'s form.
-
-        Raises:
-            FluxSaeError: fields missing or unknown.
-        """
-        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise FluxSaeError(f"a feature card has no fields {', '.join(unknown)}; it was written by another version")
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
-        fields["top_images"] = tuple(TopImage(**image) for image in values.get("top_images", ()))
-        for name in ("neighbours", "coactive"):
-            fields[name] = tuple(CardNeighbour(**other) for other in values.get(name, ()))
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise FluxSaeError(f"the feature card is incomplete: {error}") from error
-
 
 @dataclass(frozen=True)
 class SearchHit:
@@ -151,9 +130,6 @@ class CardIndex:
 
     def __len__(self) -> int:
         return len(self.features)
-
-    def __iter__(self) -> Iterator[FeatureCard]:
-        return (self[feature] for feature in range(len(self)))
 
     def __getitem__(self, feature: int) -> FeatureCard:
         row = self.features[feature]
@@ -402,12 +378,6 @@ def varied(features: Sequence[int], labels: Sequence[str | None]) -> list[int]:
         if label is not None:
             turns[label] = turns.get(label, 0) + 1
     return sorted(features, key=lambda feature: turn_of[feature])
-
-
-def build_cards(run: RunFolder, hookpoint: HookPoint | str, features: Sequence[int] | None = None) -> list[FeatureCard]:
-    """The cards of some features of a hook point, or of all, from the run folder alone."""
-    index = CardIndex(run, hookpoint)
-    return [index[feature] for feature in (range(len(index)) if features is None else features)]
 
 
 @dataclass(frozen=True)

@@ -72,17 +72,12 @@ class Evaluation:
     def metrics(self) -> dict[str, Any]:
         """The keys that this evaluation gives metrics.json."""
         found: dict[str, Any] = {}
-        if self.reconstruction is not None:
-            found |= self.reconstruction.to_dict()
+        for flat in (self.reconstruction, self.flow):
+            found |= flat.to_dict() if flat is not None else {}
         if self.transfer is not None:
             found["transfer"] = [cell.to_dict() for cell in self.transfer]
-        if self.flow is not None:
-            found |= self.flow.to_dict()
-        if self.concepts is not None:
-            found["concepts"] = self.concepts.to_dict()
-        if self.steering is not None:
-            found["steering"] = self.steering.to_dict()
-        return found
+        nested = {"concepts": self.concepts, "steering": self.steering}
+        return found | {name: report.to_dict() for name, report in nested.items() if report is not None}
 
 
 def evaluate(
@@ -274,15 +269,3 @@ class _Work:
             return None
         features = self.run.load_features(hookpoint)
         return list(features.column("label")) if "label" in features else None
-
-
-__all__ = [
-    "PARTS",
-    "ConceptReport",
-    "Evaluation",
-    "EvaluationConfig",
-    "FlowReport",
-    "LaboratoryReport",
-    "Part",
-    "evaluate",
-]

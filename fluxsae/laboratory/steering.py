@@ -398,16 +398,14 @@ class _Bench:
         tallies = {arm.name: Tally.of(o, wanted=wanted) for arm, o in zip(arms, outcomes, strict=True)}
         tallies |= self._difference_of_means(concept, direction, chosen, moments[chosen.hookpoint])
         tallies |= self._prompt_editing(concept, direction)
-        on_curve = [*strengths, chosen.strength]
-        curve = {s: Tally.of(o, wanted=wanted) for s, o in zip(on_curve, outcomes, strict=False)}
-        centre = _no_change(chosen.mode)
+        curve = {s: tallies.pop(f"strength {s:g}") for s in strengths} | {chosen.strength: tallies["feature"]}
+        centre = IDENTITY[chosen.mode] or 0.0
         ordered = dict(sorted(curve.items(), key=lambda point: abs(point[0] - centre)))
-        named = {name: tally for name, tally in tallies.items() if not name.startswith("strength")}
-        return ConceptResult(concept, direction, group, named, ordered)
+        return ConceptResult(concept, direction, group, tallies, ordered)
 
     def _curve(self, chosen: EditSettings) -> tuple[float, ...]:
-        centre = _no_change(chosen.mode)
-        values = [centre + factor * (chosen.strength - centre) for factor in self.config.curve]
+        centre = IDENTITY[chosen.mode] or 0.0
+        values = [centre + factor * (chosen.strength - centre) for factor in dict.fromkeys(self.config.curve)]
         top = 1.0 if chosen.mode in ("ablate", "project_out") else MAX_STRENGTH
         return tuple(round(value, 6) for value in values if value <= top)
 
@@ -459,7 +457,3 @@ class _Bench:
             yield thing
             if self.on_progress is not None:
                 self.on_progress(doing, done + 1, len(things))
-
-
-def _no_change(mode: str) -> float:
-    return IDENTITY[mode] or 0.0

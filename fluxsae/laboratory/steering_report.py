@@ -121,27 +121,23 @@ class LaboratoryReport:
 
     def group(self, direction: Direction, attributes: Sequence[str], arm: str) -> tuple[float, float, float] | None:
         """Mean success, specificity and share of unchanged attributes over the concepts of some attributes."""
-        tallies = [
-            result.arms[arm]
-            for result in self.results
-            if result.direction == direction and result.concept.attribute in attributes and arm in result.arms
-        ]
+        tallies = self._tallies(direction, attributes, arm)
         if not tallies:
             return None
         columns = [(t.success.value, t.specificity.value, t.unchanged.value) for t in tallies]
-        mean = np.mean(columns, axis=0)
-        return float(mean[0]), float(mean[1]), float(mean[2])
+        success, specificity, unchanged = np.mean(columns, axis=0).tolist()
+        return success, specificity, unchanged
+
+    def _tallies(self, direction: Direction, attributes: Sequence[str], arm: str) -> list[Tally]:
+        results = [r for r in self.results if r.direction == direction and r.concept.attribute in attributes]
+        return [result.arms[arm] for result in results if arm in result.arms]
 
     def headline(self, direction: Direction) -> tuple[Estimate, Estimate] | None:
         """Success and specificity at the defaults over the attributes that targets speak of.
 
         The intervals are over pictures: Wilson's of each concept, added as independent.
         """
-        tallies = [
-            result.arms["feature"]
-            for result in self.results
-            if result.direction == direction and result.concept.attribute in TARGET_ATTRIBUTES
-        ]
+        tallies = self._tallies(direction, TARGET_ATTRIBUTES, "feature")
         if not tallies:
             return None
         n = [tally.n for tally in tallies]

@@ -199,13 +199,8 @@ class RunFolder:
     def save_index(self, hookpoints: Sequence[str]) -> None:
         """Writes config.json: schema version, hook points and the folder of each SAE that is there."""
         saes = {name: self.sae_subfolder(name) for name in hookpoints if self.has_sae(name)}
-        index = {
-            "schema_version": SCHEMA_VERSION,
-            "library_name": "fluxsae",
-            "hookpoints": list(hookpoints),
-            "saes": saes,
-        }
-        write_json(self.index_path, index)
+        index = {"schema_version": SCHEMA_VERSION, "library_name": "fluxsae", "hookpoints": list(hookpoints)}
+        write_json(self.index_path, {**index, "saes": saes})
 
     def hookpoints(self) -> list[HookPoint]:
         """The hook points of the run, in FLUX's order."""
@@ -272,7 +267,7 @@ class RunFolder:
 
     def save_images(self, rows: Iterable[ImageRow]) -> None:
         """Writes the scored images, in the order of their ids."""
-        write_images(self.images_path, iter(rows))
+        write_images(self.images_path, rows)
 
     def scores_path(self, hookpoint: HookPoint | str) -> Path:
         """S and its argmax tokens; read by `ScoreMatrix.load`."""
@@ -362,8 +357,7 @@ class RunFolder:
 
     def load_demos(self, hookpoint: HookPoint | str) -> list[dict[str, Any]]:
         """The steering demos; none where none were searched."""
-        path = self.demos_path(hookpoint)
-        return load_lines(path) if path.is_file() else []
+        return load_lines(self.demos_path(hookpoint))
 
     def save_demos(self, hookpoint: HookPoint | str, lines: Sequence[str]) -> None:
         """Writes demos.jsonl from JSON texts of one line each."""
@@ -375,8 +369,7 @@ class RunFolder:
 
     def load_swaps(self, hookpoint: HookPoint | str) -> list[dict[str, Any]]:
         """The swaps, best first; none where none were searched."""
-        path = self.swaps_path(hookpoint)
-        return load_lines(path) if path.is_file() else []
+        return load_lines(self.swaps_path(hookpoint))
 
     def save_swaps(self, hookpoint: HookPoint | str, lines: Sequence[str]) -> None:
         """Writes swaps.jsonl from JSON texts of one line each."""

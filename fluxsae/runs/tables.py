@@ -2,8 +2,9 @@
 
 import functools
 import io
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,17 +117,12 @@ def iter_image_rows(path: str | Path) -> Iterator[ImageRow]:
             yield ImageRow(row["image_id"], row["prompt"], row["seed"], row["thumbnail"]["bytes"])
 
 
-def write_images(path: str | Path, rows: Iterator[ImageRow] | Sequence[ImageRow]) -> None:
+def write_images(path: str | Path, rows: Iterable[ImageRow]) -> None:
     """Writes `images.parquet` from rows in the order of their ids, streaming."""
     schema = _IMAGE_SCHEMA.with_metadata({"huggingface": json.dumps(_HUGGINGFACE)})
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        group: list[ImageRow] = []
-        for row in rows:
-            group.append(row)
-            if len(group) == _IMAGE_ROW_GROUP:
-                writer.write_table(_image_group(group, schema))
-                group = []
-        if group:
+        remaining = iter(rows)
+        while group := list(itertools.islice(remaining, _IMAGE_ROW_GROUP)):
             writer.write_table(_image_group(group, schema))
 
 
@@ -346,8 +342,8 @@ def load_directions(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file."""
+    """The objects of a JSON-lines file; none where there is no file."""
     path = Path(path)
     if not path.is_file():
-        raise FluxSaeError(f"{path} does not exist. Run the stage that writes it.")
+        return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
