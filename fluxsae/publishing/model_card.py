@@ -1,6 +1,5 @@
 """The README of a published run: what it holds, how good it is, how to use it, under which terms."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import DatasetCardData, ModelCardData
 
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.runs.folder import RunFolder, RunInfo
@@ -78,13 +78,13 @@ def build_card(run: RunFolder, repo_id: str, *, revision: str | None = None, tab
     sections = [
         _front_matter(info, tables_repo),
         _introduction(info, repo_id),
-        *(_hookpoint_section(run, info, hookpoint) for hookpoint in run.hookpoints()),
+        *(_hookpoint_section(run, hookpoint) for hookpoint in run.hookpoints()),
         _usage(run, repo_id, revision),
         _tables(tables_repo),
         _terms(info),
         _reproduction(info),
     ]
-    return "\n\n".join(section.strip() for section in sections if section) + "\n"
+    return _joined(sections)
 
 
 def build_sae_card(run: RunFolder, hookpoint: HookPoint, repo_id: str, *, revision: str | None = None) -> str:
@@ -104,32 +104,33 @@ acts = sae.encode(x)        # x: (tokens, {d_model}), raw outputs of {hookpoint}
     sections = [
         _front_matter(info, None),
         f"# A sparse autoencoder of {_model_link(info)} at `{hookpoint}`",
-        _facts(run, info, hookpoint),
+        _facts(run, hookpoint),
         usage,
         _terms(info),
         _reproduction(info),
     ]
+    return _joined(sections)
+
+
+def _joined(sections: Iterable[str]) -> str:
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
 def build_tables_card(run: RunFolder, tables: Mapping[str, str], model_repo: str) -> str:
     """The README of the dataset repository: `tables` maps a configuration's name to its parquet file."""
     info = run.load_info()
-    licence = licence_of(info.flux_id)
-    configs = "\n".join(
-        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {json.dumps(path)}"
-        + ("\n  default: true" if name == "images" else "")
+    configs = [
+        {"config_name": name, "data_files": [{"split": "train", "path": path}]}
+        | ({"default": True} if name == "images" else {})
         for name, path in tables.items()
+    ]
+    front = DatasetCardData(
+        **_licence_fields(info), pretty_name=f"Tables of {model_repo}", tags=[*_TAGS], configs=configs
     )
     rows = "\n".join(f"| `{name}` | `{path}` |" for name, path in tables.items())
     return f"""\
 ---
-{_licence_lines(licence)}
-pretty_name: Tables of {model_repo}
-tags:
-{_yaml_list(_TAGS)}
-configs:
-{configs}
+{front.to_yaml()}
 ---
 
 # Images and features of [{model_repo}](https://huggingface.co/{model_repo})
@@ -147,22 +148,21 @@ coherence, label, best images (`top_images` are `image_id`s of the configuration
 
 
 def _front_matter(info: RunInfo, tables_repo: str | None) -> str:
-    lines = [_licence_lines(licence_of(info.flux_id)), "library_name: fluxsae"]
-    if _is_hub_id(info.flux_id):
-        lines.append(f"base_model: {info.flux_id}")
-    if tables_repo:
-        lines.append(f"datasets:\n- {tables_repo}")
-    return "---\n" + "\n".join([*lines, "tags:", _yaml_list(_TAGS)]) + "\n---"
+    card = ModelCardData(
+        **_licence_fields(info),
+        library_name="fluxsae",
+        base_model=info.flux_id if _is_hub_id(info.flux_id) else None,
+        datasets=[tables_repo] if tables_repo else None,
+        tags=[*_TAGS],
+    )
+    return f"---\n{card.to_yaml()}\n---"
 
 
-def _licence_lines(licence: Licence) -> str:
+def _licence_fields(info: RunInfo) -> dict[str, Any]:
+    licence = licence_of(info.flux_id)
     if licence.link is None:
-        return f"license: {licence.name}"
-    return f"license: other\nlicense_name: {licence.name}\nlicense_link: {licence.link}"
-
-
-def _yaml_list(items: Iterable[str]) -> str:
-    return "\n".join(f"- {item}" for item in items)
+        return {"license": licence.name}
+    return {"license": "other", "license_name": licence.name, "license_link": licence.link}
 
 
 def _is_hub_id(flux_id: str) -> bool:
@@ -196,39 +196,28 @@ for each feature the images it likes, where it fires, whether it means something
 | hook points | {", ".join(f"`{name}`" for name in info.hookpoints)} |{exact}"""
 
 
-def _hookpoint_section(run: RunFolder, info: RunInfo, hookpoint: HookPoint) -> str:
-    parts = [f"## `{hookpoint}`", _facts(run, info, hookpoint)]
+def _hookpoint_section(run: RunFolder, hookpoint: HookPoint) -> str:
+    parts = [f"## `{hookpoint}`", _facts(run, hookpoint)]
     path = run.features_path(hookpoint)
     if path.is_file():
         parts.append(_features(FeatureTable.load(path)))
+    # features on their images are worth most, then grids and maps
+    sheets = sorted(run.sheets(hookpoint), key=lambda sheet: (not sheet.stem.startswith("features"), sheet.stem))
     parts += [
-        f"![{sheet.stem} of {hookpoint}]({sheet.relative_to(run.path).as_posix()})"
-        for sheet in _best_sheets(run, hookpoint)
+        f"![{sheet.stem} of {hookpoint}]({sheet.relative_to(run.path).as_posix()})" for sheet in sheets[:_MOST_SHEETS]
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _best_sheets(run: RunFolder, hookpoint: HookPoint) -> list[Path]:
-    """The pictures worth a place on the card: features on their images first, then grids and maps."""
-    return sorted(run.sheets(hookpoint), key=lambda sheet: (not sheet.stem.startswith("features"), sheet.stem))[
-        :_MOST_SHEETS
-    ]
-
-
-def _facts(run: RunFolder, info: RunInfo, hookpoint: HookPoint) -> str:
+def _facts(run: RunFolder, hookpoint: HookPoint) -> str:
     """The SAE's sizes and its measured quality as one table."""
-    rows: list[tuple[str, str]] = []
+    metrics = run.load_metrics(hookpoint)
+    rows = [row for path, title in _FIGURES.items() for row in _figure(title, _at(metrics, path))]
     if run.has_sae(hookpoint):
         config = run.load_sae_config(hookpoint)
         k = f", k = {config['k']}" if config.get("k") else ""
-        rows.append(
-            (
-                "autoencoder",
-                f"{config['architecture']}, {config['n_features']} features of width {config['d_model']}{k}",
-            )
-        )
-    metrics = run.load_metrics(hookpoint)
-    rows += [row for path, title in _FIGURES.items() for row in _figure(title, _at(metrics, path))]
+        sizes = f"{config['n_features']} features of width {config['d_model']}"
+        rows.insert(0, ("autoencoder", f"{config['architecture']}, {sizes}{k}"))
     if not rows:
         return ""
     table = "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -272,7 +261,7 @@ def _features(table: FeatureTable) -> str:
         f"{len(table)} features: " + ", ".join(f"{n} {name}" for name, n in zip(classes, counts, strict=True)) + "."
     )
     if "is_coherent" in table:
-        n_coherent = sum(bool(value) for value in table.column("is_coherent"))
+        n_coherent = sum(map(bool, table.column("is_coherent")))
         summary += f" {n_coherent} are coherent: their best images resemble each other more than chance allows."
     best = _best_features(table)
     if not best:
@@ -285,13 +274,12 @@ def _best_features(table: FeatureTable) -> list[tuple[int, str, str, str]]:
     """The labelled features, the most coherent first."""
     if "label" not in table or "coherence" not in table:
         return []
-    labels, coherences, densities = (table.column(name) for name in ("label", "coherence", "density"))
-    known = [
-        f for f in range(len(table)) if labels[f] and coherences[f] is not None and np.isfinite(float(coherences[f]))
-    ]
-    known.sort(key=lambda f: (-float(coherences[f]), f))
+    labels, densities = table.column("label"), table.column("density")
+    coherences = table.column("coherence").astype(np.float64)  # NaN where there is none
+    order = np.argsort(-coherences, kind="stable")
+    known = [int(f) for f in order if labels[f] and np.isfinite(coherences[f])]
     return [
-        (f, str(labels[f]), f"{float(coherences[f]):.2f}", f"{float(densities[f]):.2%} of tokens")
+        (f, str(labels[f]), f"{coherences[f]:.2f}", f"{float(densities[f]):.2%} of tokens")
         for f in known[:_MOST_FEATURES]
     ]
 
