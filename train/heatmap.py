@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex, silencing_words
+from fluxsae.features.cards import CardIndex
 from fluxsae.features.scoring import check_step, trained_steps
+from fluxsae.features.silencing import silencing_words
 from fluxsae.flux import FluxPipeline, capture, flux_identity, generate, load_flux, schedule_sigmas, token_grid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature import miniature_path

@@ -1,10 +1,12 @@
-"""One feature's page as data, from the run folder alone; search; and why an image does or does not fire a feature."""
+"""One feature's page as data, from the run folder alone, and the search for features."""
 
 import functools
+import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -19,7 +21,7 @@ from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.pictures.heatmaps import token_heatmap
 from fluxsae.pictures.perceptual import ImageEmbedder
 from fluxsae.runs.folder import RunFolder
-from fluxsae.runs.tables import FeatureRow
+from fluxsae.runs.tables import FeatureRow, Heatmaps
 
 LEAST_BEGINNING: Final = 2
 """Letters from which a search finds labels by the beginnings of their words."""
@@ -148,7 +150,7 @@ class CardIndex:
             q_value=row.q_value,
             monosemanticity=row.monosemanticity,
             spatial_spread=row.spatial_spread,
-            alignment=self._direction_value("alignment", feature),
+            alignment=float(self.directions["alignment"][feature]) if "alignment" in self.directions else None,
             caption_words=tuple(row.extra.get("caption_words") or ()),
             clip_phrases=tuple(row.extra.get("clip_phrases") or ()),
             top_images=self._top_images(row),
@@ -157,10 +159,10 @@ class CardIndex:
             step_profile=tuple(row.step_profile),
             histogram=tuple(row.histogram),
             histogram_edges=tuple(self.features.histogram_edges),
-            neighbours=self._decoder_neighbours(feature),
+            neighbours=self._named(self._direction("neighbours", feature), self._direction("similarities", feature)),
             coactive=self._named(row.neighbours, row.neighbour_similarities),
             family=row.family,
-            position=self._position(feature),
+            position=tuple(self._direction("positions", feature)) or None,
         )
 
     @functools.cached_property
@@ -226,8 +228,7 @@ class CardIndex:
 
     def acts(self, feature: int) -> dict[int, Float[np.ndarray, " tokens"]]:
         """Image id -> activations on the tokens of the feature's top images, best first."""
-        acts: dict[int, Float[np.ndarray, " tokens"]] = self._heatmaps.acts(feature)
-        return acts
+        return self._heatmaps.acts(feature)
 
     def heatmaps(
         self, feature: int, *, scale: Literal["feature", "image"] = "feature"
@@ -325,7 +326,7 @@ class CardIndex:
         return self._text_centres[embedder.name]
 
     @functools.cached_property
-    def _heatmaps(self) -> Any:
+    def _heatmaps(self) -> Heatmaps:
         return self.run.load_heatmaps(self.hookpoint)
 
     def _top_images(self, row: FeatureRow) -> tuple[TopImage, ...]:
@@ -334,12 +335,9 @@ class CardIndex:
             for image, score, token in zip(row.top_images, row.top_scores, row.top_tokens, strict=True)
         )
 
-    def _decoder_neighbours(self, feature: int) -> tuple[CardNeighbour, ...]:
-        if not self.directions:
-            return ()
-        return self._named(
-            self.directions["neighbours"][feature].tolist(), self.directions["similarities"][feature].tolist()
-        )
+    def _direction(self, name: str, feature: int) -> list[Any]:
+        """A feature's line of a table of the directions file; empty where there is no such file."""
+        return self.directions[name][feature].tolist() if self.directions else []
 
     def _named(self, features: Sequence[int], similarities: Sequence[float]) -> tuple[CardNeighbour, ...]:
         return tuple(
@@ -347,20 +345,11 @@ class CardIndex:
             for other, similarity in zip(features, similarities, strict=True)
         )
 
-    def _position(self, feature: int) -> tuple[float, float] | None:
-        if not self.directions:
-            return None
-        x, y = self.directions["positions"][feature].tolist()
-        return x, y
-
-    def _direction_value(self, name: str, feature: int) -> float | None:
-        return float(self.directions[name][feature]) if name in self.directions else None
-
     def _column(self, name: str) -> list[Any]:
         return list(self.features.column(name)) if name in self.features else [None] * len(self.features)
 
     def _floats(self, name: str) -> Float[np.ndarray, " features"]:
-        return np.array([np.nan if value is None else value for value in self._column(name)], dtype=np.float64)
+        return np.array(self._column(name), dtype=np.float64)  # NaN where there is none
 
 
 def _content_words(text: str) -> set[str]:
@@ -370,55 +359,7 @@ def _content_words(text: str) -> set[str]:
 
 def varied(features: Sequence[int], labels: Sequence[str | None]) -> list[int]:
     """The first feature of every label, then the second of each, and so on; those without a label at the end."""
-    turns: dict[str, int] = {}
-    turn_of: dict[int, float] = {}
-    for feature in features:
-        label = labels[feature]
-        turn_of[feature] = math.inf if label is None else turns.get(label, 0)
-        if label is not None:
-            turns[label] = turns.get(label, 0) + 1
+    turns: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+    labelled = ((feature, labels[feature]) for feature in features)
+    turn_of = {feature: math.inf if label is None else next(turns[label]) for feature, label in labelled}
     return sorted(features, key=lambda feature: turn_of[feature])
-
-
-@dataclass(frozen=True)
-class WordEffect:
-    """What taking one word out of a prompt does to a feature."""
-
-    word: str
-    score: float
-    """S without the word, in activation units, at the same seed."""
-    change: float = field(compare=False)
-    """(S without - S with) / S with: -1 where the feature falls silent."""
-
-
-def prompts_without_words(prompt: str) -> dict[str, str]:
-    """Each content word of a prompt, in order -> the prompt without it; never a blank prompt.
-
-    Raises:
-        FluxSaeError: the prompt has no content word, or nothing else.
-    """
-    words = dict.fromkeys(w for w in re.findall(r"[\w'-]+", prompt) if w.lower() not in STOP_WORDS)
-    left = {word: " ".join(re.sub(rf"(?<![\w'-]){re.escape(word)}(?![\w'-])", " ", prompt).split()) for word in words}
-    variants = {word: text for word, text in left.items() if text}
-    if not variants:
-        raise FluxSaeError(
-            f"the prompt {prompt!r} has no word to take away; give one with a content word and something beside it"
-        )
-    return variants
-
-
-def silencing_words(prompt: str, score: Callable[[Sequence[str]], Sequence[float]]) -> list[WordEffect]:
-    """Each content word of a prompt and what is left of a feature without it, the most silencing first.
-
-    `score` generates an image for each prompt at one fixed seed and gives the feature's S; it is called once, with
-    the whole prompt first.
-
-    Raises:
-        FluxSaeError: there is no word to take away, or the feature does not fire on the prompt to begin with.
-    """
-    variants = prompts_without_words(prompt)
-    whole, *without = score([prompt, *variants.values()])
-    if whole <= 0:
-        raise FluxSaeError("the feature is silent on this prompt and seed; choose one of its top images")
-    effects = [WordEffect(word, left, (left - whole) / whole) for word, left in zip(variants, without, strict=True)]
-    return sorted(effects, key=lambda effect: effect.change)

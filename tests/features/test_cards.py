@@ -16,8 +16,9 @@ import train.embed
 import train.render
 import train.select
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex, silencing_words, varied
+from fluxsae.features.cards import CardIndex, varied
 from fluxsae.features.labels import Label
+from fluxsae.features.silencing import silencing_words
 from fluxsae.runs.tables import FeatureTable
 
 

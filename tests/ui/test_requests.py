@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import prompts_without_words
+from fluxsae.features.silencing import prompts_without_words
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.grids import join_pictures

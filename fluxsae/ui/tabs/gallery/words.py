@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex, prompts_without_words, silencing_words
+from fluxsae.features.cards import CardIndex
+from fluxsae.features.silencing import prompts_without_words, silencing_words
 from fluxsae.ui.kit import views
 from fluxsae.ui.serve.lane import Done, StepDone
 from fluxsae.ui.serve.reading import Reading

@@ -1,0 +1,52 @@
+"""Which words of a prompt a feature depends on: what is left of it when one is taken away."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.features.labels import STOP_WORDS
+
+
+@dataclass(frozen=True)
+class WordEffect:
+    """What taking one word out of a prompt does to a feature."""
+
+    word: str
+    score: float
+    """S without the word, in activation units, at the same seed."""
+    change: float = field(compare=False)
+    """(S without - S with) / S with: -1 where the feature falls silent."""
+
+
+def prompts_without_words(prompt: str) -> dict[str, str]:
+    """Each content word of a prompt, in order -> the prompt without it; never a blank prompt.
+
+    Raises:
+        FluxSaeError: the prompt has no content word, or nothing else.
+    """
+    words = dict.fromkeys(w for w in re.findall(r"[\w'-]+", prompt) if w.lower() not in STOP_WORDS)
+    left = {word: " ".join(re.sub(rf"(?<![\w'-]){re.escape(word)}(?![\w'-])", " ", prompt).split()) for word in words}
+    variants = {word: text for word, text in left.items() if text}
+    if not variants:
+        raise FluxSaeError(
+            f"the prompt {prompt!r} has no word to take away; give one with a content word and something beside it"
+        )
+    return variants
+
+
+def silencing_words(prompt: str, score: Callable[[Sequence[str]], Sequence[float]]) -> list[WordEffect]:
+    """Each content word of a prompt and what is left of a feature without it, the most silencing first.
+
+    `score` generates an image for each prompt at one fixed seed and gives the feature's S; it is called once, with
+    the whole prompt first.
+
+    Raises:
+        FluxSaeError: there is no word to take away, or the feature does not fire on the prompt to begin with.
+    """
+    variants = prompts_without_words(prompt)
+    whole, *without = score([prompt, *variants.values()])
+    if whole <= 0:
+        raise FluxSaeError("the feature is silent on this prompt and seed; choose one of its top images")
+    effects = [WordEffect(word, left, (left - whole) / whole) for word, left in zip(variants, without, strict=True)]
+    return sorted(effects, key=lambda effect: effect.change)
