@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex
-from fluxsae.features.scoring import check_step, trained_steps
+from fluxsae.features.scoring import check_trained_step, trained_steps
 from fluxsae.features.silencing import silencing_words
 from fluxsae.flux import FluxPipeline, capture, flux_identity, generate, load_flux, schedule_sigmas, token_grid
 from fluxsae.flux.settings import GenerationSettings
@@ -112,7 +112,9 @@ class _Reader:
             guidance_scale=self.settings.guidance_scale,
         )
         sigmas = schedule_sigmas(pipe, self.settings)
-        self.steps = trained_steps(sae, sigmas) if config.step is None else (check_step(sae, config.step, sigmas),)
+        self.steps = (
+            trained_steps(sae, sigmas) if config.step is None else (check_trained_step(sae, config.step, sigmas),)
+        )
 
     def read(self, prompt: str) -> tuple[Image.Image, Float[Tensor, "tokens features"]]:
         """The image, and every feature's highest activation over the steps on each of its tokens."""

@@ -21,7 +21,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.features.scoring import (
     ScoreParts,
     ScoreRequest,
-    check_step,
+    check_trained_step,
     forget_parts,
     merge_parts,
     score_images,
@@ -168,7 +168,7 @@ def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, 
 
 def _steps(config: ScoreConfig, sae: SparseAutoencoder, sigmas: list[float]) -> tuple[int, ...]:
     if config.step is not None:
-        return (check_step(sae, config.step, sigmas, allow_mismatch=config.allow_mismatch),)
+        return (check_trained_step(sae, config.step, sigmas, allow_mismatch=config.allow_mismatch),)
     return trained_steps(sae, sigmas)
 
 

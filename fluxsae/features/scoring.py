@@ -90,7 +90,9 @@ def trained_steps(sae: SparseAutoencoder, sigmas: Sequence[float]) -> tuple[int,
     return tuple(sorted({nearest_step(sigmas, sigma, ground.sigma_tolerance) for sigma in ground.sigmas}))
 
 
-def check_step(sae: SparseAutoencoder, step: int, sigmas: Sequence[float], *, allow_mismatch: bool = False) -> int:
+def check_trained_step(
+    sae: SparseAutoencoder, step: int, sigmas: Sequence[float], *, allow_mismatch: bool = False
+) -> int:
     """The step, if the SAE was trained near its noise level.
 
     Raises:

@@ -29,7 +29,7 @@ from fluxsae.features.scores import FeatureStats, ScoreMatrix
 from fluxsae.features.scoring import (
     ScoreParts,
     ScoreRequest,
-    check_step,
+    check_trained_step,
     generate_with_acts,
     merge_parts,
     score_images,
@@ -391,12 +391,12 @@ def test_an_sae_is_scored_at_the_steps_nearest_to_its_sigmas(tiny_flux: FluxPipe
     sae = sae_for(tiny_flux, HOOKPOINTS[0], (1, 3))
     sigmas = schedule_sigmas(tiny_flux, default_settings(tiny_flux))
     assert trained_steps(sae, sigmas) == (1, 3)
-    assert check_step(sae, 3, sigmas) == 3
+    assert check_trained_step(sae, 3, sigmas) == 3
     with pytest.raises(FluxSaeError, match="Step 0 has sigma"):
-        check_step(sae, 0, sigmas)
-    assert check_step(sae, 0, sigmas, allow_mismatch=True) == 0
+        check_trained_step(sae, 0, sigmas)
+    assert check_trained_step(sae, 0, sigmas, allow_mismatch=True) == 0
     with pytest.raises(FluxSaeError, match="steps go from 0 to 3"):
-        check_step(sae, 4, sigmas)
+        check_trained_step(sae, 4, sigmas)
     other = schedule_sigmas(tiny_flux, replace(default_settings(tiny_flux), num_inference_steps=1))
     with pytest.raises(FluxSaeError, match="No step of this schedule"):
         trained_steps(sae, other)

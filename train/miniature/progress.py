@@ -1,6 +1,5 @@
 """How far a training stage is, by steps or by the clock, and its files on disk."""
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -8,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
+
+from fluxsae.files import read_json, save_tensors, write_json
 
 REPORT_EVERY_SECONDS = 10.0
 SAVE_EVERY_SECONDS = 60.0
@@ -74,14 +75,6 @@ class StageClock:
         )
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write tensors under a temporary name, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
-
-
 class Checkpoint:
     """One stage's folder: weights, their moving average, the optimiser's moments, and where the clock stood."""
 
@@ -96,7 +89,7 @@ class Checkpoint:
     @property
     def is_finished(self) -> bool:
         """Whether the stage ran to its end."""
-        return self.exists and bool(json.loads((self.folder / "clock.json").read_text())["finished"])
+        return self.exists and bool(read_json(self.folder / "clock.json")["finished"])
 
     def save(
         self,
@@ -115,12 +108,11 @@ class Checkpoint:
             for parameter, entries in optimizer.state.items()
             for key, value in entries.items()
         }
-        save_tensors(dict(model.named_parameters()), self.folder / "weights.safetensors")
-        save_tensors(average, self.folder / "average.safetensors")
-        save_tensors(memory, self.folder / "optimizers.safetensors")
-        partial = self.folder / "clock.partial"
-        partial.write_text(json.dumps({"step": clock.step, "elapsed": clock.elapsed, "finished": finished}))
-        partial.replace(self.folder / "clock.json")
+        save_tensors(self.folder / "weights.safetensors", dict(model.named_parameters()))
+        save_tensors(self.folder / "average.safetensors", average)
+        save_tensors(self.folder / "optimizers.safetensors", memory)
+        record = {"step": clock.step, "elapsed": clock.elapsed, "finished": finished}
+        write_json(self.folder / "clock.json", record)
 
     def load(
         self,
@@ -130,7 +122,7 @@ class Checkpoint:
         clock: StageClock,
     ) -> None:
         """Put everything back in place."""
-        record = json.loads((self.folder / "clock.json").read_text())
+        record = read_json(self.folder / "clock.json")
         clock.step, clock.elapsed_before = record["step"], record["elapsed"]
         _fill(model, load_file(self.folder / "weights.safetensors"))
         for name, tensor in load_file(self.folder / "average.safetensors").items():

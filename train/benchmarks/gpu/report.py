@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fluxsae.files import write_text
 from train.benchmarks.gpu.clock import Timing
 
 
@@ -62,8 +63,8 @@ class Report:
     def save(self) -> None:
         """Writes results.json and results.md."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / "results.json", json.dumps(asdict(self), indent=1, default=str) + "\n")
-        _replace(self.folder / "results.md", self.markdown())
+        write_text(self.folder / "results.json", json.dumps(asdict(self), indent=1, default=str) + "\n")
+        write_text(self.folder / "results.md", self.markdown())
 
     def markdown(self) -> str:
         """The table, for `train/LOG.md`."""
@@ -122,9 +123,3 @@ def _markdown_row(row: Row) -> str:
         "" if row.spread is None else f"{row.spread:.1%}",
     ]
     return "| " + " | ".join(cells) + " |"
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_suffix(path.suffix + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
