@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 if TYPE_CHECKING:
     from hub_driver import HubProcess
-    from hub_server import LocalHub
+    from local_hub import LocalHub
 
     from fluxsae.flux import FluxPipeline
 
@@ -53,7 +53,7 @@ def miniature() -> "FluxPipeline":
 @pytest.fixture(scope="module")
 def server() -> "Iterator[LocalHub]":
     """A Hub of one test file, over HTTP on this machine."""
-    from hub_server import served_hub
+    from local_hub import served_hub
 
     with served_hub() as served:
         yield served

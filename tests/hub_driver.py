@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from hub_server import LocalHub
+from local_hub import LocalHub
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from hub_server import served_hub
 from hypothesis import given
 from hypothesis import strategies as st
+from local_hub import served_hub
 from tiny_flux import build_tiny_flux
 
 from fluxsae.errors import FluxSaeError

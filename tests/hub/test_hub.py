@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from hub_driver import CallError, HubProcess
-from hub_server import Fault, LocalHub
+from hub_server import Fault
 from hypothesis import given
 from hypothesis import strategies as st
+from local_hub import LocalHub
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.hub import transfer

@@ -17,7 +17,8 @@ import torch
 import whole_run
 import yaml
 from hub_driver import ROOT, CallError, HubProcess
-from hub_server import Fault, LocalHub
+from hub_server import Fault
+from local_hub import LocalHub
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.publishing.checksums import read_checksums

@@ -15,7 +15,7 @@ import pytest
 import whole_run
 import yaml
 from hub_driver import ROOT, CallError, HubProcess
-from hub_server import LocalHub
+from local_hub import LocalHub
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.runs.folder import RunFolder
