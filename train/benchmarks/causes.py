@@ -159,7 +159,7 @@ class _Work:
         from torch.nn.functional import cosine_similarity
 
         place, feature = source
-        return float(cosine_similarity(self.saes[place].W_dec[feature], target_row, dim=0))
+        return float(cosine_similarity(self.saes[place].W_dec[feature], target_row, dim=0).detach())
 
 
 def _drawn(pairs: list[Pair], n: int, rng: np.random.Generator) -> list[Pair]:
