@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from fluxsae.evaluation.intervals import Estimate, Weights, bootstrap_weights, interval, safe_ratio
-from fluxsae.evaluation.stream import ImageSet, OnProgress
+from fluxsae.evaluation.stream import ImageSet, OnProgress, batches
 from fluxsae.flux import (
     BlockCall,
     BlockHandler,
@@ -99,25 +100,19 @@ def drawn_images(pipe: FluxPipeline, count: int, *, seed: int = 0) -> CleanImage
     rng = np.random.default_rng(seed)
     scenes: list[Scene] = [sample_scene(rng, held_out=None) for _ in range(count)]
     prompts = tuple(caption_scene(scene, rng, keep=1.0) for scene in scenes)
-    latents = [encode_images(pipe, [_picture(scene) for scene in scenes[i : i + 16]]) for i in range(0, count, 16)]
+    pictures = [Image.fromarray(render_scene(scene)) for scene in scenes]
+    latents = [encode_images(pipe, some) for some in batches(pictures, 16)]
     return CleanImages(prompts, torch.cat(latents), are_true=True)
-
-
-def _picture(scene: Scene) -> Any:
-    from PIL import Image
-
-    return Image.fromarray(render_scene(scene))
 
 
 def own_images(
     pipe: FluxPipeline, images: ImageSet, *, settings: GenerationSettings, batch_size: int = 8
 ) -> CleanImages:
     """The model's own samples, where no true images are at hand."""
-    parts = []
-    for start in range(0, len(images), batch_size):
-        rows = slice(start, start + batch_size)
-        made = generate(pipe, images.prompts[rows], seeds=images.seeds[rows], settings=settings, output_type="latent")
-        parts.append(made)
+    parts = [
+        generate(pipe, prompts, seeds=seeds, settings=settings, output_type="latent")
+        for prompts, seeds in zip(batches(images.prompts, batch_size), batches(images.seeds, batch_size), strict=True)
+    ]
     return CleanImages(images.prompts, torch.cat(parts), are_true=False)  # type: ignore[arg-type]
 
 

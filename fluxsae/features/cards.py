@@ -181,12 +181,12 @@ class CardIndex:
         coherent = [feature for feature in ranked if is_coherent[feature]]
         return [*varied(coherent, self.labels), *(feature for feature in ranked if not is_coherent[feature])]
 
-    def named(self, *, least: float = 0.5) -> dict[str, list[int]]:
-        """The features of each label, best ranked first, whose label is trusted at least this far."""
+    def named(self) -> dict[str, list[int]]:
+        """The features of each label, best ranked first, whose label is trusted at least by half."""
         found: dict[str, list[int]] = {}
         for feature in self.ranked:
             row = self.features[feature]
-            if row.label and (row.label_confidence or 0.0) >= least and row.max_act > 0:
+            if row.label and (row.label_confidence or 0.0) >= 0.5 and row.max_act > 0:
                 found.setdefault(row.label, []).append(feature)
         return found
 

@@ -2,6 +2,7 @@
 
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -81,10 +82,7 @@ class CaptionLabeller:
         self.groups = prompt_groups(prompts)
         captions = list(dict.fromkeys(prompts))
         found = [caption_terms(caption) for caption in captions]
-        counts: dict[str, int] = {}
-        for terms in found:
-            for term in terms:
-                counts[term] = counts.get(term, 0) + 1
+        counts = Counter(term for terms in found for term in terms)
         self.terms = sorted(term for term, count in counts.items() if min_count <= count < len(captions))
         self.presence = _presence(found, self.terms)
         self.counts = np.asarray(self.presence.sum(axis=0)).ravel()
@@ -217,11 +215,8 @@ def combined_label(labels: Sequence[Sequence[Label]]) -> Label | None:
     return replace(best, confidence=1.0 - doubt)
 
 
-def caption_vocabulary(prompts: Sequence[str], *, limit: int, longest: int = 2) -> list[str]:
+def caption_vocabulary(prompts: Sequence[str], *, limit: int) -> list[str]:
     """The most frequent words and phrases of the captions, each at least twice; ties in alphabetical order."""
-    counts: dict[str, int] = {}
-    for caption in dict.fromkeys(prompts):
-        for term in caption_terms(caption, longest=longest):
-            counts[term] = counts.get(term, 0) + 1
+    counts = Counter(term for caption in dict.fromkeys(prompts) for term in caption_terms(caption, longest=2))
     frequent = [term for term, count in counts.items() if count >= 2]
     return sorted(frequent, key=lambda term: (-counts[term], term))[:limit]

@@ -88,8 +88,7 @@ class _Gathered:
         """Makes the token probe of the first half, and for each of its folds the one of the other folds."""
         self.readouts[TOKEN_PROBE] = TokenMoments.merged(self.moments).readout()
         for fold in range(N_FOLDS):
-            others = [part for number, part in enumerate(self.moments) if number != fold]
-            self.fold_probes.append(TokenMoments.merged(others).readout())
+            self.fold_probes.append(TokenMoments.merged([*self.moments[:fold], *self.moments[fold + 1 :]]).readout())
 
     def held_out_scores(
         self, x: Float[torch.Tensor, "images steps tokens d"], folds: Int[np.ndarray, " images"]

@@ -118,9 +118,9 @@ class Tally:
     """Mean share of the other attributes that read as before."""
 
     @classmethod
-    def of(cls, outcomes: Sequence[Outcome], *, wanted: bool, draws: int = 500, seed: int = 0) -> "Tally":
+    def of(cls, outcomes: Sequence[Outcome], *, wanted: bool) -> "Tally":
         """The tally of some outcomes; `wanted` says whether the concept was to come or to go."""
-        weights = bootstrap_weights(len(outcomes), draws=draws, seed=seed)
+        weights = bootstrap_weights(len(outcomes), draws=500, seed=0)
         columns = (
             [float(outcome.is_success(wanted=wanted)) for outcome in outcomes],
             [float(outcome.is_specific) for outcome in outcomes],

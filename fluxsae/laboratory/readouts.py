@@ -1,7 +1,6 @@
 """Ways to read numbers off tokens: an SAE's features, and the baselines that it is compared with."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -10,23 +9,6 @@ from torch import Tensor
 
 from fluxsae.features.scores import max_over_tokens
 from fluxsae.sae.model import SparseAutoencoder
-
-
-class Readout(Protocol):
-    """Candidates that each give every token a number; an image's number is the largest of its tokens'."""
-
-    name: str
-    n_candidates: int
-
-    def pooled(self, x: Float[Tensor, "images steps tokens d"]) -> Float[Tensor, "images steps candidates"]:
-        """The largest value over the tokens of each image and step."""
-        ...
-
-    def maps(
-        self, x: Float[Tensor, "images steps tokens d"], candidates: Sequence[int]
-    ) -> Float[Tensor, "images chosen tokens"]:
-        """Some candidates' values of every token, the largest over the steps."""
-        ...
 
 
 class SaeReadout:
@@ -85,6 +67,10 @@ class LinearReadout:
         """Projections of every token on some directions, the largest over the steps."""
         values = (self._sae.normalise(x) @ self._directions[list(candidates)].T).amax(1)
         return rearrange(values, "images tokens chosen -> images chosen tokens")
+
+
+Readout = SaeReadout | LinearReadout
+"""Candidates that each give every token a number; an image's number is the largest of its tokens'."""
 
 
 def channels(sae: SparseAutoencoder) -> LinearReadout:

@@ -129,15 +129,13 @@ def resize_heat(
     return np.asarray(Image.fromarray(heatmap.astype(np.float32)).resize(size, kind), dtype=np.float32).clip(0.0, 1.0)
 
 
-def legend(
-    width: int, *, maximum: float | str, opacity: float = 0.8, threshold: float = 0.05, dark: bool = False
-) -> Image.Image:
+def legend(width: int, *, maximum: float | str, opacity: float = 0.8, threshold: float = 0.05) -> Image.Image:
     """A strip with the colours of an overlay on mid grey, from silent to `maximum`.
 
     `maximum` is in activation units, or words such as "this image's maximum"; a mark stands at the threshold.
     """
     height, bar, pad = 44, 14, 12
-    ink, paper = ((235, 235, 235), (24, 24, 27)) if dark else ((40, 40, 45), (255, 255, 255))
+    ink, paper = (40, 40, 45), (255, 255, 255)
     strip = Image.new("RGB", (width, height), paper)
     draw = ImageDraw.Draw(strip)
     ramp = np.linspace(0, 1, width - 2 * pad, dtype=np.float32)[None].repeat(bar, axis=0)
@@ -145,19 +143,19 @@ def legend(
     strip.paste(Image.fromarray(_glow(ground, ramp, opacity=opacity, threshold=threshold)), (pad, 4))
     x = pad + round(threshold * (width - 2 * pad))
     draw.line([(x, 2), (x, bar + 5)], fill=ink, width=1)
-    ends = ("silent", maximum) if isinstance(maximum, str) else ("silent", f"{maximum:.3g}")
-    draw.text((pad, bar + 8), ends[0], fill=ink, font=font(12))
-    draw.text((width - pad, bar + 8), ends[1], fill=ink, font=font(12), anchor="ra")
+    end = maximum if isinstance(maximum, str) else f"{maximum:.3g}"
+    draw.text((pad, bar + 8), "silent", fill=ink, font=font(12))
+    draw.text((width - pad, bar + 8), end, fill=ink, font=font(12), anchor="ra")
     if not isinstance(maximum, str):
         draw.text((width // 2, bar + 8), f"{maximum / 2:.3g}", fill=ink, font=font(12), anchor="ma")
     return strip
 
 
 def with_legend(
-    picture: Image.Image, *, maximum: float | str, opacity: float = 0.8, threshold: float = 0.05, dark: bool = False
+    picture: Image.Image, *, maximum: float | str, opacity: float = 0.8, threshold: float = 0.05
 ) -> Image.Image:
     """A picture with the legend strip under it."""
-    strip = legend(picture.width, maximum=maximum, opacity=opacity, threshold=threshold, dark=dark)
+    strip = legend(picture.width, maximum=maximum, opacity=opacity, threshold=threshold)
     joined = Image.new("RGB", (picture.width, picture.height + strip.height))
     joined.paste(picture, (0, 0))
     joined.paste(strip, (0, picture.height))

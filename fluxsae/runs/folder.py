@@ -320,15 +320,9 @@ class RunFolder:
         """Neighbours and map of the decoder directions."""
         return load_directions(self.directions_path(hookpoint))
 
-    def save_directions(
-        self,
-        hookpoint: HookPoint | str,
-        tensors: Mapping[str, torch.Tensor],
-        *,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
+    def save_directions(self, hookpoint: HookPoint | str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Writes neighbours and map of the decoder directions."""
-        save_tensors(self.directions_path(hookpoint), tensors, metadata=metadata)
+        save_tensors(self.directions_path(hookpoint), tensors)
 
     def comparison_path(self, first: HookPoint | str, second: HookPoint | str) -> Path:
         """Features of two hook points matched with each other."""
