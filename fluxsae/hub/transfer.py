@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import huggingface_hub as hf
+from tqdm import tqdm
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import check_free_space
@@ -45,6 +46,13 @@ class Listing:
 
     commit: str
     files: tuple[str, ...]
+
+
+class _NoBar(tqdm):  # type: ignore[type-arg]
+    """No progress bar, for what takes no time."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "disable": True})
 
 
 def split_repo(text: str) -> tuple[str, str | None]:
@@ -111,7 +119,7 @@ def download(
     options = {"repo_type": repo_type, "revision": resolved, "allow_patterns": list(patterns)}
     fetch = partial(hf.snapshot_download, repo_id, **options)
     if not hf.is_offline_mode():
-        plan: Any = ask(partial(fetch, dry_run=True))
+        plan: Any = ask(partial(fetch, dry_run=True, tqdm_class=_NoBar))
         missing = [file.file_size or 0 for file in plan if file.will_download]
         check_free_space(hf.constants.HF_HUB_CACHE, sum(missing), purpose=f"Downloading {repo_id}")
     for is_last in (False, True):
