@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fluxsae.features.scores import TopImages, max_over_tokens
+from fluxsae.features.scores import TopImages
 from fluxsae.files import load_tensors, mapped_tensors, release_pages
 from fluxsae.flux.hookpoints import TokenGrid
-from fluxsae.sae.model import SparseActs
+from fluxsae.sae.acts import SparseActs
 
 _ENTRIES_AT_ONCE = 1 << 20
 
@@ -23,45 +23,41 @@ class TopMapCollector:
     """
 
     def __init__(self, n_features: int, *, n_top: int, n_tokens: int) -> None:
-        self._n_features, self._n_tokens = n_features, n_tokens
+        self._n_tokens = n_tokens
         self._best = TopImages.empty(n_features, n_top)
+        self._open: dict[int, tuple[Tensor, Tensor]] = {}
+        """For each image that is not complete: (feature, token) as one number, ascending, and the highest act."""
         self._parts: list[dict[str, Tensor]] = []
 
     def skip(self, image_ids: Sequence[int], scores: Float[Tensor, "images features"]) -> None:
         """Takes note of images that were scored before, so that the bar is as high as it was."""
         self._best = self._best.updated(torch.tensor(image_ids), scores.half().float())
 
-    def update(self, image_ids: Sequence[int], acts: Sequence[SparseActs]) -> None:
-        """Adds some images, whose ids are above all seen before: their acts at each captured step."""
-        scores = torch.stack([max_over_tokens(part, self._n_features)[0] for part in acts]).amax(0).cpu()
-        self.skip(image_ids, scores)
-        is_wanted = (self._best.image_ids == torch.tensor(image_ids)[:, None, None]).any(-1)
-        keys, values = self._entries(acts, is_wanted)
-        tokens, features = keys % self._n_tokens, keys // self._n_tokens % self._n_features
-        images = torch.tensor(image_ids)[keys // (self._n_tokens * self._n_features)]
-        self._parts.append(
-            {
-                "map_image": images.to(torch.int32),
-                "map_feature": features.to(torch.int32),
-                "map_token": tokens.to(torch.int32),
-                "map_value": values,
-            }
-        )
+    def update(self, image_ids: Sequence[int], acts: SparseActs) -> None:
+        """Adds one captured step of some images, whose ids are above those of all complete ones."""
+        for image_id, part in zip(image_ids, acts.split(self._n_tokens), strict=True):
+            keys, values = part.features * self._n_tokens + part.tokens, part.values.float()
+            if image_id in self._open:
+                keys, values = (torch.cat(pair) for pair in zip(self._open[image_id], (keys, values), strict=True))
+            distinct, position = keys.unique(return_inverse=True)
+            highest = values.new_zeros(len(distinct)).scatter_reduce_(0, position, values, "amax")
+            self._open[image_id] = (distinct, highest)
 
-    def _entries(self, acts: Sequence[SparseActs], is_wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """(image, feature, token) as one number, ascending, and the highest act over the steps."""
-        keys, values = [], []
-        for part in acts:
-            n_images, n_tokens, _ = part.values.shape
-            images = torch.arange(n_images)[:, None, None].expand_as(part.indices)
-            tokens = torch.arange(n_tokens)[None, :, None].expand_as(part.indices)
-            features, acts_values = part.indices.cpu().long(), part.values.float().cpu()
-            kept = (acts_values > 0) & is_wanted[images, features]
-            keys.append(((images * self._n_features + features) * self._n_tokens + tokens)[kept])
-            values.append(acts_values[kept])
-        distinct, position = torch.cat(keys).unique(return_inverse=True)
-        highest = torch.zeros(len(distinct)).scatter_reduce_(0, position, torch.cat(values), "amax")
-        return distinct, highest
+    def complete(self, image_ids: Sequence[int], scores: Float[Tensor, "images features"]) -> None:
+        """Ends some images, whose S is given: kept are the acts of features for which they are among the best."""
+        self.skip(image_ids, scores)
+        for image_id in image_ids:
+            keys, values = (part.cpu() for part in self._open.pop(image_id))
+            features = keys // self._n_tokens
+            kept = (self._best.image_ids == image_id).any(1)[features]
+            self._parts.append(
+                {
+                    "map_image": torch.full((int(kept.sum()),), image_id, dtype=torch.int32),
+                    "map_feature": features[kept].int(),
+                    "map_token": (keys % self._n_tokens)[kept].int(),
+                    "map_value": values[kept],
+                }
+            )
 
     def pop(self) -> dict[str, Tensor]:
         """The entries since the last call, one line per active (image, feature, token), as tensors to save."""

@@ -107,13 +107,13 @@ def test_feature_sums_of_a_block_equal_the_dense_weight_gradient(rows: slice) ->
 
 
 def test_sparse_decode_and_its_gradients_equal_the_dense_product() -> None:
-    values, W_dec = _random(2, 4, 3).requires_grad_(), _random(9, 5, seed=1).requires_grad_()
-    indices = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(i))[:3] for i in range(8)])
-    indices = indices.reshape(2, 4, 3)
-    dense = torch.zeros(2, 4, 9, dtype=torch.float64).scatter(-1, indices, values) @ W_dec
-    weight = _random(2, 4, 5, seed=3)
+    tokens = torch.tensor([1, 1, 1, 2, 5, 5])  # tokens 0, 3, 4, 6 and 7 have no pairs
+    features = torch.tensor([8, 0, 3, 3, 1, 8])
+    values, W_dec = _random(6).requires_grad_(), _random(9, 5, seed=1).requires_grad_()
+    dense = torch.zeros(8, 9, dtype=torch.float64).index_put((tokens, features), values) @ W_dec
+    weight = _random(8, 5, seed=3)
     expected = torch.autograd.grad((dense * weight).sum(), (values, W_dec))
-    found = sparse_decode(values, indices, W_dec)
+    found = sparse_decode(tokens, features, values, W_dec, n_tokens=8)
     torch.testing.assert_close(found, dense)
     for gradient, reference in zip(torch.autograd.grad((found * weight).sum(), (values, W_dec)), expected, strict=True):
         torch.testing.assert_close(gradient, reference)
@@ -183,9 +183,11 @@ def test_triton_kernels_equal_plain_torch() -> None:
     assert torch.equal(indices.cpu().sort(-1).values, _stable_topk(rows, 64))
     assert torch.equal(values.cpu(), rows.gather(1, indices.cpu()))
     W_dec = _random(12_288, 384, seed=1).float()
-    expected = sparse_decode(values.cpu(), indices.cpu(), W_dec)
-    torch.testing.assert_close(sparse_decode(values, indices, W_dec.cuda()).cpu(), expected, atol=1e-3, rtol=1e-4)
     tokens = torch.arange(33).repeat_interleave(64)
+    flat = indices.reshape(-1), values.reshape(-1)
+    found = sparse_decode(tokens.cuda(), *flat, W_dec.cuda(), n_tokens=33)
+    expected = sparse_decode(tokens, *(part.cpu() for part in flat), W_dec, n_tokens=33)
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-4)
     gradient = _random(33, 384, seed=2).float()
     products = pair_products(gradient.cuda(), tokens.cuda(), W_dec.cuda(), indices.reshape(-1))
     expected = pair_products(gradient, tokens, W_dec, indices.cpu().reshape(-1))

@@ -150,35 +150,36 @@ class PairsByFeature:
 
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-        ctx.save_for_backward(values, indices, W_dec)
-        n_tokens, k = indices.shape
-        starts = torch.arange(0, n_tokens * k, k, device=indices.device)
-        return bag_sums(values.reshape(-1), indices.reshape(-1), starts, W_dec)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        tokens, features, values, W_dec, n_tokens = inputs
+        ctx.save_for_backward(tokens, features, values, W_dec)
+        starts = torch.searchsorted(tokens, torch.arange(n_tokens, device=tokens.device))
+        return bag_sums(values, features, starts, W_dec)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        values, indices, W_dec = ctx.saved_tensors
-        (gradient,) = gradients
-        gradient = gradient.contiguous()
-        n_tokens, k = indices.shape
-        tokens = torch.arange(n_tokens, device=indices.device).repeat_interleave(k)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, features, values, W_dec = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
         for_values = for_rows = None
-        if ctx.needs_input_grad[0]:
-            for_values = pair_products(gradient, tokens, W_dec, indices.reshape(-1)).reshape(n_tokens, k)
         if ctx.needs_input_grad[2]:
-            pairs = PairsByFeature(tokens, indices.reshape(-1), len(W_dec))
-            for_rows = pairs.feature_sums(values.reshape(-1)[pairs.order], gradient, slice(0, len(W_dec)), pairs.tokens)
-        return for_values, None, for_rows
+            for_values = pair_products(gradient, tokens, W_dec, features)
+        if ctx.needs_input_grad[3]:
+            pairs = PairsByFeature(tokens, features, len(W_dec))
+            for_rows = pairs.feature_sums(values[pairs.order], gradient, slice(0, len(W_dec)), pairs.tokens)
+        return None, None, for_values, for_rows, None
 
 
 def sparse_decode(
-    values: Float[Tensor, "*batch k"], indices: Int[Tensor, "*batch k"], W_dec: Float[Tensor, "n_features d_model"]
-) -> Float[Tensor, "*batch d_model"]:
-    """sum_j values[j] * W_dec[indices[j]] for each token, differentiable; no (tokens * k, d_model) tensor is built."""
-    k = indices.shape[-1]
-    decoded = _SparseDecode.apply(values.reshape(-1, k).to(W_dec.dtype), indices.reshape(-1, k), W_dec)
-    return torch.Tensor.reshape(decoded, (*indices.shape[:-1], W_dec.shape[1]))
+    tokens: Int[Tensor, " pairs"],
+    features: Int[Tensor, " pairs"],
+    values: Float[Tensor, " pairs"],
+    W_dec: Float[Tensor, "n_features d_model"],
+    *,
+    n_tokens: int,
+) -> Float[Tensor, "n_tokens d_model"]:
+    """For each token the sum of values[p] * W_dec[features[p]] over its pairs, differentiable; `tokens` ascends."""
+    decoded: Tensor = _SparseDecode.apply(tokens, features, values.to(W_dec.dtype), W_dec, n_tokens)
+    return decoded
 
 
 def lowered(tensor: Tensor, precision: Precision, *, buffer: Tensor | None = None) -> Tensor:
