@@ -9,7 +9,7 @@ from fluxsae.lazy import hand_on
 
 if TYPE_CHECKING:
     from fluxsae.features.cards import FeatureCard, build_cards
-    from fluxsae.features.directions import compare_layers
+    from fluxsae.features.layers import compare_layers
     from fluxsae.features.scores import ScoreAccumulator, ScoreMatrix
     from fluxsae.features.statistics import FeatureStats
 
@@ -23,6 +23,6 @@ __getattr__, __dir__ = hand_on(
         "ScoreAccumulator": "scores",
         "ScoreMatrix": "scores",
         "build_cards": "cards",
-        "compare_layers": "directions",
+        "compare_layers": "layers",
     },
 )

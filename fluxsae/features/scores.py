@@ -72,9 +72,9 @@ class ScoreMatrix:
         """The token grid of the images."""
         return TokenGrid(self.rows, self.cols)
 
-    def tensor(self) -> Float[Tensor, "images features"]:
-        """All of S in memory, fp32."""
-        return torch.from_numpy(np.asarray(self.values, dtype=np.float32))
+    def stored(self) -> Float[Tensor, "images features"]:
+        """All of S in the type of its file, paged in as it is used; read-only."""
+        return torch.from_dlpack(self.values)
 
     def image(self, image_id: int) -> Float[Tensor, " features"]:
         """S of one image, fp32."""

@@ -301,7 +301,7 @@ def test_scores_are_the_maximum_over_tokens_and_steps(tiny_flux: FluxPipeline, s
             generate(tiny_flux, prompts, seeds=seeds, output_type="latent")
         acts = torch.stack([saes[hookpoint].encode(captured.get(hookpoint, step)) for step in steps]).amax(0)
         matrix = ScoreMatrix.load(scored.scores_path(hookpoint))
-        assert torch.equal(matrix.tensor()[:2], acts.amax(1).detach().half().float())
+        assert torch.equal(matrix.stored()[:2], acts.amax(1).detach().half())
         for image in range(2):
             for feature in acts[image].amax(0).nonzero().flatten().tolist():
                 token = int(matrix.argmax_token[image, feature])

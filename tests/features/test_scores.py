@@ -173,9 +173,9 @@ def test_parts_make_the_matrix(tmp_path: Path) -> None:
     assert matrix.values.dtype == np.float16
     assert matrix.argmax_token.dtype == np.uint8
     assert (matrix.steps, matrix.grid) == (STEPS, GRID)
-    assert torch.equal(matrix.tensor(), whole.scores().half().float())
+    assert torch.equal(matrix.stored(), whole.scores().half())
     assert np.array_equal(matrix.argmax_token, whole.argmax_tokens().numpy())
-    assert torch.equal(matrix.feature(2), matrix.tensor()[:, 2])
+    assert torch.equal(matrix.feature(2), matrix.stored()[:, 2].float())
     with pytest.raises(FluxSaeError, match="features go from 0 to 4"):
         matrix.feature(5)
 
