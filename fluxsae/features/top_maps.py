@@ -1,18 +1,21 @@
 """Where features fire on their best images, kept while scoring without keeping the acts of all images."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fluxsae.features.scores import TopImages
-from fluxsae.files import load_tensors, mapped_tensors, release_pages
+from fluxsae.files import load_tensors, mapped_tensors
 from fluxsae.flux.hookpoints import TokenGrid
+from fluxsae.runs.tables import HEATMAPS_SCHEMA
 from fluxsae.sae.acts import SparseActs
 
-_ENTRIES_AT_ONCE = 1 << 20
+_FARTHEST = 255
 
 
 class TopMapCollector:
@@ -71,33 +74,84 @@ def write_heatmaps(
 ) -> None:
     """Writes `heatmaps.safetensors` for the images of `top` from part files with the entries of the collector.
 
-    An act a becomes round(255 a / scale), at least 1 where the feature fires at all. One part is in memory at a time.
+    An act a becomes the level round(255 a / scale), at least 1 where the feature fires at all. Each part is read twice,
+    to count the entries of every map and to write them; one image is in memory at a time.
     """
     alive = (top.scores[:, 0] > 0).nonzero().flatten()
-    position = torch.full((len(top.scores),), -1).index_put_((alive,), torch.arange(len(alive)))
     n_top = top.image_ids.shape[1]
+    counts = torch.zeros(len(alive) * n_top, dtype=torch.int64)
+    for maps in _iter_images(parts, top, alive):
+        counts.index_add_(0, maps.places, torch.ones_like(maps.places) + maps.n_passed)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    n_entries = int(starts[-1])
     shapes = {
         "features": ("I32", (len(alive),)),
         "image_ids": ("I32", (len(alive), n_top)),
         "scale": ("F32", (len(alive),)),
-        "values": ("U8", (len(alive), n_top, grid.n_tokens)),
+        "starts": ("I64", (len(starts),)),
+        "steps": ("U8", (n_entries,)),
+        "levels": ("U8", (n_entries,)),
     }
-    with mapped_tensors(path, shapes, metadata={"rows": str(grid.rows), "cols": str(grid.cols)}) as arrays:
+    metadata = {"rows": str(grid.rows), "cols": str(grid.cols), "schema_version": str(HEATMAPS_SCHEMA)}
+    with mapped_tensors(path, shapes, metadata=metadata) as arrays:
         arrays["features"][:] = alive.numpy()
         arrays["image_ids"][:] = top.image_ids[alive].numpy()
         arrays["scale"][:] = scale[alive].numpy()
-        for part in parts:
-            for features, ranks, tokens, values in _iter_wanted(load_tensors(part), top):
-                levels = (values / scale[features] * 255).round().clamp(1, 255).to(torch.uint8)
-                arrays["values"][position[features].numpy(), ranks.numpy(), tokens.numpy()] = levels.numpy()
-            release_pages(arrays["values"])
+        arrays["starts"][:] = starts.numpy()
+        map_scale = scale[alive].repeat_interleave(n_top)
+        for maps in _iter_images(parts, top, alive):
+            places, steps, levels = maps.written(map_scale)
+            at = (starts[places] + _ranks(places)).numpy()
+            arrays["steps"][at], arrays["levels"][at] = steps, levels
 
 
-def _iter_wanted(entries: dict[str, Tensor], top: TopImages) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(features, ranks, tokens, values) of the entries whose image is among the feature's best, in pieces."""
-    for start in range(0, len(entries["map_image"]), _ENTRIES_AT_ONCE):
-        piece = {name: entries[name][start : start + _ENTRIES_AT_ONCE] for name in entries if name.startswith("map_")}
-        features = piece["map_feature"].long()
-        matches = top.image_ids[features] == piece["map_image"][:, None]
-        found, ranks = matches.nonzero(as_tuple=True)
-        yield features[found], ranks, piece["map_token"].long()[found], piece["map_value"][found]
+@dataclass(frozen=True, eq=False)
+class _ImageMaps:
+    """The entries of one image's maps, map after map, tokens ascending."""
+
+    places: Int[Tensor, " entries"]
+    """Which map of the file each entry belongs to."""
+    distances: Int[Tensor, " entries"]
+    """To the token of the entry before in the same map, or to token -1."""
+    values: Float[Tensor, " entries"]
+
+    @property
+    def n_passed(self) -> Int[Tensor, " entries"]:
+        """Entries of level 0 that stand before each entry, since a distance is at most 255."""
+        return (self.distances - 1) // _FARTHEST
+
+    def written(self, scale: Float[Tensor, " maps"]) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Place, distance and level of everything that is written."""
+        n_passed = self.n_passed
+        last = (1 + n_passed).cumsum(0) - 1
+        steps = torch.full((int(last[-1]) + 1 if len(last) else 0,), _FARTHEST, dtype=torch.uint8)
+        steps[last] = (self.distances - _FARTHEST * n_passed).to(torch.uint8)
+        levels = torch.zeros_like(steps)
+        levels[last] = (self.values / scale[self.places] * 255).round().clamp(1, 255).to(torch.uint8)
+        return self.places.repeat_interleave(1 + n_passed), steps.numpy(), levels.numpy()
+
+
+def _ranks(places: Int[Tensor, " entries"]) -> Int[Tensor, " entries"]:
+    """How many entries of the same map stand before each, where equal ones stand together."""
+    is_first = torch.ones_like(places, dtype=torch.bool)
+    is_first[1:] = places[1:] != places[:-1]
+    here = torch.arange(len(places))
+    return here - here.where(is_first, 0).cummax(0).values if len(places) else here
+
+
+def _iter_images(parts: Sequence[Path], top: TopImages, alive: Int[Tensor, " alive"]) -> Iterator[_ImageMaps]:
+    """The maps of each image that is among the best of any feature."""
+    position = torch.full((len(top.scores),), -1).index_put_((alive,), torch.arange(len(alive)))
+    for part in parts:
+        entries = load_tensors(part)
+        images, counts = entries["map_image"].unique_consecutive(return_counts=True)
+        for image_id, stop, count in zip(images.tolist(), counts.cumsum(0).tolist(), counts.tolist(), strict=True):
+            own = slice(stop - count, stop)
+            features = entries["map_feature"][own].long()
+            is_kept, ranks = (top.image_ids == image_id).max(1)
+            kept = is_kept[features]
+            features, tokens = features[kept], entries["map_token"][own][kept].long()
+            places = position[features] * top.image_ids.shape[1] + ranks[features]
+            before = torch.full_like(tokens, -1)
+            before[1:] = torch.where(places[1:] == places[:-1], tokens[:-1], -1)
+            yield _ImageMaps(places, tokens - before, entries["map_value"][own][kept])

@@ -231,6 +231,34 @@ def test_heatmaps_of_the_final_best_images_are_complete(tmp_path: Path) -> None:
     assert len(pairs) < n_images * N_FEATURES / 3  # most images were never among a feature's best, and are not stored
 
 
+def test_heatmaps_on_disk_cost_what_fires_and_pass_over_long_gaps(tmp_path: Path) -> None:
+    grid = TokenGrid(30, 40)
+    entries = {
+        (0, 1, 0): 4.0,
+        (0, 1, 1): 2.0,
+        (0, 1, 1199): 1.0,
+        (3, 1, 255): 3.0,
+        (3, 4, 256): 0.001,
+        (3, 4, 600): 1.0,
+    }
+    keys = torch.tensor(list(entries), dtype=torch.int32)
+    names = ("map_image", "map_feature", "map_token")
+    values = torch.tensor(list(entries.values()))
+    save_tensors(tmp_path / "part", {**dict(zip(names, keys.T, strict=True)), "map_value": values})
+    scores = torch.zeros(4, 6)
+    scores[0, 1], scores[3, 1], scores[3, 4] = 4.0, 3.0, 1.0
+    top = TopImages.empty(6, 3).updated(torch.arange(4), scores)
+    write_heatmaps(tmp_path / "h", [tmp_path / "part"], top, scale=scores.amax(0), grid=grid)
+    maps = Heatmaps.load(tmp_path / "h")
+    assert maps.fits()
+    assert maps.features.tolist() == [1, 4]
+    # 1 + 1 + 5 (1198 is 4 * 255 + 178), then 2 (256 is 255 + 1); then 2 (257) and 2 (344)
+    assert maps.starts.tolist() == [0, 7, 9, 9, 13, 13, 13]
+    found = {(i, f, t): a for f in range(6) for i, acts in maps.acts(f).items() for t, a in enumerate(acts) if a > 0}
+    assert set(found) == set(entries), "an act far below the maximum is still shown"
+    assert all(found[key] == pytest.approx(entries[key], abs=4 / 255) for key in entries)
+
+
 # What is said of the features
 
 
