@@ -132,11 +132,16 @@ class _Columns:
 
     def blocks(self, size: int) -> Iterator[tuple[slice, Float[Tensor, "images block"]]]:
         """Where a block of columns stands, and the block."""
-        for start in range(0, len(self.chosen), size):
-            part = self.chosen[start : start + size]
-            columns = self.scores[:, part].double()
-            standardised = normalize(columns - columns.mean(dim=0), dim=0).float()
-            yield slice(start, start + len(part)), standardised if self.order is None else standardised[self.order]
+        start = 0
+        for part in self.chosen.split(size):
+            block = torch.cat([_standardised(self.scores[:, piece]) for piece in part.split(_COLUMNS)], dim=1)
+            yield slice(start, start + len(part)), block if self.order is None else block[self.order]
+            start += len(part)
+
+
+def _standardised(columns: Tensor) -> Tensor:
+    exact = columns.double()
+    return normalize(exact - exact.mean(dim=0), dim=0).float()
 
 
 def _match(left: _Columns, right: _Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.statistics import HISTOGRAM_EDGES, PLACE_SIDE, FeatureStats, coarse_cells
@@ -74,7 +75,8 @@ class ScoreMatrix:
 
     def stored(self) -> Float[Tensor, "images features"]:
         """All of S in the type of its file, paged in as it is used; read-only."""
-        return torch.from_dlpack(self.values)
+        stored: Tensor = from_dlpack(self.values)
+        return stored
 
     def image(self, image_id: int) -> Float[Tensor, " features"]:
         """S of one image, fp32."""

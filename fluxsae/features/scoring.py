@@ -209,7 +209,7 @@ def _score_part(
             accumulators[hookpoint].update(batch, acts, step=step)
             collectors[hookpoint].update(batch, acts)
 
-        images = generate_watched(
+        images = generate_with_acts(
             pipe,
             saes,
             request.steps,
@@ -226,7 +226,7 @@ def _score_part(
     write_images(parts.images_path(part), rows)
 
 
-def generate_watched(
+def generate_with_acts(
     pipe: Any,
     saes: Mapping[HookPoint, SparseAutoencoder],
     steps: Mapping[HookPoint, Sequence[int]],

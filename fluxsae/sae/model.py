@@ -190,7 +190,8 @@ class SparseAutoencoder(nn.Module):
 
     def _chunks(self, x: Tensor) -> Sequence[Tensor]:
         rows: Tensor = x.reshape(-1, x.shape[-1])
-        return rows.split(tokens_at_once(self.config.n_features, self.W_enc.device))
+        chunks: Sequence[Tensor] = rows.split(tokens_at_once(self.config.n_features, self.W_enc.device))
+        return chunks
 
     def _by_chunk(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         found = _joined([function(rows) for rows in self._chunks(x)])

@@ -30,7 +30,7 @@ from fluxsae.features.scoring import (
     ScoreParts,
     ScoreRequest,
     check_step,
-    generate_watched,
+    generate_with_acts,
     merge_parts,
     score_images,
     stream_grid,
@@ -380,7 +380,7 @@ def test_missing_parts_are_told(tiny_flux: FluxPipeline, tmp_path: Path) -> None
 def test_watching_changes_no_pixel(tiny_flux: FluxPipeline) -> None:
     saes, request = score_request(tiny_flux)
     prompts, seeds = ["a red star", "a blue ring"], [1, 2]
-    images = generate_watched(
+    images = generate_with_acts(
         tiny_flux, saes, request.steps, prompts=prompts, seeds=seeds, settings=request.settings, on_acts=lambda *_: None
     )
     plain = generate(tiny_flux, prompts, seeds=seeds)
@@ -441,7 +441,7 @@ def test_scoring_refuses_numbers_that_are_none_by_prompt_and_seed(tiny_flux: Flu
         block_hooks(tiny_flux, {HookPoint.parse("transformer_blocks.0"): spoil_second}),
         pytest.raises(FluxSaeError, match=r"the activations of seed 2 \('a blue ring'\) hold NaN or infinite"),
     ):
-        generate_watched(
+        generate_with_acts(
             tiny_flux, saes, request.steps, prompts=["a red star", "a blue ring"], seeds=[1, 2],
             settings=request.settings, on_acts=lambda *_: None,
         )  # fmt: skip
