@@ -165,16 +165,21 @@ class SparseAutoencoder(nn.Module):
 
     def reconstruct(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """`sae(x).x_hat`, with the acts of all features held for a chunk alone."""
+        if self._is_sparse(x.device):
+            return self.decode_sparse(self.encode_sparse(x))
         return self._by_chunk(x, lambda rows: self(rows).x_hat)
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> SaeOutput:
         """Encode and decode, all features' acts of all tokens held; for many tokens see `reconstruct`."""
         pre_acts = self.pre_acts(x)
-        if self.config.architecture == "topk" and sparse_pays(self._k, self.config.n_features, x.device):
+        if self._is_sparse(x.device):
             fired = self._fired(pre_acts)
             return SaeOutput(self.decode_sparse(fired), fired.dense(), pre_acts)
         acts = self.activate(pre_acts)
         return SaeOutput(self.decode(acts), acts, pre_acts)
+
+    def _is_sparse(self, device: torch.device) -> bool:
+        return self.config.architecture == "topk" and sparse_pays(self._k, self.config.n_features, device)
 
     def _fired(self, pre_acts: Tensor) -> SparseActs:
         rows = pre_acts.reshape(-1, self.config.n_features)
