@@ -13,8 +13,9 @@ from fluxsae.features.scores import ScoreAccumulator, write_scores
 from fluxsae.files import save_tensors, write_bytes
 from fluxsae.runs.folder import RunFolder
 from fluxsae.runs.tables import encode_webp
+from fluxsae.sae.acts import SparseActs
 from fluxsae.sae.config import SaeConfig, TrainedOn
-from fluxsae.sae.model import SparseActs, SparseAutoencoder
+from fluxsae.sae.model import SparseAutoencoder
 
 EARLY, LATE = "transformer_blocks.1.ff", synthetic_run.HOOKPOINT
 D_MODEL, N_FEATURES = 16, len(synthetic_run.FEATURES)
@@ -63,12 +64,11 @@ def _write_sae(run: RunFolder, hookpoint: str, seed: int) -> None:
 
 def _write_scores(run: RunFolder, hookpoint: str, synthetic: synthetic_run.Synthetic) -> None:
     info = run.load_info()
-    values = synthetic.acts.transpose(1, 2).contiguous()
-    indices = torch.arange(N_FEATURES).expand(values.shape)
-    image_ids = list(range(len(values)))
+    acts = SparseActs.from_dense(synthetic.acts.transpose(1, 2).contiguous())
+    image_ids = list(range(len(synthetic.acts)))
     accumulator = ScoreAccumulator(N_FEATURES, grid=synthetic_run.GRID, steps=info.steps)
     for step in info.steps:
-        accumulator.update(image_ids, SparseActs(values, indices), step=step)
+        accumulator.update(image_ids, acts, step=step)
     part = run.work_path("score") / "part.safetensors"
     save_tensors(part, {"S": accumulator.scores(), "argmax_token": accumulator.argmax_tokens()})
     write_scores(run.scores_path(hookpoint), [part], steps=info.steps, grid=synthetic_run.GRID)

@@ -12,7 +12,8 @@ import tyro
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex
-from fluxsae.features.directions import COUNTERPART, LayerComparison, compare_layers, draw_comparison
+from fluxsae.features.directions import draw_comparison
+from fluxsae.features.layers import COUNTERPART, LayerComparison, compare_layers
 from fluxsae.features.scores import ScoreMatrix
 from fluxsae.runs.folder import RunFolder
 
@@ -45,8 +46,8 @@ def main(config: CompareLayersConfig) -> None:
     second = CardIndex(other, config.second or other.hookpoints()[-1])
     _check_comparable(first, second)
     comparison = compare_layers(
-        ScoreMatrix.load(run.scores_path(first.hookpoint)).tensor(),
-        ScoreMatrix.load(other.scores_path(second.hookpoint)).tensor(),
+        ScoreMatrix.load(run.scores_path(first.hookpoint)).stored(),
+        ScoreMatrix.load(other.scores_path(second.hookpoint)).stored(),
         counterpart=config.counterpart,
         min_images=config.min_images,
         seed=config.seed,

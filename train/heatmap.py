@@ -5,6 +5,7 @@ python -m train.heatmap --prompt "a red star on a black background" --feature 7
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -131,14 +132,16 @@ class _Reader:
             for prompt in prompts:
                 with capture(self.pipe, [self.hookpoint], steps=self.steps, stop_early=True) as captured:
                     generate(self.pipe, prompt, seeds=self.seed, settings=self.settings)
-                scores.append(float(self._acts(captured.get)[0, :, feature].max()))
+                with torch.inference_mode():
+                    acts = [self.sae.encode_features(captured.get(self.hookpoint, s), [feature]) for s in self.steps]
+                scores.append(max(float(part.max()) for part in acts))
             return scores
 
         return score
 
     def _acts(self, get: Callable[..., Tensor]) -> Float[Tensor, "images tokens features"]:
         with torch.inference_mode():
-            return torch.stack([self.sae.encode(get(self.hookpoint, step).float()) for step in self.steps]).amax(dim=0)
+            return reduce(torch.maximum, (self.sae.encode(get(self.hookpoint, step)) for step in self.steps))
 
 
 def _strongest(acts: Float[Tensor, "tokens features"], index: CardIndex) -> int:

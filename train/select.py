@@ -31,6 +31,7 @@ from fluxsae.features.selection import (
     FeatureCoherence,
     SelectionConfig,
     feature_coherence,
+    iter_columns,
     nearest_silent_images,
     prompt_groups,
     select_features,
@@ -117,23 +118,20 @@ def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
 
 
 def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], config: SelectConfig) -> None:
-    scores = ScoreMatrix.load(run.scores_path(hookpoint)).tensor()
+    scores = ScoreMatrix.load(run.scores_path(hookpoint)).stored()
     prompts, embeddings = run.load_images().prompts, _unit_vectors(run)
     judged = feature_coherence(scores, embeddings, prompts, config=config.selection)
-    named = [[labeller.label(column) for labeller in labellers] for column in scores.T.contiguous()]
     captions = next(labeller for labeller in labellers if isinstance(labeller, CaptionLabeller))
-    drawn = [combined_label(labels) for labels in named]
-    curves = _label_curves(scores.numpy(), drawn, captions)
-    # one measure of how far to trust a name, whether at the feature's best or at less
-    best = [
-        replace(label, confidence=curve[-1]) if label and curve else None
-        for label, curve in zip(drawn, curves, strict=True)
-    ]
-    groups = prompt_groups(prompts)
-    silent = [
-        nearest_silent_images(column, embeddings, top_unique(column, groups, n=config.selection.top_images)).tolist()
-        for column in scores.T.contiguous()
-    ]
+    groups, n_top = prompt_groups(prompts), config.selection.top_images
+    named, best, curves, silent = [], [], [], []
+    for column in iter_columns(scores):
+        named.append([labeller.label(column) for labeller in labellers])
+        label = combined_label(named[-1])
+        curves.append(_label_curve(column.numpy(), label, captions) if label else None)
+        # one measure of how far to trust a name, whether at the feature's best or at less
+        best.append(replace(label, confidence=curves[-1][-1]) if label and curves[-1] else None)
+        top = top_unique(column, groups, n=n_top)
+        silent.append(nearest_silent_images(column, embeddings, top, n=config.n_silent).tolist())
     columns = {
         **_coherence_columns(judged, config.selection.max_q),
         "label": [label.text if label else None for label in best],
@@ -141,26 +139,18 @@ def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], con
         "label_curve": curves,
         "caption_words": [[label.text for label in labels[-2]] for labels in named],
         "clip_phrases": [[label.text for label in labels[-1]] for labels in named],
-        "silent_images": [images[: config.n_silent] for images in silent],
+        "silent_images": silent,
     }
     run.save_features(hookpoint, run.load_features(hookpoint).with_columns(columns))
     _report(hookpoint, judged, best, config.selection.max_q)
 
 
-def _label_curves(
-    scores: Float[np.ndarray, "images features"], labels: Sequence[Label | None], captions: CaptionLabeller
-) -> list[list[float] | None]:
-    """How far to trust each name at each level; a name that captions never hold is trusted in proportion."""
-    curves: list[list[float] | None] = []
-    for label, column in zip(labels, scores.T, strict=True):
-        holds = captions.holds(label.text) if label else None
-        if label is None:
-            curves.append(None)
-        elif holds is None:
-            curves.append([float(value) for value in label.confidence * CURVE_LEVELS])
-        else:
-            curves.append(label_curve(column, holds))
-    return curves
+def _label_curve(scores: Float[np.ndarray, " images"], label: Label, captions: CaptionLabeller) -> list[float]:
+    """How far to trust a name at each level; a name that captions never hold is trusted in proportion."""
+    holds = captions.holds(label.text)
+    if holds is None:
+        return [float(value) for value in label.confidence * CURVE_LEVELS]
+    return label_curve(scores, holds)
 
 
 def _coherence_columns(judged: FeatureCoherence, max_q: float) -> dict[str, list[Any]]:

@@ -118,7 +118,7 @@ def own_images(
 
 def splice(sae: SparseAutoencoder) -> BlockHandler:
     """A handler that puts the reconstruction in place of the tokens."""
-    return lambda call: sae(call.tokens).x_hat
+    return lambda call: sae.reconstruct(call.tokens)
 
 
 def splice_mean(mean: Float[Tensor, " d_model"]) -> BlockHandler:

@@ -115,10 +115,10 @@ def evaluate_reconstruction(
     for batch in batches:
         for hookpoint, sae in saes.items():
             x = batch.tokens[hookpoint]
-            out = sae(x)
-            active = (out.acts > 0).sum(-1).double().mean(-1)
-            sums[hookpoint].update(x, out.x_hat, centre=sae.input_mean, active=active)
-            firing[hookpoint].update(out.acts)
+            acts = sae.encode_sparse(x)
+            active = acts.active.double().mean(-1)
+            sums[hookpoint].update(x, sae.decode_sparse(acts), centre=sae.input_mean, active=active)
+            firing[hookpoint].update(acts)
     weights = bootstrap_weights(len(images), draws=draws, seed=seed)
     return {
         hookpoint: _reconstruction_report(sums[hookpoint], firing[hookpoint], weights, steps[hookpoint])
@@ -196,10 +196,8 @@ def transfer_table(
 
 
 def _update_by_step(sums: ImageSums, sae: SparseAutoencoder, x: Float[Tensor, "images steps tokens d"]) -> None:
-    """All steps of a schedule, encoded one at a time, since together their acts would not fit."""
-    outputs = [sae(x[:, step]) for step in range(x.shape[1])]
-    active = torch.stack([(out.acts > 0).sum(-1).double().mean(-1) for out in outputs], dim=1)
-    sums.update(x, torch.stack([out.x_hat for out in outputs], dim=1), centre=sae.input_mean, active=active)
+    acts = sae.encode_sparse(x)
+    sums.update(x, sae.decode_sparse(acts), centre=sae.input_mean, active=acts.active.double().mean(-1))
 
 
 def _transfer_cells(

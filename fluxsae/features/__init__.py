@@ -9,7 +9,7 @@ from fluxsae.lazy import hand_on
 
 if TYPE_CHECKING:
     from fluxsae.features.cards import CardIndex, FeatureCard
-    from fluxsae.features.directions import compare_layers
+    from fluxsae.features.layers import compare_layers
     from fluxsae.features.scores import ScoreAccumulator, ScoreMatrix
     from fluxsae.features.statistics import FeatureStats
 
@@ -23,6 +23,6 @@ __getattr__, __dir__ = hand_on(
         "FeatureStats": "statistics",
         "ScoreAccumulator": "scores",
         "ScoreMatrix": "scores",
-        "compare_layers": "directions",
+        "compare_layers": "layers",
     },
 )

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.statistics import HISTOGRAM_EDGES, PLACE_SIDE, FeatureStats, coarse_cells
 from fluxsae.files import load_tensors, map_array, mapped_tensors, read_header, release_pages
 from fluxsae.flux.hookpoints import TokenGrid
-from fluxsae.sae.model import SparseActs
+from fluxsae.sae.acts import SparseActs
 
 __all__ = [
     "HISTOGRAM_EDGES",
@@ -72,9 +73,10 @@ class ScoreMatrix:
         """The token grid of the images."""
         return TokenGrid(self.rows, self.cols)
 
-    def tensor(self) -> Float[Tensor, "images features"]:
-        """All of S in memory, fp32."""
-        return torch.from_numpy(np.asarray(self.values, dtype=np.float32))
+    def stored(self) -> Float[Tensor, "images features"]:
+        """All of S in the type of its file, paged in as it is used; read-only."""
+        stored: Tensor = from_dlpack(self.values)
+        return stored
 
     def image(self, image_id: int) -> Float[Tensor, " features"]:
         """S of one image, fp32."""
@@ -146,19 +148,19 @@ class ScoreAccumulator:
         return sorted(self._scores)
 
     def update(self, image_ids: Sequence[int], acts: SparseActs, *, step: int) -> None:
-        """Adds one step of some images: acts of shape (images, tokens, width), as `encode_sparse` gives them.
+        """Adds one step of some images: acts of shape (images, tokens, features).
 
         Raises:
             FluxSaeError: tokens off the grid, or an image and step that was added before.
         """
-        n_images, n_tokens, _ = acts.values.shape
+        n_images, n_tokens, _ = acts.shape
         if n_images != len(image_ids) or n_tokens != self.grid.n_tokens:
             raise FluxSaeError(
                 f"Acts of {n_images} images with {n_tokens} tokens do not fit {len(image_ids)} image ids "
                 f"and a grid of {self.grid.rows} x {self.grid.cols}."
             )
         self._refuse_repetition({(int(image_id), step) for image_id in image_ids})
-        scores, tokens = max_over_tokens(acts, self.n_features)
+        scores, tokens = max_over_tokens(acts)
         self._add_to_sums(acts, step)
         for image_id, row, token_row in zip(image_ids, scores.cpu(), tokens.cpu(), strict=True):
             self._keep_larger(int(image_id), row, token_row)
@@ -179,11 +181,10 @@ class ScoreAccumulator:
                 merged._keep_larger(image_id, row, part._tokens[image_id])
         return merged
 
-    def scores(self) -> Float[Tensor, "images features"]:
-        """S of `image_ids`, fp32."""
-        return (
-            torch.stack([self._scores[i] for i in self.image_ids]) if self._scores else torch.zeros(0, self.n_features)
-        )
+    def scores(self, image_ids: Sequence[int] | None = None) -> Float[Tensor, "images features"]:
+        """S of some of the images seen, or of all `image_ids`; fp32."""
+        chosen = [self._scores[i] for i in (self.image_ids if image_ids is None else image_ids)]
+        return torch.stack(chosen) if chosen else torch.zeros(0, self.n_features)
 
     def argmax_tokens(self) -> Int[Tensor, "images features"]:
         """Argmax tokens of `image_ids`."""
@@ -213,25 +214,22 @@ class ScoreAccumulator:
         self._scores[image_id], self._tokens[image_id] = scores, tokens
 
     def _add_to_sums(self, acts: SparseActs, step: int) -> None:
-        active = acts.values > 0
-        cells = self._cells.to(acts.values.device)[None, :, None].expand_as(acts.indices)
-        n_tokens = acts.values.shape[0] * acts.values.shape[1]
-        self._sums.add(step, acts.indices[active].long(), acts.values[active], cells[active], n_tokens=n_tokens)
+        cells = self._cells.to(acts.values.device)[acts.tokens % self.grid.n_tokens]
+        self._sums.add(step, acts.features, acts.values, cells, n_tokens=acts.n_tokens)
 
 
 def max_over_tokens(
-    acts: SparseActs, n_features: int
+    acts: SparseActs,
 ) -> tuple[Float[Tensor, "images features"], Int[Tensor, "images features"]]:
-    """S and argmax tokens (ties to the lower token, 0 where silent) of acts of shape (images, tokens, width)."""
-    n_images, n_tokens, width = acts.values.shape
-    values = acts.values.float().clamp(min=0).reshape(n_images, -1)
-    indices = acts.indices.long().reshape(n_images, -1)
-    scores = values.new_zeros(n_images, n_features).scatter_reduce_(1, indices, values, "amax")
-    tokens = torch.arange(n_tokens, device=values.device, dtype=torch.int32).repeat_interleave(width).expand_as(indices)
-    is_best = (values == scores.gather(1, indices)) & (values > 0)
-    candidates = tokens.where(is_best, n_tokens)
-    best = torch.full_like(scores, n_tokens, dtype=torch.int32).scatter_reduce_(1, indices, candidates, "amin")
-    return scores, best.where(scores > 0, 0)
+    """S and argmax tokens (ties to the lower token, 0 where silent) of acts of shape (images, tokens, features)."""
+    n_images, n_tokens, n_features = acts.shape
+    values = acts.values.float()
+    places = acts.tokens // n_tokens * n_features + acts.features
+    scores = values.new_zeros(n_images * n_features).scatter_reduce_(0, places, values, "amax")
+    candidates = (acts.tokens % n_tokens).int().where(values == scores[places], n_tokens)
+    best = torch.full_like(scores, n_tokens, dtype=torch.int32).scatter_reduce_(0, places, candidates, "amin")
+    tokens = best.where(scores > 0, 0)
+    return scores.reshape(n_images, n_features), tokens.reshape(n_images, n_features)
 
 
 def write_scores(path: str | Path, parts: Sequence[Path], *, steps: Sequence[int], grid: TokenGrid) -> None:

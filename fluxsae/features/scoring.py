@@ -21,9 +21,12 @@ from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.folder import RunFolder
 from fluxsae.runs.tables import ImageRow, encode_webp, iter_image_rows, write_images
-from fluxsae.sae.model import SparseActs, SparseAutoencoder
+from fluxsae.sae.acts import SparseActs
+from fluxsae.sae.model import SparseAutoencoder
 
 _STAGE = "score"
+OnActs = Callable[[HookPoint, int, SparseActs], None]
+"""(hook point, step, acts of a batch of images there)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,18 +206,22 @@ def _score_part(
     ids = request.image_ids(part)
     for start in range(0, len(ids), request.batch_size):
         batch = list(ids[start : start + request.batch_size])
-        images, acts = generate_with_acts(
+
+        def keep(hookpoint: HookPoint, step: int, acts: SparseActs, batch: list[int] = batch) -> None:
+            accumulators[hookpoint].update(batch, acts, step=step)
+            collectors[hookpoint].update(batch, acts)
+
+        images = generate_with_acts(
             pipe,
             saes,
             request.steps,
             prompts=[request.plan.prompts[i] for i in batch],
             seeds=[request.plan.seed(i) for i in batch],
             settings=request.settings,
+            on_acts=keep,
         )
-        for hookpoint, by_step in acts.items():
-            for step, sparse in by_step.items():
-                accumulators[hookpoint].update(batch, sparse, step=step)
-            collectors[hookpoint].update(batch, list(by_step.values()))
+        for hookpoint, collector in collectors.items():
+            collector.complete(batch, accumulators[hookpoint].scores(batch))
         rows += [_image_row(request, i, image) for i, image in zip(batch, images, strict=True)]
     for hookpoint, accumulator in accumulators.items():
         _save_part(parts.scores_path(hookpoint, part), accumulator, collectors[hookpoint].pop())
@@ -229,23 +236,21 @@ def generate_with_acts(
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: GenerationSettings,
-    on_step: Callable[[int, int], None] | None = None,
-) -> tuple[list[Image.Image], dict[HookPoint, dict[int, SparseActs]]]:
-    """Images, and the sparse acts (images, tokens, width) of each SAE at its steps, on the SAE's device."""
-    acts: dict[HookPoint, dict[int, SparseActs]] = {hookpoint: {} for hookpoint in saes}
+    on_acts: OnActs,
+) -> list[Image.Image]:
+    """Images; meanwhile `on_acts` gets the acts (images, tokens, features) of each SAE at its steps, as they come."""
 
     def encode(call: BlockCall) -> None:
         if call.step in steps[call.hookpoint]:
             check_finite(call, [f"seed {seed} ({prompt!r:.60})" for seed, prompt in zip(seeds, prompts, strict=True)])
             sae = saes[call.hookpoint]
-            tokens = call.tokens.detach().to(sae.W_enc.device, torch.float32)
-            acts[call.hookpoint][call.step] = SparseActs(*(part.detach() for part in sae.encode_sparse(tokens)))
+            on_acts(call.hookpoint, call.step, sae.encode_sparse(call.tokens.to(sae.W_enc.device)))
 
     wanted = sorted({step for chosen in steps.values() for step in chosen})
     with torch.no_grad(), capture(pipe, list(saes), wanted, sink=encode):
-        images = generate(pipe, list(prompts), seeds=list(seeds), settings=settings, on_step=on_step)
+        images = generate(pipe, list(prompts), seeds=list(seeds), settings=settings)
     assert isinstance(images, list)
-    return images, acts
+    return images
 
 
 def _image_row(request: ScoreRequest, image_id: int, image: Image.Image) -> ImageRow:

@@ -90,6 +90,12 @@ def _weighted_coherence(vectors: Tensor, scores: Tensor) -> Float[Tensor, " feat
     return torch.where(is_pair, (together - alone) / pairs, torch.nan)
 
 
+def iter_columns(scores: Float[Tensor, "images features"], *, block: int = 1024) -> Iterator[Float[Tensor, " images"]]:
+    """S of each feature in turn, fp32; a block of them is in memory at a time."""
+    for part in scores.split(block, dim=1):
+        yield from part.T.float().contiguous()
+
+
 def top_unique(scores: Float[Tensor, " images"], groups: Int[Tensor, " images"], *, n: int) -> Int[Tensor, " top"]:
     """Up to `n` images with the highest scores above 0, at most one of each group (prompt), best first.
 
@@ -137,8 +143,11 @@ def feature_coherence(
             "they must be of the same images in the same order: embed the run again"
         )
     groups = prompt_groups(prompts)
-    tops = [top_unique(column, groups, n=config.top_images) for column in scores.T]
-    null = coherence_null(embeddings, groups, (scores > 0).any(dim=1), config=config)
+    tops, is_active = [], torch.zeros(len(scores), dtype=torch.bool)
+    for column in iter_columns(scores):
+        tops.append(top_unique(column, groups, n=config.top_images))
+        is_active |= column > 0
+    null = coherence_null(embeddings, groups, is_active, config=config)
     values, p_values = np.full(len(tops), np.nan), np.full(len(tops), np.nan)
     for feature, top in enumerate(tops):
         if len(top) >= config.min_images:

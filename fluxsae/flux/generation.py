@@ -21,6 +21,7 @@ from fluxsae.flux.latents import (
     Embeddings,
     Snapshot,
     embed_prompts,
+    image_by_image,
 )
 from fluxsae.flux.loading import default_settings
 from fluxsae.flux.requests import check_channels, check_request, check_text_length, tokens_beyond, words_outside
@@ -190,16 +191,17 @@ def _run(
         return values
 
     try:
-        images: Images = pipe(
-            height=settings.height,
-            width=settings.width,
-            guidance_scale=settings.guidance_scale,
-            true_cfg_scale=settings.true_cfg_scale,
-            max_sequence_length=settings.max_sequence_length,
-            output_type=output_type,
-            callback_on_step_end=after_step,
-            **arguments,
-        ).images
+        with image_by_image(pipe):
+            images: Images = pipe(
+                height=settings.height,
+                width=settings.width,
+                guidance_scale=settings.guidance_scale,
+                true_cfg_scale=settings.true_cfg_scale,
+                max_sequence_length=settings.max_sequence_length,
+                output_type=output_type,
+                callback_on_step_end=after_step,
+                **arguments,
+            ).images
     except BaseException:
         free_after_abort(pipe)
         raise

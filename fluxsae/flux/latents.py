@@ -1,6 +1,7 @@
 """Latents and embeddings: what goes into the transformer and comes out, outside a whole generation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,17 @@ def differentiable_velocity(
     return outputs[0]
 
 
+@contextmanager
+def image_by_image(pipe: Any) -> Iterator[None]:
+    """The autoencoder takes the images of a batch one by one: it is the memory peak at 1024 px, and no image then
+    depends on its neighbours."""
+    before, pipe.vae.use_slicing = pipe.vae.use_slicing, True
+    try:
+        yield
+    finally:
+        pipe.vae.use_slicing = before
+
+
 @torch.no_grad()
 def encode_images(pipe: Any, images: Sequence[Image]) -> Float[Tensor, "batch tokens channels"]:
     """Images as packed latents (the mode, where the autoencoder is variational), scaled as the transformer sees them.
@@ -140,7 +152,8 @@ def encode_images(pipe: Any, images: Sequence[Image]) -> Float[Tensor, "batch to
     width, height = images[0].size
     TokenGrid.from_size(height, width, patch=2 * pipe.vae_scale_factor)
     pixels = pipe.image_processor.preprocess(list(images)).to(pipe._execution_device, pipe.vae.dtype)
-    encoded = pipe.vae.encode(pixels)
+    with image_by_image(pipe):
+        encoded = pipe.vae.encode(pixels)
     raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
     latents = (raw - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     packed: Tensor = pipe._pack_latents(latents, *latents.shape)
@@ -154,6 +167,7 @@ def decode_latents(
     """Packed latents as PIL images, as FluxPipeline decodes them."""
     unpacked = pipe._unpack_latents(latents, settings.height, settings.width, pipe.vae_scale_factor)
     unpacked = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    pixels = pipe.vae.decode(unpacked.to(pipe._execution_device, pipe.vae.dtype), return_dict=False)[0]
+    with image_by_image(pipe):
+        pixels = pipe.vae.decode(unpacked.to(pipe._execution_device, pipe.vae.dtype), return_dict=False)[0]
     images: list[Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
     return images

@@ -23,7 +23,7 @@ class SaeReadout:
     def pooled(self, x: Float[Tensor, "images steps tokens d"]) -> Float[Tensor, "images steps candidates"]:
         """S of each image at each step."""
         acts = self.sae.encode_sparse(rearrange(x, "images steps tokens d -> (images steps) tokens d"))
-        scores, _ = max_over_tokens(acts, self.n_candidates)
+        scores, _ = max_over_tokens(acts)
         return rearrange(scores, "(images steps) candidates -> images steps candidates", images=len(x))
 
     @torch.no_grad()

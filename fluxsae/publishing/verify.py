@@ -254,8 +254,8 @@ class _AboutHookpoint:
         yield from self._dangling("image_ids", [maps.image_ids[maps.image_ids >= 0]], self.whole.n_images, "images")
         if len(features) and (np.diff(features) <= 0).any():
             yield "does not list its features in rising order."
-        if maps.values.shape != (*maps.image_ids.shape, maps.rows * maps.cols):
-            yield f"has maps of shape {maps.values.shape} that fit neither its image ids nor its grid."
+        if not maps.fits():
+            yield "has maps that fit neither its image ids nor its grid."
         if not np.isfinite(maps.scale).all():
             yield "has scales that are not finite."
 

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.sae.acts import SparseActs
 
 DENSITY_EDGES: tuple[float, ...] = tuple(10.0**exponent for exponent in range(-7, 1))
 """Decades of activation density, from one token in ten million to every token: the histogram's bin edges."""
@@ -118,11 +119,10 @@ class FiringSums:
         """Counts over no tokens."""
         return cls(0, torch.zeros(n_features, dtype=torch.int64))
 
-    def update(self, acts: Float[Tensor, "*batch n_features"]) -> None:
+    def update(self, acts: SparseActs) -> None:
         """Add the acts of some tokens."""
-        tokens = rearrange(acts, "... f -> (...) f")
-        self.fired += (tokens > 0).sum(0).cpu()
-        self.n_tokens += len(tokens)
+        self.fired += torch.bincount(acts.features, minlength=len(self.fired)).cpu()
+        self.n_tokens += acts.n_tokens
 
     def merge(self, other: "FiringSums") -> None:
         """Add another part of the same set."""

@@ -9,7 +9,7 @@ x_hat  = x~_hat * input_scale + input_mean
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import read_header, save_tensors, write_json
+from fluxsae.sae.acts import SparseActs, tokens_at_once
 from fluxsae.sae.config import SaeConfig, TrainedOn
 from fluxsae.sae.kernels import sparse_decode, sparse_pays, topk, topk_acts
 
@@ -36,13 +37,6 @@ class SaeOutput(NamedTuple):
     x_hat: Float[Tensor, "*batch d_model"]
     acts: Float[Tensor, "*batch n_features"]
     pre_acts: Float[Tensor, "*batch n_features"]
-
-
-class SparseActs(NamedTuple):
-    """The active features of each token, unordered; entries with value 0 pad tokens that have fewer."""
-
-    values: Float[Tensor, "*batch width"]
-    indices: Int[Tensor, "*batch width"]
 
 
 class SparseAutoencoder(nn.Module):
@@ -121,17 +115,12 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
         """Acts of all features, >= 0, for activations in raw FLUX units."""
-        return self.activate(self.pre_acts(x))
+        return self._by_chunk(x, lambda rows: self.activate(self.pre_acts(rows)))
 
     def encode_sparse(self, x: Float[Tensor, "*batch d_model"]) -> SparseActs:
-        """The same acts as `encode`, without the silent ones; as wide as the busiest token (k for topk)."""
-        pre_acts = self.pre_acts(x)
-        if self.config.architecture == "topk":
-            values, indices = topk(pre_acts, self._k)
-            return SparseActs(values.relu(), indices)
-        acts = self._gate(pre_acts, self._threshold())
-        width = max(1, int((acts > 0).sum(-1).max())) if acts.numel() else 1
-        return SparseActs(*acts.topk(width, dim=-1, sorted=False))
+        """The same acts as `encode`, without the silent ones; the acts of all features are held for a chunk alone."""
+        parts = [self._fired(self.pre_acts(rows)) for rows in self._chunks(x)]
+        return SparseActs.joined(parts, (*x.shape[:-1], self.config.n_features))
 
     def encode_features(
         self, x: Float[Tensor, "*batch d_model"], features: Sequence[int] | Int[Tensor, " chosen"]
@@ -146,34 +135,72 @@ class SparseAutoencoder(nn.Module):
         """
         chosen = self._checked_features(features)
         if self.config.architecture == "topk":
-            return self._topk_features(self.pre_acts(x), chosen)
+            return self._by_chunk(x, lambda rows: self._topk_features(self.pre_acts(rows), chosen))
         dtype = self.compute_dtype
-        rows, biases = self.W_enc[chosen].to(dtype), self.b_enc[chosen].to(dtype)
+        weights, biases = self.W_enc[chosen].to(dtype), self.b_enc[chosen].to(dtype)
         threshold = self._threshold()
         if threshold is not None and threshold.ndim:
             threshold = threshold[chosen]
-        return self._gate(nn.functional.linear(self.normalise(x) - self.b_dec, rows, biases), threshold)
+
+        def acts(rows: Tensor) -> Tensor:
+            return self._gate(nn.functional.linear(self.normalise(rows) - self.b_dec, weights, biases), threshold)
+
+        return self._by_chunk(x, acts)
 
     def decode(self, acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch d_model"]:
         """Reconstruction in raw FLUX units from dense acts."""
         return self._denormalise(acts.to(self.compute_dtype) @ self.W_dec.to(self.compute_dtype) + self.b_dec)
 
     def decode_sparse(self, acts: SparseActs) -> Float[Tensor, "*batch d_model"]:
-        """Reconstruction in raw FLUX units from sparse acts; no (tokens * k, d_model) tensor is built."""
-        return self._denormalise(
-            sparse_decode(acts.values, acts.indices, self.W_dec.to(self.compute_dtype)) + self.b_dec
-        )
+        """Reconstruction in raw FLUX units from sparse acts, by whichever product is faster for so many of them."""
+        mean_active = len(acts.values) / max(1, acts.n_tokens)
+        if sparse_pays(mean_active, acts.n_features, acts.values.device):
+            W_dec = self.W_dec.to(self.compute_dtype)
+            x_tilde = sparse_decode(acts.tokens, acts.features, acts.values, W_dec, n_tokens=acts.n_tokens)
+            x_hat = self._denormalise(x_tilde + self.b_dec)
+        else:
+            at_once = tokens_at_once(acts.n_features, acts.values.device)
+            x_hat = _joined([self.decode(part.dense()) for part in acts.split(at_once)])
+        return x_hat.reshape(*acts.shape[:-1], self.config.d_model)
+
+    def reconstruct(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """`sae(x).x_hat`, with the acts of all features held for a chunk alone."""
+        if self._is_sparse(x.device):
+            return self.decode_sparse(self.encode_sparse(x))
+        return self._by_chunk(x, lambda rows: self(rows).x_hat)
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> SaeOutput:
-        """Encode and decode."""
+        """Encode and decode, all features' acts of all tokens held; for many tokens see `reconstruct`."""
         pre_acts = self.pre_acts(x)
-        if self.config.architecture == "topk" and sparse_pays(self._k, self.config.n_features, x.device):
-            values, indices = topk(pre_acts, self._k)
-            sparse = SparseActs(values.relu(), indices)
-            acts = torch.zeros_like(pre_acts).scatter_(-1, indices, sparse.values)
-            return SaeOutput(self.decode_sparse(sparse), acts, pre_acts)
+        if self._is_sparse(x.device):
+            fired = self._fired(pre_acts)
+            return SaeOutput(self.decode_sparse(fired), fired.dense(), pre_acts)
         acts = self.activate(pre_acts)
         return SaeOutput(self.decode(acts), acts, pre_acts)
+
+    def _is_sparse(self, device: torch.device) -> bool:
+        return self.config.architecture == "topk" and sparse_pays(self._k, self.config.n_features, device)
+
+    def _fired(self, pre_acts: Tensor) -> SparseActs:
+        rows = pre_acts.reshape(-1, self.config.n_features)
+        if self.config.architecture == "topk":
+            values, features = topk(rows, self._k)
+            fires = values > 0
+            tokens = fires.nonzero(as_tuple=True)[0]
+            return SparseActs(tokens, features[fires], values[fires], tuple(pre_acts.shape))
+        threshold = self._threshold()
+        fires = rows > (0.0 if threshold is None else threshold.clamp(min=0))
+        tokens, features = fires.nonzero(as_tuple=True)
+        return SparseActs(tokens, features, rows[tokens, features], tuple(pre_acts.shape))
+
+    def _chunks(self, x: Tensor) -> Sequence[Tensor]:
+        rows: Tensor = x.reshape(-1, x.shape[-1])
+        chunks: Sequence[Tensor] = rows.split(tokens_at_once(self.config.n_features, self.W_enc.device))
+        return chunks
+
+    def _by_chunk(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        found = _joined([function(rows) for rows in self._chunks(x)])
+        return found.reshape(*x.shape[:-1], found.shape[-1])
 
     @property
     def _k(self) -> int:
@@ -282,6 +309,10 @@ class SparseAutoencoder(nn.Module):
             }
             message = f"Upload {self.config.architecture} SAE"
             return transfer.upload(repo, files, parent=parent, message=message, tag=tag).oid
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def find_sae_folder(path_or_repo: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> Path:

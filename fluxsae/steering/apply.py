@@ -223,15 +223,18 @@ class _SteeredHookpoint:
     def __call__(self, call: BlockCall) -> Tensor | None:
         if not call.is_conditional:
             return None
-        x = call.tokens.to(torch.promote_types(call.tokens.dtype, torch.float32))
-        delta = torch.zeros_like(x)
-        for item, edits in enumerate(self.per_item):
-            active = [edit for edit in edits if _is_active(edit, self.sae, call)]
-            rows = slice(None) if self.is_flat else slice(item, item + 1)
-            delta[rows] += self._summed_delta(x[rows], active, item)
-        edited = add_delta(call.tokens, delta)
-        if self.on_edit is not None:
-            self.on_edit(EditedCall(call, delta, edited))
+        # Image by image: what is added to a batch is large in fp32, and kept only where somebody looks at it.
+        edited, dtype = torch.empty_like(call.tokens), torch.promote_types(call.tokens.dtype, torch.float32)
+        deltas = None if self.on_edit is None else torch.empty_like(call.tokens, dtype=dtype)
+        for place, tokens in enumerate(call.tokens.split(1)):
+            item = 0 if self.is_flat else place
+            active = [edit for edit in self.per_item[item] if _is_active(edit, self.sae, call)]
+            delta = self._summed_delta(tokens.to(dtype), active, item)
+            edited[place : place + 1] = add_delta(tokens, delta)
+            if deltas is not None:
+                deltas[place : place + 1] = delta
+        if self.on_edit is not None and deltas is not None:
+            self.on_edit(EditedCall(call, deltas, edited))
         return edited
 
     def _summed_delta(self, x: Tensor, edits: list[SteeringEdit], item: int) -> Tensor:

@@ -27,6 +27,7 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.hooks import StopGeneration, free_after_abort
 from fluxsae.flux.latents import Embeddings, Snapshot, differentiable_velocity, velocity
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.sae.kernels import pair_products
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import check_edits, steer
 from fluxsae.steering.edits import SteeringEdit
@@ -329,15 +330,14 @@ class _SourceActs:
         """Gradient times activation of every feature, summed over the tokens."""
         acts = self.sae.encode_sparse(self.x[0])
         gradient = self.gradient[0].to(self.sae.compute_dtype) * self.sae.input_scale
-        effects = self.sae.W_dec.new_zeros(self.sae.config.n_features)
-        for token, (values, indices) in enumerate(zip(acts.values, acts.indices, strict=True)):
-            effects.index_add_(0, indices, values * (self.sae.W_dec[indices] @ gradient[token]))
-        return effects
+        W_dec = self.sae.W_dec.to(self.sae.compute_dtype)
+        slopes = pair_products(gradient.contiguous(), acts.tokens, W_dec, acts.features)
+        return W_dec.new_zeros(self.sae.config.n_features).index_add_(0, acts.features, acts.values * slopes)
 
     @torch.no_grad()
     def error_effect(self) -> float:
         """Gradient times what the SAE does not reconstruct."""
-        missing = self.x.float() - self.sae.decode_sparse(self.sae.encode_sparse(self.x))
+        missing = self.x.float() - self.sae.reconstruct(self.x)
         return float((self.gradient.float() * missing).sum())
 
 

@@ -18,9 +18,11 @@ from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.hooks import find_module
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
+from fluxsae.sae.acts import tokens_at_once
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import EditedCall
 from fluxsae.steering.edits import IDENTITY, SteeringEdit
+from fluxsae.steering.sweeps import batch_within_memory
 
 QUANTILE: Final = 0.995
 """Clean tokens beyond this quantile of norm or residual count as out of distribution, by definition."""
@@ -77,9 +79,17 @@ class TokenLimits:
 def norm_and_residual(
     x: Float[Tensor, "*batch d_model"], sae: SparseAutoencoder
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """||x|| and ||x - x_hat|| of each token, raw FLUX units."""
-    values = x.float()
-    return values.norm(dim=-1), (values - sae(values).x_hat).norm(dim=-1)
+    """||x|| and ||x - x_hat|| of each token, raw FLUX units; computed in chunks of tokens."""
+    rows: Tensor = x.reshape(-1, x.shape[-1])
+    pairs = [
+        _norm_and_residual(part.float(), sae) for part in rows.split(tokens_at_once(sae.config.n_features, x.device))
+    ]
+    norms, residuals = (torch.cat(parts).reshape(x.shape[:-1]) for parts in zip(*pairs, strict=True))
+    return norms, residuals
+
+
+def _norm_and_residual(values: Tensor, sae: SparseAutoencoder) -> tuple[Tensor, Tensor]:
+    return values.norm(dim=-1), (values - sae.reconstruct(values)).norm(dim=-1)
 
 
 def limits_of(samples: Mapping[float, Float[Tensor, "tokens 2"]], *, quantile: float = QUANTILE) -> TokenLimits:
@@ -107,17 +117,19 @@ def measure_token_limits(
     steps: Sequence[int] | None = None,
     quantile: float = QUANTILE,
 ) -> TokenLimits:
-    """The limits of a hook point's clean tokens, from unsteered generations of these prompts."""
+    """The limits of a hook point's clean tokens, from unsteered generations of these prompts, in batches that fit."""
+    settings = settings or default_settings(pipe)
     samples: dict[float, list[Tensor]] = {}
 
     def keep(call: BlockCall) -> None:
         pair = torch.stack(norm_and_residual(call.tokens, sae), dim=-1)
         samples.setdefault(call.sigma, []).append(pair.reshape(-1, 2).cpu())
 
-    with capture(pipe, [hookpoint], steps, sink=keep, stop_early=True):
-        generate(
-            pipe, list(prompts), seeds=list(seeds), settings=settings or default_settings(pipe), output_type="latent"
-        )
+    size = batch_within_memory(pipe, settings)
+    for start in range(0, len(prompts), size):
+        batch = slice(start, start + size)
+        with capture(pipe, [hookpoint], steps, sink=keep, stop_early=True):
+            generate(pipe, list(prompts[batch]), seeds=list(seeds[batch]), settings=settings, output_type="latent")
     return limits_of({sigma: torch.cat(parts) for sigma, parts in samples.items()}, quantile=quantile)
 
 
@@ -205,6 +217,7 @@ class EditRecorder:
         self._clean_acts: dict[tuple[HookPoint, int, int], float] = {}
         self._gates: dict[HookPoint, Tensor] = {}
         self._waiting: dict[HookPoint, tuple[int, Tensor]] = {}
+        """First variant and delta of the edited calls whose block has not ended."""
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -227,7 +240,7 @@ class EditRecorder:
         if first == 0 and self.has_baseline:
             self._keep_clean_acts(call)
         limits = self._limits(edited, first)
-        is_edited = (edited.delta != 0).any(dim=-1)
+        is_edited = edited.delta.any(dim=-1)
         is_outside = limits.is_outside(edited.edited, sae, sigma=call.sigma)
         for item, edits in enumerate(self.variants[first : first + len(is_edited)]):
             mine = self.recorded[first + item]
@@ -265,22 +278,24 @@ class EditRecorder:
 
     def _keep_size(self, edited: EditedCall, first: int, place: HookPoint) -> None:
         if not place.submodule:
-            self._note_sizes(first, edited.delta, edited.call.tokens.float())
+            for item, delta in enumerate(edited.delta):
+                self._note_size(first + item, delta, edited.call.tokens[item].float())
         elif place in self._gates:
-            self._waiting[place] = (first, edited.delta * self._gates[place][:, None].float())
+            self._waiting[place] = (first, edited.delta)
 
     def _compare(self, call: BlockCall) -> None:
         """Sees a block's output, which already holds the edit."""
         for place in [place for place in self._waiting if _block_output(place) == call.hookpoint]:
-            first, gated = self._waiting.pop(place)
-            self._note_sizes(first, gated, call.tokens.float() - gated)
+            first, deltas = self._waiting.pop(place)
+            for item, (delta, gate) in enumerate(zip(deltas, self._gates[place], strict=True)):
+                gated = delta * gate.float()
+                self._note_size(first + item, gated, call.tokens[item].float() - gated)
 
-    def _note_sizes(self, first: int, delta: Tensor, stream: Tensor) -> None:
-        shares = delta.norm(dim=-1) / stream.norm(dim=-1).clamp_min(1e-12)
-        is_edited = (delta != 0).any(dim=-1)
-        for item in range(len(delta)):
-            if bool(is_edited[item].any()):
-                self.recorded[first + item].relative_sizes.append(float(shares[item][is_edited[item]].mean()))
+    def _note_size(self, variant: int, delta: Tensor, stream: Tensor) -> None:
+        is_edited = delta.any(dim=-1)
+        if bool(is_edited.any()):
+            shares = delta.norm(dim=-1) / stream.norm(dim=-1).clamp_min(1e-12)
+            self.recorded[variant].relative_sizes.append(float(shares[is_edited].mean()))
 
     def _gate_hook(self, place: HookPoint, index: int) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:

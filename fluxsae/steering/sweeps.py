@@ -1,12 +1,10 @@
 """Many edits of one image at little more than the price of one: shared text, shared steps, then one batch."""
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -22,6 +20,7 @@ from fluxsae.flux import (
     token_grid,
 )
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.presets import measure_machine
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import DirectionOf, EditedCall, check_edits, edit_window, steer
@@ -191,15 +190,8 @@ def batch_within_memory(pipe: Any, settings: GenerationSettings, *, free_bytes: 
     tokens = token_grid(pipe, settings).n_tokens + settings.max_sequence_length
     width = config.num_attention_heads * config.attention_head_dim
     one_image = tokens * width * _LIVE_WIDTHS * pipe.transformer.dtype.itemsize
-    free = free_memory(pipe.device) if free_bytes is None else free_bytes
+    free = measure_machine(pipe.device).free if free_bytes is None else free_bytes
     return max(1, min(MAX_BATCH, int(free * _MEMORY_SHARE / one_image)))
-
-
-def free_memory(device: torch.device) -> int:
-    """Free memory of a device, bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass

@@ -301,7 +301,7 @@ def test_scores_are_the_maximum_over_tokens_and_steps(tiny_flux: FluxPipeline, s
             generate(tiny_flux, prompts, seeds=seeds, output_type="latent")
         acts = torch.stack([saes[hookpoint].encode(captured.get(hookpoint, step)) for step in steps]).amax(0)
         matrix = ScoreMatrix.load(scored.scores_path(hookpoint))
-        assert torch.equal(matrix.tensor()[:2], acts.amax(1).detach().half().float())
+        assert torch.equal(matrix.stored()[:2], acts.amax(1).detach().half())
         for image in range(2):
             for feature in acts[image].amax(0).nonzero().flatten().tolist():
                 token = int(matrix.argmax_token[image, feature])
@@ -380,8 +380,8 @@ def test_missing_parts_are_told(tiny_flux: FluxPipeline, tmp_path: Path) -> None
 def test_watching_changes_no_pixel(tiny_flux: FluxPipeline) -> None:
     saes, request = score_request(tiny_flux)
     prompts, seeds = ["a red star", "a blue ring"], [1, 2]
-    images, _ = generate_with_acts(
-        tiny_flux, saes, request.steps, prompts=prompts, seeds=seeds, settings=request.settings
+    images = generate_with_acts(
+        tiny_flux, saes, request.steps, prompts=prompts, seeds=seeds, settings=request.settings, on_acts=lambda *_: None
     )
     plain = generate(tiny_flux, prompts, seeds=seeds)
     assert [image.tobytes() for image in images] == [image.tobytes() for image in plain]
@@ -443,5 +443,5 @@ def test_scoring_refuses_numbers_that_are_none_by_prompt_and_seed(tiny_flux: Flu
     ):
         generate_with_acts(
             tiny_flux, saes, request.steps, prompts=["a red star", "a blue ring"], seeds=[1, 2],
-            settings=request.settings,
+            settings=request.settings, on_acts=lambda *_: None,
         )  # fmt: skip

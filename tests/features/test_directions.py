@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from synthetic_run import FEATURES, HOOKPOINT, Synthetic, build
 
 import train.compare_layers
 import train.directions
 from fluxsae.errors import FluxSaeError
+from fluxsae.features import layers
 from fluxsae.features.directions import (
-    LayerComparison,
-    compare_layers,
     draw_comparison,
     draw_map,
     encoder_decoder_alignment,
@@ -21,6 +21,7 @@ from fluxsae.features.directions import (
     find_neighbourhoods,
     nearest_features,
 )
+from fluxsae.features.layers import LayerComparison, compare_layers
 from fluxsae.runs.folder import RunFolder
 
 
@@ -110,6 +111,33 @@ def test_dead_features_take_no_part_in_a_comparison() -> None:
     assert 2 not in comparison.pairs[:, 0]
     assert np.isnan(comparison.best_first[2])
     assert len(comparison.pairs) == 7
+
+
+@pytest.mark.parametrize("candidates", [2, 40])
+def test_layers_compared_in_blocks_of_a_stored_matrix_are_matched_as_well_as_at_once(
+    candidates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (torch.rand(60, 23, generator=torch.Generator().manual_seed(seed)).half() for seed in (1, 2))
+    second[:, :9] = (second[:, :9] + 3 * first[:, 5:14]) / 4
+    correlations = np.corrcoef(first.T.double(), second.T.double())[:23, 23:]
+    best = correlations[linear_sum_assignment(correlations.clip(0), maximize=True)].clip(0).sum()
+    sizes: list[int] = []
+    standardise = layers.normalize
+
+    def counted(columns: torch.Tensor, **options: int) -> torch.Tensor:
+        sizes.append(columns.shape[1])
+        return standardise(columns, **options)
+
+    for name, value in (("_ROWS", 7), ("_COLUMNS", 4), ("CANDIDATES", candidates), ("normalize", counted)):
+        monkeypatch.setattr(layers, name, value)
+    comparison = compare_layers(first, second)
+    assert max(sizes) == 4
+    assert comparison.correlations.sum() == pytest.approx(best, rel=1e-5 if candidates == 40 else 0.1)
+    assert {(f + 5, f) for f in range(9)} <= {(int(left), int(right)) for left, right in comparison.pairs}
+    assert comparison.correlations == pytest.approx(correlations[tuple(comparison.pairs.T)], abs=1e-6)
+    assert comparison.best_first == pytest.approx(correlations.max(1), abs=1e-6)
+    assert comparison.best_second == pytest.approx(correlations.max(0), abs=1e-6)
+    assert len(np.unique(comparison.pairs[:, 0])) == len(np.unique(comparison.pairs[:, 1])) == len(comparison.pairs)
 
 
 def test_scores_of_other_images_cannot_be_compared() -> None:

@@ -24,7 +24,7 @@ from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
 from fluxsae.files import load_tensors, save_tensors
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.runs.tables import Heatmaps
-from fluxsae.sae.model import SparseActs
+from fluxsae.sae.acts import SparseActs
 
 GRID = TokenGrid(2, 3)
 N_FEATURES = 5
@@ -32,16 +32,12 @@ STEPS = (1, 4)
 
 
 def sparse_acts(seed: int, n_images: int, *, width: int = 2) -> SparseActs:
-    """Random acts with ties (few distinct values) and padding zeros."""
+    """Random acts with ties (few distinct values), and tokens on which nothing fires."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(n_images, GRID.n_tokens, N_FEATURES, generator=generator)
     indices = scores.topk(width, dim=-1).indices
     values = torch.randint(0, 4, indices.shape, generator=generator).float() * 0.3
-    return SparseActs(values, indices)
-
-
-def dense(acts: SparseActs) -> torch.Tensor:
-    return torch.zeros(*acts.values.shape[:2], N_FEATURES).scatter_add_(2, acts.indices, acts.values)
+    return SparseActs.from_dense(torch.zeros_like(scores).scatter_(2, indices, values))
 
 
 def accumulate(images: range, steps: tuple[int, ...] = STEPS) -> ScoreAccumulator:
@@ -54,8 +50,8 @@ def accumulate(images: range, steps: tuple[int, ...] = STEPS) -> ScoreAccumulato
 
 def test_scores_by_hand() -> None:
     # Token 0: feature 1 at 2; token 1: feature 1 at 3, feature 0 at 1; token 2: feature 1 at 3 again.
-    acts = SparseActs(torch.tensor([[[2.0, 0.0], [3.0, 1.0], [3.0, 0.0]]]), torch.tensor([[[1, 2], [1, 0], [1, 0]]]))
-    scores, tokens = max_over_tokens(acts, 3)
+    acts = SparseActs.from_dense(torch.tensor([[[0.0, 2.0, 0.0], [1.0, 3.0, 0.0], [0.0, 3.0, 0.0]]]))
+    scores, tokens = max_over_tokens(acts)
     assert scores.tolist() == [[1.0, 3.0, 0.0]]
     assert tokens.tolist() == [[1, 1, 0]]  # the tie of tokens 1 and 2 goes to 1; the silent feature 2 has 0
 
@@ -64,8 +60,8 @@ def test_scores_by_hand() -> None:
 @settings(max_examples=40, deadline=None)
 def test_sparse_scores_equal_the_dense_maximum_and_its_first_token(seed: int) -> None:
     acts = sparse_acts(seed, 3)
-    scores, tokens = max_over_tokens(acts, N_FEATURES)
-    full = dense(acts)
+    scores, tokens = max_over_tokens(acts)
+    full = acts.dense()
     assert torch.equal(scores, full.amax(1))
     first = (full == full.amax(1, keepdim=True)).int().argmax(1)
     assert torch.equal(tokens.long(), first.where(scores > 0, 0))
@@ -75,8 +71,8 @@ def test_sparse_scores_equal_the_dense_maximum_and_its_first_token(seed: int) ->
 @settings(max_examples=20, deadline=None)
 def test_scores_never_fall_when_tokens_are_added(seed: int) -> None:
     acts = sparse_acts(seed, 2)
-    fewer = SparseActs(acts.values[:, :4], acts.indices[:, :4])
-    assert (max_over_tokens(acts, N_FEATURES)[0] >= max_over_tokens(fewer, N_FEATURES)[0]).all()
+    fewer = SparseActs.from_dense(acts.dense()[:, :4])
+    assert (max_over_tokens(acts)[0] >= max_over_tokens(fewer)[0]).all()
 
 
 def assert_equal_results(a: ScoreAccumulator, b: ScoreAccumulator) -> None:
@@ -120,7 +116,7 @@ def test_sums_are_those_of_the_dense_acts() -> None:
     acts = sparse_acts(3, 4)
     accumulator = ScoreAccumulator(N_FEATURES, grid=GRID, steps=STEPS)
     accumulator.update([0, 1, 2, 3], acts, step=4)
-    full, stats = dense(acts).double().flatten(0, 1), accumulator.stats()
+    full, stats = acts.dense().double().flatten(0, 1), accumulator.stats()
     assert stats.n_tokens == 24
     assert stats.counts.tolist() == (full > 0).sum(0).tolist()
     assert torch.allclose(stats.sums, full.sum(0))
@@ -177,9 +173,9 @@ def test_parts_make_the_matrix(tmp_path: Path) -> None:
     assert matrix.values.dtype == np.float16
     assert matrix.argmax_token.dtype == np.uint8
     assert (matrix.steps, matrix.grid) == (STEPS, GRID)
-    assert torch.equal(matrix.tensor(), whole.scores().half().float())
+    assert torch.equal(matrix.stored(), whole.scores().half())
     assert np.array_equal(matrix.argmax_token, whole.argmax_tokens().numpy())
-    assert torch.equal(matrix.feature(2), matrix.tensor()[:, 2])
+    assert torch.equal(matrix.feature(2), matrix.stored()[:, 2].float())
     with pytest.raises(FluxSaeError, match="features go from 0 to 4"):
         matrix.feature(5)
 
@@ -213,8 +209,9 @@ def test_heatmaps_of_the_final_best_images_are_complete(tmp_path: Path) -> None:
         acts = {step: sparse_acts(1000 * start + step, 5) for step in STEPS}
         for step, part in acts.items():
             accumulator.update(ids, part, step=step)
-        collector.update(ids, list(acts.values()))
-        full.append(torch.stack([dense(part) for part in acts.values()]).amax(0))
+            collector.update(ids, part)
+        collector.complete(ids, accumulator.scores(ids))
+        full.append(torch.stack([part.dense() for part in acts.values()]).amax(0))
         parts.append(tmp_path / f"part-{start}")
         save_tensors(parts[-1], collector.pop())
     top = TopImages.empty(N_FEATURES, n_top).updated(torch.arange(n_images), accumulator.scores())
@@ -232,6 +229,34 @@ def test_heatmaps_of_the_final_best_images_are_complete(tmp_path: Path) -> None:
         for pair in zip(part["map_image"].tolist(), part["map_feature"].tolist(), strict=True)
     }
     assert len(pairs) < n_images * N_FEATURES / 3  # most images were never among a feature's best, and are not stored
+
+
+def test_heatmaps_on_disk_cost_what_fires_and_pass_over_long_gaps(tmp_path: Path) -> None:
+    grid = TokenGrid(30, 40)
+    entries = {
+        (0, 1, 0): 4.0,
+        (0, 1, 1): 2.0,
+        (0, 1, 1199): 1.0,
+        (3, 1, 255): 3.0,
+        (3, 4, 256): 0.001,
+        (3, 4, 600): 1.0,
+    }
+    keys = torch.tensor(list(entries), dtype=torch.int32)
+    names = ("map_image", "map_feature", "map_token")
+    values = torch.tensor(list(entries.values()))
+    save_tensors(tmp_path / "part", {**dict(zip(names, keys.T, strict=True)), "map_value": values})
+    scores = torch.zeros(4, 6)
+    scores[0, 1], scores[3, 1], scores[3, 4] = 4.0, 3.0, 1.0
+    top = TopImages.empty(6, 3).updated(torch.arange(4), scores)
+    write_heatmaps(tmp_path / "h", [tmp_path / "part"], top, scale=scores.amax(0), grid=grid)
+    maps = Heatmaps.load(tmp_path / "h")
+    assert maps.fits()
+    assert maps.features.tolist() == [1, 4]
+    # 1 + 1 + 5 (1198 is 4 * 255 + 178), then 2 (256 is 255 + 1); then 2 (257) and 2 (344)
+    assert maps.starts.tolist() == [0, 7, 9, 9, 13, 13, 13]
+    found = {(i, f, t): a for f in range(6) for i, acts in maps.acts(f).items() for t, a in enumerate(acts) if a > 0}
+    assert set(found) == set(entries), "an act far below the maximum is still shown"
+    assert all(found[key] == pytest.approx(entries[key], abs=4 / 255) for key in entries)
 
 
 # What is said of the features
@@ -270,9 +295,9 @@ def test_every_feature_gets_its_row(tmp_path: Path) -> None:
 
 def test_a_feature_that_never_fires_is_dead(tmp_path: Path) -> None:
     accumulator = ScoreAccumulator(2, grid=GRID, steps=(0,))
-    values = torch.zeros(1, 6, 1)
-    values[0, 2] = 0.5
-    accumulator.update([0], SparseActs(values, torch.zeros(1, 6, 1, dtype=torch.int64)), step=0)
+    acts = torch.zeros(1, 6, 2)
+    acts[0, 2, 0] = 0.5
+    accumulator.update([0], SparseActs.from_dense(acts), step=0)
     write_scores(tmp_path / "s", [write_part(tmp_path / "part", accumulator)], steps=(0,), grid=GRID)
     table = describe_features(ScoreMatrix.load(tmp_path / "s"), accumulator.stats(), AnalysisConfig())
     assert [row.feature_class for row in table] == ["very common", "dead"]

@@ -253,7 +253,7 @@ def test_embeddings_survive_the_disk(tmp_path: Path) -> None:
     assert np.array_equal(loaded.vectors, vectors)
 
 
-def test_heatmaps_come_back_in_activation_units(tmp_path: Path) -> None:
+def test_heatmaps_of_the_first_version_are_read_in_activation_units(tmp_path: Path) -> None:
     path = RunFolder(tmp_path).heatmaps_path("layer1")
     save_tensors(
         path,
@@ -269,3 +269,10 @@ def test_heatmaps_come_back_in_activation_units(tmp_path: Path) -> None:
     assert {i: acts.tolist() for i, acts in maps.acts(4).items()} == {9: [0.0, 2.0], 2: pytest.approx([0.4, 0.0])}
     assert list(maps.acts(7)) == [5]
     assert maps.acts(5) == {}
+    assert maps.fits()
+
+
+def test_heatmaps_of_a_later_version_are_refused(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "h", {"features": torch.zeros(1)}, metadata={"schema_version": "3"})
+    with pytest.raises(FluxSaeError, match="schema version 3; this program reads up to 2"):
+        Heatmaps.load(tmp_path / "h")

@@ -1,9 +1,14 @@
 """Every way to compute equals the plain dense one, in float64 where rounding would hide a mistake."""
 
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +18,13 @@ from torch import Tensor
 
 from fluxsae.sae.kernels import (
     PairsByFeature,
-    _topk_by_repair,
+    agreement,
     bag_sums,
     cuda,
     exact_sum_product,
     lowered,
     pair_products,
+    plain,
     private_torch,
     product,
     sparse_decode,
@@ -27,6 +33,7 @@ from fluxsae.sae.kernels import (
     topk_acts,
 )
 from fluxsae.sae.kernels.adam import AdamStep, adam_
+from fluxsae.sae.kernels.agreement import CHECKS, agrees
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -70,7 +77,7 @@ def test_topk_keeps_leading_dimensions() -> None:
 
 def test_topk_in_bfloat16_keeps_exactly_k_where_many_entries_are_equal() -> None:
     pre_acts = _random(64, 1000).bfloat16()
-    for find in (topk, _topk_by_repair):
+    for find in (topk, plain.topk_by_repair):
         indices = find(pre_acts, 100)[1]
         assert torch.equal(indices.sort(-1).values, _stable_topk(pre_acts, 100))
     assert (pre_acts >= pre_acts.gather(1, indices).amin(1, keepdim=True)).sum() > 64 * 100, "no ties: tests nothing"
@@ -107,13 +114,13 @@ def test_feature_sums_of_a_block_equal_the_dense_weight_gradient(rows: slice) ->
 
 
 def test_sparse_decode_and_its_gradients_equal_the_dense_product() -> None:
-    values, W_dec = _random(2, 4, 3).requires_grad_(), _random(9, 5, seed=1).requires_grad_()
-    indices = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(i))[:3] for i in range(8)])
-    indices = indices.reshape(2, 4, 3)
-    dense = torch.zeros(2, 4, 9, dtype=torch.float64).scatter(-1, indices, values) @ W_dec
-    weight = _random(2, 4, 5, seed=3)
+    tokens = torch.tensor([1, 1, 1, 2, 5, 5])  # tokens 0, 3, 4, 6 and 7 have no pairs
+    features = torch.tensor([8, 0, 3, 3, 1, 8])
+    values, W_dec = _random(6).requires_grad_(), _random(9, 5, seed=1).requires_grad_()
+    dense = torch.zeros(8, 9, dtype=torch.float64).index_put((tokens, features), values) @ W_dec
+    weight = _random(8, 5, seed=3)
     expected = torch.autograd.grad((dense * weight).sum(), (values, W_dec))
-    found = sparse_decode(values, indices, W_dec)
+    found = sparse_decode(tokens, features, values, W_dec, n_tokens=8)
     torch.testing.assert_close(found, dense)
     for gradient, reference in zip(torch.autograd.grad((found * weight).sum(), (values, W_dec)), expected, strict=True):
         torch.testing.assert_close(gradient, reference)
@@ -183,9 +190,11 @@ def test_triton_kernels_equal_plain_torch() -> None:
     assert torch.equal(indices.cpu().sort(-1).values, _stable_topk(rows, 64))
     assert torch.equal(values.cpu(), rows.gather(1, indices.cpu()))
     W_dec = _random(12_288, 384, seed=1).float()
-    expected = sparse_decode(values.cpu(), indices.cpu(), W_dec)
-    torch.testing.assert_close(sparse_decode(values, indices, W_dec.cuda()).cpu(), expected, atol=1e-3, rtol=1e-4)
     tokens = torch.arange(33).repeat_interleave(64)
+    flat = indices.reshape(-1), values.reshape(-1)
+    found = sparse_decode(tokens.cuda(), *flat, W_dec.cuda(), n_tokens=33)
+    expected = sparse_decode(tokens, *(part.cpu() for part in flat), W_dec, n_tokens=33)
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-4)
     gradient = _random(33, 384, seed=2).float()
     products = pair_products(gradient.cuda(), tokens.cuda(), W_dec.cuda(), indices.reshape(-1))
     expected = pair_products(gradient, tokens, W_dec, indices.cpu().reshape(-1))
@@ -219,7 +228,7 @@ def test_the_kernel_that_finds_the_top_k_does_not_cost_the_gradient(monkeypatch:
 
     pre_acts = _random(3, 10).float().requires_grad_()
     expected = torch.autograd.grad(topk_acts(pre_acts, 4).square().sum(), pre_acts)
-    monkeypatch.setattr(cuda, "can_find_topk", lambda rows: True)
+    monkeypatch.setattr(cuda, "serves", lambda kernel, rows: True)
     monkeypatch.setattr(cuda, "topk", kernel)
     values, _ = topk(pre_acts, 4)
     assert values.requires_grad
@@ -251,3 +260,80 @@ def test_every_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pyte
     step = AdamStep(torch.ones(()), 1e-3, 0.9, 0.99, 1e-8, torch.ones(()), torch.zeros(()))
     cuda.adam_(rows, rows, rows, rows, step=step, is_unit=False)
     assert launched == [f"{name} on meta" for name in names]
+
+
+# The Triton kernels
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, bool]:
+    """What each kernel's check says in Triton's interpreter."""
+    pytest.importorskip("triton")
+    folder = Path(__file__).parent
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(folder.parents[1])}
+    command = [sys.executable, str(folder / "interpreted_kernels.py")]
+    found: dict[str, bool] = json.loads(
+        subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    )
+    return found
+
+
+@pytest.mark.parametrize("kernel", list(CHECKS))
+def test_the_kernel_agrees_with_plain_torch_in_the_interpreter(kernel: str, interpreted: dict[str, bool]) -> None:
+    said = {case: agrees for case, agrees in interpreted.items() if case.split()[0] == kernel}
+    assert said
+    assert all(said.values()), said
+
+
+def test_the_top_k_is_checked_at_the_width_of_a_large_dictionary(interpreted: dict[str, bool]) -> None:
+    assert {case.split()[0] for case in interpreted if case.endswith(" 49152")} == {"topk", "topk_acts"}
+
+
+def _right(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = plain.topk(rows, k)
+    return values.float(), indices
+
+
+def _wrong(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Equal entries go to the higher index."""
+    indices = rows.shape[1] - 1 - plain.topk(rows.flip(1), k)[1]
+    return rows.gather(1, indices), indices
+
+
+def _broken(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    raise RuntimeError("PTX was not assembled\nand a page of why")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"), [(_right, ""), (_wrong, "other numbers"), (_broken, "RuntimeError: PTX was not assembled;")]
+)
+def test_a_kernel_is_used_only_where_it_agreed_and_one_line_says_so(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    agrees.cache_clear()
+    monkeypatch.setitem(sys.modules, "fluxsae.sae.kernels.triton_kernels", SimpleNamespace(topk=kernel))
+    found = [agrees("topk", torch.device("cpu"), torch.float32, 400) for _ in range(3)]
+    agrees.cache_clear()
+    assert found == [not reason] * 3
+    assert len(caplog.messages) == bool(reason)
+    assert all(reason in line and "topk is not used on cpu" in line and "\n" not in line for line in caplog.messages)
+
+
+def test_only_what_a_kernel_is_made_for_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(agreement, "agrees", lambda kernel, device, dtype, width: asked.append((kernel, width)) or True)
+    monkeypatch.setattr(cuda, "_has_triton", lambda: True)
+
+    def on_cuda(*shape: int, dtype: torch.dtype = torch.float32) -> Any:
+        return SimpleNamespace(is_cuda=True, dtype=dtype, shape=shape, ndim=len(shape), device=torch.device("cuda:1"))
+
+    assert not cuda.serves("topk", torch.zeros(2, 8))
+    for kernel, tensor, is_served in (
+        ("topk", on_cuda(2, 49_152), True), ("topk", on_cuda(2, 98_304), False), ("adam_", on_cuda(98_304), False),
+        ("adam_", on_cuda(4, 3072), True), ("bag_sums", on_cuda(4, 8, dtype=torch.float64), False),
+    ):  # fmt: skip
+        assert cuda.serves(kernel, tensor) == is_served
+    assert asked == [("topk", 49_152), ("adam_", 3072)]

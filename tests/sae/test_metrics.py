@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.sae.acts import SparseActs
 from fluxsae.sae.metrics import (
     FiringSums,
     ReconstructionSums,
@@ -53,7 +54,7 @@ def test_merged_sums_equal_one_pass(sizes: list[int], offset: float, seed: int) 
         part, counts = ReconstructionSums.empty(4), FiringSums.empty(6)
         if size:
             part.update(x[start : start + size], x_hat[start : start + size])
-            counts.update(acts[start : start + size])
+            counts.update(SparseActs.from_dense(acts[start : start + size]))
         merged.merge(part)
         firing.merge(counts)
         start += size

@@ -68,7 +68,7 @@ def test_sparse_and_dense_ways_agree(architecture: Architecture) -> None:
     torch.testing.assert_close(out.acts, acts)
     torch.testing.assert_close(sae.decode(acts), out.x_hat)
     sparse = sae.encode_sparse(x)
-    torch.testing.assert_close(torch.zeros_like(acts).scatter_add(-1, sparse.indices, sparse.values), acts)
+    assert torch.equal(sparse.dense(), acts)
     torch.testing.assert_close(sae.decode_sparse(sparse), out.x_hat, atol=1e-5, rtol=1e-5)
 
 

@@ -20,7 +20,7 @@ from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
 from fluxsae.files import load_tensors, save_tensors
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.runs.tables import Heatmaps
-from fluxsae.sae.model import SparseActs
+from fluxsae.sae.acts import SparseActs
 
 pytestmark = pytest.mark.bench
 
@@ -71,7 +71,9 @@ def synthetic_acts(generator: torch.Generator) -> SparseActs:
     share = torch.rand(shape, generator=generator) ** 3
     offset = torch.randint(0, N_FEATURES, (BATCH, 1, 1), generator=generator)
     indices = ((share * 600).long() * 17 + offset) % N_FEATURES
-    return SparseActs(torch.rand(shape, generator=generator) * 5, indices)
+    keys = (torch.arange(BATCH * GRID.n_tokens)[:, None] * N_FEATURES + indices.flatten(0, 1)).unique()
+    values = torch.rand(len(keys), generator=generator) * 5
+    return SparseActs(keys // N_FEATURES, keys % N_FEATURES, values, (BATCH, GRID.n_tokens, N_FEATURES))
 
 
 def score_parts(folder: Path, n_images: int) -> list[Path]:
@@ -84,7 +86,8 @@ def score_parts(folder: Path, n_images: int) -> list[Path]:
         for start in range(first, min(first + PER_PART, n_images), BATCH):
             acts, ids = synthetic_acts(generator), list(range(start, start + BATCH))
             accumulator.update(ids, acts, step=0)
-            collector.update(ids, [acts])
+            collector.update(ids, acts)
+            collector.complete(ids, accumulator.scores(ids))
         tensors = {"S": accumulator.scores(), "argmax_token": accumulator.argmax_tokens()}
         parts.append(folder / f"part-{first:06d}.safetensors")
         stats = accumulator.stats()

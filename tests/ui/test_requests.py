@@ -14,6 +14,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pytest
+import torch
 import whole_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from fluxsae.features.silencing import prompts_without_words
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.grids import join_pictures
+from fluxsae.sae.acts import SparseActs
 from fluxsae.steering.demos import DemoConfig
 from fluxsae.steering.edits import Recipe, SteeringEdit
 from fluxsae.steering.measurements import MAX_OUT_OF_DISTRIBUTION
@@ -289,11 +291,19 @@ def test_visitors_share_flux_and_the_share_comes_back() -> None:
 # Readings
 
 
+def maps_of(steps: tuple[int, ...], values: np.ndarray, features: np.ndarray, n_features: int) -> SparseMaps:
+    """Maps of all their own steps: `features` at `values`, both (steps, tokens, width); 0 pads."""
+    dense = torch.zeros(*values.shape[:2], n_features)
+    dense.scatter_reduce_(2, torch.from_numpy(features).long(), torch.from_numpy(values).float(), "amax")
+    acts = {step: SparseActs.from_dense(part) for step, part in zip(steps, dense, strict=True)}
+    return SparseMaps.build(acts, sigmas=[0.8 - 0.1 * place for place in range(len(steps))], own_steps=steps)
+
+
 def reading() -> Reading:
     """Four patches, two features, two steps: feature 1 fires at patch 0 early, feature 2 at patch 3 late."""
     values = np.array([[[2, 0], [0, 0], [0, 0], [0, 0]], [[1, 0], [0, 0], [0, 0], [3, 0]]], dtype=np.float32)
     indices = np.array([[[1, 0], [0, 0], [0, 0], [0, 0]], [[1, 0], [0, 0], [0, 0], [2, 0]]], dtype=np.int32)
-    maps = SparseMaps((4, 8), (0.8, 0.4), (4, 8), values, indices, whole_run.N_FEATURES)
+    maps = maps_of((4, 8), values, indices, whole_run.N_FEATURES)
     picture = Image.new("RGB", (16, 16))
     return Reading("a circle", 0, GenerationSettings(height=16, width=16), picture, TokenGrid(2, 2), {LATE: maps})
 
@@ -321,7 +331,7 @@ def test_ranked_features_fire_and_say_how_strongly(bench: Workbench) -> None:
 def test_means_are_over_patches_and_steps() -> None:
     values = np.array([[[2.0, 0.0], [4.0, 1.0]], [[0.0, 0.0], [2.0, 0.0]]])
     indices = np.array([[[1, 0], [1, 2]], [[1, 0], [1, 0]]])
-    maps = SparseMaps((2, 6), (0.9, 0.8), (2, 6), values, indices, n_features=4)
+    maps = maps_of((2, 6), values, indices, 4)
     assert maps.means(None).tolist() == [0, 2, 0.25, 0]
     assert maps.means(6).tolist() == [0, 1, 0, 0]
 
@@ -329,7 +339,7 @@ def test_means_are_over_patches_and_steps() -> None:
 def test_a_spread_is_the_share_of_patches_above_half_the_peak() -> None:
     values = np.array([[[4.0, 1.0], [2.5, 1.0], [1.0, 0.0], [0.0, 0.0]]])
     indices = np.array([[[1, 2], [1, 2], [1, 0], [1, 0]]])
-    maps = SparseMaps((2,), (0.9,), (2,), values, indices, n_features=4)
+    maps = maps_of((2,), values, indices, 4)
     assert maps.spreads(None).tolist() == [0, 0.5, 0.5, 0]
 
 
@@ -386,7 +396,7 @@ def test_a_patch_tells_each_label_once_and_the_rest_of_it_behind(
     monkeypatch.setattr(cards, "labels", labels)
     monkeypatch.setattr(cards, "features", cards.features.with_columns({"label": labels}))
     values, indices = np.full((1, 1, 4), 2.0), np.array([[[1, 2, 3, 4]]])
-    maps = SparseMaps((4,), (0.8,), (4,), values, indices, len(cards))
+    maps = maps_of((4,), values, indices, len(cards))
     shown = replace(reading(), grid=TokenGrid(1, 1), maps={LATE: maps})
     monkeypatch.setattr(bench, "read", lambda *_: iter([Done(shown)]))
     request = {"prompt": "a circle", "hookpoint": LATE, "seed": 0, "num_inference_steps": 20}
@@ -434,7 +444,7 @@ def test_the_word_that_silences_a_feature_is_told_with_what_is_left(
         asked.append((prompt, seed))
         values = np.zeros((2, 4, 2), np.float32)
         values[0, 0, 0] = 2.0 if "circle" in prompt else 0.5
-        maps = SparseMaps((4, 8), (0.8, 0.6), (4, 8), values, np.full((2, 4, 2), 1), len(bench.cards[LATE]))
+        maps = maps_of((4, 8), values, np.full((2, 4, 2), 1), len(bench.cards[LATE]))
         yield StepDone(1, 2)
         yield Done(replace(reading(), prompt=prompt, seed=seed, maps={LATE: maps}))
 

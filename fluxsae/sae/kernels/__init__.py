@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
-from fluxsae.sae.kernels import cuda, private_torch
+from fluxsae.sae.kernels import cuda, plain, private_torch
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -39,18 +38,12 @@ def topk(
     """Values and indices of each row's k largest entries, unordered; equal entries go to the lower index."""
     n_features = pre_acts.shape[-1]
     rows = pre_acts.reshape(-1, n_features)
-    if k == n_features:
-        indices = torch.arange(n_features, device=rows.device).expand(len(rows), -1)
-        values = rows
-    elif cuda.can_find_topk(rows):
+    if k < n_features and cuda.serves("topk", rows):
         values, indices = cuda.topk(rows.detach(), k)
         if rows.requires_grad:  # the kernel has no gradient: its indices choose, `gather` carries it
             values = rows.gather(1, indices)
-    elif rows.dtype == torch.bfloat16 and n_features <= 1 << 16:
-        indices = _topk_by_index_bits(rows, k)
-        values = rows.gather(1, indices)
     else:
-        values, indices = _topk_by_repair(rows, k)
+        values, indices = plain.topk(rows, k)
     return values.reshape(*pre_acts.shape[:-1], k), indices.reshape(*pre_acts.shape[:-1], k)
 
 
@@ -59,43 +52,10 @@ def topk_acts(
 ) -> Float[Tensor, "*batch n_features"]:
     """The pre-activations with all but each row's k largest, and negative ones, set to 0; ties to the lower index."""
     dtype = dtype or pre_acts.dtype
-    if cuda.can_find_topk(pre_acts) and not pre_acts.requires_grad:
+    if not pre_acts.requires_grad and cuda.serves("topk_acts", pre_acts):
         return cuda.topk_acts(pre_acts.reshape(-1, pre_acts.shape[-1]), k, dtype).reshape(pre_acts.shape)
     values, indices = topk(pre_acts, k)
     return torch.zeros_like(pre_acts, dtype=dtype).scatter_(-1, indices, values.relu().to(dtype))
-
-
-def _topk_by_index_bits(rows: Tensor, k: int) -> Tensor:
-    """The k largest where almost every boundary is a tie: the index fills the 16 bits that bfloat16 leaves free.
-
-    Among equal entries the lower index then is the larger float32 number. Negative numbers run backwards.
-    """
-    bits = (rows + 0.0).view(torch.int16).to(torch.int32)  # -0 and 0 are equal, so their bits must be
-    backwards = bits.bitwise_right_shift(31).bitwise_and_(0xFFFF)
-    descending = 0xFFFF - torch.arange(rows.shape[1], dtype=torch.int32, device=rows.device)
-    keys = bits.bitwise_left_shift_(16).bitwise_xor_(backwards).bitwise_xor_(descending).view(torch.float32)
-    return keys.topk(k, dim=-1, sorted=False).indices
-
-
-def _topk_by_repair(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k + 1 largest less the smallest; rows where that one has an equal are decided again, by index."""
-    values, indices = rows.topk(k + 1, dim=-1, sorted=False)
-    smallest, position = values.min(-1, keepdim=True)
-    unsure = ((values == smallest).sum(-1) > 1).nonzero()[:, 0]
-    # The last entry takes the place of the smallest one, whose own place is cut off.
-    values = values.scatter(1, position, values[:, k:].clone())[:, :k]
-    indices = indices.scatter(1, position, indices[:, k:].clone())[:, :k]
-    if len(unsure):
-        repaired = _topk_by_counting(rows[unsure], smallest[unsure], k)
-        indices[unsure] = repaired
-        values[unsure] = rows[unsure].gather(1, repaired)
-    return values, indices
-
-
-def _topk_by_counting(rows: Tensor, boundary: Tensor, k: int) -> Tensor:
-    beats, ties = rows > boundary, rows == boundary
-    kept = beats | (ties & (ties.cumsum(1) <= k - beats.sum(1, keepdim=True)))
-    return kept.nonzero()[:, 1].reshape(len(rows), k)
 
 
 def bag_sums(
@@ -105,9 +65,8 @@ def bag_sums(
     source: Float[Tensor, "n_rows d_model"],
 ) -> Float[Tensor, "bags d_model"]:
     """sum of weights[p] * source[rows[p]] over the pairs of each bag; bag b begins at pair starts[b]."""
-    if cuda.usable(source):
-        return cuda.bag_sums(weights, rows, starts, source)
-    return embedding_bag(rows, source, starts, per_sample_weights=weights.to(source.dtype), mode="sum")
+    sums = cuda.bag_sums if cuda.serves("bag_sums", source) else plain.bag_sums
+    return sums(weights, rows, starts, source)
 
 
 def pair_products(
@@ -117,9 +76,8 @@ def pair_products(
     right_rows: Int[Tensor, " pairs"],
 ) -> Float[Tensor, " pairs"]:
     """<left[left_rows[p]], right[right_rows[p]]> for each pair; quickest where the larger side's rows are sorted."""
-    if cuda.usable(left):
-        return cuda.pair_products(left, left_rows, right, right_rows)
-    return private_torch.pair_products(left, left_rows, right, right_rows)
+    products = cuda.pair_products if cuda.serves("pair_products", left) else private_torch.pair_products
+    return products(left, left_rows, right, right_rows)
 
 
 class PairsByFeature:
@@ -150,35 +108,36 @@ class PairsByFeature:
 
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-        ctx.save_for_backward(values, indices, W_dec)
-        n_tokens, k = indices.shape
-        starts = torch.arange(0, n_tokens * k, k, device=indices.device)
-        return bag_sums(values.reshape(-1), indices.reshape(-1), starts, W_dec)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        tokens, features, values, W_dec, n_tokens = inputs
+        ctx.save_for_backward(tokens, features, values, W_dec)
+        starts = torch.searchsorted(tokens, torch.arange(n_tokens, device=tokens.device))
+        return bag_sums(values, features, starts, W_dec)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        values, indices, W_dec = ctx.saved_tensors
-        (gradient,) = gradients
-        gradient = gradient.contiguous()
-        n_tokens, k = indices.shape
-        tokens = torch.arange(n_tokens, device=indices.device).repeat_interleave(k)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, features, values, W_dec = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
         for_values = for_rows = None
-        if ctx.needs_input_grad[0]:
-            for_values = pair_products(gradient, tokens, W_dec, indices.reshape(-1)).reshape(n_tokens, k)
         if ctx.needs_input_grad[2]:
-            pairs = PairsByFeature(tokens, indices.reshape(-1), len(W_dec))
-            for_rows = pairs.feature_sums(values.reshape(-1)[pairs.order], gradient, slice(0, len(W_dec)), pairs.tokens)
-        return for_values, None, for_rows
+            for_values = pair_products(gradient, tokens, W_dec, features)
+        if ctx.needs_input_grad[3]:
+            pairs = PairsByFeature(tokens, features, len(W_dec))
+            for_rows = pairs.feature_sums(values[pairs.order], gradient, slice(0, len(W_dec)), pairs.tokens)
+        return None, None, for_values, for_rows, None
 
 
 def sparse_decode(
-    values: Float[Tensor, "*batch k"], indices: Int[Tensor, "*batch k"], W_dec: Float[Tensor, "n_features d_model"]
-) -> Float[Tensor, "*batch d_model"]:
-    """sum_j values[j] * W_dec[indices[j]] for each token, differentiable; no (tokens * k, d_model) tensor is built."""
-    k = indices.shape[-1]
-    decoded = _SparseDecode.apply(values.reshape(-1, k).to(W_dec.dtype), indices.reshape(-1, k), W_dec)
-    return torch.Tensor.reshape(decoded, (*indices.shape[:-1], W_dec.shape[1]))
+    tokens: Int[Tensor, " pairs"],
+    features: Int[Tensor, " pairs"],
+    values: Float[Tensor, " pairs"],
+    W_dec: Float[Tensor, "n_features d_model"],
+    *,
+    n_tokens: int,
+) -> Float[Tensor, "n_tokens d_model"]:
+    """For each token the sum of values[p] * W_dec[features[p]] over its pairs, differentiable; `tokens` ascends."""
+    decoded: Tensor = _SparseDecode.apply(tokens, features, values.to(W_dec.dtype), W_dec, n_tokens)
+    return decoded
 
 
 def lowered(tensor: Tensor, precision: Precision, *, buffer: Tensor | None = None) -> Tensor:

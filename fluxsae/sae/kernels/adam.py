@@ -40,9 +40,14 @@ def adam_(
     With `is_unit` each row is a direction: the gradient's part along it is removed first (what is left turns the row),
     and the row has norm 1 afterwards. `gradients` may be overwritten.
     """
-    if cuda.can_take_adam(weights):
-        cuda.adam_(weights, gradients, mean, square, step=step, is_unit=is_unit)
-        return
+    take = cuda.adam_ if cuda.serves("adam_", weights) else plain_adam_
+    take(weights, gradients, mean, square, step=step, is_unit=is_unit)
+
+
+def plain_adam_(
+    weights: Tensor, gradients: Tensor, mean: Tensor, square: Tensor, *, step: AdamStep, is_unit: bool
+) -> None:
+    """`adam_` by torch's own optimiser."""
     if is_unit:
         along = torch.linalg.vecdot(gradients, weights)
         gradients.addcmul_(along[:, None], weights, value=-1)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _MAX_TOPK_FEATURES = 65_536
 _MAX_ADAM_COLUMNS = 16_384
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -22,20 +23,23 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def usable(tensor: Tensor) -> bool:
-    """Whether the kernels serve this tensor: on CUDA, with Triton installed, in a type they add up in float32."""
-    return tensor.is_cuda and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) and _has_triton()
+def serves(kernel: str, tensor: Tensor) -> bool:
+    """Whether a kernel is used for this tensor: on CUDA, of a type and width it is made for, where it was found right.
+
+    It is compared with plain torch at first use on a device (see `agreement`).
+    """
+    if not (tensor.is_cuda and tensor.dtype in _TYPES and _has_triton() and _fits(kernel, tensor)):
+        return False
+    from fluxsae.sae.kernels.agreement import agrees
+
+    return agrees(kernel, tensor.device, tensor.dtype, tensor.shape[-1])
 
 
-def can_find_topk(rows: Tensor) -> bool:
-    """Whether a row fits into the registers of one block of threads."""
-    return usable(rows) and rows.shape[-1] <= _MAX_TOPK_FEATURES
-
-
-def can_take_adam(weights: Tensor) -> bool:
-    """Whether Adam's kernel serves: a float32 matrix with rows that fit into one block of threads."""
-    is_matrix = weights.ndim == 2 and weights.dtype == torch.float32
-    return is_matrix and usable(weights) and weights.shape[1] <= _MAX_ADAM_COLUMNS
+def _fits(kernel: str, tensor: Tensor) -> bool:
+    """Whether a row fits into the registers of one block of threads, where the kernel needs that."""
+    if kernel == "adam_":
+        return tensor.ndim == 2 and tensor.dtype == torch.float32 and tensor.shape[1] <= _MAX_ADAM_COLUMNS
+    return not kernel.startswith("topk") or tensor.shape[-1] <= _MAX_TOPK_FEATURES
 
 
 def topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -75,7 +79,4 @@ def adam_(weights: Tensor, gradients: Tensor, mean: Tensor, square: Tensor, *, s
     from fluxsae.sae.kernels.triton_kernels import adam_
 
     with torch.cuda.device(weights.device):
-        adam_(
-            weights, gradients, mean, square, step=step.count, rate=step.rate, betas=(step.beta1, step.beta2),
-            eps=step.eps, divisor=step.divisor, is_skipped=step.is_skipped, is_unit=is_unit,
-        )  # fmt: skip
+        adam_(weights, gradients, mean, square, step=step, is_unit=is_unit)

@@ -1,15 +1,15 @@
 # ruff: noqa: PLR0917 (a kernel takes its tensors one by one)
 """Triton kernels; this module is imported on first use on a CUDA device and compiled there."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_TOPK_FEATURES = 65_536
-"""A row of pre-activations is held in registers while its top k are found."""
+if TYPE_CHECKING:
+    from fluxsae.sae.kernels.adam import AdamStep
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -170,14 +170,12 @@ def _adam(
     tl.store(weights + places, weight, mask=inside)
 
 
-def adam_(
-    weights: Tensor, gradients: Tensor, mean: Tensor, square: Tensor, *, step: Tensor, rate: float,
-    betas: tuple[float, float], eps: float, divisor: Tensor, is_skipped: Tensor, is_unit: bool,
-) -> None:  # fmt: skip
+def adam_(weights: Tensor, gradients: Tensor, mean: Tensor, square: Tensor, *, step: "AdamStep", is_unit: bool) -> None:
     """Adam on the rows of a matrix in one pass over the memory; see `fluxsae.sae.kernels.adam.adam_`."""
     n_rows, d_model = weights.shape
+    betas = (step.beta1, step.beta2)
     log2 = [float(torch.log2(torch.tensor(beta, dtype=torch.float64))) for beta in betas]
     _adam[(n_rows,)](
-        weights, gradients.contiguous(), mean, square, step, divisor, is_skipped, rate, *betas, *log2, eps, d_model,
-        COLUMNS=triton.next_power_of_2(d_model), UNIT=is_unit, num_warps=8,
+        weights, gradients.contiguous(), mean, square, step.count, step.divisor, step.is_skipped, step.rate, *betas,
+        *log2, step.eps, d_model, COLUMNS=triton.next_power_of_2(d_model), UNIT=is_unit, num_warps=8,
     )  # fmt: skip

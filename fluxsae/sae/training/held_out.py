@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.sae.acts import SparseActs
 from fluxsae.sae.metrics import FiringSums, ReconstructionSums, density_histogram
 from fluxsae.sae.model import SparseAutoencoder
 
@@ -26,13 +27,12 @@ class _PositiveActs:
     features: list[Tensor] = field(default_factory=list)
     n_pairs: int = 0
 
-    def update(self, acts: Float[Tensor, "tokens n_features"]) -> None:
+    def update(self, acts: SparseActs) -> None:
         if self.n_pairs >= _MAX_PAIRS:
             return
-        tokens, features = acts.nonzero(as_tuple=True)
-        self.values.append(acts[tokens, features].cpu())
-        self.features.append(features.int().cpu())
-        self.n_pairs += len(features)
+        self.values.append(acts.values.cpu())
+        self.features.append(acts.features.int().cpu())
+        self.n_pairs += len(acts.features)
 
     def quantile(self, share: float) -> Float[Tensor, " n_features"]:
         """The smallest value that at least `share` of the feature's positive acts do not exceed; 0 without any."""
@@ -65,10 +65,10 @@ def measure_held_out(sae: SparseAutoencoder, images: Iterable[Float[Tensor, "tok
         for tokens in images:
             n_images += 1
             for rows in tokens.to(device).float().split(_ROWS_AT_ONCE):
-                output = sae(rows)
-                sums.update(rows, output.x_hat)
-                firing.update(output.acts)
-                positive.update(output.acts)
+                acts = sae.encode_sparse(rows)
+                sums.update(rows, sae.decode_sparse(acts))
+                firing.update(acts)
+                positive.update(acts)
         if not n_images:
             raise FluxSaeError("There are no held-out images. Collect more images, or hold out every n-th of them.")
         sae.reference_acts.copy_(positive.quantile(_REFERENCE_QUANTILE))

@@ -312,7 +312,7 @@ def _planes(maps: SparseMaps, feature: int, maximum: float, step: int | None) ->
 
 def _patches(maps: SparseMaps, cards: CardIndex, step: int | None) -> tuple[np.ndarray, np.ndarray]:
     """The most telling features of each token and their share of their maximum, as (features, bytes)."""
-    n_tokens = maps.values.shape[1]
+    n_tokens = maps.n_tokens
     patches = np.zeros((n_tokens, PER_PATCH), dtype=np.int64)
     values = np.zeros((n_tokens, PER_PATCH), dtype=np.uint8)
     for token in range(n_tokens):

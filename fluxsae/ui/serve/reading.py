@@ -12,6 +12,7 @@ from PIL import Image
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.sae.acts import SparseActs
 from fluxsae.sae.config import TrainedOn
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.ui.serve.lane import OnStep
@@ -29,59 +30,89 @@ class SparseMaps:
     sigmas: tuple[float, ...]
     own_steps: tuple[int, ...]
     """Steps nearest to the noise levels the SAE was trained on: what is shown unless a step is asked for."""
-    values: Float[np.ndarray, "steps tokens width"]
-    indices: Int[np.ndarray, "steps tokens width"]
+    rows: Int[np.ndarray, " entries"]
+    """Token of each entry, ascending; those of the p-th step begin at p * n_tokens."""
+    features: Int[np.ndarray, " entries"]
+    values: Float[np.ndarray, " entries"]
+    n_tokens: int
     n_features: int
+
+    @classmethod
+    def build(
+        cls, by_step: Mapping[int, SparseActs], *, sigmas: Sequence[float], own_steps: Sequence[int]
+    ) -> "SparseMaps":
+        """The maps of acts (tokens, n_features) by step; `sigmas` are those of the steps."""
+        parts = list(by_step.values())
+        n_tokens, n_features = parts[0].shape
+        acts = SparseActs.joined(parts, (len(parts), n_tokens, n_features))
+        return cls(
+            steps=tuple(by_step),
+            sigmas=tuple(sigmas),
+            own_steps=tuple(own_steps),
+            rows=acts.tokens.int().cpu().numpy(),
+            features=acts.features.int().cpu().numpy(),
+            values=acts.values.float().cpu().numpy(),
+            n_tokens=n_tokens,
+            n_features=n_features,
+        )
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that the entries take."""
+        return self.rows.nbytes + self.features.nbytes + self.values.nbytes
 
     def acts(self, feature: int, step: int | None) -> Float[np.ndarray, " tokens"]:
         """One feature's activation on every token: at a step, or the most over the SAE's own steps."""
-        chosen = self._chosen(step)
-        fired = np.where(self.indices[chosen] == feature, self.values[chosen], 0)
-        acts: Float[np.ndarray, " tokens"] = fired.max(axis=(0, 2)).astype(np.float32)
+        acts = np.zeros(self.n_tokens, dtype=np.float32)
+        for part in self._chosen(step):
+            fires = self.features[part] == feature
+            np.maximum.at(acts, self.rows[part][fires] % self.n_tokens, self.values[part][fires])
         return acts
 
     def peaks(self, step: int | None) -> Float[np.ndarray, " n_features"]:
         """Each feature's highest activation over the image."""
-        chosen = self._chosen(step)
         peaks = np.zeros(self.n_features, dtype=np.float32)
-        np.maximum.at(peaks, self.indices[chosen].ravel(), self.values[chosen].ravel().astype(np.float32))
+        for part in self._chosen(step):
+            np.maximum.at(peaks, self.features[part], self.values[part])
         return peaks
 
     def means(self, step: int | None) -> Float[np.ndarray, " n_features"]:
         """Each feature's mean activation over all patches (and steps)."""
-        chosen = self._chosen(step)
-        totals = np.zeros(self.n_features)
-        np.add.at(totals, self.indices[chosen].ravel(), self.values[chosen].ravel().astype(np.float64))
-        means: Float[np.ndarray, " n_features"] = totals / (len(chosen) * self.values.shape[1])
+        totals, chosen = np.zeros(self.n_features), self._chosen(step)
+        for part in chosen:
+            np.add.at(totals, self.features[part], self.values[part].astype(np.float64))
+        means: Float[np.ndarray, " n_features"] = totals / (len(chosen) * self.n_tokens)
         return means
 
     def spreads(self, step: int | None) -> Float[np.ndarray, " n_features"]:
         """Share of all patches (and steps) on which each feature fires with more than half of its peak."""
-        chosen, peaks = self._chosen(step), self.peaks(step)
-        strong = self.indices[chosen][self.values[chosen] > 0.5 * peaks[self.indices[chosen]]]
-        spreads: Float[np.ndarray, " n_features"] = np.bincount(strong.ravel(), minlength=self.n_features) / (
-            len(chosen) * self.values.shape[1]
-        )
+        counts, chosen, peaks = np.zeros(self.n_features, dtype=np.int64), self._chosen(step), self.peaks(step)
+        for part in chosen:
+            strong = self.features[part][self.values[part] > 0.5 * peaks[self.features[part]]]
+            counts += np.bincount(strong, minlength=self.n_features)
+        spreads: Float[np.ndarray, " n_features"] = counts / (len(chosen) * self.n_tokens)
         return spreads
 
     def at(self, token: int, step: int | None) -> dict[int, float]:
         """Feature -> activation at one token, of those that fire there."""
-        chosen = self._chosen(step)
         found: dict[int, float] = {}
-        for feature, value in zip(self.indices[chosen, token].ravel(), self.values[chosen, token].ravel(), strict=True):
-            if value > 0:
-                found[int(feature)] = max(found.get(int(feature), 0.0), float(value))
+        for part in self._chosen(step):
+            first = int(self.rows[part.start]) // self.n_tokens * self.n_tokens if part.start < part.stop else 0
+            low, high = part.start + np.searchsorted(self.rows[part], [first + token, first + token + 1])
+            for feature, value in zip(self.features[low:high].tolist(), self.values[low:high].tolist(), strict=True):
+                found[feature] = max(found.get(feature, 0.0), value)
         return found
 
-    def _chosen(self, step: int | None) -> list[int]:
-        if step is None:
-            return [self.steps.index(own) for own in self.own_steps]
-        if step not in self.steps:
+    def _chosen(self, step: int | None) -> list[slice]:
+        """Where the entries of a step, or of each of the SAE's own steps, stand."""
+        if step is not None and step not in self.steps:
             raise FluxSaeError(
                 f"step is {step}; this autoencoder was trained at other noise levels. Give one of "
                 f"{', '.join(map(str, self.steps))}, or null for the steps it was trained on."
             )
-        return [self.steps.index(step)]
+        places = [self.steps.index(each) for each in (self.own_steps if step is None else (step,))]
+        edges = [np.searchsorted(self.rows, [place * self.n_tokens, (place + 1) * self.n_tokens]) for place in places]
+        return [slice(int(low), int(high)) for low, high in edges]
 
 
 @dataclass(frozen=True)
@@ -119,7 +150,7 @@ class Reading:
     @property
     def n_bytes(self) -> int:
         """Memory held, roughly."""
-        arrays = sum(maps.values.nbytes + maps.indices.nbytes for maps in self.maps.values())
+        arrays = sum(maps.n_bytes for maps in self.maps.values())
         return arrays + self.image.width * self.image.height * 3
 
 
@@ -198,29 +229,15 @@ class _Recorder:
         ground = sae.config.trained_on
         everywhere = list(range(len(sigmas)))
         self.steps, self.own = (everywhere, everywhere) if ground is None else readable_steps(sigmas, ground)
-        self.values: dict[int, np.ndarray] = {}
-        self.indices: dict[int, np.ndarray] = {}
+        self.acts: dict[int, SparseActs] = {}
 
     @torch.inference_mode()
     def take(self, call: "BlockCall") -> None:
         """Keeps the image's sparse activations at this step."""
         if call.step in self.steps and call.is_conditional:
-            acts = self.sae.encode_sparse(call.tokens[0])
-            self.values[call.step] = acts.values.float().cpu().numpy()
-            self.indices[call.step] = acts.indices.cpu().numpy().astype(np.int32)
+            self.acts[call.step] = self.sae.encode_sparse(call.tokens[0])
 
     def maps(self) -> SparseMaps:
-        """Everything kept, padded to the busiest token."""
-        width = max(values.shape[1] for values in self.values.values())
-        return SparseMaps(
-            steps=tuple(self.steps),
-            sigmas=tuple(self.sigmas[step] for step in self.steps),
-            own_steps=tuple(self.own),
-            values=np.stack([_padded(self.values[step], width) for step in self.steps]),
-            indices=np.stack([_padded(self.indices[step], width) for step in self.steps]),
-            n_features=self.sae.config.n_features,
-        )
-
-
-def _padded(values: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(values, ((0, 0), (0, width - values.shape[1])))
+        """Everything kept."""
+        by_step = {step: self.acts[step] for step in self.steps}
+        return SparseMaps.build(by_step, sigmas=[self.sigmas[step] for step in self.steps], own_steps=self.own)

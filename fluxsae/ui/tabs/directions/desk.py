@@ -9,7 +9,8 @@ import numpy as np
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex
-from fluxsae.features.directions import LayerComparison, nearest_features
+from fluxsae.features.directions import nearest_features
+from fluxsae.features.layers import LayerComparison
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.pictures.heatmaps import feature_colour, names_colour
 from fluxsae.ui.kit import views
