@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -94,11 +95,15 @@ def _parts(config: Config, folder: Path) -> Parts:
         "select": ("train.select", place),
         "directions": ("train.directions", place),
     }
-    parts: Parts = {
-        name: lambda name=name, module=module, options=options: [timed_program(name, module, options)]
-        for name, (module, options) in programs.items()
+    return {
+        **{name: partial(_program, name, *program) for name, program in programs.items()},
+        "page": lambda: measure_page(run, flux),
+        "steer": lambda: [_steer(run, flux, folder)],
     }
-    return parts | {"page": lambda: measure_page(run, flux), "steer": lambda: [_steer(run, flux, folder)]}
+
+
+def _program(name: str, module: str, options: Sequence[object]) -> list[Timing]:
+    return [timed_program(name, module, options)]
 
 
 def _steer(run: RunFolder, flux: Path, folder: Path) -> Timing:
