@@ -140,6 +140,8 @@ def _filled(build: Callable[[], nn.Module], generator: torch.Generator, dtype: t
     with torch.device("meta"):
         module = build()
     module = module.to(dtype).to_empty(device=generator.device).eval().requires_grad_(False)
+    if hasattr(module, "tie_weights"):  # what shares its memory has lost it on the way
+        module.tie_weights()
     for name, parameter in module.named_parameters():
         _fill_parameter(name, parameter, generator)
     for name, buffer in module.named_buffers():
