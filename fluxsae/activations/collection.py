@@ -355,17 +355,13 @@ class LiveImages:
             own = capture_rows(self._pipe, plan, turn[rank], self._request) if rank < len(turn) else None
             for source, images in enumerate(turn):
                 for place, made in pieces.items():
-                    made.append(self._exchanged(place, len(images), own if source == rank else None, source))
+                    if own is not None and source == rank:
+                        rows = own[place][0].flatten(0, 2)
+                    else:
+                        shape = (len(images) * self._rows_per_image(place), self.d_model(place))
+                        rows = torch.empty(shape, dtype=torch.bfloat16)
+                    made.append(self._peers.broadcast_(rows, source=source) if self._peers else rows)
         return {place: torch.cat(made) for place, made in pieces.items()}
-
-    def _exchanged(
-        self, place: HookPoint, n_images: int, own: Mapping[HookPoint, Rows] | None, source: int
-    ) -> BFloat16[Tensor, "rows d_model"]:
-        if own is not None:
-            rows = own[place][0].flatten(0, 2)
-        else:
-            rows = torch.empty(n_images * self._rows_per_image(place), self.d_model(place), dtype=torch.bfloat16)
-        return self._peers.broadcast_(rows, source=source) if self._peers else rows
 
 
 def _n_bytes(tensor: Tensor) -> int:
