@@ -127,7 +127,7 @@ def wait_share(folder: ShardFolder, config: BenchmarkConfig, work: Path, *, buff
     loop = TrainConfig(epochs=1000, max_steps=config.steps, log_every=max(1, config.steps // 4), init_rows=2048)
     train({"topk": sae}, source, loop, folder=work)
     lines = [json.loads(line) for line in (work / LOG_NAME).read_text().splitlines()][1:]
-    return statistics.mean(line["wait_share"] for line in lines)
+    return statistics.fmean(line["wait_share"] for line in lines)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,14 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from fluxsae.flux import FluxPipeline
 from fluxsae.flux.hookpoints import HookPoint
@@ -140,8 +147,8 @@ def _filled(build: Callable[[], nn.Module], generator: torch.Generator, dtype: t
     with torch.device("meta"):
         module = build()
     module = module.to(dtype).to_empty(device=generator.device).eval().requires_grad_(False)
-    if hasattr(module, "tie_weights"):  # what shares its memory has lost it on the way
-        module.tie_weights()
+    if isinstance(module, PreTrainedModel):
+        module.tie_weights()  # what shares its memory has lost it on the way
     for name, parameter in module.named_parameters():
         _fill_parameter(name, parameter, generator)
     for name, buffer in module.named_buffers():

@@ -1,17 +1,17 @@
 """The page of a run as its first visitor meets it: how soon it opens, the first click, the first image."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex
@@ -24,29 +24,41 @@ OPENS_WITHIN = 600.0
 
 def measure_page(run: RunFolder, flux: Path) -> list[Timing]:
     """Serves the run with `python app.py` and asks for a card and for an image."""
-    from gradio_client import Client
-
     hookpoint = str(run.hookpoints()[-1])
     feature = CardIndex(run, hookpoint).ranked[0]
     timings = []
     started = time.perf_counter()
-    with _served(run, flux) as (process, url), tempfile.TemporaryDirectory() as downloads:
+    with _served(run, flux) as (process, url):
         n_bytes = len(_config(process, url))
         timings.append(
             Timing("page: opens", time.perf_counter() - started, note=f"configuration {n_bytes / 1e6:.1f} MB")
         )
-        client = Client(url, verbose=False, download_files=downloads)
-        calls: dict[str, dict[str, Any]] = {
-            "page: first click": {"hookpoint": hookpoint, "feature": feature, "api_name": "/feature"},
-            "page: first image": {"prompt": "a red fox in the snow", "api_name": "/heatmap"},
+        calls: dict[str, tuple[str, dict[str, Any]]] = {
+            "page: first click": ("feature", {"hookpoint": hookpoint, "feature": feature}),
+            "page: first image": ("heatmap", {"prompt": "a red fox in the snow"}),
         }
-        for name, call in calls.items():
+        for name, (endpoint, arguments) in calls.items():
             started = time.perf_counter()
-            client.predict(**call)
+            _call(url, endpoint, arguments)
             timings.append(Timing(name, time.perf_counter() - started))
         process.terminate()
         _, peak = wait_for(process)
     return [*timings[:-1], Timing(timings[-1].name, timings[-1].seconds, peak)]
+
+
+def _call(url: str, endpoint: str, arguments: dict[str, Any]) -> None:
+    """Calls an endpoint and waits for its answer.
+
+    Raises:
+        FluxSaeError: it was refused, or failed.
+    """
+    body, head = json.dumps(arguments).encode(), {"Content-Type": "application/json"}
+    with urlopen(Request(f"{url}/gradio_api/call/v2/{endpoint}", data=body, headers=head)) as asked:
+        event = json.load(asked)["event_id"]
+    with urlopen(f"{url}/gradio_api/call/{endpoint}/{event}") as answer:
+        lines = answer.read().decode().splitlines()
+    if "event: complete" not in lines:
+        raise FluxSaeError(f"/{endpoint} of the page failed: {' '.join(lines[-3:])[:300]}")
 
 
 @contextmanager
