@@ -1,6 +1,7 @@
-# The whole interface: make app | test | bench | soak | screenshots. Each does all its own set-up in .venv.
+# The whole interface: make app | test | bench | soak | rehearsal | screenshots. Each does all its own set-up in .venv.
 #   PYTHON=...  the interpreter to build .venv with (3.11 or newer; found by itself when unset)
 #   JOBS=2      test processes
+#   MODEL=...   whose dimensions `make rehearsal` has: flux1-dev, or tiny to try it
 #   TESTS=...   what `make test` hands to pytest, e.g. TESTS=tests/sae
 
 SHELL := /bin/bash
@@ -12,6 +13,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 PYTHON ?=
 JOBS ?= 2
 TESTS ?= tests
+MODEL ?= flux1-dev
 VENV := .venv
 PY := $(VENV)/bin/python
 
@@ -26,7 +28,7 @@ SOAK := $(wildcard tests/train/test_survival.py tests/ui/test_load.py)
 # One thread a process: the processes are what fills the cores. CUDA stays out of tests that do not ask for it.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False
 
-.PHONY: help app test lint types tests browser bench soak screenshots wheel venv
+.PHONY: help app test lint types tests browser bench soak rehearsal screenshots wheel venv
 
 help: ## what each target does
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## ?/\1\t/' | expand -t 14
@@ -53,11 +55,15 @@ tests: $(DEV_STAMP)
 bench: $(DEV_STAMP) ## measured speed: training against other tools, steering, scale (an hour)
 	$(PY) -m train.benchmarks training
 	$(PY) -m train.benchmarks collection
+	$(PY) -m train.benchmarks feeding
 	$(PY) -m train.benchmarks steering
 	$(PY) -m pytest -m bench --timeout 0 -s $(addprefix --ignore=,$(SOAK)) tests
 
 soak: $(DEV_STAMP) ## long runs: killed at random and resumed, load on the page (an hour)
 	$(PY) -m pytest -m bench --timeout 0 -s $(SOAK)
+
+rehearsal: $(DEV_STAMP) ## every stage at FLUX.1-dev's true widths, random weights: seconds and memory (an hour, 16 GB)
+	$(PY) -m train.benchmarks rehearsal --model $(MODEL)
 
 screenshots: $(DEV_STAMP) browser ## pictures of every tab, for the README
 	$(PY) -m tests.screenshots

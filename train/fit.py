@@ -11,7 +11,7 @@ Stopped at any moment, the same command continues.
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise, product
 from pathlib import Path
@@ -29,7 +29,7 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.runs.folder import RunFolder
 from fluxsae.sae.config import Architecture, SaeConfig, TrainedOn
 from fluxsae.sae.model import SparseAutoencoder
-from fluxsae.sae.training import Processes, Source, TrainConfig, measure_held_out, train
+from fluxsae.sae.training import HeldOut, Processes, Source, Task, TrainConfig, train_together
 from fluxsae.sae.training.checkpoints import CHECKPOINT_NAME
 from train.flux_options import FluxOptions
 from train.processes import processes
@@ -68,7 +68,7 @@ class FitConfig(TrainConfig, FluxOptions):
     batch_size: int = 2048
     """Tokens in a batch, over all processes."""
     buffer_gb: float = 4.0
-    """Memory for shuffling, GB."""
+    """Memory for shuffling, GB; from_flux shares it out among the hook points."""
     activations: Path | None = None
     """Folder of the shards; left out, `activations` in the run folder."""
     from_flux: bool = False
@@ -95,11 +95,12 @@ class FitConfig(TrainConfig, FluxOptions):
 
 @dataclass(frozen=True)
 class _Data:
-    """The activations of one hook point."""
+    """The activations of hook points that are trained side by side."""
 
-    source: Source
-    trained_on: TrainedOn
-    held_out: Callable[[], Iterator[Tensor]]
+    sources: Mapping[HookPoint, Source]
+    grounds: Mapping[HookPoint, TrainedOn]
+    held_out: Callable[[], Iterator[Mapping[HookPoint, Tensor]]]
+    """Rows of each held-out image."""
 
 
 def main(config: FitConfig, *, pipe: Any = None) -> StageResult:
@@ -126,7 +127,8 @@ def main(config: FitConfig, *, pipe: Any = None) -> StageResult:
         if peers.rank == 0:
             # Only now: stopped between two hook points, the stage finds the first one's SAEs in its checkpoint.
             for hookpoint in hookpoints:
-                (_work_path(run, hookpoint) / CHECKPOINT_NAME).unlink(missing_ok=True)
+                for path in _work_path(run, hookpoint).rglob(CHECKPOINT_NAME):
+                    path.unlink()
             push_complete(run, config.push_to)
         return result
 
@@ -157,7 +159,7 @@ def _stage_config(config: FitConfig, hookpoints: list[HookPoint]) -> dict[str, A
     """The values that decide the SAEs, for each hook point."""
     irrelevant = {f.name for f in fields(FluxOptions)} - {"seed"} if not config.from_flux else {"device", "preset"}
     irrelevant |= {"run", "hookpoint", "buffer_gb", "activations", "track", "push_to", "force"}
-    irrelevant |= {"log_every", "checkpoint_every"}
+    irrelevant |= {"log_every", "checkpoint_minutes"}
     if not config.from_flux:
         irrelevant |= {"n_images", "tokens_per_image", "images_at_once"}
     values = {name: value for name, value in asdict(config).items() if name not in irrelevant}
@@ -166,39 +168,67 @@ def _stage_config(config: FitConfig, hookpoints: list[HookPoint]) -> dict[str, A
 
 
 def _fit_all(config: FitConfig, run: RunFolder, hookpoints: list[HookPoint], peers: Processes, pipe: Any) -> None:
+    if config.from_flux:  # one FLUX makes the images of all hook points
+        _fit(config, run, _from_flux(config, run, hookpoints, peers, pipe), peers)
+        return
     for hookpoint in hookpoints:
-        data = (
-            _from_flux(config, run, hookpoint, peers, pipe)
-            if config.from_flux
-            else _from_disk(config, hookpoint, peers)
-        )
-        _fit(config, run, hookpoint, data, peers)
+        _fit(config, run, _from_disk(config, hookpoint, peers), peers)
 
 
-def _fit(config: FitConfig, run: RunFolder, hookpoint: HookPoint, data: _Data, peers: Processes) -> None:
-    work = _work_path(run, hookpoint)
-    if config.force and peers.rank == 0:
-        start_over(run, "fit", [str(hookpoint)])
-        shutil.rmtree(work, ignore_errors=True)
+def _fit(config: FitConfig, run: RunFolder, data: _Data, peers: Processes) -> None:
+    """Trains the SAEs of some hook points.
+
+    At least as many SAEs as processes, of activations on disk, are dealt to the processes, which then share nothing.
+    """
+    for hookpoint in data.sources:
+        if config.force and peers.rank == 0:
+            start_over(run, "fit", [str(hookpoint)])
+            shutil.rmtree(_work_path(run, hookpoint), ignore_errors=True)
     peers.wait()
-    configs = build_sae_configs(config, data.source, data.trained_on)
-    with tqdm(desc=f"fit {hookpoint}", unit="step", disable=peers.rank > 0, file=sys.stdout) as bar:
-        result = train(
-            configs,
-            data.source,
-            config.training(),
-            folder=work,
-            device=_device(config),
-            processes=peers,
-            tracker=_tracker(config, str(hookpoint)) if config.track and peers.rank == 0 else None,
+    configs = {
+        hookpoint: build_sae_configs(config, source, data.grounds[hookpoint])
+        for hookpoint, source in data.sources.items()
+    }
+    mains = {hookpoint: next(iter(named)) for hookpoint, named in configs.items()}
+    team, folder = peers, ""
+    if peers.world_size > 1 and not config.from_flux and min(map(len, configs.values())) >= peers.world_size:
+        team, folder = Processes(), f"process-{peers.rank}-of-{peers.world_size}"
+        (hookpoint,) = data.sources
+        data = _from_disk(config, hookpoint, team)
+        configs = {hookpoint: dict(list(configs[hookpoint].items())[peers.rank :: peers.world_size])}
+    saes = _train(config, run, data, configs, team, folder=folder)
+    if team.rank == 0:
+        _save(run, saes, mains, data)
+    peers.wait()
+
+
+def _train(
+    config: FitConfig,
+    run: RunFolder,
+    data: _Data,
+    configs: Mapping[HookPoint, Mapping[str, SaeConfig]],
+    team: Processes,
+    *,
+    folder: str,
+) -> dict[HookPoint, dict[str, SparseAutoencoder]]:
+    names = ", ".join(map(str, configs))
+    with tqdm(desc=f"fit {names}", unit="step", disable=team.rank > 0, file=sys.stdout) as bar:
+        tasks = [
+            Task(
+                saes, data.sources[hookpoint], _work_path(run, hookpoint) / folder,
+                _tracker(config, f"{hookpoint} {folder}".strip()) if config.track and team.rank == 0 else None,
+            )
+            for hookpoint, saes in configs.items()
+        ]  # fmt: skip
+        results = train_together(
+            tasks, config.training(), device=_device(config), processes=team,
             on_step=lambda done, total: _show(bar, done, total),
-        )
-    if not result.is_finished:
-        print(f"Stopped at step {result.step} of {result.n_steps}; the same command continues.")
+        )  # fmt: skip
+    unfinished = [result for result in results if not result.is_finished]
+    if unfinished:
+        print(f"Stopped at step {unfinished[0].step} of {unfinished[0].n_steps}; the same command continues.")
         raise SystemExit(0)
-    if peers.rank == 0:
-        _save(run, hookpoint, result.saes, data)
-    peers.wait()
+    return {hookpoint: result.saes for hookpoint, result in zip(configs, results, strict=True)}
 
 
 def build_sae_configs(config: FitConfig, source: Source, trained_on: TrainedOn | None) -> dict[str, SaeConfig]:
@@ -245,42 +275,46 @@ def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Da
     )
     positions = [folder.manifest.steps.index(step) for step in steps]
 
-    def held_out() -> Iterator[Tensor]:
+    def held_out() -> Iterator[Mapping[HookPoint, Tensor]]:
         for _, tokens, _ in folder.iter_images("held_out"):
-            yield tokens[positions].flatten(0, 1)
+            yield {hookpoint: tokens[positions].flatten(0, 1)}
 
-    return _Data(source, _ground(folder.manifest, steps), held_out)
+    return _Data({hookpoint: source}, {hookpoint: _ground(folder.manifest, steps)}, held_out)
 
 
-def _from_flux(config: FitConfig, run: RunFolder, hookpoint: HookPoint, peers: Processes, pipe: Any) -> _Data:
-    from fluxsae.activations.collection import ImagePlan, build_manifests, build_request, capture_rows, live_source
+def _from_flux(
+    config: FitConfig, run: RunFolder, hookpoints: Sequence[HookPoint], peers: Processes, pipe: Any
+) -> _Data:
+    from fluxsae.activations.collection import ImagePlan, build_manifests, build_request, capture_rows, live_sources
     from train.collect import describe_run, save_run
     from train.flux_options import default_steps
 
     settings = config.settings(pipe)
     steps = config.step or default_steps(settings)
     request = build_request(
-        pipe, [hookpoint], steps, settings=settings, tokens_per_image=config.tokens_per_image,
+        pipe, hookpoints, steps, settings=settings, tokens_per_image=config.tokens_per_image,
         batch_size=config.images_at_once, seed=config.seed,
     )  # fmt: skip
     plan = ImagePlan.build(config.load_prompts(config.n_images, "collect"), seed=config.seed, purpose="collect")
-    info = describe_run(pipe, request, plan, hookpoints=[hookpoint])
+    info = describe_run(pipe, request, plan, hookpoints=list(hookpoints))
     if peers.rank == 0:
         save_run(run, info, force=config.force)
     peers.wait()
-    manifest = build_manifests(
+    manifests = build_manifests(
         pipe, plan, request, flux_id=info.flux_id, flux_revision=info.flux_revision, is_exact=info.is_exact
-    )[hookpoint]
-    source = live_source(
-        pipe, plan, request, hookpoint, batch_size=config.batch_size, seed=config.seed,
+    )
+    sources = live_sources(
+        pipe, plan, request, batch_size=config.batch_size, seed=config.seed,
         buffer_bytes=int(config.buffer_gb * (1 << 30)), peers=peers,
     )  # fmt: skip
 
-    def held_out() -> Iterator[Tensor]:
-        for image_id in filter(manifest.is_held_out, range(len(plan))):
-            yield capture_rows(pipe, plan, [image_id], request)[hookpoint][0].flatten(0, 2)
+    def held_out() -> Iterator[Mapping[HookPoint, Tensor]]:
+        for image_id in filter(manifests[request.hookpoints[0]].is_held_out, range(len(plan))):
+            captured = capture_rows(pipe, plan, [image_id], request)
+            yield {hookpoint: tokens.flatten(0, 2) for hookpoint, (tokens, _) in captured.items()}
 
-    return _Data(source, _ground(manifest, request.steps), held_out)
+    grounds = {hookpoint: _ground(manifest, request.steps) for hookpoint, manifest in manifests.items()}
+    return _Data(sources, grounds, held_out)
 
 
 def _ground(manifest: ActivationManifest, steps: tuple[int, ...]) -> TrainedOn:
@@ -303,19 +337,30 @@ def _ground(manifest: ActivationManifest, steps: tuple[int, ...]) -> TrainedOn:
     )
 
 
-def _save(run: RunFolder, hookpoint: HookPoint, saes: Mapping[str, SparseAutoencoder], data: _Data) -> None:
-    """The first SAE becomes the run's; the others of a sweep stay beside the training log."""
-    for position, (name, sae) in enumerate(saes.items()):
-        measured = measure_held_out(sae, data.held_out())
-        print(
-            f"{hookpoint} {name}: FVU {measured['fvu']:.4f}, L0 {measured['l0']:.1f}, "
-            f"dead {100 * measured['dead_share']:.1f} % (held out: {measured['n_images']} images)"
-        )
-        if position == 0:
-            sae.save_pretrained(run.sae_path(hookpoint))
-            run.save_metrics(hookpoint, measured)
-        else:
-            sae.save_pretrained(_work_path(run, hookpoint) / name)
+def _save(
+    run: RunFolder,
+    saes: Mapping[HookPoint, Mapping[str, SparseAutoencoder]],
+    mains: Mapping[HookPoint, str],
+    data: _Data,
+) -> None:
+    """Measures every SAE; the main one becomes the run's, the others of a sweep stay beside the training log."""
+    measures = {hookpoint: [HeldOut(sae) for sae in named.values()] for hookpoint, named in saes.items()}
+    for image in data.held_out():
+        for hookpoint, tokens in image.items():
+            for measure in measures[hookpoint]:
+                measure.add(tokens)
+    for hookpoint, named in saes.items():
+        for measure, (name, sae) in zip(measures[hookpoint], named.items(), strict=True):
+            measured = measure.measure()
+            print(
+                f"{hookpoint} {name}: FVU {measured['fvu']:.4f}, L0 {measured['l0']:.1f}, "
+                f"dead {100 * measured['dead_share']:.1f} % (held out: {measured['n_images']} images)"
+            )
+            if name == mains[hookpoint]:
+                sae.save_pretrained(run.sae_path(hookpoint))
+                run.save_metrics(hookpoint, measured)
+            else:
+                sae.save_pretrained(_work_path(run, hookpoint) / name)
 
 
 def _device(config: FitConfig) -> torch.device:

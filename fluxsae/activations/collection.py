@@ -1,7 +1,7 @@
 """FLUX to token rows: onto disk as shards, or straight into training."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -286,73 +286,119 @@ class Peers(Protocol):
         """The tensor, replaced by that of process `source`."""
 
 
-class LiveReader:
-    """Rows straight from FLUX: a shard is generated when it is asked for, with fresh noise in every epoch.
+class LiveImages:
+    """Images that are made once for all hook points of a request, with fresh noise in every epoch.
 
     Batches of images are dealt to the processes in turn and their rows exchanged: every process has all rows, which do
-    not depend on how many processes there are.
+    not depend on how many processes there are. Rows that a hook point has not asked for yet wait for it; beyond
+    `waiting_bytes` the oldest are forgotten, and made again if they are asked for after all.
     """
-
-    reads_ahead = False
 
     def __init__(
         self,
         pipe: Any,
         plan: ImagePlan,
         request: CaptureRequest,
-        hookpoint: HookPoint,
         *,
         images_per_shard: int = 32,
         held_out_every: int = 10,
+        waiting_bytes: int = 1 << 30,
         peers: Peers | None = None,
     ) -> None:
-        self._pipe, self._plan, self._request, self._hookpoint = pipe, plan, request, hookpoint
-        self._peers = peers
-        n_tokens, self.d_model = stream_shapes(pipe, request)[hookpoint]
-        self._rows_per_image = len(request.steps) * min(n_tokens, request.tokens_per_image or n_tokens)
+        self._pipe, self._plan, self._request, self._peers = pipe, plan, request, peers
+        self._shapes = stream_shapes(pipe, request)
         every = held_out_every
         ids = [i for i in range(len(plan)) if not every or i % every != every - 1]
         self._shards = [ids[start : start + images_per_shard] for start in range(0, len(ids), images_per_shard)]
+        self._waiting: OrderedDict[tuple[int, int, HookPoint], Tensor] = OrderedDict()
+        self._waiting_bytes = waiting_bytes
 
-    def n_rows(self) -> list[int]:
+    def d_model(self, hookpoint: HookPoint) -> int:
+        """Width of a hook point's rows."""
+        return self._shapes[hookpoint][1]
+
+    def n_rows(self, hookpoint: HookPoint) -> list[int]:
         """Rows of each shard; held-out images are never generated."""
-        return [len(shard) * self._rows_per_image for shard in self._shards]
+        return [len(shard) * self._rows_per_image(hookpoint) for shard in self._shards]
 
-    def pieces(self, shards: Sequence[int], *, epoch: int) -> Iterator[BFloat16[Tensor, "rows d_model"]]:
-        """The rows of some shards' images, a batch of images at a time, with the noise of this epoch.
+    def take(self, hookpoint: HookPoint, shard: int, *, epoch: int) -> BFloat16[Tensor, "rows d_model"]:
+        """A hook point's rows of a shard's images.
 
         Raises:
             FluxSaeError: so many epochs that the seeds would leave their block.
         """
+        if (epoch, shard, hookpoint) not in self._waiting:
+            made = self._make(shard, epoch)
+            self._waiting |= {(epoch, shard, place): rows for place, rows in made.items()}
+        rows = self._waiting.pop((epoch, shard, hookpoint))
+        while sum(map(_n_bytes, self._waiting.values())) > self._waiting_bytes:
+            self._waiting.popitem(last=False)
+        return rows
+
+    def _rows_per_image(self, hookpoint: HookPoint) -> int:
+        n_tokens, asked = self._shapes[hookpoint][0], self._request.tokens_per_image
+        return len(self._request.steps) * min(n_tokens, asked or n_tokens)
+
+    def _make(self, shard: int, epoch: int) -> dict[HookPoint, Tensor]:
         first = epoch * len(self._plan)
         if first + len(self._plan) > SEED_BLOCK:
             raise FluxSaeError(
                 f"Epoch {epoch} of {len(self._plan)} images would need more than {SEED_BLOCK} seeds. Use fewer epochs."
             )
         plan, size = ImagePlan(self._plan.prompts, self._plan.first_seed + first), self._request.batch_size
-        images = [self._shards[shard] for shard in shards]
-        batches = [ids[start : start + size] for ids in images for start in range(0, len(ids), size)]
+        ids = self._shards[shard]
+        batches = [ids[start : start + size] for start in range(0, len(ids), size)]
         rank, world_size = (self._peers.rank, self._peers.world_size) if self._peers else (0, 1)
+        pieces: dict[HookPoint, list[Tensor]] = {place: [] for place in self._request.hookpoints}
         for start in range(0, len(batches), world_size):
             turn = batches[start : start + world_size]
-            own = self._generate(plan, turn[rank]) if rank < len(turn) else None
-            for source, ids in enumerate(turn):
-                if own is not None and source == rank:
-                    rows = own
-                else:
-                    rows = torch.empty(len(ids) * self._rows_per_image, self.d_model, dtype=torch.bfloat16)
-                yield self._peers.broadcast_(rows, source=source) if self._peers else rows
+            own = capture_rows(self._pipe, plan, turn[rank], self._request) if rank < len(turn) else None
+            for source, images in enumerate(turn):
+                for place, made in pieces.items():
+                    if own is not None and source == rank:
+                        rows = own[place][0].flatten(0, 2)
+                    else:
+                        shape = (len(images) * self._rows_per_image(place), self.d_model(place))
+                        rows = torch.empty(shape, dtype=torch.bfloat16)
+                    made.append(self._peers.broadcast_(rows, source=source) if self._peers else rows)
+        return {place: torch.cat(made) for place, made in pieces.items()}
 
-    def _generate(self, plan: ImagePlan, image_ids: Sequence[int]) -> BFloat16[Tensor, "rows d_model"]:
-        tokens, _ = capture_rows(self._pipe, plan, image_ids, self._request)[self._hookpoint]
-        return tokens.flatten(0, 2)
+
+def _n_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
-def live_source(
+class LiveReader:
+    """One hook point's rows straight from FLUX: a shard is generated when it is asked for."""
+
+    reads_ahead = False
+
+    def __init__(self, images: LiveImages, hookpoint: HookPoint) -> None:
+        self._images, self._hookpoint = images, hookpoint
+        self.d_model = images.d_model(hookpoint)
+
+    def n_rows(self) -> list[int]:
+        """Rows of each shard."""
+        return self._images.n_rows(self._hookpoint)
+
+    def rows(
+        self, shards: Sequence[int], wanted: Int[Tensor, " wanted"], *, epoch: int
+    ) -> BFloat16[Tensor, "wanted d_model"]:
+        """Some of the rows of some shards' images, with the noise of this epoch."""
+        rows = torch.empty(len(wanted), self.d_model, dtype=torch.bfloat16)
+        first, place = 0, 0
+        for shard in shards:
+            made = self._images.take(self._hookpoint, shard, epoch=epoch)
+            stop = place + int(torch.searchsorted(wanted[place:], first + len(made)))
+            rows[place:stop] = made[wanted[place:stop] - first]
+            first, place = first + len(made), stop
+        return rows
+
+
+def live_sources(
     pipe: Any,
     plan: ImagePlan,
     request: CaptureRequest,
-    hookpoint: HookPoint | str,
     *,
     batch_size: int,
     seed: int = 0,
@@ -360,24 +406,25 @@ def live_source(
     held_out_every: int = 10,
     buffer_bytes: int = 1 << 30,
     peers: Peers | None = None,
-) -> MixingBuffer:
-    """Batches for training that come from FLUX itself and never touch the disk: the interface of `mixing_buffer`.
+) -> dict[HookPoint, MixingBuffer]:
+    """Batches of every requested hook point that come from FLUX itself and never touch the disk.
 
-    Under several processes (`peers`) each generates its share of the images and gets its slice of every batch.
+    Each is used as `mixing_buffer` is. Their images are the same and made once, as long as all sources are read side by
+    side; `buffer_bytes` is shared out among them. Under several processes (`peers`) each generates its share of the
+    images and gets its slice of every batch.
 
     Raises:
-        FluxSaeError: the hook point is not in the request, there are too few rows for a batch, or `batch_size` does
-            not divide by the number of processes.
+        FluxSaeError: there are too few rows for a batch, or `batch_size` does not divide by the number of processes.
     """
-    wanted = HookPoint.parse(hookpoint)
-    if wanted not in request.hookpoints:
-        raise FluxSaeError(
-            f"{wanted} is not among the requested hook points {', '.join(map(str, request.hookpoints))}."
-        )
-    reader = LiveReader(
-        pipe, plan, request, wanted, images_per_shard=images_per_shard, held_out_every=held_out_every, peers=peers
-    )
+    images = LiveImages(
+        pipe, plan, request, images_per_shard=images_per_shard, held_out_every=held_out_every,
+        waiting_bytes=buffer_bytes, peers=peers,
+    )  # fmt: skip
     rank, world_size = (peers.rank, peers.world_size) if peers else (0, 1)
-    return MixingBuffer(
-        reader, batch_size=batch_size, seed=seed, buffer_bytes=buffer_bytes, rank=rank, world_size=world_size
-    )
+    return {
+        hookpoint: MixingBuffer(
+            LiveReader(images, hookpoint), batch_size=batch_size, seed=seed,
+            buffer_bytes=buffer_bytes // len(request.hookpoints), rank=rank, world_size=world_size,
+        )
+        for hookpoint in request.hookpoints
+    }  # fmt: skip

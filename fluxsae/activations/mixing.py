@@ -1,14 +1,17 @@
 """Batches of FLUX's token rows, in an order that can be taken up anywhere."""
 
 import hashlib
+import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
-from jaxtyping import BFloat16
+from jaxtyping import BFloat16, Int
 from torch import Tensor
 
 from fluxsae.activations.shards import ActivationManifest, ActivationShard, ShardFolder, ShardWriter, Split
@@ -40,8 +43,13 @@ class RowReader(Protocol):
     def n_rows(self) -> list[int]:
         """Rows of each shard."""
 
-    def pieces(self, shards: Sequence[int], *, epoch: int) -> Iterator[BFloat16[Tensor, "rows d_model"]]:
-        """The rows of some shards one after the other, in pieces of any size; the same every time."""
+    def rows(
+        self, shards: Sequence[int], wanted: Int[Tensor, " wanted"], *, epoch: int
+    ) -> BFloat16[Tensor, "wanted d_model"]:
+        """Some of the rows of some shards, the same every time.
+
+        `wanted` counts the rows of these shards one after the other, and ascends.
+        """
 
 
 class DiskReader:
@@ -61,11 +69,27 @@ class DiskReader:
         rows = len(self._steps) * manifest.tokens_per_image
         return [rows * len(self._wanted(shard)) for shard in range(manifest.n_shards)]
 
-    def pieces(self, shards: Sequence[int], *, epoch: int) -> Iterator[BFloat16[Tensor, "rows d_model"]]:
-        """The rows of some shards, shard by shard, the same in every epoch."""
+    def rows(
+        self, shards: Sequence[int], wanted: Int[Tensor, " wanted"], *, epoch: int
+    ) -> BFloat16[Tensor, "wanted d_model"]:
+        """Some of the rows of some shards, the same in every epoch; no others are read from the disk."""
+        counts = self.n_rows()
+        rows = torch.empty(len(wanted), self.d_model, dtype=torch.bfloat16)
+        first, place = 0, 0
         for shard in shards:
-            tokens = self.folder.shards[shard].tokens()[self._wanted(shard)][:, self._steps]
-            yield rearrange(tokens, "images steps tokens d_model -> (images steps tokens) d_model")
+            stop = place + int(torch.searchsorted(wanted[place:], first + counts[shard]))
+            if stop > place:
+                stored = rearrange(self.folder.shards[shard].tokens(), "... d_model -> (...) d_model")  # not read yet
+                torch.index_select(stored, 0, self._stored(shard)[wanted[place:stop] - first], out=rows[place:stop])
+            first, place = first + counts[shard], stop
+        return rows
+
+    def _stored(self, shard: int) -> Int[Tensor, " rows"]:
+        """Which of a shard's stored rows belong to the split and the steps, in order."""
+        manifest = self.folder.manifest
+        shape = (len(manifest.image_ids(shard)), len(manifest.steps), manifest.tokens_per_image)
+        places = torch.arange(math.prod(shape)).reshape(shape)
+        return places[self._wanted(shard)][:, self._steps].flatten()
 
     def _wanted(self, shard: int) -> list[int]:
         ids = self.folder.manifest.image_ids(shard)
@@ -87,7 +111,7 @@ class MixingBuffer:
     Shards are drawn in a random order into groups, and rows are shuffled within a group. Data that fits into
     `buffer_bytes` is one group, kept in memory; otherwise the next group is read while one is in use, and both fit.
     The last rows of an epoch that fill no batch are left out. Under several processes `batch_size` counts the rows of
-    all of them together, and each gets its own slice of every batch.
+    all of them together; each gets its own slice of every batch, and reads and keeps no other rows.
 
     Raises:
         FluxSaeError: there is not one full batch, or `batch_size` does not divide by the number of processes.
@@ -109,13 +133,19 @@ class MixingBuffer:
         self.batch_size = batch_size
         self.seed = seed
         self._buffer_rows = max(buffer_bytes, _FEWEST_SHUFFLE_BYTES) // (2 * reader.d_model)
-        self._slice = _rank_slice(batch_size, rank, world_size)
+        self._rank, self._share = rank, _share(batch_size, world_size)
         self._resident: Tensor | None = None
+        self._made: tuple[object, tuple[Tensor, Tensor]] | None = None
         if self.n_batches < 1:
             raise FluxSaeError(
                 f"There are {self.n_rows} token rows, fewer than one batch of {batch_size}. "
                 "Collect more images, keep more tokens of each, or use a smaller batch."
             )
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the next batch may be assembled in another thread while the last one is in use."""
+        return self._reader.reads_ahead
 
     @property
     def n_rows(self) -> int:
@@ -149,22 +179,31 @@ class MixingBuffer:
 
     def batches(self, epoch: int, *, cursor: int = 0) -> Iterator[BFloat16[Tensor, "rows d_model"]]:
         """The batches `cursor`, `cursor` + 1, ... of an epoch, in main memory, in the dtype they are stored in."""
-        skip = cursor * self.batch_size
-        groups = self._groups(epoch)
-        first = 0
-        while first < len(groups) and skip >= self._size(groups[first]):
-            skip -= self._size(groups[first])
-            first += 1
-        pending: list[Tensor] = []
-        for position, rows in self._iter_loaded(groups, epoch, first=first):
-            order = torch.randperm(len(rows), generator=self._generator(epoch, "rows", position))[skip:]
-            skip = 0
+        pending, n_pending = [], 0
+        for rows, order in self._iter_loaded(epoch, cursor):
             start = 0
-            while len(order) - start + sum(map(len, pending)) >= self.batch_size:
-                stop = start + self.batch_size - sum(map(len, pending))
-                yield torch.cat([*pending, rows[order[start:stop]]])[self._slice]
-                pending, start = [], stop
-            pending.append(rows[order[start:]])
+            while len(order) - start + n_pending >= self._share:
+                stop = start + self._share - n_pending
+                pending.append(rows[order[start:stop]])
+                yield torch.cat(pending) if len(pending) > 1 else pending[0]
+                pending, n_pending, start = [], 0, stop
+            if start < len(order):
+                pending.append(rows[order[start:]])
+                n_pending += len(order) - start
+            del rows  # before the next ones are made
+
+    def _parts(self, epoch: int, cursor: int) -> Iterator[tuple[tuple[int, ...], Int[Tensor, " own"]]]:
+        """Each group that has rows for this process from a batch on, and those rows in the order they are used in."""
+        first, last = cursor * self.batch_size, self.n_batches * self.batch_size
+        start = 0
+        for position, group in enumerate(self._groups(epoch)):
+            stop = start + self._size(group)
+            if stop > first and start < last:
+                order = torch.randperm(stop - start, generator=self._generator(epoch, "rows", position))
+                places = torch.arange(max(start, first), min(stop, last))
+                own = places % self.batch_size // self._share == self._rank
+                yield group, order[places[own] - start]
+            start = stop
 
     def _groups(self, epoch: int) -> list[tuple[int, ...]]:
         if self._is_one_group:
@@ -183,47 +222,54 @@ class MixingBuffer:
         return sum(self._shard_rows[shard] for shard in group)
 
     def _iter_loaded(
-        self, groups: list[tuple[int, ...]], epoch: int, *, first: int
-    ) -> Iterator[tuple[int, BFloat16[Tensor, "rows d_model"]]]:
-        """(position, rows) of the groups from `first` on, the next one read ahead where the reader allows it."""
+        self, epoch: int, cursor: int
+    ) -> Iterator[tuple[BFloat16[Tensor, "rows d_model"], Int[Tensor, " own"]]]:
+        """(rows, their order) of the groups from a batch on, the next one read ahead where the reader allows it."""
+        parts = self._parts(epoch, cursor)
         if not self._reader.reads_ahead:
-            yield from ((position, self._read(groups[position], epoch)) for position in range(first, len(groups)))
-        elif len(groups) == 1 and first == 0:
-            if self._resident is None:
-                self._resident = self._read(groups[0], epoch)
-            yield 0, self._resident
+            yield from (self._make(group, own, epoch) for group, own in parts)
+        elif self._is_one_group and self._share == self.batch_size:
+            for group, own in parts:
+                if self._resident is None:
+                    self._resident = self._reader.rows(group, torch.arange(self.n_rows), epoch=epoch)
+                yield self._resident, own
         else:
             with ThreadPoolExecutor(max_workers=1) as pool:
-                ahead = pool.submit(self._read, groups[first], epoch) if first < len(groups) else None
-                for position in range(first, len(groups)):
-                    assert ahead is not None
-                    rows = ahead.result()
-                    if position + 1 < len(groups):
-                        ahead = pool.submit(self._read, groups[position + 1], epoch)
-                    yield position, rows
-                    del rows
+                ahead = deque([pool.submit(self._load, *part, epoch) for part in islice(parts, 1)])
+                while ahead:
+                    loaded = ahead.popleft().result()
+                    ahead += [pool.submit(self._load, *part, epoch) for part in islice(parts, 1)]
+                    yield loaded
+                    del loaded
 
-    def _read(self, group: tuple[int, ...], epoch: int) -> Tensor:
-        rows = torch.empty(self._size(group), self.d_model, dtype=torch.bfloat16)
-        start = 0
-        for piece in self._reader.pieces([shard for shard in group if self._shard_rows[shard]], epoch=epoch):
-            rows[start : start + len(piece)] = piece
-            start += len(piece)
-        return rows
+    def _make(self, group: tuple[int, ...], own: Int[Tensor, " own"], epoch: int) -> tuple[Tensor, Tensor]:
+        """`_load`, unless these rows were the last that were made: the first ones are looked at before training."""
+        key = (epoch, group, len(own))
+        if self._made is None or self._made[0] != key:
+            self._made = None
+            self._made = (key, self._load(group, own, epoch))
+        return self._made[1]
+
+    def _load(
+        self, group: tuple[int, ...], own: Int[Tensor, " own"], epoch: int
+    ) -> tuple[BFloat16[Tensor, "own d_model"], Int[Tensor, " own"]]:
+        wanted, places = own.sort()
+        order = torch.empty_like(places)
+        order[places] = torch.arange(len(places))
+        return self._reader.rows(group, wanted, epoch=epoch), order
 
     def _generator(self, epoch: int, *purpose: str | int) -> torch.Generator:
         digest = hashlib.sha256(repr((self.seed, epoch, *purpose)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
+def _share(batch_size: int, world_size: int) -> int:
     if batch_size < 1 or batch_size % world_size:
         raise FluxSaeError(
             f"batch_size is {batch_size}; it must be at least 1 and a multiple of the {world_size} processes, "
             "because it counts the rows of all of them together."
         )
-    share = batch_size // world_size
-    return slice(rank * share, (rank + 1) * share)
+    return batch_size // world_size
 
 
 def mixing_buffer(

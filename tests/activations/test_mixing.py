@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +130,27 @@ def test_ranks_together_see_the_batch_of_one_process(folder: ShardFolder) -> Non
     whole = next(mixing_buffer(folder, batch_size=8).batches(2))
     parts = [next(mixing_buffer(folder, batch_size=8, rank=r, world_size=2).batches(2)) for r in range(2)]
     assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("buffer_rows", [40, 10_000])
+@pytest.mark.parametrize("cursor", [0, 3])
+def test_each_process_reads_its_own_rows_alone(folder: ShardFolder, buffer_rows: int, cursor: int) -> None:
+    read: list[list[tuple[float, ...]]] = []
+    for rank in range(4):
+        buffer = mixing_buffer(folder, batch_size=8, rank=rank, world_size=4)
+        buffer._buffer_rows = buffer_rows
+        asked: list[torch.Tensor] = []
+        plain = buffer._reader.rows
+
+        def noted(*args: Any, asked: list[torch.Tensor] = asked, plain: Any = plain, **options: Any) -> torch.Tensor:
+            asked.append(plain(*args, **options))
+            return asked[-1]
+
+        buffer._reader.rows = noted  # type: ignore[method-assign]
+        used = torch.cat(list(buffer.batches(1, cursor=cursor)))
+        read.append(sorted(map(tuple, torch.cat(asked).float().tolist())))
+        assert read[-1] == sorted(map(tuple, used.float().tolist()))
+    assert len({row for rows in read for row in rows}) == sum(map(len, read)) == 8 * (buffer.n_batches - cursor)
 
 
 def test_the_order_is_named_by_what_decides_it(folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:

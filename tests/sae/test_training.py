@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,17 +19,19 @@ from torch import Tensor
 from fluxsae.activations.shards import ActivationManifest, ShardWriter
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import load_tensors
+from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.folder import RunFolder, RunInfo
 from fluxsae.sae.config import ARCHITECTURES, Architecture, SaeConfig
 from fluxsae.sae.metrics import fvu
 from fluxsae.sae.model import SparseAutoencoder
-from fluxsae.sae.training import TrainConfig, measure_held_out, train
+from fluxsae.sae.training import HeldOut, TrainConfig, loop, train
 from fluxsae.sae.training.checkpoints import CHECKPOINT_NAME, LOG_NAME
 from fluxsae.sae.training.gradients import Situation, _batch_topk, batch_gradients
 from fluxsae.sae.training.initial import resample_dead
 from fluxsae.sae.training.processes import Processes
 from fluxsae.sae.training.trainer import SaeTrainer
+from train import fit
 from train.fit import FitConfig, main
 
 D_MODEL, N_FEATURES, K = 12, 40, 4
@@ -41,6 +45,7 @@ class MemorySource:
     batch_size: int = 64
     seed: int = 0
     processes: Processes = field(default_factory=Processes)
+    reads_ahead: bool = True
 
     @property
     def d_model(self) -> int:
@@ -305,7 +310,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 def test_training_stopped_anywhere_ends_with_the_same_bits(tmp_path: Path, architecture: Architecture) -> None:
     configs = {"a": sae_config(architecture, dead_after_tokens=500)}
     source = MemorySource(sparse_rows(640))
-    config = TrainConfig(epochs=3, lr=2e-3, checkpoint_every=7, resample_every=6, log_every=3)
+    config = TrainConfig(epochs=3, lr=2e-3, checkpoint_minutes=0, resample_every=6, log_every=3)
     whole = train(configs, source, config, folder=tmp_path / "whole").saes["a"]
     for stop_at in (1, 10, 17):
         interrupted = tmp_path / str(stop_at)
@@ -324,7 +329,7 @@ def test_training_stopped_anywhere_ends_with_the_same_bits(tmp_path: Path, archi
 
 
 def test_the_metrics_log_of_a_continued_run_has_every_interval_once(tmp_path: Path) -> None:
-    source, config = MemorySource(sparse_rows(1280)), TrainConfig(epochs=2, checkpoint_every=10, log_every=5)
+    source, config = MemorySource(sparse_rows(1280)), TrainConfig(epochs=2, checkpoint_minutes=0, log_every=5)
     train({"a": sae_config()}, source, replace(config, max_steps=None), folder=tmp_path)
     lines = (tmp_path / LOG_NAME).read_text().splitlines()
     # As a killed process leaves it: lines after the last checkpoint, the last of them cut off.
@@ -348,7 +353,7 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path: Path) -> No
 
 
 def test_training_that_stopped_at_a_bad_batch_continues_when_told_to_skip_it(tmp_path: Path) -> None:
-    source, config = _with_bad_batch(float("nan")), TrainConfig(checkpoint_every=5, on_nan="stop")
+    source, config = _with_bad_batch(float("nan")), TrainConfig(checkpoint_minutes=0, log_every=5, on_nan="stop")
     with pytest.raises(FluxSaeError, match="step 13"):
         train({"a": sae_config()}, source, config, folder=tmp_path)
     told = replace(config, on_nan="skip")
@@ -375,6 +380,70 @@ def test_several_saes_in_one_pass_equal_each_alone() -> None:
         alone = train({name: one}, source, config).saes[name]
         for key, tensor in alone.state_dict().items():
             assert torch.equal(tensor, together[name].state_dict()[key]), (name, key)
+
+
+def test_checkpoints_follow_the_clock_and_stand_at_a_line_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(loop, "save_checkpoint", lambda folder, plan, step, states: saved.append(step))
+    source, config = MemorySource(sparse_rows(640)), TrainConfig(epochs=2, log_every=4, checkpoint_minutes=0)
+    train({"a": sae_config()}, source, config, folder=tmp_path)
+    assert saved == [4, 8, 12, 16, 20]
+    saved.clear()
+    train({"a": sae_config()}, source, replace(config, checkpoint_minutes=10), folder=tmp_path)
+    assert saved == [20]
+
+
+# Feeding
+
+
+@dataclass
+class NotedSource(MemorySource):
+    """Notes how many batches were assembled, and by which thread."""
+
+    n_assembled: int = 0
+    threads: set[str] = field(default_factory=set)
+
+    def batches(self, epoch: int, *, cursor: int = 0) -> Iterator[Tensor]:
+        for batch in super().batches(epoch, cursor=cursor):
+            self.n_assembled += 1
+            self.threads.add(threading.current_thread().name)
+            yield batch
+
+
+def test_the_next_batch_is_assembled_while_a_step_runs() -> None:
+    source = NotedSource(sparse_rows(640))
+
+    def wait_for_the_next(done: int, total: int) -> None:
+        deadline = time.monotonic() + 5
+        while source.n_assembled < min(done + 1, total) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        seen.append(source.n_assembled)
+
+    seen: list[int] = []
+    config = TrainConfig(init_rows=2)
+    initial = 1
+    train({"a": sae_config()}, source, config, on_step=lambda done, total: wait_for_the_next(done + initial, total + 1))
+    assert seen == [min(done + 1, 10) + initial for done in range(1, 11)]
+
+
+def test_a_source_that_does_not_read_ahead_is_read_by_the_thread_that_trains() -> None:
+    source = NotedSource(sparse_rows(640), reads_ahead=False)
+    train({"a": sae_config()}, source, TrainConfig())
+    assert source.threads == {threading.current_thread().name}
+
+
+def test_the_log_tells_which_share_of_the_time_steps_waited_for_data(tmp_path: Path) -> None:
+    class Slow(MemorySource):
+        def batches(self, epoch: int, *, cursor: int = 0) -> Iterator[Tensor]:
+            for batch in super().batches(epoch, cursor=cursor):
+                time.sleep(0.02)
+                yield batch
+
+    train({"a": sae_config()}, Slow(sparse_rows(640), reads_ahead=False), TrainConfig(log_every=5), folder=tmp_path)
+    shares = [json.loads(line)["wait_share"] for line in (tmp_path / LOG_NAME).read_text().splitlines()]
+    assert all(0.3 < share <= 1 for share in shares)
 
 
 # Faults
@@ -454,7 +523,10 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
 def test_reference_acts_are_the_99th_percentile_of_positive_acts() -> None:
     sae = SparseAutoencoder(sae_config("l1"))
     images = [sparse_rows(150, seed=seed) for seed in range(4)]
-    measured = measure_held_out(sae, images)
+    held_out = HeldOut(sae)
+    for image in images:
+        held_out.add(image)
+    measured = held_out.measure()
     acts = sae.encode(torch.cat(images))
     for feature in range(N_FEATURES):
         positive = acts[:, feature][acts[:, feature] > 0].sort().values
@@ -468,7 +540,7 @@ def test_reference_acts_are_the_99th_percentile_of_positive_acts() -> None:
 
 def test_no_held_out_images_is_an_error() -> None:
     with pytest.raises(FluxSaeError, match="held-out"):
-        measure_held_out(SparseAutoencoder(sae_config()), [])
+        HeldOut(SparseAutoencoder(sae_config())).measure()
 
 
 # Several processes
@@ -562,6 +634,34 @@ def test_fit_writes_an_sae_that_knows_its_ground_and_skips_what_is_complete(coll
     assert main(config).word == "skipped"
     with pytest.raises(FluxSaeError, match="other settings"):
         main(replace(config, lr=0.1))
+
+
+class Apart(Processes):
+    """A process of several that never has to talk to the others."""
+
+    def wait(self) -> None:
+        pass
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        raise AssertionError("SAEs that were dealt share nothing")
+
+
+def test_saes_of_a_sweep_are_dealt_to_the_processes_and_come_out_the_same(tmp_path: Path) -> None:
+    alone, dealt = (RunFolder(write_collected_run(tmp_path / name)) for name in ("alone", "dealt"))
+    config = FitConfig(run=alone.path, k=(3, 5, 7), batch_size=64, epochs=2, device="cpu")
+    main(config)
+    for rank in (1, 0):
+        peers = Apart(rank, 2)
+        own = replace(config, run=dealt.path)
+        place = HookPoint.parse("layer3")
+        fit._fit(own, dealt, fit._from_disk(own, place, peers), peers)
+    for folder in (RunFolder.sae_path, lambda run, place: run.work_path("fit") / place / "topk-5"):
+        one, other = (
+            load_tensors(folder(run, "transformer_blocks.3.ff") / "model.safetensors") for run in (alone, dealt)
+        )
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert dealt.load_metrics("layer3") == alone.load_metrics("layer3")
+    assert (dealt.work_path("fit") / "transformer_blocks.3.ff" / "topk-7" / "model.safetensors").is_file()
 
 
 def test_fit_refuses_what_cannot_be_trained(collected_run: Path) -> None:

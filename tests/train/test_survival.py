@@ -31,7 +31,8 @@ def _collect(values: dict[str, Any]) -> None:
 def _fit(values: dict[str, Any]) -> None:
     from train import fit
 
-    options = {"epochs": 12, "batch_size": 64, "k": (4,), "n_features": 64, "checkpoint_every": 7, "init_rows": 64}
+    options = {"epochs": 12, "batch_size": 64, "k": (4,), "n_features": 64, "init_rows": 64}
+    options |= {"checkpoint_minutes": 0, "log_every": 7}
     fit.main(fit.FitConfig(run=values["run"], **options))
 
 

@@ -57,7 +57,20 @@ def test_two_processes_collect_and_score_the_bytes_of_one(tiny_flux_folder: Path
 
 def test_a_process_killed_in_training_is_restarted_and_the_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     killed, whole = (write_collected_run(tmp_path / name) for name in ("killed", "whole"))
-    options = ("--k", 4, "--epochs", 120, "--batch-size", 64, "--checkpoint-every", 25, "--device", "cpu")
+    options = (
+        "--k",
+        4,
+        "--epochs",
+        120,
+        "--batch-size",
+        64,
+        "--checkpoint-minutes",
+        0,
+        "--log-every",
+        25,
+        "--device",
+        "cpu",
+    )
     training = start("fit", "--run", killed, *options, processes=2)
     work = RunFolder(killed).work_path("fit") / PLACE
     wait_for(work / CHECKPOINT_NAME, training)

@@ -1,4 +1,7 @@
-"""The served OpenAPI document against the app: whatever fits it or not is answered or refused, never a fault."""
+"""The served OpenAPI document against the app: whatever fits it or not is answered or refused, never a fault.
+
+The page borrows its GPU, by the double of the `spaces` package: jobs run in another process.
+"""
 
 import os
 from collections import Counter
@@ -9,9 +12,14 @@ import page_server
 import pytest
 import requests
 import schemathesis
+from gradio_client import Client
+from gradio_client.exceptions import AppError
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
+
+from fluxsae.miniature import miniature_path
+from fluxsae.sae.model import SparseAutoencoder
 
 N_EXAMPLES = int(os.environ.get("FLUXSAE_FUZZ_EXAMPLES", "10"))
 """Calls of each operation and mode."""
@@ -23,14 +31,27 @@ FUZZ = settings(
     suppress_health_check=list(HealthCheck),
 )
 BROKEN_OFF = 0
+PLACE = "transformer_blocks.1.ff"
 GRADIOS_OWN = {("GET", BROKEN_OFF)}
 """Faults that are Gradio's: the stream of a call that does not exist (404, raised after the headers were sent)."""
 
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[page_server.Page]:
-    with page_server.serve() as served:
+    with page_server.serve(SPACES_ZERO_GPU="true", PYTHONPATH=str(page_server.ROOT / "tests" / "doubles")) as served:
         yield served
+
+
+def test_a_page_that_borrows_its_gpu_makes_images_and_refuses_in_words(page: page_server.Page) -> None:
+    client = Client(page.url, verbose=False, download_files=False)
+    image, features, _ = client.predict(prompt="a large red circle on a black background", limit=3, api_name="/heatmap")
+    assert image
+    assert len(features) == 3
+    sae = SparseAutoencoder.from_pretrained(miniature_path("run"), subfolder=f"sae/{PLACE}")
+    silent = int((sae.reference_acts == 0).nonzero()[0])
+    edit = {"hookpoint": PLACE, "feature": silent, "mode": "add", "strength": 1.0}
+    with pytest.raises(AppError, match=f"feature {silent}"):
+        client.predict(prompt="a circle", edits=[edit], api_name="/steer")
 
 
 def outcomes(url: str, operation: Any, mode: GenerationMode) -> Counter[tuple[str, int]]:

@@ -58,14 +58,14 @@ class TrainConfig:
     """Token rows behind input_mean, input_scale and the first b_dec."""
     log_every: int = 20
     """Steps between lines of the metrics log."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints, which are written with a line of the log."""
     seed: int = 0
     """Decides the first weights and what is resampled; the order of the data is the source's own."""
 
     def __post_init__(self) -> None:
         at_least = {"epochs": 1, "warmup_steps": 0, "sparsity_warmup_steps": 0, "dead_refresh_steps": 1}
-        at_least |= {"log_every": 1, "checkpoint_every": 1, "init_rows": 2, "seed": 0}
+        at_least |= {"log_every": 1, "checkpoint_minutes": 0, "init_rows": 2, "seed": 0}
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise FluxSaeError(f"{name} is {getattr(self, name)}. It must be at least {low}.")
@@ -108,7 +108,7 @@ class TrainConfig:
 
         Whether a bad batch is skipped or stops the run is none of them: up to that batch the weights are the same.
         """
-        free = {"log_every", "checkpoint_every", "on_nan", "on_spike"}
+        free = {"log_every", "checkpoint_minutes", "on_nan", "on_spike"}
         differing = [name for name in (f.name for f in fields(self)) if getattr(self, name) != getattr(other, name)]
         reports = (self.on_spike == "report") != (other.on_spike == "report")
         return [name for name in differing if name not in free] + ["on_spike"] * reports

@@ -1,6 +1,5 @@
 """What an SAE is worth on images it was not trained on, and the reference acts that come from them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,33 +49,42 @@ class _PositiveActs:
         return result
 
 
-def measure_held_out(sae: SparseAutoencoder, images: Iterable[Float[Tensor, "tokens d_model"]]) -> dict[str, Any]:
-    """FVU, L0, dead share and density histogram on the token rows of held-out images; sets `reference_acts` from them.
+class HeldOut:
+    """What an SAE is worth on images that are given one by one."""
 
-    A feature counts as dead here when it fires on none of the tokens given, whose number is stated.
+    def __init__(self, sae: SparseAutoencoder) -> None:
+        self.sae = sae
+        self._sums = ReconstructionSums.empty(sae.config.d_model)
+        self._firing = FiringSums.empty(sae.config.n_features)
+        self._positive, self._n_images = _PositiveActs(sae.config.n_features), 0
 
-    Raises:
-        FluxSaeError: no images.
-    """
-    config, device = sae.config, sae.W_enc.device
-    sums, firing = ReconstructionSums.empty(config.d_model), FiringSums.empty(config.n_features)
-    positive, n_images = _PositiveActs(config.n_features), 0
-    with torch.no_grad():
-        for tokens in images:
-            n_images += 1
-            for rows in tokens.to(device).float().split(_ROWS_AT_ONCE):
-                acts = sae.encode_sparse(rows)
-                sums.update(rows, sae.decode_sparse(acts))
-                firing.update(acts)
-                positive.update(acts)
-        if not n_images:
+    @torch.no_grad()
+    def add(self, tokens: Float[Tensor, "tokens d_model"]) -> None:
+        """Counts in an image's token rows."""
+        self._n_images += 1
+        for rows in tokens.to(self.sae.W_enc.device).float().split(_ROWS_AT_ONCE):
+            acts = self.sae.encode_sparse(rows)
+            self._sums.update(rows, self.sae.decode_sparse(acts))
+            self._firing.update(acts)
+            self._positive.update(acts)
+
+    def measure(self) -> dict[str, Any]:
+        """FVU, L0, dead share and density histogram; sets the SAE's `reference_acts`.
+
+        A feature counts as dead here when it fires on none of the tokens given, whose number is stated.
+
+        Raises:
+            FluxSaeError: no images.
+        """
+        if not self._n_images:
             raise FluxSaeError("There are no held-out images. Collect more images, or hold out every n-th of them.")
-        sae.reference_acts.copy_(positive.quantile(_REFERENCE_QUANTILE))
-    return {
-        "fvu": sums.fvu(),
-        "l0": firing.l0(),
-        "dead_share": firing.dead_share(),
-        "density_histogram": density_histogram(firing.density()),
-        "n_images": n_images,
-        "n_tokens": firing.n_tokens,
-    }
+        with torch.no_grad():
+            self.sae.reference_acts.copy_(self._positive.quantile(_REFERENCE_QUANTILE))
+        return {
+            "fvu": self._sums.fvu(),
+            "l0": self._firing.l0(),
+            "dead_share": self._firing.dead_share(),
+            "density_histogram": density_histogram(self._firing.density()),
+            "n_images": self._n_images,
+            "n_tokens": self._firing.n_tokens,
+        }

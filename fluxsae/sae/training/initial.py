@@ -25,6 +25,10 @@ class Source(Protocol):
     """Tokens of a batch over all processes."""
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether the next batch may be assembled in another thread while the last one is in use."""
+
+    @property
     def order(self) -> str:
         """What decides the order of the rows beside epoch and cursor: a checkpoint continues in the same order only."""
 

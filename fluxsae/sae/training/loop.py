@@ -3,8 +3,8 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training.checkpoints import LOG_NAME, MetricsLog, Plan, load_checkpoint, save_checkpoint
 from fluxsae.sae.training.config import TrainConfig
+from fluxsae.sae.training.feed import feed
 from fluxsae.sae.training.initial import Source, initialise, resample_dead
 from fluxsae.sae.training.processes import Processes
 from fluxsae.sae.training.trainer import SaeTrainer
@@ -43,6 +44,18 @@ class TrainResult:
         return self.step >= self.n_steps
 
 
+@dataclass(frozen=True)
+class Task:
+    """SAEs of one hook point, and what they are trained on."""
+
+    saes: Mapping[str, SaeConfig]
+    source: Source
+    folder: Path | None = None
+    """Where checkpoints and metrics.jsonl are kept; None keeps none."""
+    tracker: Callable[[Mapping[str, Any], int], None] | None = None
+    """Gets every line of the log with its step."""
+
+
 @dataclass
 class _Run:
     trainers: dict[str, SaeTrainer]
@@ -50,13 +63,27 @@ class _Run:
     folder: Path | None
     processes: Processes
     tracker: Callable[[Mapping[str, Any], int], None] | None
+    step: int = 0
+    """Batches seen."""
+    batches: Iterator[Tensor] = field(default_factory=lambda: iter(()))
     log: MetricsLog = field(default_factory=lambda: MetricsLog(None, step=0))
     pending: list[tuple[int, str, dict[str, Tensor]]] = field(default_factory=list)
     """Reports of steps that were not written yet: (step, SAE, report)."""
+    saved_at: float = field(default_factory=time.monotonic)
+    reported_at: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
+    """Seconds since the last report in which a step waited for its batch."""
 
     @property
     def n_steps(self) -> int:
         return self.plan.n_steps
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step >= self.n_steps
+
+    def result(self) -> TrainResult:
+        return TrainResult({name: trainer.sae for name, trainer in self.trainers.items()}, self.step, self.n_steps)
 
 
 def train(
@@ -70,36 +97,77 @@ def train(
     tracker: Callable[[Mapping[str, Any], int], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> TrainResult:
-    """Trains SAEs of one hook point, all in one pass over the data.
+    """Trains SAEs of one hook point, all in one pass over the data: see `train_together`."""
+    task = Task(saes, source, Path(folder) if folder else None, tracker)
+    return train_together([task], config, device=device, processes=processes, on_step=on_step)[0]
 
-    With a `folder`, checkpoints and `metrics.jsonl` are kept there; a checkpoint that is there is continued, on a CPU
-    to the same bits as an uninterrupted run. SIGTERM and SIGINT end the loop after a last checkpoint. `tracker` gets
-    every line of the log with its step, `on_step` (steps done, steps in all).
+
+def train_together(
+    tasks: Sequence[Task],
+    config: TrainConfig,
+    *,
+    device: str | torch.device = "cpu",
+    processes: Processes | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[TrainResult]:
+    """Trains the SAEs of several hook points side by side, as sources want it that make their rows together.
+
+    The next batch is assembled and sent to the device while a step runs, where the source allows it. With a `folder`,
+    checkpoints and `metrics.jsonl` are kept there; a checkpoint that is there is continued, on a CPU to the same bits
+    as an uninterrupted run. SIGTERM and SIGINT end the loop after a last checkpoint. `on_step` gets (steps done, steps
+    in all).
 
     Raises:
         FluxSaeError: widths that do not fit, a checkpoint of other settings, a fault that the config stops at, or
             more than half of the batches skipped.
     """
-    plan = Plan(dict(saes), config, source.n_batches, source.batch_size, source.order)
-    peers = processes or Processes.current()
-    trainers = _build_trainers(plan, source, device=torch.device(device), processes=peers)
-    run = _Run(trainers, plan, Path(folder) if folder else None, peers, tracker if peers.rank == 0 else None)
-    step = _continue(run, source)
-    with _stop_signals() as stop:
-        for batch in _batches(source, step, run.n_steps):
-            _train_step(run, batch.to(device, non_blocking=True).float(), step)
-            step += 1
+    peers, place = processes or Processes.current(), torch.device(device)
+    runs = [_begin(task, config, place, peers) for task in tasks]
+    n_steps = sum(run.n_steps for run in runs)
+    with _stop_signals() as stop, ExitStack() as stack:
+        for run, task in zip(runs, tasks, strict=True):
+            run.batches = stack.enter_context(closing(feed(task.source, run.step, run.n_steps, device=place)))
+        while not all(run.is_finished for run in runs):
+            run = min(runs, key=lambda run: run.step / run.n_steps)
+            _advance(run)
+            done = sum(run.step for run in runs)
             if on_step is not None:
-                on_step(step, run.n_steps)
-            is_stopped = _agrees_to_stop(stop, step, run.processes)
-            if step % config.log_every == 0 or step == run.n_steps or is_stopped:
-                _report(run, step)
-                _refuse_bad_data(run, step)
-            if step % config.checkpoint_every == 0 or step == run.n_steps or is_stopped:
-                _save(run, step)
-            if is_stopped:
+                on_step(done, n_steps)
+            if run.step % config.log_every == 0 or run.is_finished:
+                _report(run)
+                if run.is_finished or _is_due(run):
+                    _save(run)
+            if _agrees_to_stop(stop, done, peers):
+                for unfinished in runs:
+                    _report(unfinished)
+                    _save(unfinished)
                 break
-    return TrainResult({name: trainer.sae for name, trainer in run.trainers.items()}, step, run.n_steps)
+    return [run.result() for run in runs]
+
+
+def _begin(task: Task, config: TrainConfig, device: torch.device, processes: Processes) -> _Run:
+    """The training from its checkpoint, or from weights that were initialised from the data."""
+    source = task.source
+    plan = Plan(dict(task.saes), config, source.n_batches, source.batch_size, source.order)
+    trainers = _build_trainers(plan, source, device=device, processes=processes)
+    run = _Run(trainers, plan, task.folder, processes, task.tracker if processes.rank == 0 else None)
+    run.step = _continue(run, source)
+    run.saved_at = run.reported_at = time.monotonic()
+    return run
+
+
+def _advance(run: _Run) -> None:
+    started = time.monotonic()
+    batch = next(run.batches)
+    run.waited += time.monotonic() - started
+    _train_step(run, batch, run.step)
+    run.step += 1
+
+
+def _is_due(run: _Run) -> bool:
+    """Whether it is time for a checkpoint, for all processes if it is for one."""
+    is_due = time.monotonic() - run.saved_at >= 60 * run.plan.config.checkpoint_minutes
+    return bool(run.processes.any_(torch.tensor([is_due])))
 
 
 def _build_trainers(plan: Plan, source: Source, *, device: torch.device, processes: Processes) -> dict[str, SaeTrainer]:
@@ -131,16 +199,6 @@ def _continue(run: _Run, source: Source) -> int:
     return step
 
 
-def _batches(source: Source, step: int, n_steps: int) -> Iterator[Tensor]:
-    while step < n_steps:
-        epoch, cursor = divmod(step, source.n_batches)
-        for batch in source.batches(epoch, cursor=cursor):
-            yield batch
-            step += 1
-            if step >= n_steps:
-                return
-
-
 def _train_step(run: _Run, batch: Tensor, step: int) -> None:
     config = run.plan.config
     first = next(iter(run.trainers.values())).sae
@@ -155,8 +213,9 @@ def _train_step(run: _Run, batch: Tensor, step: int) -> None:
         _stop_at_fault(run)
 
 
-def _refuse_bad_data(run: _Run, step: int) -> None:
+def _refuse_bad_data(run: _Run) -> None:
     """An SAE that missed most of its batches is an untrained one: nothing is to be made of it."""
+    step = run.step
     if step < min(_FEWEST_STEPS, run.n_steps):
         return
     for name, trainer in run.trainers.items():
@@ -169,8 +228,10 @@ def _refuse_bad_data(run: _Run, step: int) -> None:
             )
 
 
-def _report(run: _Run, step: int) -> None:
+def _report(run: _Run) -> None:
     """Writes the last step's metrics and every fault since the last report: the only wait for the device."""
+    if not run.pending:
+        return
     _stop_at_fault(run)
     for at, name, report in run.pending:
         if int(report["fault"]):
@@ -179,12 +240,14 @@ def _report(run: _Run, step: int) -> None:
             _write(run, at + 1, {"sae": name, "event": fault, "reaction": reaction, "loss": float(report["loss"])})
     for name, trainer in run.trainers.items():
         report = next(report for _, sae, report in reversed(run.pending) if sae == name)
-        _write(run, step, {"sae": name, **_summary(trainer, report, step, run)})
+        _write(run, run.step, {"sae": name, **_summary(trainer, report, run)})
     run.pending.clear()
+    run.waited, run.reported_at = 0.0, time.monotonic()
+    _refuse_bad_data(run)
 
 
-def _summary(trainer: SaeTrainer, report: dict[str, Tensor], step: int, run: _Run) -> dict[str, Any]:
-    config, sae = run.plan.config, trainer.sae.config
+def _summary(trainer: SaeTrainer, report: dict[str, Tensor], run: _Run) -> dict[str, Any]:
+    config, sae, step = run.plan.config, trainer.sae.config, run.step
     values = {name: float(value) for name, value in report.items() if name not in ("fault", "is_skipped")}
     return {
         "epoch": (step - 1) // run.plan.n_batches,
@@ -193,6 +256,7 @@ def _summary(trainer: SaeTrainer, report: dict[str, Tensor], step: int, run: _Ru
         **values,
         "dead_share": float((trainer.tokens_since_fired >= sae.dead_after_tokens).double().mean()),
         "n_skipped": int(trainer.n_skipped),
+        "wait_share": round(run.waited / max(time.monotonic() - run.reported_at, 1e-9), 4),
         "time": round(time.time(), 3),
     }
 
@@ -215,10 +279,12 @@ def _stop_at_fault(run: _Run) -> None:
             )
 
 
-def _save(run: _Run, step: int) -> None:
+def _save(run: _Run) -> None:
     if run.folder and run.processes.rank == 0:
-        save_checkpoint(run.folder, run.plan, step, {name: trainer.state() for name, trainer in run.trainers.items()})
+        states = {name: trainer.state() for name, trainer in run.trainers.items()}
+        save_checkpoint(run.folder, run.plan, run.step, states)
     run.processes.wait()
+    run.saved_at = time.monotonic()
 
 
 def _agrees_to_stop(stop: threading.Event, step: int, processes: Processes) -> bool:

@@ -15,8 +15,13 @@ class Job(Protocol):
     """Work for FLUX as plain data, so that it can be sent to another process."""
 
     @property
-    def seconds(self) -> float:
-        """GPU seconds it may need."""
+    def n_passes(self) -> int:
+        """Passes of the transformer over one image that it needs at most."""
+        ...
+
+    @property
+    def n_pictures(self) -> int:
+        """Pictures that it makes at most."""
         ...
 
     def run(self, bench: Any, on_step: OnStep) -> Any:
@@ -62,16 +67,14 @@ class FluxLane:
         if self.stream_job is not None:
             yield from self.stream_job(job)
             return
-        yield from in_thread(lambda on_step: job.run(bench, on_step), submit=self._executor.submit)
+        yield from in_executor(self._executor, lambda on_step: job.run(bench, on_step))
 
     def call(self, work: Callable[[], T]) -> T:
         """The result of work that has no steps, done in the lane."""
         return self._executor.submit(work).result()
 
 
-def in_thread(
-    work: Callable[[OnStep], T], *, submit: Callable[[Callable[[], None]], Any] | None = None
-) -> Iterator[StepDone | Done[T]]:
+def in_executor(executor: ThreadPoolExecutor, work: Callable[[OnStep], T]) -> Iterator[StepDone | Done[T]]:
     """Runs `work(on_step)` on another thread and yields its steps and result; closing it cancels at the next step."""
     events: queue.SimpleQueue[StepDone | Done[T] | BaseException] = queue.SimpleQueue()
     cancelled = threading.Event()
@@ -89,10 +92,7 @@ def in_thread(
         except BaseException as error:  # handed to whoever waits; the lane itself must go on
             events.put(error)
 
-    if submit is None:
-        threading.Thread(target=run, daemon=True).start()
-    else:
-        submit(run)
+    executor.submit(run)
     try:
         while not isinstance(event := events.get(), Done):
             if isinstance(event, BaseException):

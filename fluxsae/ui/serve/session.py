@@ -76,9 +76,14 @@ class ReadJob:
     num_inference_steps: int
 
     @property
-    def seconds(self) -> float:
-        """GPU seconds it may need."""
-        return 10 + 0.6 * self.num_inference_steps
+    def n_passes(self) -> int:
+        """Passes of the transformer over one image that it needs at most."""
+        return self.num_inference_steps
+
+    @property
+    def n_pictures(self) -> int:
+        """Pictures that it makes at most."""
+        return 1
 
     def run(self, bench: "Workbench", on_step: OnStep) -> Reading:
         """The reading."""
@@ -163,6 +168,8 @@ class Workbench:
     @property
     def embedder(self) -> ImageEmbedder | None:
         """The CLIP model that embedded the run's images; None where it cannot be had (search is then by words)."""
+        if "_embedder" in self.__dict__:  # without the lock: it may be held when ZeroGPU forks this process
+            return self._embedder
         with self._embedder_lock:
             return self._embedder
 

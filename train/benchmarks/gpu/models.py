@@ -1,6 +1,6 @@
 """FLUX.1-dev as an architecture: the whole pipeline with random weights, built on the device without a download."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +8,20 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from fluxsae.flux import FluxPipeline
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
+
+WORDS = ("a", "red", "blue", "circle", "star")
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,13 @@ TINY = Scale(
 )  # fmt: skip
 
 
-def build_pipeline(scale: Scale, *, device: torch.device, dtype: torch.dtype, seed: int = 0) -> FluxPipeline:
-    """The whole FluxPipeline of this scale on the device: shapes first, on the meta device, then random weights."""
+def build_pipeline(
+    scale: Scale, *, device: torch.device, dtype: torch.dtype, seed: int = 0, words: Sequence[str] = WORDS
+) -> FluxPipeline:
+    """The whole FluxPipeline of this scale on the device: shapes first, on the meta device, then random weights.
+
+    `words` are those that its tokenizers know.
+    """
     n = len(scale.vae["block_out_channels"])
     vae = {
         **scale.vae, "use_quant_conv": False, "use_post_quant_conv": False,
@@ -119,9 +133,9 @@ def build_pipeline(scale: Scale, *, device: torch.device, dtype: torch.dtype, se
         scheduler=FlowMatchEulerDiscreteScheduler(**flow),
         vae=fill(lambda: AutoencoderKL(**vae)),
         text_encoder=fill(lambda: CLIPTextModel(CLIPTextConfig(**scale.clip, **special))),
-        tokenizer=_tokenizer(scale.clip["max_position_embeddings"]),
+        tokenizer=_tokenizer(words, scale.clip["max_position_embeddings"]),
         text_encoder_2=fill(lambda: T5EncoderModel(T5Config(**scale.t5, pad_token_id=0, eos_token_id=2))),
-        tokenizer_2=_tokenizer(scale.settings.max_sequence_length),
+        tokenizer_2=_tokenizer(words, scale.settings.max_sequence_length),
         transformer=fill(lambda: FluxTransformer2DModel(**scale.transformer)),
     )
     pipe.generation_settings = scale.settings
@@ -133,6 +147,8 @@ def _filled(build: Callable[[], nn.Module], generator: torch.Generator, dtype: t
     with torch.device("meta"):
         module = build()
     module = module.to(dtype).to_empty(device=generator.device).eval().requires_grad_(False)
+    if isinstance(module, PreTrainedModel):
+        module.tie_weights()  # what shares its memory has lost it on the way
     for name, parameter in module.named_parameters():
         _fill_parameter(name, parameter, generator)
     for name, buffer in module.named_buffers():
@@ -149,9 +165,9 @@ def _fill_parameter(name: str, parameter: Tensor, generator: torch.Generator) ->
         parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def _tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "red", "blue", "circle", "star"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+def _tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]

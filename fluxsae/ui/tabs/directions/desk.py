@@ -3,7 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from fluxsae.ui.kit import views
 from fluxsae.ui.kit.snippets import snippets
 from fluxsae.ui.serve.schemas import DirectionsRequest
 from fluxsae.ui.serve.session import Workbench
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NEAR = 12
 COMPARED = 14
@@ -115,10 +118,18 @@ class DirectionsDesk:
             return list(zip(neighbours, cosines, strict=True))
         import torch
 
-        W_dec = self.bench.saes[request.hookpoint].W_dec
+        W_dec = self._written(request.hookpoint)
         n = min(request.n_neighbours, len(W_dec) - 1)
         found = nearest_features(W_dec, torch.tensor([request.feature]), n=n)
         return list(zip(found.indices[0].tolist(), found.cosines[0].tolist(), strict=True))
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - one desk a page, for as long as it is served
+    def _written(self, hookpoint: str) -> "Tensor":
+        """The decoder's directions, from the file: the SAEs beside FLUX may lie on a GPU that is lent."""
+        from fluxsae.sae.model import SparseAutoencoder
+
+        run = self.bench.run
+        return SparseAutoencoder.from_pretrained(run.path, subfolder=run.sae_subfolder(hookpoint)).W_dec.detach()
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - one desk a page, for as long as it is served
     def _frame(self, hookpoint: str) -> dict[str, Any]:

@@ -44,9 +44,16 @@ class SteerJob:
     """The variant that writes random directions in place of the features' own; -1 for none."""
 
     @property
-    def seconds(self) -> float:
-        """GPU seconds it may need."""
-        return 15 + 0.6 * self.num_inference_steps * len(self.variants)
+    def n_passes(self) -> int:
+        """Passes of the transformer over one image that it needs at most, its measuring included."""
+        from fluxsae.steering.naturalness import NOISE_SEEDS
+
+        return (self.num_inference_steps + len(NOISE_SEEDS)) * len(self.variants)
+
+    @property
+    def n_pictures(self) -> int:
+        """Pictures that it makes at most."""
+        return len(self.variants)
 
     def run(self, bench: Workbench, on_step: OnStep) -> Steered:
         """The images, their recipes and measurements."""

@@ -53,9 +53,16 @@ class SwapJob:
     num_inference_steps: int
 
     @property
-    def seconds(self) -> float:
-        """GPU seconds it may need."""
-        return 15 + 0.6 * self.num_inference_steps * N_PICTURES
+    def n_passes(self) -> int:
+        """Passes of the transformer over one image that it needs at most, its measuring included."""
+        from fluxsae.steering.naturalness import NOISE_SEEDS
+
+        return (self.num_inference_steps + len(NOISE_SEEDS)) * N_PICTURES
+
+    @property
+    def n_pictures(self) -> int:
+        """Pictures that it makes at most."""
+        return N_PICTURES
 
     def run(self, bench: Workbench, on_step: OnStep) -> FoundSwap:
         """The edits that CLIP sees work best, or come nearest.

@@ -1,0 +1,63 @@
+"""Writes the FLUX of a rehearsal: true widths, few blocks, random weights.
+
+python -m train.benchmarks.rehearsal.models --out /somewhere/flux
+"""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.prompts import load_prompts
+from train.benchmarks.gpu.models import DEV, TINY, Scale, build_pipeline
+from train.flux_options import BUNDLED_PROMPTS
+
+Model = Literal["flux1-dev", "tiny"]
+N_BLOCKS = {"num_layers": 2, "num_single_layers": 2}
+SCALES: dict[str, Scale] = {
+    "flux1-dev": replace(
+        DEV,
+        transformer=DEV.transformer | N_BLOCKS,
+        t5=DEV.t5 | {"num_layers": 1},
+        settings=GenerationSettings(height=256, width=384, num_inference_steps=4),
+    ),
+    "tiny": replace(
+        TINY,
+        n_features=256,
+        settings=GenerationSettings(height=64, width=96, num_inference_steps=4, max_sequence_length=16),
+    ),
+}
+"""`tiny` is no model of anybody: it tries the rehearsal itself, in a minute."""
+N_SPECIAL = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which model, and where to."""
+
+    out: Path
+    """Folder for the pipeline, as diffusers saves it."""
+    model: Model = "flux1-dev"
+    """Whose dimensions."""
+
+
+def main(config: Config) -> None:
+    """Builds the pipeline in bfloat16 and saves it."""
+    scale = SCALES[config.model]
+    pipe = build_pipeline(scale, device=torch.device("cpu"), dtype=torch.bfloat16, words=known_words(scale))
+    pipe.save_pretrained(config.out)
+
+
+def known_words(scale: Scale) -> list[str]:
+    """The words of the bundled prompts that fit both vocabularies, so that different prompts differ for the model."""
+    words = re.findall(r"\w+|[^\w\s]+", "\n".join(load_prompts(BUNDLED_PROMPTS)))
+    room = min(scale.t5["vocab_size"], scale.clip["vocab_size"]) - N_SPECIAL
+    return list(dict.fromkeys(words))[:room]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
