@@ -8,10 +8,11 @@ from typing import Any, Final
 import gradio as gr
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.ui.kit.links import view_of
 from fluxsae.ui.kit.theme import element, mount
-from fluxsae.ui.kit.views import view_of
 from fluxsae.ui.serve.guard import guarded
 from fluxsae.ui.serve.lane import Done, StepDone
+from fluxsae.ui.serve.schemas import Request
 
 IDLE: Final[Mapping[str, Any]] = {"state": "idle"}
 QUIET: Final[Mapping[str, Any]] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -56,6 +57,8 @@ class Shell:
     """{"hookpoint", "feature", "for": the tab it was sent to, "picture": what is to be made again there}, the last two
     if there are any; feature is None until one is chosen."""
     tabs: gr.Tabs
+    endpoints: tuple[type[Request], ...]
+    """The endpoints that the tabs answer."""
 
     def remember(self, *sources: gr.HTML) -> None:
         """A feature chosen in one of these becomes the visitor's."""

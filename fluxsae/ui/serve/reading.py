@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from PIL import Image
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.features.firing import SparseMaps
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.sae.config import TrainedOn
@@ -18,70 +17,6 @@ from fluxsae.ui.serve.lane import OnStep
 
 if TYPE_CHECKING:
     from fluxsae.flux import BlockCall, FluxPipeline
-
-
-@dataclass(frozen=True, eq=False)
-class SparseMaps:
-    """One hook point's activations over an image, step by step: only what fires is kept."""
-
-    steps: tuple[int, ...]
-    """Steps that were read: every one near enough to a noise level the SAE was trained on."""
-    sigmas: tuple[float, ...]
-    own_steps: tuple[int, ...]
-    """Steps nearest to the noise levels the SAE was trained on: what is shown unless a step is asked for."""
-    values: Float[np.ndarray, "steps tokens width"]
-    indices: Int[np.ndarray, "steps tokens width"]
-    n_features: int
-
-    def acts(self, feature: int, step: int | None) -> Float[np.ndarray, " tokens"]:
-        """One feature's activation on every token: at a step, or the most over the SAE's own steps."""
-        chosen = self._chosen(step)
-        fired = np.where(self.indices[chosen] == feature, self.values[chosen], 0)
-        acts: Float[np.ndarray, " tokens"] = fired.max(axis=(0, 2)).astype(np.float32)
-        return acts
-
-    def peaks(self, step: int | None) -> Float[np.ndarray, " n_features"]:
-        """Each feature's highest activation over the image."""
-        chosen = self._chosen(step)
-        peaks = np.zeros(self.n_features, dtype=np.float32)
-        np.maximum.at(peaks, self.indices[chosen].ravel(), self.values[chosen].ravel().astype(np.float32))
-        return peaks
-
-    def means(self, step: int | None) -> Float[np.ndarray, " n_features"]:
-        """Each feature's mean activation over all patches (and steps)."""
-        chosen = self._chosen(step)
-        totals = np.zeros(self.n_features)
-        np.add.at(totals, self.indices[chosen].ravel(), self.values[chosen].ravel().astype(np.float64))
-        means: Float[np.ndarray, " n_features"] = totals / (len(chosen) * self.values.shape[1])
-        return means
-
-    def spreads(self, step: int | None) -> Float[np.ndarray, " n_features"]:
-        """Share of all patches (and steps) on which each feature fires with more than half of its peak."""
-        chosen, peaks = self._chosen(step), self.peaks(step)
-        strong = self.indices[chosen][self.values[chosen] > 0.5 * peaks[self.indices[chosen]]]
-        spreads: Float[np.ndarray, " n_features"] = np.bincount(strong.ravel(), minlength=self.n_features) / (
-            len(chosen) * self.values.shape[1]
-        )
-        return spreads
-
-    def at(self, token: int, step: int | None) -> dict[int, float]:
-        """Feature -> activation at one token, of those that fire there."""
-        chosen = self._chosen(step)
-        found: dict[int, float] = {}
-        for feature, value in zip(self.indices[chosen, token].ravel(), self.values[chosen, token].ravel(), strict=True):
-            if value > 0:
-                found[int(feature)] = max(found.get(int(feature), 0.0), float(value))
-        return found
-
-    def _chosen(self, step: int | None) -> list[int]:
-        if step is None:
-            return [self.steps.index(own) for own in self.own_steps]
-        if step not in self.steps:
-            raise FluxSaeError(
-                f"step is {step}; this autoencoder was trained at other noise levels. Give one of "
-                f"{', '.join(map(str, self.steps))}, or null for the steps it was trained on."
-            )
-        return [self.steps.index(step)]
 
 
 @dataclass(frozen=True)

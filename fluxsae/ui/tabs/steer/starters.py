@@ -1,4 +1,4 @@
-"""Recipes that work, to begin with on the Steer tab: swaps of one name for another, and features taken away."""
+"""Recipes that work, to begin with on the Steer tab: swaps of one name for another, and features suppressed."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ SliderOf = Callable[[SteeringEdit], dict[str, Any]]
 
 
 def find_starters(bench: Workbench, slider_of: SliderOf) -> list[dict[str, Any]]:
-    """Swaps first, those that change least else before others; then features taken away, the clearest first.
+    """Swaps first, those that change least else before others; then features suppressed, the clearest first.
 
     `slider_of` gives the slider that stands for an edit, and refuses an edit that none does.
     """
@@ -75,7 +75,7 @@ def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mappin
         **made,
         "title": f"{old.capitalize()} becomes {new}",
         "names": ["before", "after"],
-        "panels": ["", f"{new} added where {old} was taken away"],
+        "panels": ["", f"{new} added where {old} was removed"],
         "colours": [sliders[0]["colour"], sliders[1]["colour"]],
         "score": score,
         "collateral": collateral,
@@ -83,7 +83,7 @@ def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mappin
 
 
 def _less(bench: Workbench, slider_of: SliderOf, hookpoint: str, demo: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A starter that takes a feature away; what is added everywhere, as the demo does too, spills over."""
+    """A starter that suppresses a feature; what is added everywhere, as the demo does too, spills over."""
     try:
         recipe = Recipe.from_dict(demo["recipes"]["less"])
         made = _starter(recipe, slider_of, _pictures(bench.run.demo_image_path(hookpoint, demo["image"]), 3), 1, 0)
@@ -123,7 +123,7 @@ def _starter(
 
 
 def clarity(score: Mapping[str, Any]) -> float:
-    """How clearly a demo of this score shows its feature being taken away: far, with little else changed or odd."""
+    """How clearly a demo of this score shows its feature being suppressed: far, with little else changed or odd."""
     return float(score["less"] * (1 - score["collateral"]) * (1 - score["out_of_distribution"]))
 
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.firing import CONFIDENCE
 from fluxsae.features.vocabulary import has_name, in_place
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.steering.edits import SteeringEdit
-from fluxsae.ui.kit.views import SURE
 from fluxsae.ui.serve.lane import OnStep
 from fluxsae.ui.serve.session import Workbench
 
@@ -99,7 +99,7 @@ class SwapJob:
         cards = bench.cards[self.hookpoint]
         shares = peaks / np.array([cards.features[feature].max_act for feature in self.old_features])
         sure = cards.label_confidence_at(shares, self.old_features)
-        fires = (sure >= SURE) | (has_name(self.prompt, self.old) & (shares >= LEAST_SHARE))
+        fires = (sure >= CONFIDENCE["sure"]) | (has_name(self.prompt, self.old) & (shares >= LEAST_SHARE))
         if not fires.any():
             raise FluxSaeError(
                 f"No feature of “{self.old}” surely fires in this picture, so nothing can take its place. Name it in "
