@@ -16,6 +16,16 @@ FS.define("fs-endpoints", (root, data) => {
           FS.el("h3", { class: "fs-h fs-mono", text: endpoint.name }),
           FS.el("p", { class: "fs-quiet", text: endpoint.words }),
           FS.code(endpoint.code),
+          FS.el(
+            "details",
+            { class: "fs-details" },
+            FS.el("summary", { text: "Arguments" }),
+            FS.el(
+              "dl",
+              { class: "fs-arguments" },
+              endpoint.arguments.map(([name, text]) => [FS.el("dt", { text: name }), FS.el("dd", { text })]).flat(),
+            ),
+          ),
         )
       ),
     ),
