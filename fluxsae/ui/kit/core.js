@@ -277,7 +277,7 @@ FS.code = (snippets) => {
 };
 
 // A small column chart: values, with words for screen readers and a label under the first and last column.
-FS.columns = (values, { label, first, last, colour, highlight } = {}) => {
+FS.columns = (values, { label, first, last, colour } = {}) => {
   const width = 240, height = 64, most = Math.max(...values, 1e-12), step = width / Math.max(values.length, 1);
   const bars = values.map((value, at) => {
     const tall = Math.max(value > 0 ? 1.5 : 0, (value / most) * height);
@@ -288,7 +288,6 @@ FS.columns = (values, { label, first, last, colour, highlight } = {}) => {
       height: tall,
       rx: Math.min(2, step * 0.2),
       fill: colour || "var(--fs-accent)",
-      opacity: highlight && !highlight(at) ? 0.45 : 1,
     });
   });
   return FS.el(

@@ -60,13 +60,13 @@ class HeatmapDesk(Desk):
         row = random.randrange(len(images))
         return images.prompts[row], images.seeds[row], self.limits.default_steps
 
-    def show(self, prompt: Any, hookpoint: Any, seed: Any, steps: Any) -> Events[dict[str, Any]]:
-        """Steps, then the page's data for a prompt."""
+    def show(self, prompt: Any, hookpoint: Any, seed: Any, steps: Any) -> Events[tuple[Any, None, dict[str, Any]]]:
+        """Steps, then the page's data for a prompt, no patch, and the values that the data was made of."""
         values = {"prompt": prompt, "hookpoint": hookpoint, "seed": seed, "num_inference_steps": steps}
         request = HeatmapRequest.parse(self.limits, **values)
         return then(
             self.bench.read(*request.picture),
-            lambda reading: {"lab": self._lab(reading, request.hookpoint), "request": values},
+            lambda reading: (self._lab(reading, request.hookpoint), None, values),
         )
 
     def change_hookpoint(self, hookpoint: Any, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

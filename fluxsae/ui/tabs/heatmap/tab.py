@@ -5,11 +5,10 @@ from typing import Any
 
 import gradio as gr
 
-from fluxsae.ui.kit.shell import EACH, IDLE, QUIET, Shell, end_at_idle, with_progress, working
+from fluxsae.ui.kit.shell import EACH, IDLE, QUIET, Shell, end_at_idle, making, with_progress
 from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.endpoints import in_lane
 from fluxsae.ui.serve.guard import guarded
-from fluxsae.ui.serve.lane import StepDone
 from fluxsae.ui.tabs.heatmap.desk import HeatmapDesk
 
 
@@ -69,35 +68,27 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
     follow = gr.HTML(None, html_template=element("fs-follow"), js_on_load=mount(need="select"))
     current = gr.State(desk.example_request())
 
-    def show(prompt: Any, hookpoint: Any, seed: Any, steps: Any) -> Iterator[Any]:
-        for event in desk.show(prompt, hookpoint, seed, steps):
-            if isinstance(event, StepDone):
-                yield working(event, makes="heatmap-lab"), gr.skip(), gr.skip(), gr.skip()
-            else:
-                yield IDLE, event.value["lab"], None, event.value["request"]
-
     def ask(values: Any, place: gr.EventData) -> Iterator[Any]:
         yield from with_progress(desk.patch(values, place._data), makes="heatmap-patch")
 
-    def compare(*values: Any) -> Iterator[Any]:
-        yield from with_progress(desk.compare(*values), makes="heatmap-diff")
-
+    show = making(desk.show, bench.visitors, makes="heatmap-lab", n=3)
+    compare = making(desk.compare, bench.visitors, makes="heatmap-diff")
     asked, shown = [prompt, hookpoint, seed, steps], [status, lab, patch, current]
     lane = in_lane(status)
     running = gr.on(
         [go.click, prompt.submit],
-        guarded(show, bench.visitors),
+        show,
         asked,
         shown,
         trigger_mode="always_last",
         **lane,
     )
     surprised = surprise.click(guarded(desk.surprise), None, [prompt, seed, steps], **QUIET).success(
-        guarded(show, bench.visitors), asked, shown, trigger_mode="always_last", **lane
+        show, asked, shown, trigger_mode="always_last", **lane
     )
     comparing = gr.on(
         [compare_go.click, other.submit],
-        guarded(compare, bench.visitors),
+        compare,
         [prompt, other, hookpoint, seed, steps],
         [status, diff],
         **lane,
@@ -122,7 +113,7 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
         guarded(lambda chosen, values: desk.pin(chosen, values) or gr.skip()), [shell.selection, current], lab, **QUIET
     )
     linked = shell.open_link("heatmap", desk.linked, asked)
-    linking = linked.submit(guarded(show, bench.visitors), asked, shown, **lane)
+    linking = linked.submit(show, asked, shown, **lane)
     runs = [running, surprised, comparing, asking, linking]
     stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
     for run in runs:

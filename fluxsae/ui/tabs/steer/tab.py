@@ -1,15 +1,13 @@
 """The Steer tab: turn features, compare, share."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
 
-from fluxsae.ui.kit.shell import EACH, IDLE, QUEUED, QUIET, Shell, end_at_idle, with_progress, working
+from fluxsae.ui.kit.shell import EACH, IDLE, QUEUED, QUIET, Shell, end_at_idle, making
 from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.endpoints import in_lane
 from fluxsae.ui.serve.guard import guarded
-from fluxsae.ui.serve.lane import StepDone
 from fluxsae.ui.tabs.steer.desk import SteerDesk
 
 
@@ -72,28 +70,25 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
     strip = gr.HTML(None, html_template=element("fs-strip"), js_on_load=mount(), elem_id="steer-strip")
     asked = [prompt, seed, steps, edits]
 
-    def turn(*values: Any) -> Iterator[Any]:
-        yield from with_progress(desk.turn(*values), makes="steer-result")
-
-    def seven(*values: Any) -> Iterator[Any]:
-        yield from with_progress(desk.strip(*values), makes="steer-strip")
-
     def begin(starter: gr.EventData) -> Any:
         return desk.begin(starter._data)
 
+    turn = making(desk.turn, bench.visitors, makes="steer-result")
+    compare = making(desk.strip, bench.visitors, makes="steer-strip")
+    swap = making(desk.swap, bench.visitors, makes="steer-result", n=4)
     lane = in_lane(status)
     latest = {**lane, "trigger_mode": "always_last"}  # what is asked while another is made is made next
     runs = [
-        edits.input(guarded(turn, bench.visitors), asked, [status, result], **latest),
-        gr.on([go.click, prompt.submit], guarded(turn, bench.visitors), asked, [status, result], **latest),
-        strip_go.click(guarded(seven, bench.visitors), asked, [status, strip], **latest),
+        edits.input(turn, asked, [status, result], **latest),
+        gr.on([go.click, prompt.submit], turn, asked, [status, result], **latest),
+        strip_go.click(compare, asked, [status, strip], **latest),
     ]
     find.change(guarded(desk.matches), find, found, **QUIET)
     find.submit(guarded(desk.find), [find, edits], found, trigger_mode="always_last", **QUEUED)
     begun = edits.submit(guarded(begin), None, asked, **EACH)
-    runs.append(begun.success(guarded(turn, bench.visitors), asked, [status, result], **lane))
+    runs.append(begun.success(turn, asked, [status, result], **lane))
     loaded = upload.upload(guarded(desk.loaded), upload, asked, **QUEUED)
-    runs.append(loaded.success(guarded(turn, bench.visitors), asked, [status, result], **lane))
+    runs.append(loaded.success(turn, asked, [status, result], **lane))
 
     def follow(chosen: Any) -> Any:
         picture, slider = desk.follow(chosen) or (None, gr.skip())
@@ -101,10 +96,10 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
 
     shell.follow(follow, [], [prompt, seed, steps, found])
     arrived = shell.open_link("steer", desk.linked, asked)
-    runs.append(arrived.submit(guarded(turn, bench.visitors), asked, [status, result], **lane))
+    runs.append(arrived.submit(turn, asked, [status, result], **lane))
     swapped = [prompt, seed, steps, old, new]
-    swapping = swap_go.click(guarded(_swapping(desk), bench.visitors), swapped, [status, *asked], **latest)
-    runs += [swapping, swapping.success(guarded(turn, bench.visitors), asked, [status, result], **lane)]
+    swapping = swap_go.click(swap, swapped, [status, *asked], **latest)
+    runs += [swapping, swapping.success(turn, asked, [status, result], **lane)]
     stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
     for run in runs:
         end_at_idle(run, status)
@@ -127,14 +122,3 @@ def _swap_row(desk: SteerDesk) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
         )
     one.change(lambda name: gr.Dropdown(desk.kin(name), value=desk.kin(name)[0]), one, other, **QUEUED)
     return one, other, go
-
-
-def _swapping(desk: SteerDesk) -> Callable[..., Iterator[Any]]:
-    def swap(*values: Any) -> Iterator[Any]:
-        for event in desk.swap(*values):
-            if isinstance(event, StepDone):
-                yield working(event, makes="steer-result"), *(gr.skip(),) * 4
-            else:
-                yield IDLE, *event.value
-
-    return swap
