@@ -73,6 +73,7 @@ def chip(cards: CardIndex, feature: int) -> dict[str, Any]:
     return {
         **named(cards, feature),
         "confidence": row.label_confidence,
+        "density": row.density,
         "image_density": row.image_density,
         "maximum": row.max_act,
     }

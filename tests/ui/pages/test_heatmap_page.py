@@ -39,6 +39,7 @@ def test_a_prompt_shows_overlays_that_change_with_the_chosen_feature(visit: Open
     page.locator("fs-lab .fs-card[aria-pressed=false]").first.click()
     assert chosen(page) != feature
     assert canvas_pixels(page) != first
+    expect(page.locator("fs-lab .fs-caption")).to_contain_text("% of all patches")
     page.locator(f"fs-lab .fs-card[data-feature='{feature}']").click()
     assert canvas_pixels(page) == first
 
@@ -163,9 +164,7 @@ def test_unknown_words_are_named_and_a_blank_prompt_is_refused_keeping_the_resul
     expect(page.locator("fs-lab .fs-notice").first).to_contain_text("does not know “some”, “circles” (“circle”?), so")
     generate(page, "z" * 500 + " red star" * 20)
     expect(page.locator("fs-lab .fs-notice").first).to_contain_text("zzz…”, so the image ignores it")
-    expect(page.locator("fs-lab .fs-notice").nth(1)).to_contain_text(
-        "did not read its last 18 words"
-    )
+    expect(page.locator("fs-lab .fs-notice").nth(1)).to_contain_text("did not read its last 18 words")
     assert page.evaluate("document.documentElement.scrollWidth") <= DESKTOP["width"]
     generate(page, "a red zebra")
     expect(page.locator("fs-lab .fs-notice")).to_contain_text("zebra")

@@ -63,8 +63,8 @@ def about_html(bench: Workbench) -> str:
         "<p>This program has the Apache License 2.0. The miniature was trained for it on drawn scenes and has the same "
         "licence. FLUX.1-dev is by Black Forest Labs under the FLUX.1 [dev] Non-Commercial License: its "
         "weights are not part of this program. Ask for them on "
-        '<a href="https://huggingface.co/black-forest-labs/FLUX.1-dev" rel="noopener">its page</a>, and images made '
-        "with it fall under its terms.</p></article>"
+        '<a href="https://huggingface.co/black-forest-labs/FLUX.1-dev" rel="noopener">its page</a>. Its terms '
+        "also cover the images made with it.</p></article>"
     )
 
 
