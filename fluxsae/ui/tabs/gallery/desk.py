@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex, FeatureCard
-from fluxsae.pictures.heatmaps import feature_colour, overlay
+from fluxsae.features.cards import CardIndex, CardNeighbour, FeatureCard
+from fluxsae.pictures.heatmaps import overlay
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.kit.snippets import snippets
@@ -96,8 +96,8 @@ class GalleryDesk(Desk):
             **_histogram(card),
             "steps": list(card.steps),
             "step_profile": list(card.step_profile),
-            "neighbours": [_other(other) for other in card.neighbours[:10]],
-            "coactive": [_other(other) for other in card.coactive[:10]],
+            "neighbours": _similar(cards, card.neighbours),
+            "coactive": _similar(cards, card.coactive),
             **self.frame(FeatureRequest, request.model_dump(), tab="gallery"),
         }
 
@@ -160,13 +160,8 @@ def _summary_words(query: str, reasons: Sequence[str], n_all: int) -> str:
     return "; ".join(parts)
 
 
-def _other(other: Any) -> dict[str, Any]:
-    return {
-        "feature": other.feature,
-        "label": other.label,
-        "similarity": other.similarity,
-        "colour": feature_colour(other.label),
-    }
+def _similar(cards: CardIndex, others: Sequence[CardNeighbour]) -> list[dict[str, Any]]:
+    return [{**views.named(cards, other.feature), "similarity": other.similarity} for other in others[:10]]
 
 
 def _histogram(card: FeatureCard) -> dict[str, list[Any]]:

@@ -80,7 +80,7 @@ FS.define("fs-gallery", (root, data) => {
   root.append(FS.code(data.code) || "");
 });
 
-FS.chips = (root, others, hookpoint, format) =>
+FS.chips = (root, others) =>
   FS.el(
     "div",
     { class: "fs-row fs-wrap fs-tight" },
@@ -91,11 +91,11 @@ FS.chips = (root, others, hookpoint, format) =>
           class: "fs-button fs-small fs-row",
           type: "button",
           "data-feature": other.feature,
-          onclick: () => FS.emit(root, "select", { hookpoint, feature: other.feature }),
+          onclick: () => FS.choose(root, other),
         },
         FS.chip(other.colour),
         FS.el("span", { text: other.label || "unnamed" }),
-        FS.el("span", { class: "fs-quiet fs-num", text: `#${other.feature}, ${format(other)}` }),
+        FS.el("span", { class: "fs-quiet fs-num", text: `#${other.feature}, ${other.similarity.toFixed(2)}` }),
       )
     ),
   );
@@ -226,14 +226,14 @@ FS.define("fs-feature", (root, data) => {
         ? section(
           "Similar directions",
           "Nearest features by cosine of their decoder directions (1: the same).",
-          FS.chips(root, data.neighbours, data.hookpoint, (o) => o.similarity.toFixed(2)),
+          FS.chips(root, data.neighbours),
         )
         : null,
       data.coactive.length
         ? section(
           "Fires on the same images",
           null,
-          FS.chips(root, data.coactive, data.hookpoint, (o) => o.similarity.toFixed(2)),
+          FS.chips(root, data.coactive),
         )
         : null,
       data.silent.length
