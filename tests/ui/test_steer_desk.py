@@ -139,7 +139,7 @@ def test_a_swap_puts_a_name_where_the_old_one_fires_and_says_what_it_cannot_do()
     assert all(slider["region"] == old["region"] for slider in new)
     assert region[:, : bench.limits.cols // 2].sum() > 0.8 * region.sum() > 0  # the star is on the left
     for names, refused in (
-        (("triangle", "green"), "No feature of “triangle” surely fires"),
+        (("triangle", "green"), "No feature of “triangle” clearly fires"),
         (("red", "red"), "cannot replace itself"),
         (("red", "attic"), "'attic' is no name"),
         ((["red"], "green"), "is no name"),

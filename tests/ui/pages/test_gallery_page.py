@@ -2,7 +2,7 @@
 
 import pytest
 from playwright.sync_api import expect
-from steps import Open, go_to
+from steps import PHONE, Open, go_to
 
 pytestmark = pytest.mark.browser
 
@@ -79,3 +79,12 @@ def test_the_word_that_silences_a_feature_is_told_and_goes_with_the_feature(visi
     assert 1 <= words <= len(prompt.split())
     page.locator("fs-gallery .fs-card").nth(1).click()
     expect(page.locator("fs-silence section")).to_have_count(0)
+
+
+def test_open_code_leaves_a_features_page_as_wide_as_the_phone(visit: Open) -> None:
+    page = visit(viewport=PHONE)
+    go_to(page, "Gallery")
+    page.locator("fs-gallery .fs-card").first.click()
+    page.locator("fs-feature summary").first.click()
+    expect(page.locator("fs-feature pre")).to_be_visible()
+    assert page.locator("fs-feature article").evaluate("article => article.scrollWidth <= article.clientWidth")
