@@ -41,6 +41,8 @@ test: lint types browser tests ## format, lint, types, import layers, every test
 lint: $(DEV_STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/deno fmt --quiet --check --line-width 120 fluxsae/ui
+	$(VENV)/bin/deno lint --quiet --rules-exclude=no-window,no-window-prefix fluxsae/ui
 	$(VENV)/bin/lint-imports
 
 types: $(DEV_STAMP)

@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -16,6 +17,23 @@ from fluxsae.flux.hookpoints import TokenGrid
 
 COLOUR_MAP = "inferno"
 """Perceptually uniform and readable with every kind of colour blindness (van der Walt & Smith 2015)."""
+
+
+class HeatCurve(NamedTuple):
+    """How heat is laid over a picture, here and on the page.
+
+    A value h in [0, 1] covers the picture by opacity * h^exponent, from `threshold` on. What is silent turns grey: the
+    luma (weights of red, green and blue) times `dimming`.
+    """
+
+    exponent: float = 0.8
+    opacity: float = 0.8
+    threshold: float = 0.05
+    dimming: float = 0.55
+    luma: tuple[float, float, float] = (0.299, 0.587, 0.114)
+
+
+HEAT: Final = HeatCurve()
 
 NAMED_COLOURS = {
     "red": "#d63b3b",
@@ -82,8 +100,8 @@ def overlay(
     image: Image.Image,
     heatmap: Float[np.ndarray, "rows cols"],
     *,
-    opacity: float = 0.8,
-    threshold: float = 0.05,
+    opacity: float = HEAT.opacity,
+    threshold: float = HEAT.threshold,
     smooth: bool = True,
     min_side: int = 0,
 ) -> Image.Image:
@@ -113,9 +131,10 @@ def _glow(
     threshold: float,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Dimmed grey pixels with heat mixed in, more of it where it is stronger, so that weak heat leaves no dark rim."""
-    grey = 0.55 * (pixels.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
+    grey = HEAT.dimming * (pixels.astype(np.float32) @ np.array(HEAT.luma, np.float32))[..., None]
     base = pixels + np.float32(opacity) * (grey - pixels)
-    weight = np.where(heat >= max(threshold, 1e-6), heat**0.8, 0.0)[..., None].astype(np.float32) * np.float32(opacity)
+    shown = np.where(heat >= max(threshold, 1e-6), heat**HEAT.exponent, 0.0)
+    weight = shown[..., None].astype(np.float32) * np.float32(opacity)
     mixed = base + weight * (heat_colours(heat).astype(np.float32) - base)
     glowing: UInt8[np.ndarray, "height width 3"] = np.rint(mixed).clip(0, 255).astype(np.uint8)
     return glowing
@@ -129,7 +148,13 @@ def resize_heat(
     return np.asarray(Image.fromarray(heatmap.astype(np.float32)).resize(size, kind), dtype=np.float32).clip(0.0, 1.0)
 
 
-def legend(width: int, *, maximum: float | str, opacity: float = 0.8, threshold: float = 0.05) -> Image.Image:
+def legend(
+    width: int,
+    *,
+    maximum: float | str,
+    opacity: float = HEAT.opacity,
+    threshold: float = HEAT.threshold,
+) -> Image.Image:
     """A strip with the colours of an overlay on mid grey, from silent to `maximum`.
 
     `maximum` is in activation units, or words such as "this image's maximum"; a mark stands at the threshold.
@@ -152,7 +177,11 @@ def legend(width: int, *, maximum: float | str, opacity: float = 0.8, threshold:
 
 
 def with_legend(
-    picture: Image.Image, *, maximum: float | str, opacity: float = 0.8, threshold: float = 0.05
+    picture: Image.Image,
+    *,
+    maximum: float | str,
+    opacity: float = HEAT.opacity,
+    threshold: float = HEAT.threshold,
 ) -> Image.Image:
     """A picture with the legend strip under it."""
     strip = legend(picture.width, maximum=maximum, opacity=opacity, threshold=threshold)
@@ -218,7 +247,7 @@ def contact_sheet(
     columns: int = 6,
     cell: int = 150,
     opacity: float = 0.85,
-    threshold: float = 0.05,
+    threshold: float = HEAT.threshold,
     smooth: bool = True,
     maximum: str = "the feature's maximum over the run",
 ) -> Image.Image:

@@ -1,13 +1,12 @@
 """The page: Gradio only; what it shows comes from the library."""
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+from fluxsae.lazy import hand_on
+
+if TYPE_CHECKING:
+    from fluxsae.ui.build import build_app
 
 __all__ = ["build_app"]
 
-
-def __getattr__(name: str) -> Any:
-    if name != "build_app":
-        raise AttributeError(f"module 'fluxsae.ui' has no attribute {name!r}; it offers build_app")
-    from fluxsae.ui.build import build_app
-
-    return build_app
+__getattr__, __dir__ = hand_on(__name__, {"build_app": "build"})

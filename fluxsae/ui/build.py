@@ -7,6 +7,7 @@ import gradio as gr
 from fluxsae.ui.kit.header import header_html
 from fluxsae.ui.kit.shell import Shell
 from fluxsae.ui.kit.theme import build_theme, page_css, page_head
+from fluxsae.ui.serve.endpoints import add_endpoint
 from fluxsae.ui.serve.refusals import exception_handlers
 from fluxsae.ui.serve.session import Workbench, open_workbench
 from fluxsae.ui.tabs.registry import TABS
@@ -23,15 +24,16 @@ def build_app(bench: Workbench | None = None) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, DAY), fill_width=True) as app:
         gr.HTML(header_html(bench))
         selection = gr.State({"hookpoint": bench.limits.default_hookpoint, "feature": None})
+        desks = {tab: tab.desk(bench) for tab in TABS}
+        answers = {schema: answer for desk in desks.values() for schema, answer in desk.answers().items()}
         with gr.Tabs(elem_id="tabs") as tabs:
-            shell = Shell(app, selection, tabs)
-            for tab in TABS:
+            shell = Shell(app, selection, tabs, endpoints=tuple(answers))
+            for tab, desk in desks.items():
                 with gr.Tab(tab.title, id=tab.name) as place:
-                    tab.build(bench, shell, place)
-        shell.tell_bad_links(*(tab.name for tab in TABS if tab.add_endpoints))
-        for tab in TABS:
-            if tab.add_endpoints:
-                tab.add_endpoints(bench)
+                    tab.build(desk, shell, place)
+        shell.tell_bad_links(*(tab.name for tab, desk in desks.items() if desk.answers()))
+        for schema, answer in answers.items():
+            add_endpoint(schema, answer, bench)
     app.queue(max_size=MAX_QUEUE, default_concurrency_limit=4)
     return app
 

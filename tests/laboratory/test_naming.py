@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 
 from fluxsae.evaluation.intervals import bootstrap_weights, interval
+from fluxsae.features.firing import CONFIDENCE, ranked_features
 from fluxsae.miniature import miniature_path
 from fluxsae.miniature.scenes import Scene, caption_scene, read_scene, sample_scene
 from fluxsae.runs.folder import RunFolder
-from fluxsae.ui.kit.views import ranked_features
 from fluxsae.ui.serve.lane import Done
 from fluxsae.ui.serve.session import Workbench
 
 pytestmark = pytest.mark.bench
 
 N_IMAGES, SEED = 100, 271_828
-SURE = 0.8
-"""Confidence from which the page calls a name sure."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,8 @@ def told(request: pytest.FixtureRequest) -> list[Told]:
         *_, done = bench.read(prompt, SEED + len(found), bench.limits.default_steps)
         assert isinstance(done, Done)
         scene, maps = read_scene(done.value.image), done.value.maps[str(cards.hookpoint)]
-        shown = [card for card in ranked_features(maps, cards, step=None, limit=10) if card["label"]]
-        told = [Card(card["label_confidence_here"], is_true(card["label"], scene)) for card in shown]
+        shown = [each for each in ranked_features(maps, cards, step=None, limit=10) if cards.labels[each.feature]]
+        told = [Card(each.label_confidence_here, is_true(cards.labels[each.feature], scene)) for each in shown]
         found.append(Told(told, float(np.mean([is_true(label, scene) for label in labels]))))
     print(f"\n\n{cards.hookpoint}: {np.mean([each.chance for each in found]):.2f} of labels drawn blindly are true")
     return found
@@ -85,8 +83,10 @@ def test_sure_names_are_true_and_guesses_are_not(told: list[Told]) -> None:
     def between(low: float, high: float) -> list[list[Card]]:
         return [[card for card in each.cards if low <= card.confidence < high] for each in told]
 
-    sure = share_true(between(SURE, 2.0), "called sure")
-    fairly = share_true(between(0.5, SURE), "called fairly sure")
-    guesses = share_true(between(0.0, 0.5), "called a guess")
+    bounds = [2.0, *CONFIDENCE.values()]
+    sure, fairly, guesses = (
+        share_true(between(low, high), f"called {word}")
+        for word, low, high in zip(CONFIDENCE, bounds[1:], bounds, strict=False)
+    )
     assert sure >= 0.9
     assert sure > fairly > guesses

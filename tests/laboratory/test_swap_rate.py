@@ -87,7 +87,7 @@ def tried(request: pytest.FixtureRequest) -> tuple[str, list[Tried]]:
             continue
         assert isinstance(swapped, Done)
         page = swapped.value[3]
-        edits = [desk._edit(slider).to_dict() for slider in page["edits"]]
+        edits = [desk.sliders.edit(slider).to_dict() for slider in page["edits"]]
         values = {"prompt": prompt, "edits": edits, "seed": seed, "num_inference_steps": steps}
         *_, steered = desk.steer(SteerRequest.parse(bench.limits, **values))
         assert isinstance(steered, Done)

@@ -295,12 +295,13 @@ def mcp(page: page_server.Page, method: str, **params: Any) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
-def test_mcp_offers_every_endpoint_as_a_typed_tool(page: page_server.Page) -> None:
+def test_mcp_offers_every_endpoint_as_a_tool_described_like_the_api(page: page_server.Page, client: Client) -> None:
     tools = {tool["name"]: tool for tool in mcp(page, "tools/list")["result"]["tools"]}
     for name in ENDPOINTS:
         tool = next(tool for key, tool in tools.items() if key.endswith(name.strip("/")))
         assert tool["description"]
-        assert tool["inputSchema"]["properties"]
+        described = {key: value["description"] for key, value in tool["inputSchema"]["properties"].items()}
+        assert described == {key: value["type"]["description"] for key, value in parameters(client, name).items()}
         assert tool["name"] == tool_name(name.strip("/"))
 
 

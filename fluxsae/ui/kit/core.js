@@ -1,15 +1,16 @@
 // Shared pieces of the page: DOM building (text only, so labels and prompts can never become markup), heat, charts.
 "use strict";
 
-const FS = (window.FS = window.FS || {});
-
 FS.el = (tag, props = {}, ...children) => {
   const node = document.createElement(tag);
   for (const [key, value] of Object.entries(props)) {
     if (value === null || value === undefined || value === false) continue;
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (key === "style") for (const [name, part] of Object.entries(value)) name.startsWith("--") ? node.style.setProperty(name, part) : (node.style[name] = part);
-    else if (key === "class") node.className = value;
+    else if (key === "style") {
+      for (const [name, part] of Object.entries(value)) {
+        name.startsWith("--") ? node.style.setProperty(name, part) : (node.style[name] = part);
+      }
+    } else if (key === "class") node.className = value;
     else if (key === "text") node.textContent = value;
     else if (key in node && !key.includes("-") && key !== "list" && key !== "role") node[key] = value;
     else node.setAttribute(key, value === true ? "" : String(value));
@@ -40,7 +41,9 @@ FS.number = (value, digits = 3) => {
 FS.share = (fraction) => {
   if (fraction === null || fraction === undefined) return "–";
   const percent = fraction * 100;
-  return percent === 0 ? "never" : `${percent < 0.1 ? percent.toPrecision(1) : percent < 10 ? percent.toFixed(1) : Math.round(percent)} %`;
+  return percent === 0
+    ? "never"
+    : `${percent < 0.1 ? percent.toPrecision(1) : percent < 10 ? percent.toFixed(1) : Math.round(percent)} %`;
 };
 
 FS.emit = (node, name, detail) => node.dispatchEvent(new CustomEvent(`fs-${name}`, { bubbles: true, detail }));
@@ -54,8 +57,8 @@ FS.say = (text) => {
   region.textContent = text;
 };
 
-// Colour of a heat value 0..255, from the library's own map (window.FS_HEAT, 768 bytes in base64).
-FS.heatTable = () => (FS._heat = FS._heat || FS.bytes(window.FS_HEAT));
+// Colour of a heat value 0..255, from the library's own map (768 bytes in base64).
+FS.heatTable = () => (FS._heat = FS._heat || FS.bytes(FS.heat.table));
 FS.heatGradient = () => {
   const table = FS.heatTable();
   const stops = [];
@@ -70,12 +73,15 @@ FS.images = new Map();
 FS.image = (url) => {
   if (!FS.images.has(url)) {
     if (FS.images.size > 400) FS.images.delete(FS.images.keys().next().value);
-    FS.images.set(url, new Promise((resolve, reject) => {
-      const image = new Image();
-      image.onload = () => resolve(image);
-      image.onerror = () => reject(new Error("image"));
-      image.src = url;
-    }));
+    FS.images.set(
+      url,
+      new Promise((resolve, reject) => {
+        const image = new Image();
+        image.onload = () => resolve(image);
+        image.onerror = () => reject(new Error("image"));
+        image.src = url;
+      }),
+    );
   }
   return FS.images.get(url);
 };
@@ -94,7 +100,20 @@ FS.sample = (map, rows, cols, y, x) => {
 
 // Draws image and heat as fluxsae.pictures.heatmaps.overlay does: grey where silent, glowing where the feature fires.
 // With `spotlight` the image keeps its own colours where the feature fires and is dimmed elsewhere.
-FS.drawHeat = async (canvas, { url, map, rows, cols, opacity = 0.8, threshold = 0.05, gain = 1, smooth = true, spotlight = false }) => {
+FS.drawHeat = async (
+  canvas,
+  {
+    url,
+    map,
+    rows,
+    cols,
+    opacity = FS.heat.opacity,
+    threshold = FS.heat.threshold,
+    gain = 1,
+    smooth = true,
+    spotlight = false,
+  },
+) => {
   const token = (canvas._fsToken = (canvas._fsToken || 0) + 1);
   const image = await FS.image(url).catch(() => null);
   if (!image || canvas._fsToken !== token) return;
@@ -104,6 +123,7 @@ FS.drawHeat = async (canvas, { url, map, rows, cols, opacity = 0.8, threshold = 
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.drawImage(image, 0, 0);
   if (!map || opacity === 0) return;
+  const { exponent, dimming, luma } = FS.heat;
   const pixels = context.getImageData(0, 0, width, height);
   const data = pixels.data, table = FS.heatTable(), floor = Math.max(threshold, 1e-6);
   for (let y = 0, at = 0; y < height; y += 1) {
@@ -112,8 +132,8 @@ FS.drawHeat = async (canvas, { url, map, rows, cols, opacity = 0.8, threshold = 
         ? FS.sample(map, rows, cols, (y + 0.5) / height, (x + 0.5) / width)
         : map[Math.floor((y * rows) / height) * cols + Math.floor((x * cols) / width)];
       const heat = Math.min(1, (raw * gain) / 255);
-      const grey = 0.55 * (data[at] * 0.299 + data[at + 1] * 0.587 + data[at + 2] * 0.114);
-      const weight = heat >= floor ? opacity * Math.sqrt(heat) : 0;
+      const grey = dimming * (data[at] * luma[0] + data[at + 1] * luma[1] + data[at + 2] * luma[2]);
+      const weight = heat >= floor ? opacity * heat ** exponent : 0;
       const colour = Math.round(heat * 255) * 3;
       if (spotlight) {
         const lit = heat >= floor ? Math.min(1, Math.sqrt(heat) * 1.15) : 0;
@@ -133,22 +153,43 @@ FS.drawHeat = async (canvas, { url, map, rows, cols, opacity = 0.8, threshold = 
 };
 
 FS.legend = (maximum, unit = "") =>
-  FS.el("div", { class: "fs-legend" },
+  FS.el(
+    "div",
+    { class: "fs-legend" },
     FS.el("span", { text: "silent" }),
     FS.el("span", { class: "fs-ramp", style: { background: FS.heatGradient() }, "aria-hidden": "true" }),
     FS.el("span", { class: "fs-num", text: maximum }),
-    unit ? FS.el("span", { class: "fs-quiet", text: unit }) : null);
+    unit ? FS.el("span", { class: "fs-quiet", text: unit }) : null,
+  );
 
 // Filled with the colour that a feature's label names; only an outline for a feature that stands for no colour.
-FS.chip = (colour) => FS.el("span", { class: colour === window.FS_NEUTRAL ? "fs-chip fs-hollow" : "fs-chip", style: { "--chip": colour }, "aria-hidden": "true" });
+FS.chip = (colour) =>
+  FS.el("span", {
+    class: colour === FS.neutral ? "fs-chip fs-hollow" : "fs-chip",
+    style: { "--chip": colour },
+    "aria-hidden": "true",
+  });
 
 FS.sure = (confidence) => {
   if (confidence === null || confidence === undefined) return "";
-  return confidence >= 0.8 ? "sure" : confidence >= 0.5 ? "fairly sure" : "a guess";
+  return FS.confidence.find(([, least]) => confidence >= least)[0];
 };
 
-// A name that is more likely wrong than right is asked, not told.
-FS.title = (feature) => (feature.label ? `${feature.label}${FS.sure(feature.confidence) === "a guess" ? "?" : ""}` : "unnamed");
+FS.isGuess = (confidence) => FS.sure(confidence) === FS.confidence.at(-1)[0];
+
+// A name that is more likely wrong than right has a question mark.
+FS.title = ({ label, confidence }) => (label ? `${label}${FS.isGuess(confidence) ? "?" : ""}` : "unnamed");
+
+// A feature's name to press: it becomes the visitor's.
+FS.nameLink = (root, feature, props = {}) =>
+  FS.el(
+    "button",
+    { class: "fs-link fs-row", type: "button", onclick: () => FS.choose(root, feature), ...props },
+    FS.chip(feature.colour),
+    FS.el("span", { class: "fs-label", text: FS.title(feature) }),
+    FS.el("span", { class: "fs-quiet fs-num", text: `#${feature.feature}` }),
+  );
+FS.choose = (root, { hookpoint, feature }) => FS.emit(root, "select", { hookpoint, feature });
 
 // Features told once a label: the first of each, with the others of its label.
 FS.byLabel = (features) => {
@@ -163,20 +204,31 @@ FS.byLabel = (features) => {
 // The others of a label, drawn by `draw` when they are asked for; `count` tells how many there are in all.
 FS.alike = (others, draw, known = 0) => {
   const count = Math.max(known, others.length);
-  const fold = FS.el("details", { class: "fs-fold fs-alike" },
-    FS.el("summary", { text: `and ${count} more of this name`, title: "Other directions that earned the same name: each fires on its own patches, or on its own kind of it" }));
+  const fold = FS.el(
+    "details",
+    { class: "fs-fold fs-alike" },
+    FS.el("summary", {
+      text: `${count} more with this name`,
+      title: "Other features with the same name: each fires on other patches, or on another kind of it",
+    }),
+  );
   fold.addEventListener("toggle", () => {
     if (fold.childElementCount > 1) return;
     fold.append(draw(others));
-    if (count > others.length) fold.append(FS.el("p", { class: "fs-quiet fs-hint", text: `The ${others.length} most telling of ${count}.` }));
+    if (count > others.length) {
+      fold.append(FS.el("p", { class: "fs-quiet fs-hint", text: `The first ${others.length} of ${count}.` }));
+    }
   });
   fold.holds = (feature) => others.some((other) => other.feature === feature);
   return fold;
 };
 
 FS.bar = (fraction, colour, text) =>
-  FS.el("span", { class: "fs-bar", role: "img", "aria-label": text },
-    FS.el("span", { style: { width: `${Math.max(1, Math.min(1, fraction || 0) * 100)}%`, background: colour } }));
+  FS.el(
+    "span",
+    { class: "fs-bar", role: "img", "aria-label": text },
+    FS.el("span", { style: { width: `${Math.max(1, Math.min(1, fraction || 0) * 100)}%`, background: colour } }),
+  );
 
 FS.thumb = (url, map, rows, cols, options = {}) => {
   const canvas = FS.el("canvas", { class: "fs-thumb", width: 64, height: 64, "aria-hidden": "true" });
@@ -191,7 +243,7 @@ FS.copyButton = (text, label = "Copy") => {
       await navigator.clipboard.writeText(typeof text === "function" ? text() : text);
       button.textContent = "Copied";
     } catch {
-      button.textContent = "Select and copy by hand";
+      button.textContent = "Could not copy";
     }
     FS.say(button.textContent);
     setTimeout(() => (button.textContent = label), 1600);
@@ -206,33 +258,54 @@ FS.code = (snippets) => {
   const pre = FS.el("pre", { class: "fs-code", tabindex: 0, "aria-label": "Code for what is on screen" });
   const tabs = FS.el("div", { class: "fs-row", role: "group", "aria-label": "Language" });
   const show = (name) => {
-    pre.textContent = snippets[name].replaceAll("__ORIGIN__", location.origin);
+    pre.textContent = snippets[name].replaceAll(FS.origin, location.origin);
     for (const tab of tabs.children) tab.setAttribute("aria-pressed", String(tab.textContent === name));
   };
   for (const name of names) {
-    tabs.append(FS.el("button", { class: "fs-button fs-small", type: "button", text: name, onclick: () => show(name) }));
+    tabs.append(
+      FS.el("button", { class: "fs-button fs-small", type: "button", text: name, onclick: () => show(name) }),
+    );
   }
   show(names[0]);
-  return FS.el("details", { class: "fs-details" },
+  return FS.el(
+    "details",
+    { class: "fs-details" },
     FS.el("summary", { text: "As code" }),
     FS.el("div", { class: "fs-row fs-between" }, tabs, FS.copyButton(() => pre.textContent)),
-    pre);
+    pre,
+  );
 };
 
 // A small column chart: values, with words for screen readers and a label under the first and last column.
-FS.columns = (values, { label, first, last, colour, highlight } = {}) => {
+FS.columns = (values, { label, first, last, colour } = {}) => {
   const width = 240, height = 64, most = Math.max(...values, 1e-12), step = width / Math.max(values.length, 1);
   const bars = values.map((value, at) => {
     const tall = Math.max(value > 0 ? 1.5 : 0, (value / most) * height);
     return FS.svg("rect", {
-      x: at * step + step * 0.12, y: height - tall, width: step * 0.76, height: tall, rx: Math.min(2, step * 0.2),
-      fill: colour || "var(--fs-accent)", opacity: highlight && !highlight(at) ? 0.45 : 1,
+      x: at * step + step * 0.12,
+      y: height - tall,
+      width: step * 0.76,
+      height: tall,
+      rx: Math.min(2, step * 0.2),
+      fill: colour || "var(--fs-accent)",
     });
   });
-  return FS.el("figure", { class: "fs-chart" },
+  return FS.el(
+    "figure",
+    { class: "fs-chart" },
     FS.el("figcaption", { text: label }),
-    FS.svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, preserveAspectRatio: "none" }, bars),
-    FS.el("div", { class: "fs-row fs-between fs-quiet fs-num" }, FS.el("span", { text: first }), FS.el("span", { text: last })));
+    FS.svg(
+      "svg",
+      { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, preserveAspectRatio: "none" },
+      bars,
+    ),
+    FS.el(
+      "div",
+      { class: "fs-row fs-between fs-quiet fs-num" },
+      FS.el("span", { text: first }),
+      FS.el("span", { text: last }),
+    ),
+  );
 };
 
 FS.slider = ({ label, min, max, step, value, format, oninput, help }) => {
@@ -252,36 +325,56 @@ FS.slider = ({ label, min, max, step, value, format, oninput, help }) => {
 FS.toggle = ({ label, options, value, onchange }) => {
   const buttons = options.map(([key, text]) =>
     FS.el("button", {
-      class: "fs-segment", type: "button", text, "aria-pressed": String(key === value),
+      class: "fs-segment",
+      type: "button",
+      text,
+      "aria-pressed": String(key === value),
       onclick: (event) => {
         for (const other of buttons) other.setAttribute("aria-pressed", String(other === event.currentTarget));
         onchange(key);
       },
-    }));
-  return FS.el("div", { class: "fs-toggle" }, FS.el("span", { text: label, class: "fs-quiet" }),
-    FS.el("span", { class: "fs-segments", role: "group", "aria-label": label }, buttons));
+    })
+  );
+  return FS.el(
+    "div",
+    { class: "fs-toggle" },
+    FS.el("span", { text: label, class: "fs-quiet" }),
+    FS.el("span", { class: "fs-segments", role: "group", "aria-label": label }, buttons),
+  );
 };
 
-FS.bringIntoView = (node) => node.scrollIntoView({ block: "nearest", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+FS.bringIntoView = (node) =>
+  node.scrollIntoView({
+    block: "nearest",
+    behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth",
+  });
 
 // A custom element whose `data` is set by Gradio; `draw` runs whenever it changes.
 FS.define = (name, draw) => {
   if (customElements.get(name)) return;
-  customElements.define(name, class extends HTMLElement {
-    set data(value) {
-      this._data = value;
-      this.replaceChildren();
-      if (value) draw(this, value);
-    }
-    get data() { return this._data; }
-  });
+  customElements.define(
+    name,
+    class extends HTMLElement {
+      set data(value) {
+        this._data = value;
+        this.replaceChildren();
+        if (value) draw(this, value);
+      }
+      get data() {
+        return this._data;
+      }
+    },
+  );
 };
 
 // Ties a gr.HTML component to its element: value in, fs-* events out. `keep` makes what the visitor changed the value
 // that every later event sends: Gradio drops or forgets what an event carries while the one before is under way.
 FS.mount = (root, props, trigger, watch, events) => {
   const node = root.querySelector("[data-fs]");
-  node.keep = (value) => { node._fsValue = value; props.value = value; };
+  node.keep = (value) => {
+    node._fsValue = value;
+    props.value = value;
+  };
   const update = () => {
     const value = props.value && typeof props.value === "object" ? props.value : null;
     if ((node._fsValue || null) !== value) {
@@ -290,25 +383,51 @@ FS.mount = (root, props, trigger, watch, events) => {
     }
   };
   for (const [name, target] of Object.entries(events)) {
-    root.addEventListener(`fs-${name}`, (event) => { event.stopPropagation(); trigger(target, event.detail); });
+    root.addEventListener(`fs-${name}`, (event) => {
+      event.stopPropagation();
+      trigger(target, event.detail);
+    });
   }
   watch("value", update);
   update();
 };
 
 FS.card = (feature, { rows, cols, onopen, pressed, extra, thumbs }) => {
-  const pictures = (thumbs || []).map((thumb) => FS.thumb(thumb.image, thumb.map, thumb.rows || rows, thumb.cols || cols));
-  const strength = feature.strength === undefined ? null : FS.bar(feature.strength, feature.colour, feature.strength_text || "");
+  const pictures = (thumbs || []).map((thumb) =>
+    FS.thumb(thumb.image, thumb.map, thumb.rows || rows, thumb.cols || cols)
+  );
+  const strength = feature.strength === undefined
+    ? null
+    : FS.bar(feature.strength, feature.colour, feature.strength_text || "");
   const sure = FS.sure(feature.confidence);
-  return FS.el("button", {
-    class: "fs-card", type: "button", "aria-pressed": pressed === undefined ? null : String(pressed),
-    "data-feature": feature.feature, onclick: () => onopen(feature),
-    style: { "--chip": feature.colour },
-  },
-  pictures.length ? FS.el("span", { class: "fs-thumbs" }, pictures) : null,
-  FS.el("span", { class: "fs-card-text" },
-    FS.el("span", { class: "fs-row" }, FS.chip(feature.colour), FS.el("span", { class: "fs-label", text: FS.title(feature) }),
-      sure ? FS.el("span", { class: "fs-quiet", text: sure }) : null),
-    FS.el("span", { class: "fs-row fs-quiet fs-num" }, FS.el("span", { text: `#${feature.feature}` }), extra ? FS.el("span", { text: extra }) : null),
-    strength));
+  return FS.el(
+    "button",
+    {
+      class: "fs-card",
+      type: "button",
+      "aria-pressed": pressed === undefined ? null : String(pressed),
+      "data-feature": feature.feature,
+      onclick: () => onopen(feature),
+      style: { "--chip": feature.colour },
+    },
+    pictures.length ? FS.el("span", { class: "fs-thumbs" }, pictures) : null,
+    FS.el(
+      "span",
+      { class: "fs-card-text" },
+      FS.el(
+        "span",
+        { class: "fs-row" },
+        FS.chip(feature.colour),
+        FS.el("span", { class: "fs-label", text: FS.title(feature) }),
+        sure ? FS.el("span", { class: "fs-quiet", text: sure }) : null,
+      ),
+      FS.el(
+        "span",
+        { class: "fs-row fs-quiet fs-num" },
+        FS.el("span", { text: `#${feature.feature}` }),
+        extra ? FS.el("span", { text: extra }) : null,
+      ),
+      strength,
+    ),
+  );
 };

@@ -28,7 +28,7 @@ def header_html(bench: Workbench) -> str:
     notice = f'<p class="fs-notice" role="status">{escape(bench.notice)}</p>' if bench.notice else ""
     return (
         f'<header class="fs-head"><div class="fs-brand">{LOGO}<div><h1>fluxsae</h1>'
-        "<p>See what lights up inside FLUX while it paints, and turn it.</p></div></div>"
+        "<p>See which features fire inside FLUX, and steer them.</p></div></div>"
         f'<dl class="fs-facts">{terms}</dl></header>{notice}'
     )
 

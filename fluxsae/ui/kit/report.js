@@ -1,24 +1,58 @@
 // One view as a file to send to a colleague: pictures, values, versions, and the link that opens it again.
-"use strict";
-
 FS.viewLink = (view) => `${location.origin}${location.pathname}?view=${view}`;
-// A view as text for an address, as fluxsae.ui.kit.views.encode_view writes it.
+// A view as text for an address, as fluxsae.ui.kit.links.encode_view writes it.
 FS.packView = async (values) => {
   const packed = new Blob([JSON.stringify(values)]).stream().pipeThrough(new CompressionStream("deflate"));
   const bytes = new Uint8Array(await new Response(packed).arrayBuffer());
-  return btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join("")).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+  return btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join("")).replaceAll("+", "-").replaceAll("/", "_")
+    .replaceAll("=", "");
+};
+// Copies the link, saves a report of what `report` gives, and whatever else a view offers beside them.
+FS.actions = (data, report, ...others) => {
+  const link = () => FS.viewLink(data.link);
+  return FS.el(
+    "div",
+    { class: "fs-row fs-wrap fs-tight" },
+    FS.copyButton(link, "Copy link"),
+    ...others,
+    FS.el("button", {
+      class: "fs-button fs-small",
+      type: "button",
+      text: "Save report",
+      onclick: () => FS.saveReport({ link: link(), versions: data.versions, ...report() }),
+    }),
+  );
 };
 FS.told = ({ prompt, seed }) => `“${prompt}”, seed ${seed}`;
 
 FS.saveReport = ({ title, words, link, versions, pictures, recipe, measurement }) => {
   const page = document.implementation.createHTMLDocument(`fluxsae report: ${title}`);
-  page.head.append(FS.el("style", { text: "body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}img{width:256px;image-rendering:pixelated;border-radius:8px}figure{display:inline-block;margin:0 1rem 1rem 0}pre{background:#f4f4f7;padding:1rem;overflow:auto;border-radius:8px}" }));
+  page.head.append(FS.el("style", {
+    text:
+      "body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}img{width:256px;image-rendering:pixelated;border-radius:8px}figure{display:inline-block;margin:0 1rem 1rem 0}pre{background:#f4f4f7;padding:1rem;overflow:auto;border-radius:8px}",
+  }));
   const json = (value) => FS.el("pre", { text: JSON.stringify(value, null, 2) });
-  page.body.append(FS.el("h1", { text: title }), FS.el("p", { text: words }),
-    FS.el("div", {}, pictures.filter(([, src]) => src).map(([caption, src, width]) => FS.el("figure", {}, FS.el("img", { src, alt: caption, style: width ? { width, imageRendering: "auto" } : {} }), FS.el("figcaption", { text: caption })))),
+  page.body.append(
+    FS.el("h1", { text: title }),
+    FS.el("p", { text: words }),
+    FS.el(
+      "div",
+      {},
+      pictures.filter(([, src]) => src).map(([caption, src, width]) =>
+        FS.el(
+          "figure",
+          {},
+          FS.el("img", { src, alt: caption, style: width ? { width, imageRendering: "auto" } : {} }),
+          FS.el("figcaption", { text: caption }),
+        )
+      ),
+    ),
     FS.el("p", {}, FS.el("a", { href: link, text: "Open this view" })),
     ...(measurement ? [FS.el("h2", { text: "Measurements" }), json(measurement)] : []),
-    ...(recipe ? [FS.el("h2", { text: "Recipe" }), json(recipe)] : []), FS.el("h2", { text: "Versions" }), json(versions));
+    ...(recipe ? [FS.el("h2", { text: "Recipe" }), json(recipe)] : []),
+    FS.el("h2", { text: "Versions" }),
+    json(versions),
+  );
   const blob = new Blob([`<!doctype html>${page.documentElement.outerHTML}`], { type: "text/html" });
   const anchor = FS.el("a", { href: URL.createObjectURL(blob), download: "fluxsae-report.html" });
   anchor.click();

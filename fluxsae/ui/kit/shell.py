@@ -8,10 +8,12 @@ from typing import Any, Final
 import gradio as gr
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.ui.kit.links import view_of
 from fluxsae.ui.kit.theme import element, mount
-from fluxsae.ui.kit.views import view_of
 from fluxsae.ui.serve.guard import guarded
 from fluxsae.ui.serve.lane import Done, StepDone
+from fluxsae.ui.serve.schemas import Request
+from fluxsae.ui.serve.visitors import VisitorLimits
 
 IDLE: Final[Mapping[str, Any]] = {"state": "idle"}
 QUIET: Final[Mapping[str, Any]] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -36,10 +38,24 @@ def working(event: StepDone, *, makes: str) -> dict[str, Any]:
     return {"state": "working", "step": event.step, "n_steps": event.n_steps, "makes": makes}
 
 
-def with_progress(events: Iterable[StepDone | Done[Any]], *, makes: str) -> Iterator[tuple[Any, Any]]:
-    """(progress bar, what is made) after every event: nothing new until all is done."""
+def with_progress(events: Iterable[StepDone | Done[Any]], *, makes: str, n: int = 1) -> Iterator[tuple[Any, ...]]:
+    """(progress bar, the `n` things that are made) after every event: nothing new until all is done."""
     for event in events:
-        yield (working(event, makes=makes), gr.skip()) if isinstance(event, StepDone) else (IDLE, event.value)
+        if isinstance(event, StepDone):
+            yield working(event, makes=makes), *(gr.skip(),) * n
+        else:
+            yield IDLE, *(event.value if n > 1 else (event.value,))
+
+
+def making(
+    ask: Callable[..., Iterable[Any]], visitors: VisitorLimits, *, makes: str, n: int = 1
+) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    """What FLUX makes when the page asks: guarded, counted against the visitor's share, with progress."""
+
+    def make(*values: Any) -> Iterator[tuple[Any, ...]]:
+        yield from with_progress(ask(*values), makes=makes, n=n)
+
+    return guarded(make, visitors)
 
 
 def end_at_idle(running: Any, status: gr.HTML) -> None:
@@ -56,6 +72,8 @@ class Shell:
     """{"hookpoint", "feature", "for": the tab it was sent to, "picture": what is to be made again there}, the last two
     if there are any; feature is None until one is chosen."""
     tabs: gr.Tabs
+    endpoints: tuple[type[Request], ...]
+    """The endpoints that the tabs answer."""
 
     def remember(self, *sources: gr.HTML) -> None:
         """A feature chosen in one of these becomes the visitor's."""

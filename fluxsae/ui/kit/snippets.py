@@ -5,16 +5,19 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from fluxsae.ui.serve.schemas import Request
+
 ORIGIN = "__ORIGIN__"
 """Stands for this page's address; the page puts its own in when it shows the code."""
 
 
-def snippets(endpoint: str, arguments: Mapping[str, Any], returns: str) -> dict[str, str]:
-    """The call of an endpoint in each language; `returns` names its results in Python."""
+def snippets(schema: type[Request], values: Mapping[str, Any]) -> dict[str, str]:
+    """The call of an endpoint with these values in each language."""
+    arguments = {name: values[name] for name in schema.model_fields if name in values}
     return {
-        "Python": python_call(endpoint, arguments, returns),
-        "curl": curl_call(endpoint, arguments),
-        "MCP": mcp_call(endpoint, arguments),
+        "Python": python_call(schema.endpoint, arguments, schema.result_names()),
+        "curl": curl_call(schema.endpoint, arguments),
+        "MCP": mcp_call(schema.endpoint, arguments),
     }
 
 

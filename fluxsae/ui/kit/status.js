@@ -1,16 +1,22 @@
 // Progress, step by step, with a time that is measured and not guessed.
-"use strict";
-
 FS.define("fs-status", (root, data) => {
-  if (data.state !== "working") { FS._since = null; return; }
+  if (data.state !== "working") {
+    FS._since = null;
+    return;
+  }
   if (!FS._since || data.step <= 1) FS._since = { time: performance.now(), step: data.step };
   const done = data.step - FS._since.step;
   const left = done > 1 ? ((performance.now() - FS._since.time) / done) * (data.n_steps - data.step) / 1000 : null;
   const time = left === null ? "" : left < 1.5 ? "about a second left" : `about ${Math.round(left)} s left`;
-  root.append(FS.el("div", { class: "fs-status", role: "status", "data-makes": data.makes },
-    FS.el("span", { class: "fs-num", text: `Denoising step ${data.step} of ${data.n_steps}` }),
-    FS.bar(data.step / data.n_steps, "var(--fs-accent)", "progress"),
-    FS.el("span", { class: "fs-quiet fs-num", text: time })));
+  root.append(
+    FS.el(
+      "div",
+      { class: "fs-status", role: "status", "data-makes": data.makes },
+      FS.el("span", { class: "fs-num", text: `Denoising step ${data.step} of ${data.n_steps}` }),
+      FS.bar(data.step / data.n_steps, "var(--fs-accent)", "progress"),
+      FS.el("span", { class: "fs-quiet fs-num", text: time }),
+    ),
+  );
 });
 
 // Says that a link has filled the tab.

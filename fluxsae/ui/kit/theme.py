@@ -1,14 +1,19 @@
 """The page's own look: calm, legible, light and dark, no font or file from elsewhere."""
 
+import json
 from pathlib import Path
+from typing import Any, Final
 
 import gradio as gr
+import numpy as np
 
-from fluxsae.pictures.heatmaps import NEUTRAL_COLOUR
-from fluxsae.ui.kit.views import heat_table
+from fluxsae.features.firing import CONFIDENCE
+from fluxsae.pictures.heatmaps import HEAT, NEUTRAL_COLOUR, heat_colours
+from fluxsae.ui.kit.snippets import ORIGIN
+from fluxsae.ui.kit.views import base64_text
 
-UI = Path(__file__).parent.parent
-ACCENT = gr.themes.Color(
+UI: Final = Path(__file__).parent.parent
+ACCENT: Final = gr.themes.Color(
     name="iris",
     c50="#f3f2fd",
     c100="#e6e4fa",
@@ -22,8 +27,69 @@ ACCENT = gr.themes.Color(
     c900="#2a2569",
     c950="#1b1845",
 )
-SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Helvetica Neue", "sans-serif"]
-MONO = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+LIGHT: Final = {
+    "accent": ACCENT.c600,
+    "button": ACCENT.c600,
+    "button-hover": ACCENT.c700,
+    "link": ACCENT.c700,
+    "brush": ACCENT.c500,
+    "ink": "#1d1d26",
+    "title": "#3a3a47",
+    "soft": "#5d5d6e",
+    "faint": "#6b6b7b",
+    "line": "#dcdce4",
+    "edge": "#c9c9d4",
+    "paper": "#ffffff",
+    "raised": "#ffffff",
+    "page": "#f6f6f9",
+    "tint": "#ecebfa",
+    "natural": "#2f9e6e",
+    "warn": "#8a5200",
+    "warn-paper": "#fff4de",
+}
+"""What a colour is for -> the colour on light paper. Style sheets and scripts know it as `--fs-<name>`."""
+DARK: Final = LIGHT | {
+    "accent": "#a7a2ff",
+    "button": ACCENT.c500,
+    "button-hover": "#7d76dd",
+    "link": ACCENT.c300,
+    "ink": "#ececf2",
+    "title": "#c9c9d6",
+    "soft": "#a9a9ba",
+    "faint": "#9a9aab",
+    "line": "#363642",
+    "edge": "#45454f",
+    "paper": "#1c1c23",
+    "raised": "#25252d",
+    "page": "#131318",
+    "tint": "#2b2a45",
+    "warn": "#ffd08a",
+    "warn-paper": "#3a2d12",
+}
+GRADIO: Final = {
+    "body_background_fill": "page",
+    "body_text_color": "ink",
+    "body_text_color_subdued": "soft",
+    "block_background_fill": "paper",
+    "block_border_color": "line",
+    "block_label_text_color": "soft",
+    "block_title_text_color": "title",
+    "block_info_text_color": "soft",
+    "checkbox_background_color_selected": "button",
+    "checkbox_border_color_selected": "button",
+    "input_background_fill": "paper",
+    "input_border_color": "edge",
+    "input_placeholder_color": "faint",
+    "button_primary_background_fill": "button",
+    "button_primary_background_fill_hover": "button-hover",
+    "button_secondary_background_fill": "raised",
+    "button_secondary_border_color": "edge",
+    "button_secondary_text_color": "ink",
+    "link_text_color": "link",
+}
+"""Gradio's theme variable -> the colour it takes."""
+SANS: Final = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Helvetica Neue", "sans-serif"]
+MONO: Final = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
 
 
 def build_theme() -> gr.themes.Base:
@@ -38,65 +104,37 @@ def build_theme() -> gr.themes.Base:
         text_size=gr.themes.sizes.text_md,
     )
     return theme.set(
-        body_background_fill="#f6f6f9",
-        body_background_fill_dark="#131318",
-        body_text_color="#1d1d26",
-        body_text_color_dark="#ececf2",
-        body_text_color_subdued="#5d5d6e",
-        body_text_color_subdued_dark="#a9a9ba",
-        block_background_fill="#ffffff",
-        block_background_fill_dark="#1c1c23",
-        block_border_color="#dcdce4",
-        block_border_color_dark="#363642",
-        block_label_text_color="#5d5d6e",
-        block_label_text_color_dark="#a9a9ba",
-        block_title_text_color="#3a3a47",
-        block_title_text_color_dark="#c9c9d6",
-        block_info_text_color="#5d5d6e",
-        block_info_text_color_dark="#a9a9ba",
+        **{name: LIGHT[colour] for name, colour in GRADIO.items()},
+        **{f"{name}_dark": DARK[colour] for name, colour in GRADIO.items()},
         block_shadow="none",
         checkbox_border_radius="4px",
-        checkbox_background_color_selected="#4f46c8",
-        checkbox_background_color_selected_dark="#6a62d2",
-        checkbox_border_color_selected="#4f46c8",
-        checkbox_border_color_selected_dark="#6a62d2",
-        input_background_fill="#ffffff",
-        input_background_fill_dark="#1c1c23",
-        input_border_color="#c9c9d4",
-        input_border_color_dark="#45454f",
-        input_placeholder_color="#6b6b7b",
-        input_placeholder_color_dark="#9a9aab",
-        button_primary_background_fill="#4f46c8",
-        button_primary_background_fill_hover="#423aa8",
-        button_primary_background_fill_dark="#6a62d2",
-        button_primary_background_fill_hover_dark="#7d76dd",
         button_primary_text_color="#ffffff",
         button_primary_text_color_dark="#ffffff",
-        button_secondary_background_fill="#ffffff",
-        button_secondary_background_fill_dark="#25252d",
-        button_secondary_border_color="#c9c9d4",
-        button_secondary_border_color_dark="#45454f",
-        button_secondary_text_color="#1d1d26",
-        button_secondary_text_color_dark="#ececf2",
-        slider_color="#4f46c8",
-        slider_color_dark="#8f88e4",
-        link_text_color="#423aa8",
-        link_text_color_dark="#b1acee",
+        slider_color=ACCENT.c600,
+        slider_color_dark=ACCENT.c400,
     )
 
 
 def page_css() -> str:
-    """The page's style sheet."""
-    return (UI / "kit" / "app.css").read_text(encoding="utf-8")
+    """The page's style sheet: the colours, the shared elements, then each tab's own."""
+    return "\n".join([_variables(":root, .light", LIGHT), _variables(".dark", DARK), *_texts("css")])
 
 
 def page_head() -> str:
-    """The page's scripts, and the colours they paint with."""
-    core = UI / "kit" / "core.js"  # first, since the others define their elements with it
-    files = [core, *(file for file in sorted(UI.glob("**/*.js")) if file != core)]
-    scripts = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    colours = f'window.FS_HEAT = "{heat_table()}"; window.FS_NEUTRAL = "{NEUTRAL_COLOUR}";'
-    return f"<script>{colours}\n{scripts}</script>"
+    """The page's scripts, and the values that they share with Python."""
+    shared = f"<script>window.FS = {json.dumps(shared_values())};</script>"
+    return "\n".join([shared, "<script>", *_texts("js"), "</script>"])
+
+
+def shared_values() -> dict[str, Any]:
+    """What scripts must not state again: the heat's colours and curve, and the words for how far to trust a name."""
+    ramp = heat_colours(np.linspace(0, 1, 256, dtype=np.float32)[None])
+    return {
+        "heat": {**HEAT._asdict(), "table": base64_text(np.ascontiguousarray(ramp[0]))},
+        "neutral": NEUTRAL_COLOUR,
+        "confidence": list(CONFIDENCE.items()),
+        "origin": ORIGIN,
+    }
 
 
 def element(name: str) -> str:
@@ -106,5 +144,14 @@ def element(name: str) -> str:
 
 def mount(**events: str) -> str:
     """Script that feeds a gr.HTML's value to its element and turns the element's events into Gradio's."""
-    pairs = ", ".join(f"'{name}': '{target}'" for name, target in events.items())
-    return f"FS.mount(element, props, trigger, watch, {{{pairs}}});"
+    return f"FS.mount(element, props, trigger, watch, {json.dumps(events)});"
+
+
+def _variables(selector: str, colours: dict[str, str]) -> str:
+    return f"{selector} {{ {' '.join(f'--fs-{name}: {colour};' for name, colour in colours.items())} }}"
+
+
+def _texts(extension: str) -> list[str]:
+    """The files of one kind in this folder, in which elements are defined, and then in those of the tabs."""
+    files = [*sorted((UI / "kit").glob(f"*.{extension}")), *sorted((UI / "tabs").glob(f"*/*.{extension}"))]
+    return [file.read_text(encoding="utf-8") for file in files]

@@ -13,7 +13,8 @@ import gradio as gr
 from gradio.context import LocalContext
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.ui.serve.schemas import Limits, Request, RequestError
+from fluxsae.ui.serve.arguments import Limits
+from fluxsae.ui.serve.schemas import Request, RequestError
 from fluxsae.ui.serve.visitors import VisitorLimits
 
 log = logging.getLogger("fluxsae.app")
@@ -35,7 +36,7 @@ def as_gradio_error(error: BaseException) -> BaseException:
         return error
     reference = secrets.token_hex(4)
     log.error("reference %s", reference, exc_info=error)
-    text = f"Sorry, something failed on our side. Please try again; if it stays, report the reference {reference}."
+    text = f"Something failed on our side. Please try again. If it fails again, report the reference {reference}."
     return _gradio_error(text, title="Our mistake")
 
 

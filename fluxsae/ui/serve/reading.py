@@ -4,12 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
 from PIL import Image
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.features.firing import SparseMaps
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.sae.acts import SparseActs
@@ -19,100 +17,6 @@ from fluxsae.ui.serve.lane import OnStep
 
 if TYPE_CHECKING:
     from fluxsae.flux import BlockCall, FluxPipeline
-
-
-@dataclass(frozen=True, eq=False)
-class SparseMaps:
-    """One hook point's activations over an image, step by step: only what fires is kept."""
-
-    steps: tuple[int, ...]
-    """Steps that were read: every one near enough to a noise level the SAE was trained on."""
-    sigmas: tuple[float, ...]
-    own_steps: tuple[int, ...]
-    """Steps nearest to the noise levels the SAE was trained on: what is shown unless a step is asked for."""
-    rows: Int[np.ndarray, " entries"]
-    """Token of each entry, ascending; those of the p-th step begin at p * n_tokens."""
-    features: Int[np.ndarray, " entries"]
-    values: Float[np.ndarray, " entries"]
-    n_tokens: int
-    n_features: int
-
-    @classmethod
-    def build(
-        cls, by_step: Mapping[int, SparseActs], *, sigmas: Sequence[float], own_steps: Sequence[int]
-    ) -> "SparseMaps":
-        """The maps of acts (tokens, n_features) by step; `sigmas` are those of the steps."""
-        parts = list(by_step.values())
-        n_tokens, n_features = parts[0].shape
-        acts = SparseActs.joined(parts, (len(parts), n_tokens, n_features))
-        return cls(
-            steps=tuple(by_step),
-            sigmas=tuple(sigmas),
-            own_steps=tuple(own_steps),
-            rows=acts.tokens.int().cpu().numpy(),
-            features=acts.features.int().cpu().numpy(),
-            values=acts.values.float().cpu().numpy(),
-            n_tokens=n_tokens,
-            n_features=n_features,
-        )
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory that the entries take."""
-        return self.rows.nbytes + self.features.nbytes + self.values.nbytes
-
-    def acts(self, feature: int, step: int | None) -> Float[np.ndarray, " tokens"]:
-        """One feature's activation on every token: at a step, or the most over the SAE's own steps."""
-        acts = np.zeros(self.n_tokens, dtype=np.float32)
-        for part in self._chosen(step):
-            fires = self.features[part] == feature
-            np.maximum.at(acts, self.rows[part][fires] % self.n_tokens, self.values[part][fires])
-        return acts
-
-    def peaks(self, step: int | None) -> Float[np.ndarray, " n_features"]:
-        """Each feature's highest activation over the image."""
-        peaks = np.zeros(self.n_features, dtype=np.float32)
-        for part in self._chosen(step):
-            np.maximum.at(peaks, self.features[part], self.values[part])
-        return peaks
-
-    def means(self, step: int | None) -> Float[np.ndarray, " n_features"]:
-        """Each feature's mean activation over all patches (and steps)."""
-        totals, chosen = np.zeros(self.n_features), self._chosen(step)
-        for part in chosen:
-            np.add.at(totals, self.features[part], self.values[part].astype(np.float64))
-        means: Float[np.ndarray, " n_features"] = totals / (len(chosen) * self.n_tokens)
-        return means
-
-    def spreads(self, step: int | None) -> Float[np.ndarray, " n_features"]:
-        """Share of all patches (and steps) on which each feature fires with more than half of its peak."""
-        counts, chosen, peaks = np.zeros(self.n_features, dtype=np.int64), self._chosen(step), self.peaks(step)
-        for part in chosen:
-            strong = self.features[part][self.values[part] > 0.5 * peaks[self.features[part]]]
-            counts += np.bincount(strong, minlength=self.n_features)
-        spreads: Float[np.ndarray, " n_features"] = counts / (len(chosen) * self.n_tokens)
-        return spreads
-
-    def at(self, token: int, step: int | None) -> dict[int, float]:
-        """Feature -> activation at one token, of those that fire there."""
-        found: dict[int, float] = {}
-        for part in self._chosen(step):
-            first = int(self.rows[part.start]) // self.n_tokens * self.n_tokens if part.start < part.stop else 0
-            low, high = part.start + np.searchsorted(self.rows[part], [first + token, first + token + 1])
-            for feature, value in zip(self.features[low:high].tolist(), self.values[low:high].tolist(), strict=True):
-                found[feature] = max(found.get(feature, 0.0), value)
-        return found
-
-    def _chosen(self, step: int | None) -> list[slice]:
-        """Where the entries of a step, or of each of the SAE's own steps, stand."""
-        if step is not None and step not in self.steps:
-            raise FluxSaeError(
-                f"step is {step}; this autoencoder was trained at other noise levels. Give one of "
-                f"{', '.join(map(str, self.steps))}, or null for the steps it was trained on."
-            )
-        places = [self.steps.index(each) for each in (self.own_steps if step is None else (step,))]
-        edges = [np.searchsorted(self.rows, [place * self.n_tokens, (place + 1) * self.n_tokens]) for place in places]
-        return [slice(int(low), int(high)) for low, high in edges]
 
 
 @dataclass(frozen=True)

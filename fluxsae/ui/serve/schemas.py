@@ -1,46 +1,40 @@
-"""One strict schema per endpoint, shared by the page, HTTP and MCP: refused before any model work.
+"""One strict schema an endpoint: its name, description, arguments, defaults and results, stated once.
 
-Every refusal names the field, the value (shortened) and what is allowed.
+The page, HTTP and MCP are checked against it before any model work; signature, API page and About tab are made of it.
 """
 
-import json
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Self
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.steering.edits import IDENTITY, MODES, Region, SteeringEdit, parse_edits
-
-MAX_PROMPT_CHARACTERS = 2_000
-MAX_QUERY_CHARACTERS = 200
-MAX_JSON_CHARACTERS = 400_000
-MAX_SEED = 2**32 - 1
-MAX_RESULTS = 100
-MAX_STRENGTHS = 9
-WHOLE_NUMBERS = {"type": "array", "items": {"type": "integer"}}
-WINDOW: tuple[list[Any], str] = (
-    [WHOLE_NUMBERS, "null"],
-    "Steps [start, stop) in which the edit acts; null: where the SAE was trained.",
+from fluxsae.steering.edits import SteeringEdit
+from fluxsae.ui.serve.arguments import (
+    RUN_HOOKPOINT,
+    RUN_STEPS,
+    Column,
+    Edits,
+    Feature,
+    HookPointPath,
+    Limit,
+    Limits,
+    Mode,
+    OfRun,
+    Prompt,
+    Query,
+    RegionField,
+    Row,
+    Seed,
+    Step,
+    Steps,
+    Strengths,
+    Window,
+    shortened,
 )
-REGION: tuple[list[Any], str] = (
-    [
-        {"type": "array", "items": WHOLE_NUMBERS},
-        {"type": "object", "properties": {"heatmap": {"type": "number"}}},
-        "null",
-    ],
-    "Where the edit acts: rows of 0 and 1 on the token grid; wherever the feature fires above a share of its usual "
-    'activation, {"heatmap": share}; or null for everywhere.',
-)
-STRENGTH = (
-    "scale: factor on the activation, 1 changes nothing; add, clamp: multiples of the feature's usual activation; "
-    "ablate, project_out: fraction taken away, 0 to 1."
-)
-EXAMPLE_EDIT = "__EXAMPLE_EDIT__"
-"""Stands for an edit of the served run; an endpoint that is served puts one in."""
 
 
 class RequestError(FluxSaeError):
@@ -51,369 +45,208 @@ class RequestError(FluxSaeError):
         self.problems = dict(problems)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the served run allows; the schemas are checked against it."""
+class Result(NamedTuple):
+    """One of the things that an endpoint returns."""
 
-    hookpoints: Mapping[str, int]
-    """Module path of each hook point -> its number of features; the last one is the default."""
-    rows: int
-    """Rows of the token grid."""
-    cols: int
-    """Columns of the token grid."""
-    default_steps: int
-    """Denoising steps unless asked otherwise."""
-    max_steps: int = 60
-    """Most denoising steps of one request."""
-
-    @property
-    def default_hookpoint(self) -> str:
-        """The latest hook point: where meaning is richest."""
-        return list(self.hookpoints)[-1]
-
-
-def _short(value: Any) -> str:
-    text = repr(value[:60]) if isinstance(value, str) else repr(value)[:60]
-    return f"{text}..." if len(text) >= 60 else text
-
-
-def _refuse(info: ValidationInfo, value: Any, allowed: str) -> ValueError:
-    return ValueError(f"{info.field_name} is {_short(value)}; give {allowed}.")
-
-
-def _limits(info: ValidationInfo) -> Limits:
-    assert isinstance(info.context, Limits)
-    return info.context
-
-
-def _as_whole(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    if isinstance(value, float) and not (math.isfinite(value) and value.is_integer()):
-        return None
-    return int(value)
-
-
-def _whole(low: int, high: Callable[[ValidationInfo], int], *, optional: bool = False) -> BeforeValidator:
-    def check(value: Any, info: ValidationInfo) -> int | None:
-        if value is None and optional:
-            return None
-        number, most = _as_whole(value), high(info)
-        if number is None or not low <= number <= most:
-            alternative = ", or null" if optional else ""
-            raise _refuse(info, value, f"a whole number from {low} to {most}{alternative}")
-        return number
-
-    return BeforeValidator(check)
-
-
-def _text(most: int, *, blank: bool) -> BeforeValidator:
-    def check(value: Any, info: ValidationInfo) -> str:
-        if not isinstance(value, str):
-            raise _refuse(info, value, f"text of {0 if blank else 1} to {most:,} characters")
-        if len(value) > most:
-            raise ValueError(f"{info.field_name} has {len(value):,} characters; give at most {most:,}.")
-        if not blank and not value.strip():
-            raise ValueError(f"{info.field_name} is blank; describe the image in 1 to {most:,} characters.")
-        if not all(character.isprintable() or character in "\n\t" for character in value):
-            raise ValueError(f"{info.field_name} holds control characters; give plain text.")
-        return " ".join(value.split())
-
-    return BeforeValidator(check)
-
-
-def _check_hookpoint(value: Any, info: ValidationInfo) -> str:
-    known = _limits(info).hookpoints
-    if value is None:
-        return _limits(info).default_hookpoint
-    if isinstance(value, str) and len(value) <= 100:
-        try:
-            path = str(HookPoint.parse(value))
-        except FluxSaeError:
-            path = ""
-        if path in known:
-            return path
-    raise _refuse(info, value, f"one of this run's hook points: {', '.join(known)}")
-
-
-def _loaded(value: Any, info: ValidationInfo) -> Any:
-    if not isinstance(value, str):
-        return value
-    if len(value) > MAX_JSON_CHARACTERS:
-        raise ValueError(f"{info.field_name} has {len(value):,} characters; give at most {MAX_JSON_CHARACTERS:,}.")
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise _refuse(info, value, "valid JSON") from None
-
-
-def _check_edits(value: Any, info: ValidationInfo) -> tuple[SteeringEdit, ...]:
-    try:
-        edits = parse_edits(_loaded(value, info))
-    except (FluxSaeError, RecursionError) as error:
-        raise ValueError(str(error)) from None
-    for place, edit in enumerate(edits):
-        _check_edit(edit, f"edits[{place}].", info)
-    return edits
-
-
-def _check_edit(edit: SteeringEdit, prefix: str, info: ValidationInfo) -> None:
-    limits, path = _limits(info), str(edit.hookpoint)
-    if path not in limits.hookpoints:
-        allowed = ", ".join(limits.hookpoints)
-        raise ValueError(f"{prefix}hookpoint is {path}; give one of this run's hook points: {allowed}.")
-    if edit.feature >= limits.hookpoints[path]:
-        most = limits.hookpoints[path] - 1
-        raise ValueError(f"{prefix}feature is {edit.feature}; give a whole number from 0 to {most}.")
-    _check_grid(edit.region, prefix, info)
-
-
-def _check_grid(region: Region | None, prefix: str, info: ValidationInfo) -> None:
-    limits = _limits(info)
-    if isinstance(region, tuple) and (len(region), len(region[0])) != (limits.rows, limits.cols):
-        raise ValueError(
-            f"{prefix}region has {len(region)} x {len(region[0])} cells; "
-            f"give {limits.rows} rows of {limits.cols} cells of 0 and 1, or null."
-        )
-
-
-def _check_strengths(value: Any, info: ValidationInfo) -> tuple[float, ...]:
-    strengths = _loaded(value, info)
-    mode = info.data.get("mode", "add")
-    low, high = (0, 1) if mode in ("ablate", "project_out") else (-100, 100)
-    allowed = f"a list of 1 to {MAX_STRENGTHS} finite numbers from {low} to {high}"
-    if not isinstance(strengths, (list, tuple)) or not 1 <= len(strengths) <= MAX_STRENGTHS:
-        raise _refuse(info, strengths, allowed)
-    for strength in strengths:
-        is_number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-        if not is_number or not low <= strength <= high:
-            raise _refuse(info, strength, allowed)
-    return tuple(float(strength) for strength in strengths)
-
-
-def _check_mode(value: Any, info: ValidationInfo) -> str:
-    if not isinstance(value, str) or value not in MODES:
-        raise _refuse(info, value, f"one of {', '.join(MODES)}")
-    return value
-
-
-def _check_window(value: Any, info: ValidationInfo) -> tuple[int, int] | None:
-    window = _loaded(value, info) if value != "" else None
-    if window is None:
-        return None
-    bounds = [_as_whole(bound) for bound in window] if isinstance(window, (list, tuple)) else []
-    start, stop = bounds if len(bounds) == 2 else (None, None)
-    most = _limits(info).max_steps
-    if start is None or stop is None or not 0 <= start <= stop <= most:
-        raise _refuse(info, window, f"two whole numbers [start, stop] with 0 <= start <= stop <= {most}, or null")
-    return start, stop
-
-
-def _check_region(value: Any, info: ValidationInfo) -> Region | None:
-    region = _loaded(value, info) if value != "" else None
-    try:
-        edit = SteeringEdit(HookPoint.parse(_limits(info).default_hookpoint), 0, "add", 0.0, region=region)
-    except (FluxSaeError, RecursionError) as error:
-        raise ValueError(str(error)) from None
-    _check_grid(edit.region, "", info)
-    return edit.region
-
-
-def _described(kind: str | list[Any], description: str, **more: Any) -> dict[str, Any]:
-    kinds: dict[str, Any] = {"type": kind}
-    if not isinstance(kind, str):
-        kinds = {"anyOf": [{"type": each} if isinstance(each, str) else each for each in kind]}
-    return {**kinds, "description": description, **more}
-
-
-def _schema(kind: str | list[Any], description: str, **more: Any) -> WithJsonSchema:
-    return WithJsonSchema(_described(kind, description, **more))
-
-
-EDIT: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "hookpoint": _described("string", "Where the edit is made: a module path of this run."),
-        "feature": _described("integer", "Number of the feature, from 0."),
-        "mode": _described("string", "How to edit.", enum=list(MODES)),
-        "strength": _described("number", STRENGTH),
-        "steps": _described(*WINDOW),
-        "region": _described(*REGION),
-    },
-    "required": ["hookpoint", "feature", "mode", "strength"],
-}
-"""What an edit is for a client: the keys of `SteeringEdit.from_dict`."""
-
-
-Prompt = Annotated[
-    str,
-    _text(MAX_PROMPT_CHARACTERS, blank=False),
-    _schema("string", f"What the image shows, 1 to {MAX_PROMPT_CHARACTERS:,} characters."),
-]
-Query = Annotated[
-    str,
-    _text(MAX_QUERY_CHARACTERS, blank=True),
-    _schema("string", "A feature number, words of a label, or any words (compared with the images by CLIP)."),
-]
-HookPointPath = Annotated[
-    str, BeforeValidator(_check_hookpoint), _schema("string", "Where in FLUX the features were read: a module path.")
-]
-Seed = Annotated[
-    int, _whole(0, lambda info: MAX_SEED), _schema("integer", f"Random seed, 0 to {MAX_SEED}; same seed, same image.")
-]
-Steps = Annotated[
-    int, _whole(1, lambda info: _limits(info).max_steps), _schema("integer", "Denoising steps of the image.")
-]
-Step = Annotated[
-    int | None,
-    _whole(0, lambda info: info.data.get("num_inference_steps", 1) - 1, optional=True),
-    _schema(["integer", "null"], "Denoising step to look at, from 0; null: the steps the SAE was trained on."),
-]
-Limit = Annotated[
-    int, _whole(1, lambda info: MAX_RESULTS), _schema("integer", f"How many results, 1 to {MAX_RESULTS}.")
-]
-Feature = Annotated[
-    int,
-    _whole(0, lambda info: _limits(info).hookpoints.get(info.data.get("hookpoint", ""), 1) - 1),
-    _schema("integer", "Number of the feature, from 0."),
-]
-Row = Annotated[
-    int, _whole(0, lambda info: _limits(info).rows - 1), _schema("integer", "Row of the patch, from the top, from 0.")
-]
-Column = Annotated[
-    int, _whole(0, lambda info: _limits(info).cols - 1), _schema("integer", "Column of the patch, from the left.")
-]
-Mode = Annotated[str, BeforeValidator(_check_mode), _schema("string", f"How to edit: {', '.join(MODES)}.")]
-Strengths = Annotated[
-    tuple[float, ...],
-    BeforeValidator(_check_strengths),
-    _schema("array", f"1 to {MAX_STRENGTHS} strengths. {STRENGTH}", items={"type": "number"}),
-]
-Edits = Annotated[
-    tuple[SteeringEdit, ...],
-    BeforeValidator(_check_edits),
-    _schema(
-        "array",
-        f"Edits, for no edit the empty list; steps and region may be left out. Example: [{EXAMPLE_EDIT}].",
-        items=EDIT,
-    ),
-]
-Window = Annotated[
-    tuple[int, int] | None,
-    BeforeValidator(_check_window),
-    _schema(*WINDOW),
-]
-RegionField = Annotated[
-    Any,
-    BeforeValidator(_check_region),
-    _schema(*REGION),
-]
+    name: str
+    kind: Literal["image", "gallery", "json", "plot"]
+    description: str
 
 
 class Request(BaseModel):
-    """A checked request; fields in the order of the endpoint's arguments."""
+    """A checked request; its docstring is the endpoint's description, its fields are the arguments in order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    endpoint: ClassVar[str]
+    results: ClassVar[tuple[Result, ...]]
+    uses_flux: ClassVar[bool] = False
 
     @classmethod
     def parse(cls, limits: Limits, **values: Any) -> Self:
-        """The request, checked against what the run allows.
+        """The request, checked against what the run allows; what is left out has its default.
 
         Raises:
             RequestError: a value is out of range; the message names field, value and allowed range.
         """
         try:
-            return cls.model_validate(values, context=limits)
+            return cls.model_validate({**cls.defaults(limits), **values}, context=limits)
         except ValidationError as error:
             raise RequestError({str(item["loc"][0]): _message(item) for item in error.errors()}) from None
 
+    @classmethod
+    def pick(cls, limits: Limits, values: Mapping[str, Any]) -> Self:
+        """The request that is made of those of some values that are arguments, such as those of a link."""
+        return cls.parse(limits, **{name: values[name] for name in cls.model_fields if name in values})
 
-def _message(item: Mapping[str, Any]) -> str:
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    if item["type"] == "extra_forbidden":
-        return f"{str(item['loc'][0])[:60]} is not an argument of this endpoint; leave it out."
-    return f"{item['loc'][0]} is {_short(item['input'])}; {item['msg']}."
+    @classmethod
+    def defaults(cls, limits: Limits) -> dict[str, Any]:
+        """Argument -> default in the served run; required ones are missing."""
+        given = {name: field.default for name, field in cls.model_fields.items() if not field.is_required()}
+        return {
+            name: getattr(limits, value.name) if isinstance(value, OfRun) else value for name, value in given.items()
+        }
+
+    @classmethod
+    def properties(cls) -> dict[str, dict[str, Any]]:
+        """Argument -> its JSON schema with description."""
+        return {
+            name: dict(described.json_schema or {})
+            for name, field in cls.model_fields.items()
+            for described in field.metadata
+            if isinstance(described, WithJsonSchema)
+        }
+
+    @classmethod
+    def description(cls) -> str:
+        """What the endpoint does, in a sentence."""
+        return inspect.getdoc(cls) or ""
+
+    @classmethod
+    def result_names(cls) -> str:
+        """The results as Python names on the left of a call."""
+        return ", ".join(result.name for result in cls.results)
 
 
-class HeatmapRequest(Request):
-    """`/heatmap`: an image and what fires in it."""
+class PictureRequest(Request):
+    """A request for an image that FLUX makes."""
 
+    uses_flux = True
+    if TYPE_CHECKING:  # every one has these, each in its own order
+        prompt: Prompt
+        seed: Seed
+        num_inference_steps: Steps
+
+    @property
+    def picture(self) -> tuple[str, int, int]:
+        """Prompt, seed and number of denoising steps."""
+        return self.prompt, self.seed, self.num_inference_steps
+
+
+def _message(item: ErrorDetails) -> str:
+    name = shortened(str(item["loc"][0])).strip("'")
+    match item["type"]:
+        case "value_error":
+            return str(item["ctx"]["error"])
+        case "extra_forbidden":
+            return f"{name} is not an argument of this endpoint; leave it out."
+        case "missing":
+            return f"{name} is missing; this endpoint needs it."
+    return f"{name} is {shortened(item['input'])}; {item['msg']}."
+
+
+FEATURES = "Ranked features with label, statistics and activation."
+
+
+class HeatmapRequest(PictureRequest):
+    """Makes an image, ranks the features that fire in it, and shows where each fires."""
+
+    endpoint = "heatmap"
+    results = (
+        Result("image", "image", "The image."),
+        Result("features", "json", FEATURES),
+        Result("overlays", "gallery", "The image with the heatmap of each feature."),
+    )
     prompt: Prompt
-    hookpoint: HookPointPath
-    seed: Seed
-    num_inference_steps: Steps
-    step: Step
-    limit: Limit
+    hookpoint: HookPointPath = RUN_HOOKPOINT
+    seed: Seed = 0
+    num_inference_steps: Steps = RUN_STEPS
+    step: Step = None
+    limit: Limit = 8
 
 
-class FeaturesAtRequest(Request):
-    """`/features_at`: what fires at one patch of an image."""
+class FeaturesAtRequest(PictureRequest):
+    """Ranks the features that fire at one patch of an image."""
 
+    endpoint = "features_at"
+    results = (Result("features", "json", FEATURES),)
     prompt: Prompt
-    hookpoint: HookPointPath
-    seed: Seed
-    num_inference_steps: Steps
-    step: Step
+    hookpoint: HookPointPath = RUN_HOOKPOINT
+    seed: Seed = 0
+    num_inference_steps: Steps = RUN_STEPS
+    step: Step = None
     row: Row
     column: Column
-    limit: Limit
+    limit: Limit = 8
 
 
 class SearchRequest(Request):
-    """`/search_features`: features by number, label or free text."""
+    """Finds features by number, by label, or by any words, which CLIP compares with the features' images."""
 
-    query: Query
-    hookpoint: HookPointPath
-    limit: Limit
+    endpoint = "search_features"
+    results = (
+        Result(
+            "features",
+            "json",
+            "Features with label, statistics, reason and score, best first; none if no word is known.",
+        ),
+    )
+    query: Query = ""
+    hookpoint: HookPointPath = RUN_HOOKPOINT
+    limit: Limit = 20
 
 
 class FeatureRequest(Request):
-    """`/feature`: one feature's card."""
+    """Gives one feature's card: label, statistics, neighbours, and its top images with heatmaps."""
 
-    hookpoint: HookPointPath
+    endpoint = "feature"
+    results = (
+        Result("card", "json", "The card."),
+        Result("top_images", "gallery", "The feature's top images with its heatmap on each."),
+    )
+    hookpoint: HookPointPath = RUN_HOOKPOINT
     feature: Feature
 
 
 class DirectionsRequest(Request):
-    """`/directions`: what lies near one feature."""
+    """Finds the features that write in a similar direction, and draws them on the map of all directions."""
 
-    hookpoint: HookPointPath
+    endpoint = "directions"
+    results = (
+        Result("neighbours", "json", "The nearest features with their cosines, nearest first."),
+        Result("plot", "plot", "The map."),
+    )
+    hookpoint: HookPointPath = RUN_HOOKPOINT
     feature: Feature
-    n_neighbours: Limit
+    n_neighbours: Limit = 12
 
 
-class SteerRequest(Request):
-    """`/steer`: an image before and after edits."""
+class SteerRequest(PictureRequest):
+    """Makes an image twice, without and with edits of features, and measures what the edits changed."""
 
+    endpoint = "steer"
+    results = (
+        Result("before", "image", "The image without edits."),
+        Result("after", "image", "The image with edits."),
+        Result("recipe_and_measurements", "json", "The recipe that makes the image again, and the measurements."),
+    )
     prompt: Prompt
     edits: Edits
-    seed: Seed
-    num_inference_steps: Steps
+    seed: Seed = 0
+    num_inference_steps: Steps = RUN_STEPS
 
 
-class SweepRequest(Request):
-    """`/sweep`: one feature at several strengths."""
+class SweepRequest(PictureRequest):
+    """Makes an image at several strengths of one feature, and measures what each changed."""
 
+    endpoint = "sweep"
+    results = (
+        Result("grid", "gallery", "One image for each strength."),
+        Result("measurements", "json", "The measurements at each strength."),
+    )
     prompt: Prompt
-    hookpoint: HookPointPath
+    hookpoint: HookPointPath = RUN_HOOKPOINT
     feature: Feature
-    mode: Mode
+    mode: Mode = "add"
     strengths: Strengths
-    steps: Window
-    region: RegionField
-    seed: Seed
-    num_inference_steps: Steps
+    steps: Window = None
+    region: RegionField = None
+    seed: Seed = 0
+    num_inference_steps: Steps = RUN_STEPS
 
     def edits(self) -> tuple[SteeringEdit, ...]:
-        """One edit a strength."""
+        """One edit for each strength."""
         place = HookPoint.parse(self.hookpoint)
         return tuple(
             SteeringEdit(place, self.feature, self.mode, strength, steps=self.steps, region=self.region)
             for strength in self.strengths
         )
-
-
-def identity_strength(mode: str) -> float | None:
-    """The strength at which a mode changes nothing, or None where it has none."""
-    return IDENTITY[mode]

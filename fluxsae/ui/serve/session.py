@@ -23,9 +23,9 @@ from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance, load_
 from fluxsae.runs.folder import RunFolder, library_versions
 from fluxsae.runs.tables import ImageTable
 from fluxsae.sae.model import SparseAutoencoder
+from fluxsae.ui.serve.arguments import Limits
 from fluxsae.ui.serve.lane import Done, FluxLane, OnStep, StepDone
 from fluxsae.ui.serve.reading import Reading, read_image
-from fluxsae.ui.serve.schemas import Limits
 from fluxsae.ui.serve.visitors import VisitorLimits
 
 log = logging.getLogger("fluxsae.app")
@@ -142,7 +142,7 @@ class Workbench:
 
     @property
     def example_edit(self) -> dict[str, Any]:
-        """An edit that this run knows: its most meaningful feature, taken away."""
+        """An edit that this run knows: its most meaningful feature, suppressed."""
         hookpoint = self.limits.default_hookpoint
         return {"hookpoint": hookpoint, "feature": self.cards[hookpoint].ranked[0], "mode": "scale", "strength": 0.0}
 
@@ -304,7 +304,7 @@ def open_workbench(source: str | None = None) -> Workbench:
         require_flux(bench)
     except FluxSaeError as error:
         log.warning("%s cannot be served: %s", wanted, error)
-        notice = f"{wanted} cannot be used here: {error} Until then this page shows the miniature, and all of it works."
+        notice = f"{wanted} cannot be used here: {error} This page shows the miniature instead."
         return Workbench(RunFolder(miniature_path("run")), source="embedded", notice=notice)
     return bench
 

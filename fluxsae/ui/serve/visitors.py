@@ -53,8 +53,8 @@ class VisitorLimits:
             if len(times) >= self.limit:
                 wait = max(1, round(times[0] + WINDOW - now))
                 raise FluxSaeError(
-                    f"You have made {len(times)} images in ten minutes, which is everyone's share here. "
-                    f"It goes on in {wait} s; on your own machine there is no limit."
+                    f"You made {len(times)} images in ten minutes, the most that one visitor may make here. "
+                    f"You can continue in {wait} s. On your own machine there is no limit."
                 )
             times.append(now)
 

@@ -2,26 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import gradio as gr
-
-from fluxsae.ui.kit.shell import Shell
+from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.about.tab import build_about_tab
-from fluxsae.ui.tabs.directions.tab import add_directions_endpoints, build_directions_tab
-from fluxsae.ui.tabs.gallery.tab import add_gallery_endpoints, build_gallery_tab
-from fluxsae.ui.tabs.heatmap.tab import add_heatmap_endpoints, build_heatmap_tab
-from fluxsae.ui.tabs.steer.tab import add_steer_endpoints, build_steer_tab
+from fluxsae.ui.tabs.directions.desk import DirectionsDesk
+from fluxsae.ui.tabs.directions.tab import build_directions_tab
+from fluxsae.ui.tabs.gallery.desk import GalleryDesk
+from fluxsae.ui.tabs.gallery.tab import build_gallery_tab
+from fluxsae.ui.tabs.heatmap.desk import HeatmapDesk
+from fluxsae.ui.tabs.heatmap.tab import build_heatmap_tab
+from fluxsae.ui.tabs.steer.desk import SteerDesk
+from fluxsae.ui.tabs.steer.tab import build_steer_tab
 
 
 @dataclass(frozen=True)
 class Tab:
-    """One tab: its title, how it is built, and its named endpoints."""
+    """One tab: its title, what answers its questions, and how it is built: `build(desk, shell, place)`."""
 
     title: str
-    build: Callable[[Workbench, Shell, gr.Tab], None]
-    add_endpoints: Callable[[Workbench], None] | None = None
-    """None for a tab that only shows: links lead to the others."""
+    desk: Callable[[Workbench], Desk]
+    build: Callable[..., Any]
 
     @property
     def name(self) -> str:
@@ -30,9 +32,9 @@ class Tab:
 
 
 TABS: tuple[Tab, ...] = (
-    Tab("Heatmap", build_heatmap_tab, add_heatmap_endpoints),
-    Tab("Gallery", build_gallery_tab, add_gallery_endpoints),
-    Tab("Directions", build_directions_tab, add_directions_endpoints),
-    Tab("Steer", build_steer_tab, add_steer_endpoints),
-    Tab("About", build_about_tab),
+    Tab("Heatmap", HeatmapDesk, build_heatmap_tab),
+    Tab("Gallery", GalleryDesk, build_gallery_tab),
+    Tab("Directions", DirectionsDesk, build_directions_tab),
+    Tab("Steer", SteerDesk, build_steer_tab),
+    Tab("About", Desk, build_about_tab),
 )

@@ -1,42 +1,47 @@
 """The About tab: what this is and is not, licences, the run's figures, and every endpoint as code."""
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import gradio as gr
 
+from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.kit.header import flux_words
 from fluxsae.ui.kit.shell import Shell
 from fluxsae.ui.kit.snippets import snippets
 from fluxsae.ui.kit.theme import element, mount
+from fluxsae.ui.serve.endpoints import endpoint_arguments
+from fluxsae.ui.serve.schemas import Request
 from fluxsae.ui.serve.session import Workbench
 
 FIGURES = {
     "fvu": (
         "Not explained (FVU)",
-        "share of the activations' variance that the autoencoder does not give back; 0 is best",
+        "share of the activations' variance that the SAE does not reconstruct; 0 is best",
         ".3g",
     ),
-    "l0": ("Features at a patch (L0)", "how many fire at once, on average", ".3g"),
+    "l0": ("Features at a patch (L0)", "mean number that fire at one patch", ".3g"),
     "dead_share": ("Dead features", "share that never fired on held-out images", ".1%"),
     "flow_loss_recovered": (
         "Flow loss recovered",
-        "1: FLUX paints as well with the autoencoder spliced in; 0: as badly as with the mean",
+        "1: FLUX works as well on the reconstruction as on the original; 0: only as well as on the mean",
         ".3g",
     ),
     "splice_error": (
         "Splice error",
-        "how far FLUX's next step moves when the autoencoder is spliced in; 0 is best",
+        "change of FLUX's output when the reconstruction replaces the original; 0 is best",
         ".3g",
     ),
 }
 """Name in metrics.json -> title, meaning and number format."""
 
 
-def build_about_tab(bench: Workbench, shell: Shell, tab: gr.Tab) -> None:
+def build_about_tab(desk: Desk, shell: Shell, tab: gr.Tab) -> None:
     """The tab's text, figures and code."""
-    gr.HTML(about_html(bench), elem_id="about-text")
-    gr.HTML({"endpoints": endpoint_examples(bench)}, html_template=element("fs-endpoints"), js_on_load=mount())
+    examples = endpoint_examples(desk.bench, shell.endpoints)
+    gr.HTML(about_html(desk.bench), elem_id="about-text")
+    gr.HTML({"endpoints": examples}, html_template=element("fs-endpoints"), js_on_load=mount())
 
 
 def about_html(bench: Workbench) -> str:
@@ -44,68 +49,47 @@ def about_html(bench: Workbench) -> str:
     return (
         '<article class="fs-about">'
         "<h2>What you see</h2>"
-        "<p>FLUX paints an image in steps. While it does, every small square of the image (a patch) is a long list of "
-        "numbers inside it. A sparse autoencoder (SAE) learned to write each list as a sum of a few <strong>features"
-        "</strong>: directions that often stand for something, such as a colour, a shape or a texture. This page shows "
-        "where features fire, what they like, what lies near them, and what the image becomes when one is turned.</p>"
+        "<p>FLUX makes an image in steps. Inside FLUX, each small square of the image (a patch) is a long list of "
+        "numbers. A sparse autoencoder (SAE) learned to write each list as a sum of a few <strong>features</strong>. "
+        "A feature is a direction that often stands for something, such as a colour, a shape or a texture. This page "
+        "shows where features fire, on which images, which features are similar, and how the image changes when you "
+        "steer one.</p>"
         "<h2>What it is not</h2>"
-        "<p>A label is a guess from captions and pictures, with how sure it is; a feature may mean more, less or "
-        "something else. A heatmap shows where a feature is active, not that it causes what is there: turn it to see. "
-        "Compare with a random direction before you believe an effect.</p>"
+        "<p>A name is derived from captions and images, and comes with a confidence. A feature may mean more, less or "
+        "something else. A heatmap shows where a feature is active, not that it causes what is there: steer it to find "
+        "out. Compare with a random direction before you believe an effect.</p>"
         f"<h2>This run</h2><p>FLUX: {escape(flux_words(bench))}. {_settings_words(bench)}</p>{_figures_html(bench)}"
         "<h2>Licences</h2>"
-        "<p>This program is under the Apache License 2.0. The miniature was trained for it on drawn scenes and comes "
-        "under the same licence. FLUX.1-dev is by Black Forest Labs under the FLUX.1 [dev] Non-Commercial License: its "
-        "weights are not part of this program, have to be asked for at "
-        '<a href="https://huggingface.co/black-forest-labs/FLUX.1-dev" rel="noopener">its page</a>, and images made '
-        "with it fall under its terms.</p></article>"
+        "<p>This program has the Apache License 2.0. The miniature was trained for it on drawn scenes and has the same "
+        "licence. FLUX.1-dev is by Black Forest Labs under the FLUX.1 [dev] Non-Commercial License: its "
+        "weights are not part of this program. Ask for them on "
+        '<a href="https://huggingface.co/black-forest-labs/FLUX.1-dev" rel="noopener">its page</a>. Its terms '
+        "also cover the images made with it.</p></article>"
     )
 
 
-def endpoint_examples(bench: Workbench) -> list[dict[str, Any]]:
-    """Each endpoint in one sentence, with a call that works on this run."""
-    place = bench.limits.default_hookpoint
-    cards = bench.cards[place]
-    feature = cards.ranked[0] if cards.ranked else 0
-    prompt = cards.images.prompts[0] if len(cards.images) else "a large red circle"
-    steps = bench.limits.default_steps
-    image = {"prompt": prompt, "hookpoint": place, "seed": 0, "num_inference_steps": steps, "step": None}
-    edit = {"hookpoint": place, "feature": feature, "mode": "add", "strength": 0.3}
-    made = {"prompt": prompt, "edits": [edit], "seed": 0, "num_inference_steps": steps}
-    swept = {"prompt": prompt, "hookpoint": place, "feature": feature, "mode": "add", "strengths": [0.1, 0.2, 0.3],
-             "steps": None, "region": None, "seed": 0, "num_inference_steps": steps}  # fmt: skip
-    rows = [
-        (
-            "heatmap",
-            "An image, the features that fire in it, and where.",
-            {**image, "limit": 8},
-            "image, features, overlays",
-        ),
-        ("features_at", "What fires at one patch.", {**image, "row": 4, "column": 4, "limit": 8}, "features"),
-        (
-            "search_features",
-            "Features by number, label or words.",
-            {"query": "striped", "hookpoint": place, "limit": 20},
-            "features",
-        ),
-        (
-            "feature",
-            "One feature's card and its best images.",
-            {"hookpoint": place, "feature": feature},
-            "card, top_images",
-        ),
-        (
-            "directions",
-            "What writes in a similar direction.",
-            {"hookpoint": place, "feature": feature, "n_neighbours": 12},
-            "neighbours, plot",
-        ),
-        ("steer", "The image before and after turning features.", made, "before, after, facts"),
-        ("sweep", "One feature at several strengths.", swept, "grid, measurements"),
-    ]
+def endpoint_examples(bench: Workbench, endpoints: Sequence[type[Request]]) -> list[dict[str, Any]]:
+    """Each endpoint as its schema describes it, with a call that works on this run."""
+    cards = bench.cards[bench.limits.default_hookpoint]
+    known = {
+        "prompt": cards.images.prompts[0] if len(cards.images) else "a large red circle",
+        "query": "striped",
+        "feature": bench.example_edit["feature"],
+        "row": bench.limits.rows // 2,
+        "column": bench.limits.cols // 2,
+        "edits": [bench.example_edit],
+        "strengths": [0.1, 0.2, 0.3],
+    }
     return [
-        {"name": f"/{name}", "words": words, "code": snippets(name, arguments, returns)}
-        for name, words, arguments, returns in rows
+        {
+            "name": f"/{schema.endpoint}",
+            "words": schema.description(),
+            "arguments": [
+                [name, argument["description"]] for name, argument in endpoint_arguments(schema, bench).items()
+            ],
+            "code": snippets(schema, {**schema.defaults(bench.limits), **known}),
+        }
+        for schema in endpoints
     ]
 
 

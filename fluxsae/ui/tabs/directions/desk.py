@@ -14,24 +14,23 @@ from fluxsae.features.layers import LayerComparison
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.pictures.heatmaps import feature_colour, names_colour
 from fluxsae.ui.kit import views
-from fluxsae.ui.kit.snippets import snippets
+from fluxsae.ui.kit.desk import Desk
+from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.schemas import DirectionsRequest
-from fluxsae.ui.serve.session import Workbench
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NEAR = 12
 COMPARED = 14
 PLACE_NAMES = 40
 
 
-class DirectionsDesk:
+class DirectionsDesk(Desk):
     """The Directions tab's questions, answered from the run folder."""
 
-    def __init__(self, bench: Workbench) -> None:
-        self.bench = bench
-        self.limits = bench.limits
+    def answers(self) -> Answers:
+        """/directions."""
+        return {DirectionsRequest: self.directions}
 
     def directions(self, request: DirectionsRequest) -> tuple[list[dict[str, Any]], Any]:
         """The nearest features by cosine of what they write, and a plot of the map around them."""
@@ -45,40 +44,26 @@ class DirectionsDesk:
 
     def map(self, hookpoint: Any, selection: Any = None) -> dict[str, Any]:
         """Every direction of a hook point on a plane, with the names of its neighbourhoods."""
-        request = DirectionsRequest.parse(self.limits, hookpoint=hookpoint, feature=0, n_neighbours=NEAR)
-        chosen = None
-        if isinstance(selection, Mapping) and selection.get("hookpoint") == request.hookpoint:
-            chosen = selection.get("feature")
-        return {**self._frame(request.hookpoint), "selected": chosen}
+        place = self._place(hookpoint)
+        is_here = isinstance(selection, Mapping) and selection.get("hookpoint") == place
+        return {**self._map(place), "selected": selection["feature"] if is_here else None}
 
-    def near(self, chosen: Any) -> dict[str, Any] | None:
+    def near(self, selection: Any) -> dict[str, Any] | None:
         """What lies near the chosen feature."""
-        if not isinstance(chosen, Mapping) or chosen.get("feature") is None:
+        if not isinstance(selection, Mapping) or selection.get("feature") is None:
             return None
-        request = DirectionsRequest.parse(
-            self.limits, hookpoint=chosen.get("hookpoint"), feature=chosen.get("feature"), n_neighbours=NEAR
-        )
+        request = DirectionsRequest.pick(self.limits, selection)
         cards = self.bench.cards[request.hookpoint]
         card = cards[request.feature]
         return {
-            **views.chip(views.summary(cards, request.feature)),
+            **views.chip(cards, request.feature),
             "rows": cards.info.rows,
             "cols": cards.info.cols,
             "word": self.bench.word(request.hookpoint),
             "alignment": card.alignment,
             "pictures": views.card_pictures(cards, card, limit=3),
-            "near": [
-                {
-                    "feature": feature,
-                    "label": cards.labels[feature],
-                    "colour": feature_colour(cards.labels[feature]),
-                    "cosine": cosine,
-                }
-                for feature, cosine in self._near(request)
-            ],
-            "code": snippets("directions", request.model_dump(), "neighbours, plot"),
-            "link": views.encode_view({"tab": "directions", **request.model_dump()}),
-            "versions": dict(self.bench.versions),
+            "near": [{**views.named(cards, other), "cosine": cosine} for other, cosine in self._near(request)],
+            **self.frame(DirectionsRequest, request.model_dump(), tab="directions"),
         }
 
     def linked(self, view: Mapping[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any] | None]:
@@ -87,12 +72,9 @@ class DirectionsDesk:
 
     def compare(self, first: Any, second: Any) -> dict[str, Any]:
         """Which features of one hook point live on at another, and what each alone has."""
-        left = DirectionsRequest.parse(self.limits, hookpoint=first, feature=0, n_neighbours=1).hookpoint
-        right = DirectionsRequest.parse(self.limits, hookpoint=second, feature=0, n_neighbours=1).hookpoint
+        left, right = sorted(map(self._place, (first, second)), key=self.bench.hookpoints.index)
         if left == right:
-            raise FluxSaeError(f"{left} was to be compared with itself; choose two hook points.")
-        ordered = self.bench.hookpoints.index(left) < self.bench.hookpoints.index(right)
-        left, right = (left, right) if ordered else (right, left)
+            raise FluxSaeError(f"Both hook points are {left}. Choose two different ones.")
         comparison = self._comparison(left, right)
         one, two = self.bench.cards[left], self.bench.cards[right]
         return {
@@ -108,6 +90,10 @@ class DirectionsDesk:
             "only_second": self._alone(two, comparison.only_second),
             "n_only_second": len(comparison.only_second),
         }
+
+    def _place(self, hookpoint: Any) -> str:
+        """A hook point of this run."""
+        return DirectionsRequest.parse(self.limits, hookpoint=hookpoint, feature=0).hookpoint
 
     def _near(self, request: DirectionsRequest) -> list[tuple[int, float]]:
         cards = self.bench.cards[request.hookpoint]
@@ -132,7 +118,7 @@ class DirectionsDesk:
         return SparseAutoencoder.from_pretrained(run.path, subfolder=run.sae_subfolder(hookpoint)).W_dec.detach()
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - one desk a page, for as long as it is served
-    def _frame(self, hookpoint: str) -> dict[str, Any]:
+    def _map(self, hookpoint: str) -> dict[str, Any]:
         cards = self.bench.cards[hookpoint]
         if not cards.directions:
             raise FluxSaeError(f"This run has no map of {hookpoint}; make it with `python -m train.directions`.")
@@ -169,26 +155,17 @@ class DirectionsDesk:
             (others if kind in told else first_of_kind).append(pair)
             told.add(kind)
         return [
-            {"first": _side(one, left), "second": _side(two, right), "correlation": value}
+            {"first": views.named(one, left), "second": views.named(two, right), "correlation": value}
             for left, right, value in [*first_of_kind, *others][:COMPARED]
         ]
 
     def _alone(self, cards: CardIndex, features: np.ndarray) -> list[dict[str, Any]]:
         alone = set(features.tolist())
         best = [feature for feature in cards.ranked if feature in alone]
-        return [_side(cards, feature) for feature in best[:COMPARED]]
+        return [views.named(cards, feature) for feature in best[:COMPARED]]
 
     def _position(self, cards: CardIndex, feature: int) -> list[float] | None:
         return cards.directions["positions"][feature].tolist() if cards.directions else None
-
-
-def _side(cards: CardIndex, feature: int) -> dict[str, Any]:
-    return {
-        "hookpoint": str(cards.hookpoint),
-        "feature": feature,
-        "label": cards.labels[feature],
-        "colour": feature_colour(cards.labels[feature]),
-    }
 
 
 def place_names(cards: CardIndex, positions: np.ndarray) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The Directions tab: a map of what features write, what is near, layers compared; and /directions."""
+"""The Directions tab: a map of what features write, what is near, layers compared."""
 
 from typing import Any
 
@@ -6,16 +6,13 @@ import gradio as gr
 
 from fluxsae.ui.kit.shell import QUEUED, Shell
 from fluxsae.ui.kit.theme import element, mount
-from fluxsae.ui.serve.endpoints import REQUIRED, add_endpoint
 from fluxsae.ui.serve.guard import guarded
-from fluxsae.ui.serve.schemas import DirectionsRequest
-from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.directions.desk import DirectionsDesk
 
 
-def build_directions_tab(bench: Workbench, shell: Shell, tab: gr.Tab) -> None:
+def build_directions_tab(desk: DirectionsDesk, shell: Shell, tab: gr.Tab) -> None:
     """The tab's components and events. The map is fetched when the tab is first opened."""
-    desk = DirectionsDesk(bench)
+    bench = desk.bench
     hookpoint = gr.Radio(
         bench.hookpoint_choices(), value=bench.limits.default_hookpoint, label="Where", elem_id="directions-hook"
     )
@@ -32,12 +29,10 @@ def build_directions_tab(bench: Workbench, shell: Shell, tab: gr.Tab) -> None:
                 elem_id="directions-near",
             )
     if len(bench.hookpoints) > 1:
-        with gr.Accordion(
-            "Compare two hook points: what survives, what is new", open=False, elem_id="directions-compare"
-        ):
+        with gr.Accordion("Compare two hook points: shared and new features", open=False, elem_id="directions-compare"):
             with gr.Row():
-                first = gr.Dropdown(bench.hookpoint_choices(), value=bench.hookpoints[0], label="One")
-                second = gr.Dropdown(bench.hookpoint_choices(), value=bench.hookpoints[-1], label="The other")
+                first = gr.Dropdown(bench.hookpoint_choices(), value=bench.hookpoints[0], label="First")
+                second = gr.Dropdown(bench.hookpoint_choices(), value=bench.hookpoints[-1], label="Second")
                 go = gr.Button("Compare", variant="primary", scale=0, min_width=140, elem_id="directions-compare-go")
             compared = gr.HTML(None, html_template=element("fs-compared"), js_on_load=mount(select="select"))
         go.click(guarded(desk.compare), [first, second], compared, **QUEUED)
@@ -54,25 +49,3 @@ def build_directions_tab(bench: Workbench, shell: Shell, tab: gr.Tab) -> None:
 
 def _other_hookpoint(chosen: Any, hookpoint: Any) -> Any:
     return gr.skip() if chosen["hookpoint"] == hookpoint else chosen["hookpoint"]
-
-
-def add_directions_endpoints(bench: Workbench) -> None:
-    """/directions."""
-    desk, limits = DirectionsDesk(bench), bench.limits
-
-    def directions(hookpoint: str = limits.default_hookpoint, feature: int = REQUIRED, n_neighbours: int = 12) -> Any:
-        """Finds the features that write in a similar direction, and draws them on the map of all directions.
-
-        Args:
-            hookpoint: Where in FLUX the feature writes: a module path of this run.
-            feature: Number of the feature, from 0.
-            n_neighbours: How many neighbours, nearest first.
-
-        Returns:
-            The neighbours with their cosines (JSON); the map (plot).
-        """
-        request = DirectionsRequest.parse(limits, hookpoint=hookpoint, feature=feature, n_neighbours=n_neighbours)
-        return desk.directions(request)
-
-    outputs = [gr.JSON(label="neighbours", visible=False), gr.Plot(label="plot", visible=False)]
-    add_endpoint(directions, schema=DirectionsRequest, bench=bench, outputs=outputs, uses_flux=False)

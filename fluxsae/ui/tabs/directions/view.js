@@ -1,12 +1,16 @@
 // The map of directions: hover, zoom, click through; by keyboard the arrows go from feature to feature.
-"use strict";
-
 // Moves and scales (x, y) pairs so that they fill the square from -1 to 1, their proportions kept.
 FS.fit = (positions) => {
   const low = [Infinity, Infinity], high = [-Infinity, -Infinity];
-  positions.forEach((value, at) => { if (!Number.isFinite(value)) return; low[at % 2] = Math.min(low[at % 2], value); high[at % 2] = Math.max(high[at % 2], value); });
+  positions.forEach((value, at) => {
+    if (!Number.isFinite(value)) return;
+    low[at % 2] = Math.min(low[at % 2], value);
+    high[at % 2] = Math.max(high[at % 2], value);
+  });
   const reach = Math.max(high[0] - low[0], high[1] - low[1], 1e-9) / 2;
-  positions.forEach((value, at) => { positions[at] = (value - (low[at % 2] + high[at % 2]) / 2) / reach; });
+  positions.forEach((value, at) => {
+    positions[at] = (value - (low[at % 2] + high[at % 2]) / 2) / reach;
+  });
 };
 
 FS.define("fs-map", (root, data) => {
@@ -14,12 +18,27 @@ FS.define("fs-map", (root, data) => {
   FS.fit(positions);
   const canvas = FS.el("canvas", { class: "fs-mapcanvas" });
   const tip = FS.el("div", { class: "fs-tip", hidden: true });
-  const stage = FS.el("div", { class: "fs-mapstage", tabindex: 0, role: "application",
-    "aria-label": `Map of ${n} features. Arrow keys go to the next feature in that direction, Enter opens it, plus and minus zoom.` }, canvas, tip);
+  const stage = FS.el(
+    "div",
+    {
+      class: "fs-mapstage",
+      tabindex: 0,
+      role: "application",
+      "aria-label":
+        `Map of ${n} features. Arrow keys go to the next feature in that direction, Enter opens it, plus and minus zoom.`,
+    },
+    canvas,
+    tip,
+  );
   const view = { x: 0, y: 0, zoom: 1, hover: null, chosen: data.selected ?? null };
   let size = 600;
-  const colour = (feature) => data.colours[data.labels[feature]] || window.FS_NEUTRAL;
-  const place = (feature) => [size * (0.5 + 0.46 * view.zoom * (positions[2 * feature] - view.x)), size * (0.5 - 0.46 * view.zoom * (positions[2 * feature + 1] - view.y))];
+  const colour = (feature) => data.colours[data.labels[feature]] || FS.neutral;
+  const place = (
+    feature,
+  ) => [
+    size * (0.5 + 0.46 * view.zoom * (positions[2 * feature] - view.x)),
+    size * (0.5 - 0.46 * view.zoom * (positions[2 * feature + 1] - view.y)),
+  ];
   const name = (feature) => data.labels[feature] || "unnamed";
   const paint = () => {
     const ratio = window.devicePixelRatio || 1, styles = getComputedStyle(root);
@@ -27,7 +46,9 @@ FS.define("fs-map", (root, data) => {
     canvas.width = canvas.height = Math.round(size * ratio);
     const context = canvas.getContext("2d");
     context.scale(ratio, ratio);
-    const ink = styles.getPropertyValue("--fs-ink") || "#222", line = styles.getPropertyValue("--fs-line") || "#ddd", paper = styles.getPropertyValue("--fs-paper") || "#fff";
+    const ink = styles.getPropertyValue("--fs-ink"),
+      line = styles.getPropertyValue("--fs-line"),
+      paper = styles.getPropertyValue("--fs-paper");
     context.fillStyle = paper;
     context.fillRect(0, 0, size, size);
     const dot = Math.max(2, Math.min(7, 3.4 * Math.sqrt(view.zoom) * Math.sqrt(600 / Math.max(n, 200)) * 1.2));
@@ -52,7 +73,9 @@ FS.define("fs-map", (root, data) => {
       const half = context.measureText(spot.label).width / 2 + 3;
       const box = [x - half, y - 13, x + half, y + 3];
       if (box[0] < 0 || box[2] > size || box[1] < 0 || box[3] > size) continue;
-      if (taken.some((other) => box[0] < other[2] && box[2] > other[0] && box[1] < other[3] && box[3] > other[1])) continue;
+      if (taken.some((other) => box[0] < other[2] && box[2] > other[0] && box[1] < other[3] && box[3] > other[1])) {
+        continue;
+      }
       taken.push(box);
       context.lineWidth = 4;
       context.strokeStyle = paper;
@@ -76,7 +99,10 @@ FS.define("fs-map", (root, data) => {
     for (let feature = 0; feature < n; feature += 1) {
       if (!alive[feature]) continue;
       const [px, py] = place(feature), distance = (px - x) ** 2 + (py - y) ** 2;
-      if (distance < least) { least = distance; best = feature; }
+      if (distance < least) {
+        least = distance;
+        best = feature;
+      }
     }
     return best;
   };
@@ -85,7 +111,15 @@ FS.define("fs-map", (root, data) => {
     tip.hidden = feature === null;
     if (feature !== null) {
       const [x, y] = place(feature);
-      tip.replaceChildren(FS.el("span", { class: "fs-row" }, FS.chip(colour(feature)), FS.el("strong", { text: name(feature) }), FS.el("span", { class: "fs-quiet fs-num", text: `#${feature}` })));
+      tip.replaceChildren(
+        FS.el(
+          "span",
+          { class: "fs-row" },
+          FS.chip(colour(feature)),
+          FS.el("strong", { text: name(feature) }),
+          FS.el("span", { class: "fs-quiet fs-num", text: `#${feature}` }),
+        ),
+      );
       tip.classList.toggle("fs-left", x > size / 2);
       tip.classList.toggle("fs-up", y > size / 2);
       Object.assign(tip.style, { left: `${x}px`, top: `${y}px` });
@@ -106,9 +140,14 @@ FS.define("fs-map", (root, data) => {
     view.y = before[1] + (y / size - 0.5) / (0.46 * view.zoom);
     paint();
   };
-  const offset = (event) => { const rect = stage.getBoundingClientRect(); return [event.clientX - rect.left, event.clientY - rect.top]; };
+  const offset = (event) => {
+    const rect = stage.getBoundingClientRect();
+    return [event.clientX - rect.left, event.clientY - rect.top];
+  };
   let drag = null;
-  stage.addEventListener("pointerdown", (event) => { drag = { at: offset(event), moved: false }; });
+  stage.addEventListener("pointerdown", (event) => {
+    drag = { at: offset(event), moved: false };
+  });
   stage.addEventListener("pointermove", (event) => {
     const [x, y] = offset(event);
     if (drag && event.buttons) {
@@ -125,9 +164,18 @@ FS.define("fs-map", (root, data) => {
     const found = nearest(x, y, 16);
     if (found !== view.hover) hover(found);
   });
-  stage.addEventListener("pointerup", (event) => { if (drag && !drag.moved) open(nearest(...offset(event), 18)); drag = null; });
-  stage.addEventListener("pointerleave", () => { drag = null; hover(null); });
-  stage.addEventListener("wheel", (event) => { event.preventDefault(); zoom(event.deltaY < 0 ? 1.2 : 1 / 1.2, ...offset(event)); }, { passive: false });
+  stage.addEventListener("pointerup", (event) => {
+    if (drag && !drag.moved) open(nearest(...offset(event), 18));
+    drag = null;
+  });
+  stage.addEventListener("pointerleave", () => {
+    drag = null;
+    hover(null);
+  });
+  stage.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    zoom(event.deltaY < 0 ? 1.2 : 1 / 1.2, ...offset(event));
+  }, { passive: false });
   stage.addEventListener("keydown", (event) => {
     const moves = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
     const from = view.hover ?? view.chosen ?? nearest(size / 2, size / 2, size);
@@ -136,26 +184,80 @@ FS.define("fs-map", (root, data) => {
       let best = null, least = Infinity;
       for (let feature = 0; feature < n; feature += 1) {
         if (!alive[feature] || feature === from) continue;
-        const [px, py] = place(feature), ahead = (px - x) * dx + (py - y) * dy, aside = Math.abs((px - x) * dy) + Math.abs((py - y) * dx);
-        if (ahead > 1 && aside <= ahead && ahead + 2 * aside < least) { least = ahead + 2 * aside; best = feature; }
+        const [px, py] = place(feature),
+          ahead = (px - x) * dx + (py - y) * dy,
+          aside = Math.abs((px - x) * dy) + Math.abs((py - y) * dx);
+        if (ahead > 1 && aside <= ahead && ahead + 2 * aside < least) {
+          least = ahead + 2 * aside;
+          best = feature;
+        }
       }
-      if (best !== null) { hover(best); FS.say(`${name(best)}, feature ${best}`); }
+      if (best !== null) {
+        hover(best);
+        FS.say(`${name(best)}, feature ${best}`);
+      }
     } else if (event.key === "Enter") open(view.hover ?? from);
     else if (event.key === "+" || event.key === "=") zoom(1.3);
     else if (event.key === "-") zoom(1 / 1.3);
     else return;
     event.preventDefault();
   });
-  root.append(FS.el("section", { class: "fs-mapbox", "aria-label": "Map of directions" },
-    FS.el("div", { class: "fs-row fs-between fs-wrap" },
-      FS.el("p", { class: "fs-quiet", text: `Every dot is a feature of the ${data.word} hook point; near dots write in similar directions (t-SNE of the decoder). ${matchMedia("(pointer: coarse)").matches ? "Tap one to see its images; + and − zoom." : "Click one to see its images; scroll to zoom."} A dot wears the colour that its name tells; the others are gray.${data.n_dead ? ` The ${data.n_dead} small grey dots never fire.` : ""}` }),
-      FS.el("span", { class: "fs-row" },
-        FS.el("button", { class: "fs-button fs-small", type: "button", text: "+", "aria-label": "Zoom in", onclick: () => zoom(1.4) }),
-        FS.el("button", { class: "fs-button fs-small", type: "button", text: "−", "aria-label": "Zoom out", onclick: () => zoom(1 / 1.4) }),
-        FS.el("button", { class: "fs-button fs-small", type: "button", text: "Whole map", onclick: () => { Object.assign(view, { x: 0, y: 0, zoom: 1 }); paint(); } }))),
-    stage));
-  root.choose = (feature) => { view.chosen = feature; paint(); };
-  new ResizeObserver(() => { if (root.isConnected && stage.clientWidth !== size) paint(); }).observe(stage);
+  root.append(
+    FS.el(
+      "section",
+      { class: "fs-mapbox", "aria-label": "Map of directions" },
+      FS.el(
+        "div",
+        { class: "fs-row fs-between fs-wrap" },
+        FS.el("p", {
+          class: "fs-quiet",
+          text:
+            `Each dot is a feature of the ${data.word} hook point. Near dots write in similar directions (t-SNE of the decoder). ${
+              matchMedia("(pointer: coarse)").matches
+                ? "Tap one to see its images; + and − zoom."
+                : "Click one to see its images; scroll to zoom."
+            } A dot has the colour in its name; the others are grey.${
+              data.n_dead ? ` The ${data.n_dead} small dots never fire.` : ""
+            }`,
+        }),
+        FS.el(
+          "span",
+          { class: "fs-row" },
+          FS.el("button", {
+            class: "fs-button fs-small",
+            type: "button",
+            text: "+",
+            "aria-label": "Zoom in",
+            onclick: () => zoom(1.4),
+          }),
+          FS.el("button", {
+            class: "fs-button fs-small",
+            type: "button",
+            text: "−",
+            "aria-label": "Zoom out",
+            onclick: () => zoom(1 / 1.4),
+          }),
+          FS.el("button", {
+            class: "fs-button fs-small",
+            type: "button",
+            text: "Whole map",
+            onclick: () => {
+              Object.assign(view, { x: 0, y: 0, zoom: 1 });
+              paint();
+            },
+          }),
+        ),
+      ),
+      stage,
+    ),
+  );
+  root.choose = (feature) => {
+    view.chosen = feature;
+    paint();
+  };
+  new ResizeObserver(() => {
+    if (root.isConnected && stage.clientWidth !== size) paint();
+  }).observe(stage);
   requestAnimationFrame(paint);
 });
 
@@ -163,47 +265,127 @@ FS.define("fs-near", (root, data) => {
   const map = document.querySelector("fs-map");
   if (map && map.data && map.data.hookpoint === data.hookpoint && map.choose) map.choose(data.feature);
   const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: data.feature });
-  const link = () => FS.viewLink(data.link);
   const report = () => {
     const shown = document.querySelector("fs-map");
     const chart = shown && shown.data && shown.data.hookpoint === data.hookpoint ? shown.querySelector("canvas") : null;
     const drawn = [...root.querySelectorAll(".fs-trio canvas")];
-    FS.saveReport({ title: `Near feature ${data.feature}: ${FS.title(data)}`, link: link(), versions: data.versions,
-      words: `Features of ${data.hookpoint} (${data.word}) that write in a similar direction, by cosine of their decoder rows.`,
-      pictures: [...(chart ? [["the map of directions", chart.toDataURL("image/png"), "100%"]] : []),
-        ...drawn.map((canvas, at) => [FS.told(data.pictures[at]), canvas.toDataURL("image/png")])],
-      measurement: { hookpoint: data.hookpoint, feature: data.feature, label: data.label, encoder_decoder_cosine: data.alignment,
-        nearest: data.near.map(({ feature, label, cosine }) => ({ feature, label, cosine })) } });
+    return {
+      title: `Near feature ${data.feature}: ${FS.title(data)}`,
+      words:
+        `Features of ${data.hookpoint} (${data.word}) that write in a similar direction, by cosine of their decoder rows.`,
+      pictures: [
+        ...(chart ? [["the map of directions", chart.toDataURL("image/png"), "100%"]] : []),
+        ...drawn.map((canvas, at) => [FS.told(data.pictures[at]), canvas.toDataURL("image/png")]),
+      ],
+      measurement: {
+        hookpoint: data.hookpoint,
+        feature: data.feature,
+        label: data.label,
+        encoder_decoder_cosine: data.alignment,
+        nearest: data.near.map(({ feature, label, cosine }) => ({ feature, label, cosine })),
+      },
+    };
   };
-  root.append(FS.el("article", { class: "fs-nearcard", style: { "--chip": data.colour }, "aria-label": `Feature ${data.feature}` },
-    FS.el("div", { class: "fs-row" }, FS.chip(data.colour), FS.el("h2", { class: "fs-name", text: FS.title(data) })),
-    FS.el("p", { class: "fs-quiet fs-num", text: `feature ${data.feature}, ${data.word}; on ${FS.share(data.image_density)} of images` }),
-    FS.el("div", { class: "fs-trio" }, data.pictures.map((picture) => FS.thumb(picture.image, picture.map ? FS.bytes(picture.map) : null, data.rows, data.cols))),
-    FS.el("div", { class: "fs-row" },
-      FS.el("button", { class: "fs-button fs-small fs-primary", type: "button", text: "Steer with this", onclick: () => go("steer") }),
-      FS.el("button", { class: "fs-button fs-small", type: "button", text: "Open its page", onclick: () => go("gallery") })),
-    data.alignment === null ? null : FS.el("p", { class: "fs-quiet", text: `It writes what it reads: cosine ${data.alignment.toFixed(2)} between encoder and decoder (1 = the same).` }),
-    FS.el("h3", { class: "fs-h", text: "Nearest by what they write" }),
-    FS.el("ol", { class: "fs-rank" }, data.near.map((other) => FS.el("li", {},
-      FS.el("button", { class: "fs-link fs-row", type: "button", onclick: () => FS.emit(root, "select", { hookpoint: data.hookpoint, feature: other.feature }) },
-        FS.chip(other.colour), FS.el("span", { class: "fs-label", text: FS.title(other) }), FS.el("span", { class: "fs-quiet fs-num", text: `#${other.feature}` })),
-      FS.bar(Math.max(0, other.cosine), other.colour, `cosine ${other.cosine.toFixed(2)}`),
-      FS.el("span", { class: "fs-num fs-quiet", text: other.cosine.toFixed(2) })))),
-    FS.el("div", { class: "fs-row fs-wrap fs-tight" }, FS.copyButton(link, "Copy link"),
-      FS.el("button", { class: "fs-button fs-small", type: "button", text: "Save report", onclick: report })),
-    FS.code(data.code)));
+  root.append(
+    FS.el(
+      "article",
+      { class: "fs-nearcard", style: { "--chip": data.colour }, "aria-label": `Feature ${data.feature}` },
+      FS.el("div", { class: "fs-row" }, FS.chip(data.colour), FS.el("h2", { class: "fs-name", text: FS.title(data) })),
+      FS.el("p", {
+        class: "fs-quiet fs-num",
+        text: `feature ${data.feature}, ${data.word}; on ${FS.share(data.image_density)} of images`,
+      }),
+      FS.el(
+        "div",
+        { class: "fs-trio" },
+        data.pictures.map((picture) =>
+          FS.thumb(picture.image, picture.map ? FS.bytes(picture.map) : null, data.rows, data.cols)
+        ),
+      ),
+      FS.el(
+        "div",
+        { class: "fs-row" },
+        FS.el("button", {
+          class: "fs-button fs-small fs-primary",
+          type: "button",
+          text: "Steer with this",
+          onclick: () => go("steer"),
+        }),
+        FS.el("button", {
+          class: "fs-button fs-small",
+          type: "button",
+          text: "Open its page",
+          onclick: () => go("gallery"),
+        }),
+      ),
+      data.alignment === null ? null : FS.el("p", {
+        class: "fs-quiet",
+        text: `Cosine between encoder and decoder: ${data.alignment.toFixed(2)} (1: it writes the direction it reads).`,
+      }),
+      FS.el("h3", { class: "fs-h", text: "Nearest features" }),
+      FS.el(
+        "ol",
+        { class: "fs-rank" },
+        data.near.map((other) =>
+          FS.el(
+            "li",
+            {},
+            FS.nameLink(root, other),
+            FS.bar(Math.max(0, other.cosine), other.colour, `cosine ${other.cosine.toFixed(2)}`),
+            FS.el("span", { class: "fs-num fs-quiet", text: other.cosine.toFixed(2) }),
+          )
+        ),
+      ),
+      FS.actions(data, report),
+      FS.code(data.code),
+    ),
+  );
 });
 
 FS.define("fs-compared", (root, data) => {
-  const side = (feature) => FS.el("button", { class: "fs-link fs-row", type: "button", onclick: () => FS.emit(root, "select", { hookpoint: feature.hookpoint, feature: feature.feature }) },
-    FS.chip(feature.colour), FS.el("span", { class: "fs-label", text: FS.title(feature) }), FS.el("span", { class: "fs-quiet fs-num", text: `#${feature.feature}` }));
-  const alone = (title, features, n) => FS.el("section", { class: "fs-block" }, FS.el("h3", { class: "fs-h", text: `${title} (${n})` }),
-    features.length ? FS.el("ul", { class: "fs-plain" }, features.map((feature) => FS.el("li", {}, side(feature)))) : FS.el("p", { class: "fs-quiet", text: "none" }));
+  const side = (feature) => FS.nameLink(root, feature);
+  const alone = (title, features, n) =>
+    FS.el(
+      "section",
+      { class: "fs-block" },
+      FS.el("h3", { class: "fs-h", text: `${title} (${n})` }),
+      features.length
+        ? FS.el("ul", { class: "fs-plain" }, features.map((feature) => FS.el("li", {}, side(feature))))
+        : FS.el("p", { class: "fs-quiet", text: "none" }),
+    );
   root.append(
-    FS.el("p", { text: `${data.n_first - data.n_only_first} of ${data.n_first} features of ${data.word_first} live on in ${data.word_second}: some feature there fires on the same images (correlation of at least ${data.least.toFixed(2)}). Matched one to one, features correlate by ${data.mean.toFixed(2)} on average; shuffled images give ${data.chance.toFixed(2)}.` }),
-    FS.el("div", { class: "fs-columns fs-survivors" },
-      FS.el("section", { class: "fs-block" }, FS.el("h3", { class: "fs-h", text: `Live on: ${data.word_first} ↔ ${data.word_second}` }),
-        FS.el("ul", { class: "fs-plain" }, data.pairs.map((pair) => FS.el("li", { class: "fs-pair" }, side(pair.first), FS.el("span", { class: "fs-quiet fs-num", text: pair.correlation.toFixed(2) }), side(pair.second))))),
-      alone(`In ${data.word_first} alone`, data.only_first, data.n_only_first),
-      alone(`In ${data.word_second} alone`, data.only_second, data.n_only_second)));
+    FS.el("p", {
+      text: `${
+        data.n_first - data.n_only_first
+      } of ${data.n_first} features of ${data.word_first} are also in ${data.word_second}: a feature there fires on the same images (correlation of at least ${
+        data.least.toFixed(2)
+      }). One-to-one matches correlate by ${data.mean.toFixed(2)} on average, and by ${
+        data.chance.toFixed(2)
+      } when the images are shuffled.`,
+    }),
+    FS.el(
+      "div",
+      { class: "fs-columns fs-survivors" },
+      FS.el(
+        "section",
+        { class: "fs-block" },
+        FS.el("h3", { class: "fs-h", text: `In both: ${data.word_first} ↔ ${data.word_second}` }),
+        FS.el(
+          "ul",
+          { class: "fs-plain" },
+          data.pairs.map((pair) =>
+            FS.el(
+              "li",
+              { class: "fs-pair" },
+              side(pair.first),
+              FS.el("span", { class: "fs-quiet fs-num", text: pair.correlation.toFixed(2) }),
+              side(pair.second),
+            )
+          ),
+        ),
+      ),
+      alone(`Only in ${data.word_first}`, data.only_first, data.n_only_first),
+      alone(`Only in ${data.word_second}`, data.only_second, data.n_only_second),
+    ),
+  );
 });

@@ -3,17 +3,20 @@
 import functools
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex, FeatureCard
-from fluxsae.pictures.heatmaps import feature_colour, overlay
+from fluxsae.features.cards import CardIndex, CardNeighbour, FeatureCard
+from fluxsae.pictures.heatmaps import overlay
 from fluxsae.ui.kit import views
+from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.kit.snippets import snippets
+from fluxsae.ui.serve.arguments import MAX_RESULTS
+from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.schemas import FeatureRequest, SearchRequest
 from fluxsae.ui.serve.session import Workbench
 
@@ -29,29 +32,18 @@ SORTS = {
     "number": "By number",
 }
 CLASSES = {"any": "Any", "rare": "Rare", "common": "Common", "very common": "Very common", "dead": "Dead"}
-REASONS = {
-    "number": "by its number",
-    "label": "by its label",
-    "words": "by the words of its captions",
-    "clip": "by likeness to its images (CLIP)",
-    "best": "among the best",
-}
 
 
-class GalleryDesk:
+class GalleryDesk(Desk):
     """The Gallery tab's questions, answered from the cards."""
 
     def __init__(self, bench: Workbench) -> None:
-        self.bench = bench
-        self.limits = bench.limits
+        super().__init__(bench)
         self._lock = threading.Lock()
 
-    def search(self, request: SearchRequest) -> list[dict[str, Any]]:
-        """Features that a query finds, best first, with the reason."""
-        cards = self.bench.cards[request.hookpoint]
-        embedder = self.bench.embedder if needs_clip(request.query) else None
-        hits = cards.search(request.query, limit=request.limit, embedder=embedder)
-        return [{**views.summary(cards, hit.feature), "reason": hit.reason, "score": hit.score} for hit in hits]
+    def answers(self) -> Answers:
+        """/search_features and /feature."""
+        return {SearchRequest: functools.partial(views.search, self.bench), FeatureRequest: self.feature}
 
     def gallery(  # noqa: PLR0917 - the order of the tab's inputs
         self, query: Any, hookpoint: Any, feature_class: Any, coherent_only: Any, sort: Any, shown: Any = PAGE
@@ -61,7 +53,7 @@ class GalleryDesk:
         chosen_sort = sort if sort in SORTS else "best"
         n_shown = int(shown) if isinstance(shown, int) else PAGE
         try:
-            request = SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=100)
+            request = SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=MAX_RESULTS)
             with self._lock:  # what many ask for at once is found once
                 return self._gallery(request, chosen_class, bool(coherent_only), chosen_sort, n_shown)
         except FluxSaeError as error:  # too long, or a number that no feature has
@@ -83,21 +75,18 @@ class GalleryDesk:
             "summary": _summary_words(request.query, [reasons[feature] for feature in kept], len(cards)),
             "cards": [{**self._card(cards, feature), "reason": reasons[feature]} for feature in page],
             "more": f"Show {min(PAGE, left)} more of {left}" if left else None,
-            "code": snippets("search_features", {**request.model_dump(), "limit": PAGE}, "features"),
+            "code": snippets(SearchRequest, {**request.model_dump(), "limit": PAGE}),
         }
 
-    def page(self, chosen: Any, *, closable: bool = True) -> dict[str, Any]:
+    def page(self, selection: Any) -> dict[str, Any]:
         """One feature's page."""
-        if not isinstance(chosen, Mapping):
-            raise FluxSaeError("Choose a feature first: its hook point and number are missing.")
-        request = FeatureRequest.parse(self.limits, hookpoint=chosen.get("hookpoint"), feature=chosen.get("feature"))
+        request = self.chosen(selection)
         cards = self.bench.cards[request.hookpoint]
         card = cards[request.feature]
         return {
-            **views.chip(views.summary(cards, request.feature)),
+            **views.chip(cards, request.feature),
             "at": time.monotonic(),  # closed and chosen again, it is shown again
             "word": f"{self.bench.word(request.hookpoint)} ({request.hookpoint})",
-            "closable": closable,
             "rows": cards.info.rows,
             "cols": cards.info.cols,
             "sentence": sentence(card),
@@ -107,11 +96,9 @@ class GalleryDesk:
             **_histogram(card),
             "steps": list(card.steps),
             "step_profile": list(card.step_profile),
-            "neighbours": [_other(other) for other in card.neighbours[:10]],
-            "coactive": [_other(other) for other in card.coactive[:10]],
-            "code": snippets("feature", request.model_dump(), "card, top_images"),
-            "link": views.encode_view({"tab": "gallery", **request.model_dump()}),
-            "versions": dict(self.bench.versions),
+            "neighbours": _similar(cards, card.neighbours),
+            "coactive": _similar(cards, card.coactive),
+            **self.frame(FeatureRequest, request.model_dump(), tab="gallery"),
         }
 
     def feature(self, request: FeatureRequest) -> tuple[dict[str, Any], list[tuple[Image.Image, str]]]:
@@ -133,16 +120,11 @@ class GalleryDesk:
         """Feature -> why it was found, best first; every feature for an empty query."""
         if not request.query:
             return dict.fromkeys(self.bench.cards[request.hookpoint].ranked, "best")
-        return {hit["feature"]: hit["reason"] for hit in self.search(request)}
+        return {hit["feature"]: hit["reason"] for hit in views.search(self.bench, request)}
 
     def _card(self, cards: CardIndex, feature: int) -> dict[str, Any]:
         pictures = views.card_pictures(cards, cards[feature], limit=THUMBS)
-        return {**views.chip(views.summary(cards, feature)), "pictures": pictures}
-
-
-def needs_clip(query: str) -> bool:
-    """Whether a query is words rather than a number."""
-    return bool(query.strip()) and not query.strip().lstrip("#").isdigit()
+        return {**views.chip(cards, feature), "pictures": pictures}
 
 
 def _passing(cards: CardIndex, features: list[int], feature_class: str, coherent_only: bool) -> list[int]:
@@ -170,21 +152,16 @@ def _sorted(cards: CardIndex, features: list[int], sort: Any) -> list[int]:
 def _summary_words(query: str, reasons: Sequence[str], n_all: int) -> str:
     """How many features a query found, and by what."""
     if not query:
-        return f"{len(reasons):,} of {n_all:,} features; those that mean something first"
+        return f"{len(reasons):,} of {n_all:,} features; the most meaningful first"
     n_words, n_alike = reasons.count("words"), reasons.count("clip")
     parts = [f"{len(reasons) - n_words - n_alike:,} of {n_all:,} features match “{query}” by name"]
     parts += [f"{n_words:,} more by the captions of their best images"] if n_words else []
-    parts += [f"{n_alike:,} more by likeness of their images to it (CLIP)"] if n_alike else []
+    parts += [f"{n_alike:,} more by similarity of their images (CLIP)"] if n_alike else []
     return "; ".join(parts)
 
 
-def _other(other: Any) -> dict[str, Any]:
-    return {
-        "feature": other.feature,
-        "label": other.label,
-        "similarity": other.similarity,
-        "colour": feature_colour(other.label),
-    }
+def _similar(cards: CardIndex, others: Sequence[CardNeighbour]) -> list[dict[str, Any]]:
+    return [{**views.named(cards, other.feature), "similarity": other.similarity} for other in others[:10]]
 
 
 def _histogram(card: FeatureCard) -> dict[str, list[Any]]:
@@ -207,15 +184,15 @@ def _silent(cards: CardIndex, image_id: int) -> dict[str, Any]:
 def sentence(card: FeatureCard) -> str:
     """What is known of a feature, in plain words."""
     if card.max_act == 0:
-        return "This feature never fired on the images of this run: a dead feature."
+        return "This feature never fired on the images of this run: it is dead."
     often = f"It fires on {_share(card.image_density)} of the images and {_share(card.density)} of all patches"
     words = ", ".join(f"“{word}”" for word in card.caption_words[:4])
-    about = f"; captions of its best images say {words} more often than others" if words else ""
+    about = f". The captions of its top images contain {words} more often than others" if words else ""
     if card.coherence is None:
         return f"{often}{about}."
     is_sure = card.q_value is not None and card.q_value <= 0.05
-    alike = "look more alike than chance" if is_sure else "look no more alike than chance would have it"
-    return f"{often}{about}. Its best images {alike}."
+    alike = "are more similar than random images" if is_sure else "are no more similar than random images"
+    return f"{often}{about}. Its top images {alike}."
 
 
 def _share(fraction: float) -> str:
@@ -229,12 +206,20 @@ def facts(card: FeatureCard) -> list[list[str]]:
         ("Fires on patches", _share(card.density), "share of all image patches (its density)"),
         ("Class", card.feature_class, "dead, rare, common or very common, by density"),
         ("Mean when it fires", f"{card.mean_act:.3g}", "activation units of the autoencoder"),
-        ("Maximum", f"{card.max_act:.3g}", "activation units; the heat scale ends here"),
-        ("Coherence", _number(card.coherence), "mean likeness (CLIP cosine) of its best images"),
-        ("Chance of that", _number(card.p_value), "p-value against random images on which features fire"),
-        ("Monosemanticity", _number(card.monosemanticity), "likeness of images weighted by how strongly it fires"),
-        ("Where it fires", _place(card.spatial_spread), "0 always the same place, 1 everywhere alike"),
-        ("Reads what it writes", _number(card.alignment), "cosine of its encoder and decoder directions"),
+        ("Maximum", f"{card.max_act:.3g}", "activation units; the end of the heat scale"),
+        ("Coherence", _number(card.coherence), "mean CLIP cosine between its top images"),
+        ("p-value of coherence", _number(card.p_value), "against random images on which features fire"),
+        (
+            "Monosemanticity",
+            _number(card.monosemanticity),
+            "CLIP similarity of images, weighted by how strongly it fires",
+        ),
+        ("Where it fires", _place(card.spatial_spread), "0: always the same place, 1: everywhere alike"),
+        (
+            "Encoder and decoder",
+            _number(card.alignment),
+            "cosine between its encoder and decoder directions (1: the same)",
+        ),
     ]
     return [[term, value, help] for term, value, help in rows if value is not None]
 

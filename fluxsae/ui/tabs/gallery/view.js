@@ -1,88 +1,267 @@
 // The gallery: cards that mean something first, and one feature's page.
-"use strict";
-
 FS.pictures = (pictures, { rows, cols, colour, words }) =>
-  FS.el("div", { class: "fs-pictures" }, pictures.map((picture) => {
-    const canvas = FS.el("canvas", { class: "fs-picture", width: 128, height: 128, role: "img",
-      "aria-label": `${picture.prompt}${picture.relative !== undefined ? `; ${FS.percent(picture.relative)} of its maximum` : ""}` });
-    const map = picture.map ? FS.bytes(picture.map) : null;
-    const paint = (heat) => FS.drawHeat(canvas, { url: picture.image, map: heat ? map : null, rows, cols, opacity: 1, spotlight: true });
-    paint(true);
-    const figure = FS.el("figure", { class: "fs-figure", style: { "--chip": colour }, onpointerenter: () => paint(false), onpointerleave: () => paint(true) },
-      canvas, FS.el("figcaption", {}, FS.el("span", { text: picture.prompt }),
-        FS.el("span", { class: "fs-quiet fs-num", text: words ? words(picture) : "" })));
-    return figure;
-  }));
+  FS.el(
+    "div",
+    { class: "fs-pictures" },
+    pictures.map((picture) => {
+      const canvas = FS.el("canvas", {
+        class: "fs-picture",
+        width: 128,
+        height: 128,
+        role: "img",
+        "aria-label": `${picture.prompt}${
+          picture.relative !== undefined ? `; ${FS.percent(picture.relative)} of its maximum` : ""
+        }`,
+      });
+      const map = picture.map ? FS.bytes(picture.map) : null;
+      const paint = (heat) =>
+        FS.drawHeat(canvas, { url: picture.image, map: heat ? map : null, rows, cols, opacity: 1, spotlight: true });
+      paint(true);
+      const figure = FS.el(
+        "figure",
+        {
+          class: "fs-figure",
+          style: { "--chip": colour },
+          onpointerenter: () => paint(false),
+          onpointerleave: () => paint(true),
+        },
+        canvas,
+        FS.el(
+          "figcaption",
+          {},
+          FS.el("span", { text: picture.prompt }),
+          FS.el("span", { class: "fs-quiet fs-num", text: words ? words(picture) : "" }),
+        ),
+      );
+      return figure;
+    }),
+  );
 
 FS.define("fs-gallery", (root, data) => {
   root.append(FS.el("p", { class: "fs-quiet", role: "status", text: data.summary }));
   if (!data.cards.length) {
-    root.append(FS.el("p", { text: "Nothing matches. Take a filter away, or search for a colour, a shape or a number." }));
+    root.append(
+      FS.el("p", { text: "Nothing matches. Remove a filter, or search for a colour, a shape or a number." }),
+    );
     return;
   }
-  root.append(FS.el("div", { class: "fs-grid" }, data.cards.map((card) => FS.card(card, {
-    rows: data.rows, cols: data.cols,
-    thumbs: card.pictures.map((picture) => ({ image: picture.image, map: picture.map ? FS.bytes(picture.map) : null })),
-    extra: `on ${FS.share(card.image_density)} of images${{ words: ", by captions", clip: ", by likeness" }[card.reason] || ""}`,
-    onopen: (chosen) => FS.emit(root, "select", { hookpoint: chosen.hookpoint, feature: chosen.feature }),
-  }))));
+  root.append(FS.el(
+    "div",
+    { class: "fs-grid" },
+    data.cards.map((card) =>
+      FS.card(card, {
+        rows: data.rows,
+        cols: data.cols,
+        thumbs: card.pictures.map((picture) => ({
+          image: picture.image,
+          map: picture.map ? FS.bytes(picture.map) : null,
+        })),
+        extra: `on ${FS.share(card.image_density)} of images${
+          { words: ", by captions", clip: ", by similarity" }[card.reason] || ""
+        }`,
+        onopen: (chosen) => FS.emit(root, "select", { hookpoint: chosen.hookpoint, feature: chosen.feature }),
+      })
+    ),
+  ));
   if (data.more) {
-    root.append(FS.el("div", { class: "fs-row fs-centre" }, FS.el("button", { class: "fs-button", type: "button", text: data.more,
-      onclick: () => FS.emit(root, "more", {}) })));
+    root.append(
+      FS.el(
+        "div",
+        { class: "fs-row fs-centre" },
+        FS.el("button", {
+          class: "fs-button",
+          type: "button",
+          text: data.more,
+          onclick: () => FS.emit(root, "more", {}),
+        }),
+      ),
+    );
   }
   root.append(FS.code(data.code) || "");
 });
 
-FS.chips = (root, others, hookpoint, format) =>
-  FS.el("div", { class: "fs-row fs-wrap fs-tight" }, others.map((other) =>
-    FS.el("button", { class: "fs-button fs-small fs-row", type: "button", "data-feature": other.feature,
-      onclick: () => FS.emit(root, "select", { hookpoint, feature: other.feature }) },
-    FS.chip(other.colour), FS.el("span", { text: other.label || "unnamed" }),
-    FS.el("span", { class: "fs-quiet fs-num", text: `#${other.feature}, ${format(other)}` }))));
+FS.chips = (root, others) =>
+  FS.el(
+    "div",
+    { class: "fs-row fs-wrap fs-tight" },
+    others.map((other) =>
+      FS.el(
+        "button",
+        {
+          class: "fs-button fs-small fs-row",
+          type: "button",
+          "data-feature": other.feature,
+          onclick: () => FS.choose(root, other),
+        },
+        FS.chip(other.colour),
+        FS.el("span", { text: other.label || "unnamed" }),
+        FS.el("span", { class: "fs-quiet fs-num", text: `#${other.feature}, ${other.similarity.toFixed(2)}` }),
+      )
+    ),
+  );
 
-FS.facts = (facts) => FS.el("dl", { class: "fs-stats" }, facts.filter(Boolean).map(([term, value, help]) =>
-  FS.el("div", { title: help || "" }, FS.el("dt", { text: term }), FS.el("dd", { class: "fs-num", text: value }))));
+FS.facts = (facts) =>
+  FS.el(
+    "dl",
+    { class: "fs-stats" },
+    facts.filter(Boolean).map(([term, value, help]) =>
+      FS.el("div", { title: help || "" }, FS.el("dt", { text: term }), FS.el("dd", { class: "fs-num", text: value }))
+    ),
+  );
 
-FS.wordCount = (data) => (data.pictures.length ? new Set(data.pictures[0].prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu)).size + 1 : 0);
+FS.wordCount = (
+  data,
+) => (data.pictures.length ? new Set(data.pictures[0].prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu)).size + 1 : 0);
 
 FS.define("fs-feature", (root, data) => {
   const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: data.feature });
   const sure = FS.sure(data.confidence);
-  const link = () => FS.viewLink(data.link);
   const report = () => {
     const drawn = [...root.querySelectorAll(".fs-picture")].slice(0, data.pictures.length);
-    FS.saveReport({ title: `Feature ${data.feature}: ${FS.title(data)}`, words: data.sentence, link: link(), versions: data.versions,
+    return {
+      title: `Feature ${data.feature}: ${FS.title(data)}`,
+      words: data.sentence,
       pictures: drawn.map((canvas, at) => [FS.told(data.pictures[at]), canvas.toDataURL("image/png")]),
-      recipe: { hookpoint: data.hookpoint, feature: data.feature, label: data.label, confidence: data.confidence,
-        ...Object.fromEntries(data.facts.map(([term, value]) => [term, value])) } });
+      recipe: {
+        hookpoint: data.hookpoint,
+        feature: data.feature,
+        label: data.label,
+        confidence: data.confidence,
+        ...Object.fromEntries(data.facts.map(([term, value]) => [term, value])),
+      },
+    };
   };
-  const section = (title, help, ...nodes) => FS.el("section", { class: "fs-block" }, FS.el("h3", { class: "fs-h", text: title }),
-    help ? FS.el("p", { class: "fs-quiet", text: help }) : null, ...nodes);
-  root.append(FS.el("article", { class: "fs-feature", "aria-label": `Feature ${data.feature}`, style: { "--chip": data.colour } },
-    FS.el("div", { class: "fs-row fs-between fs-wrap" },
-      FS.el("div", { class: "fs-row fs-wrap fs-tight" }, FS.chip(data.colour), FS.el("h2", { class: "fs-name", tabindex: -1, text: FS.title(data) }),
-        sure ? FS.el("span", { class: "fs-badge", text: `${sure} (${FS.percent(data.confidence)})` }) : null,
-        FS.el("span", { class: "fs-quiet fs-num", text: `feature ${data.feature}, ${data.word}` })),
-      FS.el("div", { class: "fs-row fs-wrap fs-tight" },
-        FS.el("button", { class: "fs-button fs-primary", type: "button", text: "Steer with this", onclick: () => go("steer") }),
-        FS.el("button", { class: "fs-button", type: "button", text: "Show in map", onclick: () => go("map") }),
-        data.closable ? FS.el("button", { class: "fs-button", type: "button", text: "Close", onclick: () => { root.replaceChildren(); FS.emit(root, "close", {}); } }) : null)),
-    FS.el("p", { text: data.sentence }),
-    section("Images it likes most", "Lit where it fires, dimmed where it is silent; point at an image to see it whole.",
-      data.pictures.length ? FS.pictures(data.pictures, { rows: data.rows, cols: data.cols, colour: data.colour, words: (p) => `${FS.percent(p.relative)} of its maximum, seed ${p.seed}` })
-        : FS.el("p", { class: "fs-quiet", text: "It never fired in this run (a dead feature)." })),
-    FS.el("div", { class: "fs-columns" },
-      section("In numbers", null, FS.facts(data.facts)),
-      data.histogram.length ? section("How strongly it fires", null, FS.columns(data.histogram, { label: "Patches by activation (log scale)", first: FS.number(data.histogram_edges[0]), last: FS.number(data.histogram_edges[data.histogram_edges.length - 1]), colour: data.colour })) : null,
-      data.step_profile.length > 1 ? section("When it fires", null, FS.columns(data.step_profile, { label: "Mean activation by denoising step", first: `step ${data.steps[0]}, noisy`, last: `step ${data.steps[data.steps.length - 1]}, clear`, colour: data.colour })) : null),
-    data.neighbours.length ? section("Writes in a similar direction", "Nearest features by cosine of what they write (1 = the same).", FS.chips(root, data.neighbours, data.hookpoint, (o) => o.similarity.toFixed(2))) : null,
-    data.coactive.length ? section("Fires on the same images", null, FS.chips(root, data.coactive, data.hookpoint, (o) => o.similarity.toFixed(2))) : null,
-    data.silent.length ? section("Looks alike, but it stays silent", "Images most like its favourites on which it does not fire: what it is not.", FS.pictures(data.silent, { rows: data.rows, cols: data.cols, colour: "var(--fs-line)" })) : null,
-    FS.el("div", { class: "fs-row fs-wrap fs-tight" },
-      FS.copyButton(link, "Copy link"),
-      FS.el("button", { class: "fs-button fs-small", type: "button", text: "Save report", onclick: report })),
-    FS.code(data.code),
-    section("Why this feature?", "Its best image is made again without each word of its caption in turn, at the same seed. The word whose absence silences it is what it answers to.",
-      FS.el("div", { class: "fs-row" }, FS.el("button", { class: "fs-button", type: "button", text: `Which word silences it? (about ${FS.wordCount(data)} pictures)`, "aria-label": "Which word silences it?", disabled: !data.pictures.length, onclick: () => FS.emit(root, "why", { hookpoint: data.hookpoint, feature: data.feature }) })))));
+  const section = (title, help, ...nodes) =>
+    FS.el(
+      "section",
+      { class: "fs-block" },
+      FS.el("h3", { class: "fs-h", text: title }),
+      help ? FS.el("p", { class: "fs-quiet", text: help }) : null,
+      ...nodes,
+    );
+  root.append(
+    FS.el(
+      "article",
+      { class: "fs-feature", "aria-label": `Feature ${data.feature}`, style: { "--chip": data.colour } },
+      FS.el(
+        "div",
+        { class: "fs-row fs-between fs-wrap" },
+        FS.el(
+          "div",
+          { class: "fs-row fs-wrap fs-tight" },
+          FS.chip(data.colour),
+          FS.el("h2", { class: "fs-name", tabindex: -1, text: FS.title(data) }),
+          sure ? FS.el("span", { class: "fs-badge", text: `${sure} (${FS.percent(data.confidence)})` }) : null,
+          FS.el("span", { class: "fs-quiet fs-num", text: `feature ${data.feature}, ${data.word}` }),
+        ),
+        FS.el(
+          "div",
+          { class: "fs-row fs-wrap fs-tight" },
+          FS.el("button", {
+            class: "fs-button fs-primary",
+            type: "button",
+            text: "Steer with this",
+            onclick: () => go("steer"),
+          }),
+          FS.el("button", {
+            class: "fs-button",
+            type: "button",
+            text: "Show in map",
+            onclick: () => go("map"),
+          }),
+          FS.el("button", {
+            class: "fs-button",
+            type: "button",
+            text: "Close",
+            onclick: () => {
+              root.replaceChildren();
+              FS.emit(root, "close", {});
+            },
+          }),
+        ),
+      ),
+      FS.el("p", { text: data.sentence }),
+      section(
+        "Top images",
+        "Bright where the feature fires, dimmed where it is silent. Point at an image to see all of it.",
+        data.pictures.length
+          ? FS.pictures(data.pictures, {
+            rows: data.rows,
+            cols: data.cols,
+            colour: data.colour,
+            words: (p) => `${FS.percent(p.relative)} of its maximum, seed ${p.seed}`,
+          })
+          : FS.el("p", { class: "fs-quiet", text: "The feature never fired in this run: it is dead." }),
+      ),
+      FS.el(
+        "div",
+        { class: "fs-columns" },
+        section("In numbers", null, FS.facts(data.facts)),
+        data.histogram.length
+          ? section(
+            "How strongly it fires",
+            null,
+            FS.columns(data.histogram, {
+              label: "Patches by activation (log scale)",
+              first: FS.number(data.histogram_edges[0]),
+              last: FS.number(data.histogram_edges[data.histogram_edges.length - 1]),
+              colour: data.colour,
+            }),
+          )
+          : null,
+        data.step_profile.length > 1
+          ? section(
+            "When it fires",
+            null,
+            FS.columns(data.step_profile, {
+              label: "Mean activation by denoising step",
+              first: `step ${data.steps[0]}, noisy`,
+              last: `step ${data.steps[data.steps.length - 1]}, clear`,
+              colour: data.colour,
+            }),
+          )
+          : null,
+      ),
+      data.neighbours.length
+        ? section(
+          "Similar directions",
+          "Nearest features by cosine of their decoder directions (1: the same).",
+          FS.chips(root, data.neighbours),
+        )
+        : null,
+      data.coactive.length
+        ? section(
+          "Fires on the same images",
+          null,
+          FS.chips(root, data.coactive),
+        )
+        : null,
+      data.silent.length
+        ? section(
+          "Similar images without it",
+          "The images most similar to its top images on which it does not fire.",
+          FS.pictures(data.silent, { rows: data.rows, cols: data.cols, colour: "var(--fs-line)" }),
+        )
+        : null,
+      FS.actions(data, report),
+      FS.code(data.code),
+      section(
+        "Which word causes it?",
+        "FLUX makes its top image again without each word of the caption in turn, at the same seed. The feature depends on the word whose removal silences it.",
+        FS.el(
+          "div",
+          { class: "fs-row" },
+          FS.el("button", {
+            class: "fs-button",
+            type: "button",
+            text: `Which word silences it? (about ${FS.wordCount(data)} images)`,
+            "aria-label": "Which word silences it?",
+            disabled: !data.pictures.length,
+            onclick: () => FS.emit(root, "why", { hookpoint: data.hookpoint, feature: data.feature }),
+          }),
+        ),
+      ),
+    ),
+  );
   root.scrollIntoView({ behavior: "smooth", block: "nearest" });
 });

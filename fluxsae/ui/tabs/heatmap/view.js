@@ -1,6 +1,4 @@
 // The heatmap tab's laboratory: the image large, one feature's heat on it, ranked cards, patch look-up, steps.
-"use strict";
-
 // Cards that stand open even where their names are guesses.
 const LEAST_TOLD = 4;
 
@@ -12,7 +10,16 @@ FS.define("fs-lab", (root, data) => {
   const patchValues = data.patch_values ? FS.bytes(data.patch_values) : null;
   const perPatch = patchIds ? patchIds.length / tokens : 0;
   const first = data.features.find((feature) => feature.feature === data.selected) || data.features[0];
-  const view = { feature: first ? first.feature : null, plane: 0, opacity: 0.65, threshold: 0.05, scale: "shared", smooth: true, style: "heat", cell: null };
+  const view = {
+    feature: first ? first.feature : null,
+    plane: 0,
+    opacity: 0.65,
+    threshold: 0.05,
+    scale: "shared",
+    smooth: true,
+    style: "heat",
+    cell: null,
+  };
 
   const plane = (feature, at) => planes.get(feature).subarray(at * tokens, (at + 1) * tokens);
   const gain = (map) => (view.scale === "shared" ? 1 : 255 / Math.max(1, map.reduce((a, b) => Math.max(a, b), 0)));
@@ -20,36 +27,92 @@ FS.define("fs-lab", (root, data) => {
   const canvas = FS.el("canvas", { class: "fs-canvas", width: 512, height: 512, "aria-hidden": "true" });
   const cursor = FS.el("div", { class: "fs-cursor", hidden: true });
   const tip = FS.el("div", { class: "fs-tip", hidden: true });
-  const stage = FS.el("div", { class: "fs-stage", tabindex: 0, role: "application", "aria-label":
-    `Image of ${data.prompt}. Arrow keys move over the patches, Enter asks what fires there.` }, canvas, cursor, tip);
+  const stage = FS.el(
+    "div",
+    {
+      class: "fs-stage",
+      tabindex: 0,
+      role: "application",
+      "aria-label": `Image of ${data.prompt}. Arrow keys move over the patches, Enter shows what fires there.`,
+    },
+    canvas,
+    cursor,
+    tip,
+  );
   const caption = FS.el("div", { class: "fs-caption" });
   const legend = FS.el("div", { class: "fs-legend-slot" });
-  const list = FS.el("div", { class: "fs-list", role: "group", "aria-label": "Features that fire in this image, strongest first" });
+  const list = FS.el("div", {
+    class: "fs-list",
+    role: "group",
+    "aria-label": "Features that fire in this image, strongest first",
+  });
 
   const picture = { prompt: data.prompt, seed: data.seed, num_inference_steps: data.num_inference_steps };
   const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: view.feature, picture });
   const draw = () => {
     const feature = features.get(view.feature);
     legend.replaceChildren();
-    if (!feature) { FS.drawHeat(canvas, { url: data.image, map: null }); return; }
+    if (!feature) {
+      FS.drawHeat(canvas, { url: data.image, map: null });
+      return;
+    }
     const map = plane(view.feature, view.plane);
-    FS.drawHeat(canvas, { url: data.image, map: view.style === "plain" ? null : map, rows: data.rows, cols: data.cols, gain: gain(map),
-      opacity: view.opacity, threshold: view.threshold, smooth: view.smooth, spotlight: view.style === "spotlight" });
+    FS.drawHeat(canvas, {
+      url: data.image,
+      map: view.style === "plain" ? null : map,
+      rows: data.rows,
+      cols: data.cols,
+      gain: gain(map),
+      opacity: view.opacity,
+      threshold: view.threshold,
+      smooth: view.smooth,
+      spotlight: view.style === "spotlight",
+    });
     stage.style.setProperty("--chip", feature.colour);
-    const most = view.scale === "shared" ? feature.maximum : (feature.maximum * map.reduce((a, b) => Math.max(a, b), 0)) / 255;
-    legend.append(FS.legend(FS.number(most), view.scale === "shared" ? "its maximum in the whole run" : "its maximum here"));
+    const most = view.scale === "shared"
+      ? feature.maximum
+      : (feature.maximum * map.reduce((a, b) => Math.max(a, b), 0)) / 255;
+    legend.append(
+      FS.legend(FS.number(most), view.scale === "shared" ? "its maximum in the whole run" : "its maximum here"),
+    );
     caption.replaceChildren(
-      FS.el("span", { class: "fs-row" }, FS.chip(feature.colour), FS.el("strong", { text: FS.title(feature) }),
-        FS.el("span", { class: "fs-quiet fs-num", text: `feature ${feature.feature}` })),
-      FS.el("span", { class: "fs-quiet", text: `peak ${FS.percent(feature.relative)} of its run maximum, fires on ${FS.share(feature.density)} of all patches` }),
-      FS.el("span", { class: "fs-row" },
-        FS.el("button", { class: "fs-button fs-small fs-primary", type: "button", text: "Steer with this", onclick: () => go("steer") }),
-        FS.el("button", { class: "fs-button fs-small", type: "button", text: "Open its page", onclick: () => go("page") })));
+      FS.el(
+        "span",
+        { class: "fs-row" },
+        FS.chip(feature.colour),
+        FS.el("strong", { text: FS.title(feature) }),
+        FS.el("span", { class: "fs-quiet fs-num", text: `feature ${feature.feature}` }),
+      ),
+      FS.el("span", {
+        class: "fs-quiet",
+        text: `peak ${FS.percent(feature.relative)} of its run maximum, fires on ${
+          FS.share(feature.density)
+        } of all patches`,
+      }),
+      FS.el(
+        "span",
+        { class: "fs-row" },
+        FS.el("button", {
+          class: "fs-button fs-small fs-primary",
+          type: "button",
+          text: "Steer with this",
+          onclick: () => go("steer"),
+        }),
+        FS.el("button", {
+          class: "fs-button fs-small",
+          type: "button",
+          text: "Open its page",
+          onclick: () => go("page"),
+        }),
+      ),
+    );
   };
 
   const select = (feature, silent) => {
     view.feature = feature;
-    for (const card of list.querySelectorAll(".fs-card")) card.setAttribute("aria-pressed", String(Number(card.dataset.feature) === feature));
+    for (const card of list.querySelectorAll(".fs-card")) {
+      card.setAttribute("aria-pressed", String(Number(card.dataset.feature) === feature));
+    }
     draw();
     if (!silent) {
       FS.say(`Showing feature ${feature}, ${FS.title(features.get(feature))}`);
@@ -57,20 +120,37 @@ FS.define("fs-lab", (root, data) => {
     }
   };
 
-  const card = (feature) => FS.card({ ...feature, strength: feature.relative, strength_text: `${FS.percent(feature.relative)} of its maximum` }, {
-    rows: data.rows, cols: data.cols, pressed: feature.feature === view.feature,
-    thumbs: [{ image: data.image, map: plane(feature.feature, 0) }],
-    extra: `${FS.percent(feature.relative)} of its maximum`,
-    onopen: () => select(feature.feature),
-  });
+  const card = (feature) =>
+    FS.card(
+      { ...feature, strength: feature.relative, strength_text: `${FS.percent(feature.relative)} of its maximum` },
+      {
+        rows: data.rows,
+        cols: data.cols,
+        pressed: feature.feature === view.feature,
+        thumbs: [{ image: data.image, map: plane(feature.feature, 0) }],
+        extra: `${FS.percent(feature.relative)} of its maximum`,
+        onopen: () => select(feature.feature),
+      },
+    );
   const alike = (others, count) => FS.alike(others, (all) => FS.el("div", { class: "fs-list" }, all.map(card)), count);
-  const groups = FS.byLabel(data.features).map(([head, ...others], at) => ({ head, others, told: at < LEAST_TOLD || !head.label || FS.sure(head.confidence) !== "a guess" }));
-  const cards = (shown) => shown.flatMap(({ head, others }) => (others.length ? [card(head), alike(others, head.alike)] : [card(head)]));
+  const groups = FS.byLabel(data.features).map(([head, ...others], at) => ({
+    head,
+    others,
+    told: at < LEAST_TOLD || !head.label || !FS.isGuess(head.confidence),
+  }));
+  const cards = (shown) =>
+    shown.flatMap(({ head, others }) => (others.length ? [card(head), alike(others, head.alike)] : [card(head)]));
   list.append(...cards(groups.filter((group) => group.told)));
   const guessed = groups.filter((group) => !group.told);
   if (guessed.length) {
-    const fold = FS.el("details", { class: "fs-fold" }, FS.el("summary", { text: `${guessed.length} more, less sure of their names` }), FS.el("div", { class: "fs-list" }, cards(guessed)));
-    fold.holds = (feature) => guessed.some(({ head, others }) => [head, ...others].some((each) => each.feature === feature));
+    const fold = FS.el(
+      "details",
+      { class: "fs-fold" },
+      FS.el("summary", { text: `${guessed.length} more with uncertain names` }),
+      FS.el("div", { class: "fs-list" }, cards(guessed)),
+    );
+    fold.holds = (feature) =>
+      guessed.some(({ head, others }) => [head, ...others].some((each) => each.feature === feature));
     list.append(fold);
   }
 
@@ -91,13 +171,27 @@ FS.define("fs-lab", (root, data) => {
     view.cell = [row, column];
     const box = { left: (column / data.cols) * 100, top: (row / data.rows) * 100 };
     cursor.hidden = false;
-    Object.assign(cursor.style, { left: `${box.left}%`, top: `${box.top}%`, width: `${100 / data.cols}%`, height: `${100 / data.rows}%` });
+    Object.assign(cursor.style, {
+      left: `${box.left}%`,
+      top: `${box.top}%`,
+      width: `${100 / data.cols}%`,
+      height: `${100 / data.rows}%`,
+    });
     const found = fires(row, column);
-    tip.replaceChildren(FS.el("span", { class: "fs-quiet fs-num", text: `patch ${row}, ${column}` }),
-      ...(found.length ? found.slice(0, 4).map((item) => FS.el("span", { class: "fs-row" },
-        FS.chip((data.colours || {})[item.feature] || "transparent"), FS.el("span", { text: name(item.feature) }),
-        FS.el("span", { class: "fs-num fs-quiet", text: FS.percent(item.value / 255) })))
-        : [FS.el("span", { text: perPatch ? "nothing fires here" : "press to ask" })]));
+    tip.replaceChildren(
+      FS.el("span", { class: "fs-quiet fs-num", text: `patch ${row}, ${column}` }),
+      ...(found.length
+        ? found.map((item) =>
+          FS.el(
+            "span",
+            { class: "fs-row" },
+            FS.chip((data.colours || {})[item.feature] || "transparent"),
+            FS.el("span", { text: name(item.feature) }),
+            FS.el("span", { class: "fs-num fs-quiet", text: FS.percent(item.value / 255) }),
+          )
+        )
+        : [FS.el("span", { text: perPatch ? "nothing fires here" : "click to see what fires" })]),
+    );
     tip.hidden = false;
     tip.classList.toggle("fs-left", column > data.cols / 2);
     tip.classList.toggle("fs-up", row > data.rows / 2);
@@ -106,19 +200,32 @@ FS.define("fs-lab", (root, data) => {
   const at = (event) => {
     const rect = stage.getBoundingClientRect();
     const clamp = (value, most) => Math.min(most - 1, Math.max(0, Math.floor(value * most)));
-    return [clamp((event.clientY - rect.top) / rect.height, data.rows), clamp((event.clientX - rect.left) / rect.width, data.cols)];
+    return [
+      clamp((event.clientY - rect.top) / rect.height, data.rows),
+      clamp((event.clientX - rect.left) / rect.width, data.cols),
+    ];
   };
   const ask = (row, column) => {
     point(row, column);
     const found = fires(row, column);
-    FS.say(found.length ? `Patch ${row}, ${column}: ${found.map((item) => name(item.feature)).join(", ")}` : `Patch ${row}, ${column}`);
+    FS.say(
+      found.length
+        ? `Patch ${row}, ${column}: ${found.map((item) => name(item.feature)).join(", ")}`
+        : `Patch ${row}, ${column}`,
+    );
     FS.emit(root, "patch", { row, column, step: view.plane === 0 ? null : data.steps[view.plane - 1] });
   };
-  const leave = () => { cursor.hidden = !view.pinned; tip.hidden = true; };
+  const leave = () => {
+    cursor.hidden = !view.pinned;
+    tip.hidden = true;
+  };
   stage.addEventListener("pointermove", (event) => point(...at(event)));
   stage.addEventListener("pointerleave", leave);
   stage.addEventListener("blur", leave);
-  stage.addEventListener("click", (event) => { view.pinned = true; ask(...at(event)); });
+  stage.addEventListener("click", (event) => {
+    view.pinned = true;
+    ask(...at(event));
+  });
   stage.addEventListener("keydown", (event) => {
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
     const [row, column] = view.cell || [Math.floor(data.rows / 2), Math.floor(data.cols / 2)];
@@ -133,83 +240,202 @@ FS.define("fs-lab", (root, data) => {
   });
 
   const controls = [
-    FS.slider({ label: "Heat", min: 0, max: 1, step: 0.05, value: view.opacity, format: FS.percent, help: "How strongly the heat covers the image",
-      oninput: (value) => { view.opacity = value; draw(); } }),
-    FS.slider({ label: "Hide below", min: 0, max: 0.95, step: 0.05, value: view.threshold, format: FS.percent, help: "Patches weaker than this share of the scale show no heat",
-      oninput: (value) => { view.threshold = value; draw(); } }),
+    FS.slider({
+      label: "Heat",
+      min: 0,
+      max: 1,
+      step: 0.05,
+      value: view.opacity,
+      format: FS.percent,
+      help: "How strongly the heat covers the image",
+      oninput: (value) => {
+        view.opacity = value;
+        draw();
+      },
+    }),
+    FS.slider({
+      label: "Hide below",
+      min: 0,
+      max: 0.95,
+      step: 0.05,
+      value: view.threshold,
+      format: FS.percent,
+      help: "Patches weaker than this share of the scale show no heat",
+      oninput: (value) => {
+        view.threshold = value;
+        draw();
+      },
+    }),
   ];
-  const toggles = FS.el("div", { class: "fs-row fs-wrap" },
-    FS.toggle({ label: "Show as", options: [["heat", "heat"], ["spotlight", "spotlight"], ["plain", "plain"]], value: "heat",
-      onchange: (value) => { view.style = value; legend.hidden = value !== "heat"; draw(); } }),
-    FS.toggle({ label: "Scale", options: [["shared", "same for all images"], ["image", "this image"]], value: view.scale,
-      onchange: (value) => { view.scale = value; draw(); } }),
-    FS.toggle({ label: "Edges", options: [["smooth", "smooth"], ["cells", "patches"]], value: "smooth",
-      onchange: (value) => { view.smooth = value === "smooth"; draw(); } }));
+  const toggles = FS.el(
+    "div",
+    { class: "fs-row fs-wrap" },
+    FS.toggle({
+      label: "Show as",
+      options: [["heat", "heat"], ["spotlight", "spotlight"], ["plain", "plain"]],
+      value: "heat",
+      onchange: (value) => {
+        view.style = value;
+        legend.hidden = value !== "heat";
+        draw();
+      },
+    }),
+    FS.toggle({
+      label: "Scale",
+      options: [["shared", "same for all images"], ["image", "this image"]],
+      value: view.scale,
+      onchange: (value) => {
+        view.scale = value;
+        draw();
+      },
+    }),
+    FS.toggle({
+      label: "Edges",
+      options: [["smooth", "smooth"], ["cells", "patches"]],
+      value: "smooth",
+      onchange: (value) => {
+        view.smooth = value === "smooth";
+        draw();
+      },
+    }),
+  );
 
   let steps = null;
   if (data.steps && data.steps.length > 1) {
-    const words = (value) => value === 0 ? "strongest of the steps it was trained on" : `step ${data.steps[value - 1] + 1} of ${data.num_inference_steps} (noise ${data.sigmas[value - 1].toFixed(2)})`;
-    const slider = FS.slider({ label: "Denoising step", min: 0, max: data.steps.length, step: 1, value: 0, format: words,
-      help: "From pure noise to the finished image: drag to see where the feature is born",
-      oninput: (value) => { view.plane = value; draw(); } });
+    const words = (value) =>
+      value === 0
+        ? "maximum over the steps the SAE was trained on"
+        : `step ${data.steps[value - 1] + 1} of ${data.num_inference_steps} (noise ${
+          data.sigmas[value - 1].toFixed(2)
+        })`;
+    const slider = FS.slider({
+      label: "Denoising step",
+      min: 0,
+      max: data.steps.length,
+      step: 1,
+      value: 0,
+      format: words,
+      help: "From pure noise to the finished image: drag to see when the feature appears",
+      oninput: (value) => {
+        view.plane = value;
+        draw();
+      },
+    });
     slider.classList.add("fs-wide");
     let timer = null;
-    const play = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Play", "aria-label": "Play the denoising steps", onclick: () => {
-      if (timer) { clearInterval(timer); timer = null; play.textContent = "Play"; return; }
-      play.textContent = "Stop";
-      let now = 0;
-      timer = setInterval(() => {
-        now += 1;
-        if (!root.isConnected || now > data.steps.length) { clearInterval(timer); timer = null; play.textContent = "Play"; now = 0; }
-        slider.input.value = String(now);
-        slider.input.dispatchEvent(new Event("input"));
-      }, 260);
-    } });
+    const play = FS.el("button", {
+      class: "fs-button fs-small",
+      type: "button",
+      text: "Play",
+      "aria-label": "Play the denoising steps",
+      onclick: () => {
+        if (timer) {
+          clearInterval(timer);
+          timer = null;
+          play.textContent = "Play";
+          return;
+        }
+        play.textContent = "Stop";
+        let now = 0;
+        timer = setInterval(() => {
+          now += 1;
+          if (!root.isConnected || now > data.steps.length) {
+            clearInterval(timer);
+            timer = null;
+            play.textContent = "Play";
+            now = 0;
+          }
+          slider.input.value = String(now);
+          slider.input.dispatchEvent(new Event("input"));
+        }, 260);
+      },
+    });
     steps = FS.el("div", { class: "fs-row fs-steps" }, slider, play);
   }
 
-  const link = () => FS.viewLink(data.link);
   const report = () => {
     const shown = features.get(view.feature);
     const picture = shown ? [`feature ${shown.feature}: ${FS.title(shown)}`, canvas.toDataURL("image/png")] : [];
-    FS.saveReport({ title: `What fires in “${data.prompt}”`, words: FS.told(data), link: link(), versions: data.versions,
+    return {
+      title: `What fires in “${data.prompt}”`,
+      words: FS.told(data),
       pictures: [["image", data.image], picture].filter((pair) => pair.length),
-      recipe: { prompt: data.prompt, seed: data.seed, num_inference_steps: data.num_inference_steps, hookpoint: data.hookpoint,
-        features: data.features.map(({ feature, label, relative, activation }) => ({ feature, label, relative, activation })) } });
+      recipe: {
+        prompt: data.prompt,
+        seed: data.seed,
+        num_inference_steps: data.num_inference_steps,
+        hookpoint: data.hookpoint,
+        features: data.features.map(({ feature, label, relative, activation }) => ({
+          feature,
+          label,
+          relative,
+          activation,
+        })),
+      },
+    };
   };
   // What fires at the patch that was asked about, beside the picture; it stays while the picture does.
-  const isOf = (patch) => patch && ["prompt", "seed", "hookpoint", "num_inference_steps"].every((key) => patch[key] === data[key]);
+  const isOf = (patch) =>
+    patch && ["prompt", "seed", "hookpoint", "num_inference_steps"].every((key) => patch[key] === data[key]);
   const asked = FS.el("div", { class: "fs-asked", hidden: true });
   root.tellPatch = (patch) => {
     root.patch = patch;
     asked.hidden = !isOf(patch);
-    if (asked.hidden) { view.pinned = false; cursor.hidden = true; }
+    if (asked.hidden) {
+      view.pinned = false;
+      cursor.hidden = true;
+    }
     asked.replaceChildren(...(asked.hidden ? [] : [FS.patch(root, patch)]));
   };
   root.tellPatch(root.patch);
   const notices = (data.notices || []).map((text) => FS.el("p", { class: "fs-notice", text }));
-  root.append(FS.el("div", { class: "fs-lab" },
-    FS.el("section", { class: "fs-main", "aria-label": "Image and heatmap" },
-      ...notices, stage, legend,
-      FS.el("p", { class: "fs-prompt" }, data.kind === "example" ? FS.el("span", { class: "fs-badge", text: "example" }) : null,
-        FS.el("span", { text: `“${data.prompt}”` }), FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}` })),
-      caption, steps,
-      FS.el("div", { class: "fs-row fs-wrap fs-controls" }, controls), toggles),
-    FS.el("section", { class: "fs-side", "aria-label": "Features" }, asked,
-      FS.el("h2", { class: "fs-h", text: "What fires here" }),
-      FS.el("p", { class: "fs-quiet", text: "A feature is one direction the autoencoder (SAE) learned. Most telling first; choose one to see where it fires. “Sure” says how well its name fits where it fires this strongly." }),
-      list)),
-  FS.el("div", { class: "fs-row fs-wrap fs-tight" },
-    FS.copyButton(link, "Copy link"),
-    FS.el("button", { class: "fs-button fs-small", type: "button", text: "Save report", onclick: report })),
-  FS.code(data.code));
+  root.append(
+    FS.el(
+      "div",
+      { class: "fs-lab" },
+      FS.el(
+        "section",
+        { class: "fs-main", "aria-label": "Image and heatmap" },
+        ...notices,
+        stage,
+        legend,
+        FS.el(
+          "p",
+          { class: "fs-prompt" },
+          data.kind === "example" ? FS.el("span", { class: "fs-badge", text: "example" }) : null,
+          FS.el("span", { text: `“${data.prompt}”` }),
+          FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}` }),
+        ),
+        caption,
+        steps,
+        FS.el("div", { class: "fs-row fs-wrap fs-controls" }, controls),
+        toggles,
+      ),
+      FS.el(
+        "section",
+        { class: "fs-side", "aria-label": "Features" },
+        asked,
+        FS.el("h2", { class: "fs-h", text: "What fires here" }),
+        FS.el("p", {
+          class: "fs-quiet",
+          text:
+            "A feature is one direction that the sparse autoencoder (SAE) learned. Those that say most about this image come first. Choose one to see where it fires. “Sure”, “fairly sure” and “a guess” rate how well its name fits where it fires this strongly.",
+        }),
+        list,
+      ),
+    ),
+    FS.actions(data, report),
+    FS.code(data.code),
+  );
   root.choose = (feature) => {
     if (!features.has(feature)) return false;
     for (const fold of list.querySelectorAll("details")) if (fold.holds(feature)) fold.open = true;
     if (view.feature !== feature) select(feature, true);
     return true;
   };
-  if (!data.features.length) list.append(FS.el("p", { class: "fs-quiet", text: "No feature fires in this image at this step." }));
+  if (!data.features.length) {
+    list.append(FS.el("p", { class: "fs-quiet", text: "No feature fires in this image at this step." }));
+  }
   draw();
 });
 

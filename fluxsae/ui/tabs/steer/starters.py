@@ -1,4 +1,4 @@
-"""Recipes that work, to begin with on the Steer tab: swaps of one name for another, and features taken away."""
+"""Recipes that work, to begin with on the Steer tab: swaps of one name for another, and features suppressed."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any, Final
 from PIL import Image
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.cards import varied
 from fluxsae.pictures.grids import split_pictures
 from fluxsae.steering.edits import Recipe, SteeringEdit
 from fluxsae.ui.kit import views
@@ -24,14 +25,16 @@ SliderOf = Callable[[SteeringEdit], dict[str, Any]]
 
 
 def find_starters(bench: Workbench, slider_of: SliderOf) -> list[dict[str, Any]]:
-    """Swaps first, those that change least else before others; then features taken away, the clearest first.
+    """Swaps first, those that change least else before others; then features suppressed, the clearest first.
 
     `slider_of` gives the slider that stands for an edit, and refuses an edit that none does.
     """
     places = list(reversed(bench.hookpoints))
     swaps = [(name, swap) for name in places for swap in bench.run.load_swaps(name)]
     swapped = [starter for name, swap in swaps if (starter := _swapped(bench, slider_of, name, swap)) is not None]
-    found = _each_first(_clear(swapped), lambda starter: starter["edits"][0]["feature"])[:MAX_SWAPS]
+    clear = _clear(swapped)
+    order = varied(range(len(clear)), [str(starter["edits"][0]["feature"]) for starter in clear])
+    found = [clear[place] for place in order[:MAX_SWAPS]]
     demos = [(name, demo) for name in places for demo in bench.run.load_demos(name)]
     made = [starter for name, demo in demos if (starter := _less(bench, slider_of, name, demo)) is not None]
     gone = [starter["gone"] for starter in made if starter["gone"] is not None]
@@ -46,16 +49,6 @@ def _clear(swapped: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those with a good share of the best score, those that change least else first."""
     best = max((starter["score"] for starter in swapped), default=0.0)
     return sorted((one for one in swapped if one["score"] >= SEEN * best), key=lambda one: one["collateral"])
-
-
-def _each_first(items: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
-    """The first of each key, then the second of each, and so on; otherwise in their order."""
-    turns: dict[Any, int] = {}
-    ranks = []
-    for item in items:
-        turns[key(item)] = turns.get(key(item), 0) + 1
-        ranks.append(turns[key(item)])
-    return [items[place] for place in sorted(range(len(items)), key=lambda place: ranks[place])]
 
 
 def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -75,7 +68,7 @@ def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mappin
         **made,
         "title": f"{old.capitalize()} becomes {new}",
         "names": ["before", "after"],
-        "panels": ["", f"{new} added where {old} was taken away"],
+        "panels": ["", f"{new} added where {old} was removed"],
         "colours": [sliders[0]["colour"], sliders[1]["colour"]],
         "score": score,
         "collateral": collateral,
@@ -83,7 +76,7 @@ def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mappin
 
 
 def _less(bench: Workbench, slider_of: SliderOf, hookpoint: str, demo: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A starter that takes a feature away; what is added everywhere, as the demo does too, spills over."""
+    """A starter that suppresses a feature; what is added everywhere, as the demo does too, spills over."""
     try:
         recipe = Recipe.from_dict(demo["recipes"]["less"])
         made = _starter(recipe, slider_of, _pictures(bench.run.demo_image_path(hookpoint, demo["image"]), 3), 1, 0)
@@ -123,7 +116,7 @@ def _starter(
 
 
 def clarity(score: Mapping[str, Any]) -> float:
-    """How clearly a demo of this score shows its feature being taken away: far, with little else changed or odd."""
+    """How clearly a demo of this score shows its feature being suppressed: far, with little else changed or odd."""
     return float(score["less"] * (1 - score["collateral"]) * (1 - score["out_of_distribution"]))
 
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.firing import CONFIDENCE
 from fluxsae.features.vocabulary import has_name, in_place
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.steering.edits import SteeringEdit
-from fluxsae.ui.kit.views import SURE
 from fluxsae.ui.serve.lane import OnStep
 from fluxsae.ui.serve.session import Workbench
 
@@ -74,11 +74,11 @@ class SwapJob:
         from fluxsae.steering.demos import SwapConfig, acts_in_window, addable, hot_region, swap_variants, try_swaps
 
         if bench.embedder is None:
-            raise FluxSaeError("This page has no CLIP to see what a swap does; use the sliders.")
+            raise FluxSaeError("Swaps need CLIP, which this run does not have. Use the sliders.")
         place, sae, config = HookPoint.parse(self.hookpoint), bench.saes[self.hookpoint], SwapConfig()
         new_features = addable(sae, self.new_features)
         if not new_features:
-            raise FluxSaeError(f"The features of “{self.new}” fired too seldom to know how strongly to add them.")
+            raise FluxSaeError(f"The features of “{self.new}” fired too rarely to know how strongly to add them.")
         settings = bench.settings(self.num_inference_steps)
         picture: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, "settings": settings}
         acts = acts_in_window(bench.pipe, sae, place, self.old_features, **picture, on_step=on_step)
@@ -106,11 +106,11 @@ class SwapJob:
         cards = bench.cards[self.hookpoint]
         shares = peaks / np.array([cards.features[feature].max_act for feature in self.old_features])
         sure = cards.label_confidence_at(shares, self.old_features)
-        fires = (sure >= SURE) | (has_name(self.prompt, self.old) & (shares >= LEAST_SHARE))
+        fires = (sure >= CONFIDENCE["sure"]) | (has_name(self.prompt, self.old) & (shares >= LEAST_SHARE))
         if not fires.any():
             raise FluxSaeError(
-                f"No feature of “{self.old}” surely fires in this picture, so nothing can take its place. Name it in "
-                "the prompt, or choose what the picture shows."
+                f"No feature of “{self.old}” clearly fires in this image, so it cannot be replaced. Put the name into "
+                "the prompt, or choose a name that the image shows."
             )
         return int(np.where(fires, shares, 0.0).argmax())
 

@@ -1,17 +1,28 @@
-// The steering tab: sliders with their safe range, before and after, a strip of strengths, painting the region.
-"use strict";
-
-FS.turnWords = (turn, { max_suppress: least, max_amplify: most }) => {
-  if (Math.abs(turn) < 0.005) return "unchanged";
+// The Steer tab: sliders with their natural range, before and after, a strip of strengths, painting the region.
+FS.turnWords = (turn, { max_suppress: least, max_amplify: most, edit_words: words }) => {
+  if (Math.abs(turn) < 0.005) return words.unchanged;
+  if (turn > 0) return words.added.replace("{}", FS.number(turn * most, 2));
   const less = -turn * least;
-  if (turn < 0) return less <= 1 ? `${Math.round(less * 100)} % taken away` : `${FS.number(less, 2)} × what is there taken away`;
-  return `${FS.number(turn * most, 2)} × its usual strength added`;
+  return less <= 1
+    ? words.part.replace("{}", Math.round(less * 100))
+    : words.multiple.replace("{}", FS.number(less, 2));
 };
-// The pictures of a demo, each told: its name, and what was done to it.
-FS.panels = (pictures, names, words = []) => FS.el("span", { class: "fs-panels" }, pictures.map((src, at) => FS.el("span", {},
-  FS.el("img", { src, alt: "" }), FS.el("strong", { text: names[at] }),
-  words[at] ? FS.el("span", { class: "fs-quiet", text: words[at] }) : null)));
-// Safe ranges that strips have found, for the picture on screen alone: another prompt or seed has others.
+// The images of a demo, each with its name and its edit.
+FS.panels = (pictures, names, words = []) =>
+  FS.el(
+    "span",
+    { class: "fs-panels" },
+    pictures.map((src, at) =>
+      FS.el(
+        "span",
+        {},
+        FS.el("img", { src, alt: "" }),
+        FS.el("strong", { text: names[at] }),
+        words[at] ? FS.el("span", { class: "fs-quiet", text: words[at] }) : null,
+      )
+    ),
+  );
+// Natural ranges that strips have found, for the image on screen alone: another prompt or seed has others.
 FS.safe = { picture: null, ranges: new Map() };
 FS.safeKey = (edit) => JSON.stringify([edit.hookpoint, edit.feature, edit.steps || null, edit.region || null]);
 FS.safeOf = (picture) => {
@@ -23,19 +34,40 @@ FS.define("fs-edits", (root, data) => {
   if (data.starters) FS.starters = data.starters; // they come with the page, not with every slider
   const state = { edits: data.edits }, unfolded = new WeakSet();
   const keep = () => root.keep({ ...data, starters: undefined, unread: undefined, edits: state.edits });
-  const tell = () => { keep(); FS.emit(root, "turn"); };
-  const changed = (structure) => { tell(); if (structure) draw(); };
+  const tell = () => {
+    keep();
+    FS.emit(root, "turn");
+  };
+  const changed = (structure) => {
+    tell();
+    if (structure) draw();
+  };
   const track = (edit) => {
     const safe = FS.safe.ranges.get(FS.safeKey(edit));
-    return FS.el("div", { class: "fs-track", "aria-hidden": "true" },
-      safe ? FS.el("span", { class: "fs-safe", style: { left: `${(safe[0] + 1) * 50}%`, width: `${(safe[1] - safe[0]) * 50}%` } }) : null,
-      FS.el("span", { class: "fs-middle" }));
+    return FS.el(
+      "div",
+      { class: "fs-track", "aria-hidden": "true" },
+      safe
+        ? FS.el("span", {
+          class: "fs-safe",
+          style: { left: `${(safe[0] + 1) * 50}%`, width: `${(safe[1] - safe[0]) * 50}%` },
+        })
+        : null,
+      FS.el("span", { class: "fs-middle" }),
+    );
   };
-  const row = (edit, at) => {
+  const row = (edit) => {
     const safe = FS.safe.ranges.get(FS.safeKey(edit));
     const words = FS.el("output", { class: "fs-num", text: FS.turnWords(edit.turn, data) });
-    const slider = FS.el("input", { type: "range", min: -1, max: 1, step: 1 / 60, value: String(edit.turn), class: "fs-turn",
-      "aria-label": `Strength of ${FS.title(edit)}, feature ${edit.feature}: left takes away, right adds` });
+    const slider = FS.el("input", {
+      type: "range",
+      min: -1,
+      max: 1,
+      step: 1 / 60,
+      value: String(edit.turn),
+      class: "fs-turn",
+      "aria-label": `Strength of ${FS.title(edit)}, feature ${edit.feature}: left suppresses, right amplifies`,
+    });
     slider.setAttribute("aria-valuetext", words.textContent);
     slider.addEventListener("input", () => {
       edit.turn = Math.abs(Number(slider.value)) < 0.03 ? 0 : Number(slider.value);
@@ -44,57 +76,201 @@ FS.define("fs-edits", (root, data) => {
     });
     slider.addEventListener("change", () => changed(false));
     const window = edit.steps || ["", ""];
-    const bound = (place, label) => FS.el("input", { type: "number", class: "fs-mini", min: 0, max: data.max_steps, value: window[place], placeholder: place ? "last" : "first", "aria-label": label,
-      onchange: (event) => {
-        const now = [...(edit.steps || [0, data.max_steps])];
-        now[place] = event.target.value === "" ? (place ? data.max_steps : 0) : Number(event.target.value);
-        edit.steps = event.target.value === "" && !edit.steps ? null : now;
-        changed(true);
-      } });
-    return FS.el("li", { class: "fs-edit", style: { "--chip": edit.colour } },
-      FS.el("div", { class: "fs-row fs-between" },
-        FS.el("span", { class: "fs-row" }, FS.chip(edit.colour), FS.el("strong", { class: "fs-label", text: FS.title(edit) }),
-          FS.el("span", { class: "fs-quiet fs-num", text: `#${edit.feature}, ${edit.word}` })),
-        FS.el("button", { class: "fs-button fs-small", type: "button", text: "Remove", "aria-label": `Remove ${FS.title(edit)}`,
-          onclick: () => { state.edits = state.edits.filter((other) => other !== edit); changed(true); } })),
+    const bound = (place, label) =>
+      FS.el("input", {
+        type: "number",
+        class: "fs-mini",
+        min: 0,
+        max: data.max_steps,
+        value: window[place],
+        placeholder: place ? "last" : "first",
+        "aria-label": label,
+        onchange: (event) => {
+          const now = [...(edit.steps || [0, data.max_steps])];
+          now[place] = event.target.value === "" ? (place ? data.max_steps : 0) : Number(event.target.value);
+          edit.steps = event.target.value === "" && !edit.steps ? null : now;
+          changed(true);
+        },
+      });
+    return FS.el(
+      "li",
+      { class: "fs-edit", style: { "--chip": edit.colour } },
+      FS.el(
+        "div",
+        { class: "fs-row fs-between" },
+        FS.el(
+          "span",
+          { class: "fs-row" },
+          FS.chip(edit.colour),
+          FS.el("strong", { class: "fs-label", text: FS.title(edit) }),
+          FS.el("span", { class: "fs-quiet fs-num", text: `#${edit.feature}, ${edit.word}` }),
+        ),
+        FS.el("button", {
+          class: "fs-button fs-small",
+          type: "button",
+          text: "Remove",
+          "aria-label": `Remove ${FS.title(edit)}`,
+          onclick: () => {
+            state.edits = state.edits.filter((other) => other !== edit);
+            changed(true);
+          },
+        }),
+      ),
       FS.el("div", { class: "fs-turnbox" }, track(edit), slider),
-      FS.el("div", { class: "fs-row fs-between fs-quiet" }, FS.el("span", { text: "◂ less" }), words, FS.el("span", { text: "more ▸" })),
-      FS.el("p", { class: "fs-quiet fs-hint", text: safe ? "The band marks the safe range that “Seven strengths” found: there its image stayed one that FLUX could have painted." : "“Seven strengths” below measures the safe range of this slider." }),
-      FS.el("details", { class: "fs-fold", open: unfolded.has(edit), ontoggle: (event) => (event.target.open ? unfolded.add(edit) : unfolded.delete(edit)) }, FS.el("summary", { text: "When and where" }),
-        FS.el("div", { class: "fs-row fs-wrap" }, FS.el("span", { class: "fs-quiet", text: "Denoising steps from" }), bound(0, "First step edited"),
-          FS.el("span", { class: "fs-quiet", text: "to before" }), bound(1, "Step at which the edit ends"),
-          FS.el("button", { class: "fs-button fs-small", type: "button", text: "as trained", onclick: () => { edit.steps = null; changed(true); } })),
-        FS.el("p", { class: "fs-quiet fs-hint", text: edit.region ? `Acts on ${edit.region.flat().filter(Boolean).length} marked patches, outlined on the picture.` : "Acts everywhere; paint on the image to choose where." })));
+      FS.el(
+        "div",
+        { class: "fs-row fs-between fs-quiet" },
+        FS.el("span", { text: "◂ suppress" }),
+        words,
+        FS.el("span", { text: "amplify ▸" }),
+      ),
+      FS.el("p", {
+        class: "fs-quiet fs-hint",
+        text: safe
+          ? "The band marks the natural range for this image, as measured by “Compare strengths”."
+          : "“Compare strengths” below measures the natural range of this slider.",
+      }),
+      FS.el(
+        "details",
+        {
+          class: "fs-fold",
+          open: unfolded.has(edit),
+          ontoggle: (event) => (event.target.open ? unfolded.add(edit) : unfolded.delete(edit)),
+        },
+        FS.el("summary", { text: "When and where" }),
+        FS.el(
+          "div",
+          { class: "fs-row fs-wrap" },
+          FS.el("span", { class: "fs-quiet", text: "Denoising steps from" }),
+          bound(0, "First step edited"),
+          FS.el("span", { class: "fs-quiet", text: "to before" }),
+          bound(1, "Step at which the edit ends"),
+          FS.el("button", {
+            class: "fs-button fs-small",
+            type: "button",
+            text: "as trained",
+            onclick: () => {
+              edit.steps = null;
+              changed(true);
+            },
+          }),
+        ),
+        FS.el("p", {
+          class: "fs-quiet fs-hint",
+          text: edit.region
+            ? `Acts on ${edit.region.flat().filter(Boolean).length} marked patches, outlined on the image.`
+            : "Acts everywhere. Paint on the image to choose where.",
+        }),
+      ),
+    );
   };
   const draw = () => {
-    root.replaceChildren(FS.el("section", { class: "fs-editor", "aria-label": "Features being turned" },
-      FS.el("h2", { class: "fs-h", text: "Turn features" }),
-      !state.edits.length && (FS.starters || []).length ? FS.el("div", { class: "fs-starters", role: "group", "aria-label": "Begin with one that works" },
-        FS.starters.map((starter, at) => FS.el("button", { class: "fs-starter", type: "button", onclick: () => FS.emit(root, "begin", { starter: at }) },
-          starter.pictures.length ? FS.panels(starter.pictures, starter.names) : null,
-          FS.el("span", { class: "fs-row fs-tight" }, starter.colours.map(FS.chip), FS.el("span", { text: starter.title }))))) : null,
-      state.edits.length ? FS.el("ul", { class: "fs-edits" }, state.edits.map(row))
-        : FS.el("p", { class: "fs-quiet", text: `${(FS.starters || []).length ? "Begin with one of these, or choose" : "Choose"} a feature below. Its slider takes it away to the left and adds it to the right; in the middle nothing changes.` }),
-      state.edits.length >= data.max_edits ? FS.el("p", { class: "fs-notice", role: "status", text: `${data.max_edits} features are the most at a time: take one away to add another.` }) : null,
-      FS.el("details", { class: "fs-fold", open: !state.edits.length }, FS.el("summary", { text: state.edits.length ? "Add another feature" : "Features to turn" }),
-        FS.el("div", { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": "Add a feature" },
-          data.suggestions.filter((other) => !root.has(other)).map((other) =>
-            FS.el("button", { class: "fs-button fs-small fs-row", type: "button", disabled: state.edits.length >= data.max_edits, onclick: () => root.add(other) },
-              FS.chip(other.colour), FS.el("span", { text: other.label }))))),
-      state.edits.length ? FS.el("div", { class: "fs-row" },
-        FS.el("button", { class: "fs-button fs-small", type: "button", text: "Reset sliders", onclick: () => { state.edits.forEach((edit) => { edit.turn = 0; edit.steps = null; edit.region = null; }); changed(true); } })) : null));
+    root.replaceChildren(
+      FS.el(
+        "section",
+        { class: "fs-editor", "aria-label": "Features being steered" },
+        FS.el("h2", { class: "fs-h", text: "Steer features" }),
+        !state.edits.length && (FS.starters || []).length
+          ? FS.el(
+            "div",
+            { class: "fs-starters", role: "group", "aria-label": "Examples that work" },
+            FS.starters.map((starter, at) =>
+              FS.el(
+                "button",
+                {
+                  class: "fs-starter",
+                  type: "button",
+                  onclick: () => FS.emit(root, "begin", { starter: at }),
+                },
+                starter.pictures.length ? FS.panels(starter.pictures, starter.names) : null,
+                FS.el(
+                  "span",
+                  { class: "fs-row fs-tight" },
+                  starter.colours.map(FS.chip),
+                  FS.el("span", { text: starter.title }),
+                ),
+              )
+            ),
+          )
+          : null,
+        state.edits.length ? FS.el("ul", { class: "fs-edits" }, state.edits.map(row)) : FS.el("p", {
+          class: "fs-quiet",
+          text: `${
+            (FS.starters || []).length ? "Begin with one of these, or choose" : "Choose"
+          } a feature below. Move its slider left to suppress it, right to amplify it. The middle changes nothing.`,
+        }),
+        state.edits.length >= data.max_edits
+          ? FS.el("p", {
+            class: "fs-notice",
+            role: "status",
+            text: `At most ${data.max_edits} features at a time. Remove one to add another.`,
+          })
+          : null,
+        FS.el(
+          "details",
+          { class: "fs-fold", open: !state.edits.length },
+          FS.el("summary", { text: state.edits.length ? "Add another feature" : "Choose a feature" }),
+          FS.el(
+            "div",
+            { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": "Add a feature" },
+            data.suggestions.filter((other) => !root.has(other)).map((other) =>
+              FS.el(
+                "button",
+                {
+                  class: "fs-button fs-small fs-row",
+                  type: "button",
+                  disabled: state.edits.length >= data.max_edits,
+                  onclick: () => root.add(other),
+                },
+                FS.chip(other.colour),
+                FS.el("span", { text: other.label }),
+              )
+            ),
+          ),
+        ),
+        state.edits.length
+          ? FS.el(
+            "div",
+            { class: "fs-row" },
+            FS.el("button", {
+              class: "fs-button fs-small",
+              type: "button",
+              text: "Reset sliders",
+              onclick: () => {
+                state.edits.forEach((edit) => {
+                  edit.turn = 0;
+                  edit.steps = null;
+                  edit.region = null;
+                });
+                changed(true);
+              },
+            }),
+          )
+          : null,
+      ),
+    );
   };
   // What is painted belongs to the edits from the end of the stroke; making the picture anew is the visitor's to ask.
-  root.markRegion = (region) => { state.edits.forEach((edit) => { edit.region = region; }); keep(); draw(); };
-  root.applyRegion = (region) => { root.markRegion(region); tell(); };
-  root.has = (feature) => state.edits.some((edit) => edit.feature === feature.feature && edit.hookpoint === feature.hookpoint);
+  root.markRegion = (region) => {
+    state.edits.forEach((edit) => {
+      edit.region = region;
+    });
+    keep();
+    draw();
+  };
+  root.applyRegion = (region) => {
+    root.markRegion(region);
+    tell();
+  };
+  root.has = (feature) =>
+    state.edits.some((edit) => edit.feature === feature.feature && edit.hookpoint === feature.hookpoint);
   // A feature that was just added is brought into view, and its picture, still unturned, is asked for.
   root.add = (slider, alone = false) => {
     if (alone) state.edits = [];
     const at = state.edits.findIndex((edit) => edit.feature === slider.feature && edit.hookpoint === slider.hookpoint);
     if (at >= 0 || state.edits.length >= data.max_edits) {
       FS.bringIntoView(root.querySelectorAll(".fs-edit")[Math.max(at, 0)]);
-      FS.say(at >= 0 ? `${FS.title(slider)} is there already` : `${data.max_edits} features are the most at a time`);
+      FS.say(at >= 0 ? `${FS.title(slider)} is already here` : `At most ${data.max_edits} features at a time`);
       return;
     }
     state.edits = [...state.edits, { ...slider }];
@@ -114,42 +290,118 @@ FS.define("fs-found", (root, data) => {
     root.keep({ ...data, add: null });
     setTimeout(() => editor.add(data.add, data.alone)); // once the prompt that came along is there
   }
-  if (data.query) root.append(data.found.length
-    ? FS.el("div", { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": `Features found for ${data.query}` }, data.found.map((slider) =>
-      FS.el("button", { class: "fs-button fs-small fs-row", type: "button", onclick: () => editor.add(slider) },
-        FS.chip(slider.colour), FS.el("span", { text: FS.title(slider) }), FS.el("span", { class: "fs-quiet fs-num", text: `#${slider.feature}` }))))
-    : FS.el("p", { class: "fs-quiet", role: "status", text: data.error || `No feature matches “${data.query}”: search for a colour, a shape or a number.` }));
+  if (data.query) {
+    root.append(
+      data.found.length
+        ? FS.el(
+          "div",
+          { class: "fs-row fs-wrap fs-tight", role: "group", "aria-label": `Features found for ${data.query}` },
+          data.found.map((slider) =>
+            FS.el(
+              "button",
+              {
+                class: "fs-button fs-small fs-row",
+                type: "button",
+                onclick: () => editor.add(slider),
+              },
+              FS.chip(slider.colour),
+              FS.el("span", { text: FS.title(slider) }),
+              FS.el("span", { class: "fs-quiet fs-num", text: `#${slider.feature}` }),
+            )
+          ),
+        )
+        : FS.el("p", {
+          class: "fs-quiet",
+          role: "status",
+          text: data.error || `No feature matches “${data.query}”. Search for a colour, a shape or a number.`,
+        }),
+    );
+  }
 });
 
 // The edge of a region of patches, drawn over the picture.
 FS.outline = (region) => {
   const on = (row, column) => Boolean((region[row] || [])[column]);
-  const lines = region.flatMap((line, y) => line.flatMap((_, x) => (on(y, x) ? [
-    on(y - 1, x) ? "" : `M${x} ${y}h1`, on(y + 1, x) ? "" : `M${x} ${y + 1}h1`,
-    on(y, x - 1) ? "" : `M${x} ${y}v1`, on(y, x + 1) ? "" : `M${x + 1} ${y}v1`] : [])));
-  return FS.svg("svg", { viewBox: `0 0 ${region[0].length} ${region.length}`, class: "fs-outline", "aria-hidden": "true" },
-    FS.svg("path", { d: lines.join("") }));
+  const lines = region.flatMap((line, y) =>
+    line.flatMap((_, x) => (on(y, x)
+      ? [
+        on(y - 1, x) ? "" : `M${x} ${y}h1`,
+        on(y + 1, x) ? "" : `M${x} ${y + 1}h1`,
+        on(y, x - 1) ? "" : `M${x} ${y}v1`,
+        on(y, x + 1) ? "" : `M${x + 1} ${y}v1`,
+      ]
+      : [])
+    )
+  );
+  return FS.svg("svg", {
+    viewBox: `0 0 ${region[0].length} ${region.length}`,
+    class: "fs-outline",
+    "aria-hidden": "true",
+  }, FS.svg("path", { d: lines.join("") }));
 };
 
 FS.define("fs-result", (root, data) => {
   if (data.kind === "example") {
-    root.append(FS.el("figure", { class: "fs-first" },
-      data.panels.length ? FS.panels(data.pictures, data.names, data.panels) : FS.el("img", { src: data.pictures[0], alt: data.prompt }),
-      FS.el("figcaption", {}, FS.el("span", { class: "fs-badge", text: "example" }), FS.el("span", { text: data.words }))));
+    root.append(
+      FS.el(
+        "figure",
+        { class: "fs-first" },
+        data.panels.length
+          ? FS.panels(data.pictures, data.names, data.panels)
+          : FS.el("img", { src: data.pictures[0], alt: data.prompt }),
+        FS.el(
+          "figcaption",
+          {},
+          FS.el("span", { class: "fs-badge", text: "example" }),
+          FS.el("span", { text: data.words }),
+        ),
+      ),
+    );
     return;
   }
   const strip = document.querySelector("fs-strip"); // of another picture, or of a feature that is gone or acts elsewhere
-  if (strip && strip.data && !FS.isStripOf(strip.data, data)) { strip.keep(null); strip.data = null; }
+  if (strip && strip.data && !FS.isStripOf(strip.data, data)) {
+    strip.keep(null);
+    strip.data = null;
+  }
   const images = { before: data.before, after: data.after, random: data.random };
   const view = { right: "after", cut: 50, painting: false };
   const left = FS.el("img", { class: "fs-shot", src: images.before, alt: `Before: ${data.prompt}` });
-  const right = FS.el("img", { class: "fs-shot fs-over", src: images.after, alt: `After: ${data.words.join("; ") || "no edit"}` });
+  const right = FS.el("img", {
+    class: "fs-shot fs-over",
+    src: images.after,
+    alt: `After: ${data.words.join("; ") || "no edit"}`,
+  });
   const knob = FS.el("div", { class: "fs-knob", "aria-hidden": "true" });
-  const range = FS.el("input", { type: "range", class: "fs-cut", min: 0, max: 100, value: "50", "aria-label": "Before and after: left shows before, right shows after" });
+  const range = FS.el("input", {
+    type: "range",
+    class: "fs-cut",
+    min: 0,
+    max: 100,
+    value: "50",
+    "aria-label": "Before and after: left shows before, right shows after",
+  });
   const grid = FS.el("canvas", { class: "fs-paint", width: data.cols, height: data.rows, hidden: true });
-  const labels = [FS.el("span", { class: "fs-corner", text: "before" }), FS.el("span", { class: "fs-corner fs-end", text: "after" })];
-  const stage = FS.el("div", { class: "fs-ba" }, left, right, data.region ? FS.outline(data.region) : null, knob, ...labels, range, grid);
-  const cut = (value) => { view.cut = value; right.style.clipPath = `inset(0 0 0 ${value}%)`; knob.style.left = `${value}%`; };
+  const labels = [
+    FS.el("span", { class: "fs-corner", text: "before" }),
+    FS.el("span", { class: "fs-corner fs-end", text: "after" }),
+  ];
+  const stage = FS.el(
+    "div",
+    { class: "fs-ba" },
+    left,
+    right,
+    data.region ? FS.outline(data.region) : null,
+    knob,
+    ...labels,
+    range,
+    grid,
+  );
+  const cut = (value) => {
+    view.cut = value;
+    right.style.clipPath = `inset(0 0 0 ${value}%)`;
+    knob.style.left = `${value}%`;
+  };
   range.addEventListener("input", () => cut(Number(range.value)));
   // What was painted is seen whole: the handle starts at its left edge. Else it splits what changed.
   const painted = (data.region || []).flatMap((line) => line.flatMap((on, at) => (on ? [at] : [])));
@@ -168,127 +420,272 @@ FS.define("fs-result", (root, data) => {
   const mask = Uint8Array.from((data.region || Array(data.rows).fill(Array(data.cols).fill(0))).flat());
   const paint = () => {
     const context = grid.getContext("2d");
-    const pixels = context.createImageData(data.cols, data.rows);
-    mask.forEach((on, at) => pixels.data.set(on ? [106, 98, 210, 150] : [0, 0, 0, 70], at * 4));
-    if (focus !== null) pixels.data.set(mask[focus] ? [190, 185, 255, 230] : [255, 255, 255, 160], focus * 4);
-    context.putImageData(pixels, 0, 0);
+    const brushColour = getComputedStyle(root).getPropertyValue("--fs-brush");
+    context.clearRect(0, 0, data.cols, data.rows);
+    mask.forEach((on, at) => {
+      context.fillStyle = on ? brushColour : at === focus ? "white" : "black";
+      context.globalAlpha = on ? (at === focus ? 0.9 : 0.6) : at === focus ? 0.6 : 0.28;
+      context.fillRect(at % data.cols, Math.floor(at / data.cols), 1, 1);
+    });
   };
   let focus = null, brush = 1, stroked = false;
   const cell = (event) => {
     const rect = grid.getBoundingClientRect();
-    const row = Math.min(data.rows - 1, Math.max(0, Math.floor(((event.clientY - rect.top) / rect.height) * data.rows)));
-    const column = Math.min(data.cols - 1, Math.max(0, Math.floor(((event.clientX - rect.left) / rect.width) * data.cols)));
+    const row = Math.min(
+      data.rows - 1,
+      Math.max(0, Math.floor(((event.clientY - rect.top) / rect.height) * data.rows)),
+    );
+    const column = Math.min(
+      data.cols - 1,
+      Math.max(0, Math.floor(((event.clientX - rect.left) / rect.width) * data.cols)),
+    );
     return row * data.cols + column;
   };
   grid.tabIndex = 0;
   grid.setAttribute("role", "application");
   grid.setAttribute("aria-label", "Paint where the edit acts: arrow keys move, space paints");
-  grid.addEventListener("pointerdown", (event) => { grid.setPointerCapture(event.pointerId); brush = mask[cell(event)] ? 0 : 1; mask[cell(event)] = brush; focus = null; paint(); });
+  grid.addEventListener("pointerdown", (event) => {
+    grid.setPointerCapture(event.pointerId);
+    brush = mask[cell(event)] ? 0 : 1;
+    mask[cell(event)] = brush;
+    focus = null;
+    paint();
+  });
   grid.addEventListener("pointerup", () => mark());
   grid.addEventListener("pointercancel", () => mark());
-  grid.addEventListener("pointermove", (event) => { if (event.buttons) { mask[cell(event)] = brush; paint(); } });
+  grid.addEventListener("pointermove", (event) => {
+    if (event.buttons) {
+      mask[cell(event)] = brush;
+      paint();
+    }
+  });
   grid.addEventListener("keydown", (event) => {
     const moves = { ArrowUp: -data.cols, ArrowDown: data.cols, ArrowLeft: -1, ArrowRight: 1 };
     if (focus === null) focus = Math.floor(mask.length / 2 + data.cols / 2);
     if (moves[event.key]) focus = Math.min(mask.length - 1, Math.max(0, focus + moves[event.key]));
     else if (event.key !== " ") return;
     event.preventDefault();
-    if (event.key === " ") { mask[focus] = mask[focus] ? 0 : 1; mark(); }
+    if (event.key === " ") {
+      mask[focus] = mask[focus] ? 0 : 1;
+      mark();
+    }
     paint();
   });
-  const rows = () => Array.from({ length: data.rows }, (_, row) => Array.from(mask.subarray(row * data.cols, (row + 1) * data.cols)));
+  const rows = () =>
+    Array.from({ length: data.rows }, (_, row) => Array.from(mask.subarray(row * data.cols, (row + 1) * data.cols)));
   const region = () => (mask.some(Boolean) ? rows() : null);
   const editor = () => document.querySelector("fs-edits");
   const had = FS.safe.ranges.size;
   if (had && !FS.safeOf(data.picture).size && editor()) editor().redraw();
-  const painter = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Paint where it acts", title: "Press, then drag over the squares of the picture", "aria-pressed": "false", onclick: () => {
-    view.painting = !view.painting;
-    painter.setAttribute("aria-pressed", String(view.painting));
-    painter.textContent = view.painting ? "Use this region" : "Paint where it acts";
-    grid.hidden = !view.painting;
-    range.hidden = view.painting;
-    if (view.painting) { paint(); grid.focus(); return; }
-    later.hidden = true;
-    if (stroked && editor() && editor().applyRegion) editor().applyRegion(region());
-    stroked = false;
-  } });
-  const everywhere = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Everywhere", onclick: () => { mask.fill(0); paint(); if (editor() && editor().applyRegion) editor().applyRegion(null); } });
+  const painter = FS.el("button", {
+    class: "fs-button fs-small",
+    type: "button",
+    text: "Paint where it acts",
+    title: "Press, then drag over the squares of the image",
+    "aria-pressed": "false",
+    onclick: () => {
+      view.painting = !view.painting;
+      painter.setAttribute("aria-pressed", String(view.painting));
+      painter.textContent = view.painting ? "Use this region" : "Paint where it acts";
+      grid.hidden = !view.painting;
+      range.hidden = view.painting;
+      if (view.painting) {
+        paint();
+        grid.focus();
+        return;
+      }
+      later.hidden = true;
+      if (stroked && editor() && editor().applyRegion) editor().applyRegion(region());
+      stroked = false;
+    },
+  });
+  const everywhere = FS.el("button", {
+    class: "fs-button fs-small",
+    type: "button",
+    text: "Everywhere",
+    onclick: () => {
+      mask.fill(0);
+      paint();
+      if (editor() && editor().applyRegion) editor().applyRegion(null);
+    },
+  });
 
-  let viewText = data.link;
-  const link = () => FS.viewLink(viewText);
   const download = (name, href, text) => FS.el("a", { class: "fs-button fs-small", href, download: name, text });
   // What is asked for with the region that is painted: the first image of the batch is the unedited one.
-  const asked = () => ({ ...data.recipe, batch: data.recipe.batch.map((_, at) => (at ? data.edits.map((edit) => ({ ...edit, region: region() })) : [])) });
-  const recipeFile = (recipe) => `data:application/json;charset=utf-8,${encodeURIComponent(JSON.stringify(recipe, null, 1))}`;
+  const asked = () => ({
+    ...data.recipe,
+    batch: data.recipe.batch.map((_, at) => (at ? data.edits.map((edit) => ({ ...edit, region: region() })) : [])),
+  });
+  const recipeFile = (recipe) =>
+    `data:application/json;charset=utf-8,${encodeURIComponent(JSON.stringify(recipe, null, 1))}`;
   const recipe = download("recipe.json", recipeFile(data.recipe), "Recipe");
-  const later = FS.el("p", { class: "fs-notice", role: "status", hidden: true, text: "The painted region is not in this picture yet: press Steer. The link and the recipe have it." });
+  const later = FS.el("p", {
+    class: "fs-notice",
+    role: "status",
+    hidden: true,
+    text: "The image does not show the painted region yet: press Steer. The link and the recipe already contain it.",
+  });
   const mark = () => {
     stroked = true;
     if (editor() && editor().markRegion) editor().markRegion(region());
     const { prompt, seed, settings, batch, index } = asked();
     recipe.href = recipeFile(asked());
-    FS.packView({ tab: "steer", prompt, edits: batch[index], seed, num_inference_steps: settings.num_inference_steps }).then((text) => { viewText = text; });
+    FS.packView({ tab: "steer", prompt, edits: batch[index], seed, num_inference_steps: settings.num_inference_steps })
+      .then((text) => (data.link = text));
     later.hidden = false;
   };
-  root.append(FS.el("section", { class: "fs-result", "aria-label": "Before and after" },
-    ...data.notices.map((text) => FS.el("p", { class: "fs-notice", text })),
-    FS.el("p", { class: "fs-prompt" }, FS.el("span", { text: `“${data.prompt}”` }), FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}, kept` })),
-    stage,
-    FS.el("div", { class: "fs-row fs-wrap" },
-      data.measurement && FS.toggle({ label: "Right half", options: [["after", "after"], ["random", "a random direction"]], value: "after", onchange: show }),
-      FS.el("span", { class: "fs-row" }, painter, everywhere)),
-    later,
-    FS.el("ul", { class: "fs-words" }, (data.words.length ? data.words : ["no feature is chosen: before and after are the same"]).map((text) => FS.el("li", { text }))),
-    measured,
-    FS.el("div", { class: "fs-row fs-wrap fs-tight" },
-      FS.copyButton(link, "Copy link"),
-      download("fluxsae.png", `data:image/png;base64,${data.png}`, "Image with recipe"),
-      recipe,
-      FS.el("button", { class: "fs-button fs-small", type: "button", text: "Save report", onclick: () => FS.saveReport({
-        title: data.words.join("; ") || data.prompt, words: FS.told(data), link: link(), versions: data.versions,
-        pictures: [["before", data.before], ["after", data.after], ["random direction, same strength", data.random]], recipe: data.recipe, measurement: data.measurement }) })),
-    FS.code(data.code)));
-  if (matchMedia("(max-width: 760px)").matches) left.decode().then(() => FS.bringIntoView(stage)); // it has its height once its picture is there
+  root.append(
+    FS.el(
+      "section",
+      { class: "fs-result", "aria-label": "Before and after" },
+      ...data.notices.map((text) => FS.el("p", { class: "fs-notice", text })),
+      FS.el(
+        "p",
+        { class: "fs-prompt" },
+        FS.el("span", { text: `“${data.prompt}”` }),
+        FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}` }),
+      ),
+      stage,
+      FS.el(
+        "div",
+        { class: "fs-row fs-wrap" },
+        data.measurement &&
+          FS.toggle({
+            label: "Right half",
+            options: [["after", "after"], ["random", "a random direction"]],
+            value: "after",
+            onchange: show,
+          }),
+        FS.el("span", { class: "fs-row" }, painter, everywhere),
+      ),
+      later,
+      FS.el(
+        "ul",
+        { class: "fs-words" },
+        (data.words.length ? data.words : ["No feature is chosen: before and after are the same."]).map((text) =>
+          FS.el("li", { text })
+        ),
+      ),
+      measured,
+      FS.actions(
+        data,
+        () => ({
+          title: data.words.join("; ") || data.prompt,
+          words: FS.told(data),
+
+          pictures: [["before", data.before], ["after", data.after], [
+            "random direction, same strength",
+            data.random,
+          ]],
+          recipe: data.recipe,
+          measurement: data.measurement,
+        }),
+        download("fluxsae.png", `data:image/png;base64,${data.png}`, "Image with recipe"),
+        recipe,
+      ),
+      FS.code(data.code),
+    ),
+  );
+  if (getComputedStyle(root).getPropertyValue("--fs-narrow")) left.decode().then(() => FS.bringIntoView(stage)); // it has its height once its picture is there
 });
 
 // A distance between two pictures in words, from its share of the distance between unrelated ones.
 FS.changed = (share) => {
   if (share === 0) return "not at all";
-  if (share > 1) return "wholly (farther than two images usually are)";
-  const word = share < 0.01 ? "barely" : share < 0.05 ? "a little" : share < 0.5 ? "clearly" : "wholly";
-  return `${word} (${FS.share(share)} of the way to another image)`;
+  if (share > 1) return "completely (more than two unrelated images differ)";
+  const word = share < 0.01 ? "barely" : share < 0.05 ? "a little" : share < 0.5 ? "clearly" : "completely";
+  return `${word} (${FS.share(share)} of the distance between unrelated images)`;
 };
 
 FS.measured = (data, isRandom) => {
   const measurement = isRandom ? data.random_measurement : data.measurement;
   if (!measurement) return [];
   // of several features turned at once it is a mean that says nothing
-  const inside = measurement.activation_before === null || data.edits.length > 1 ? null : ["Feature in the image", `${FS.number(measurement.activation_before, 2)} → ${FS.number(measurement.activation_after, 2)}`, "largest activation before and after, in multiples of its usual strength"];
+  const inside = measurement.activation_before === null || data.edits.length > 1 ? null : [
+    "Activation",
+    `${FS.number(measurement.activation_before, 2)} → ${FS.number(measurement.activation_after, 2)}`,
+    "largest activation before and after, in multiples of the feature's usual strength",
+  ];
   const odd = measurement.out_of_distribution, doubt = measurement.denoising_error_ratio;
   const most = measurement.safe_up_to;
-  return [FS.facts([
-    measurement.distance_of_unrelated === null ? null : ["Picture changed", FS.changed(measurement.distance / measurement.distance_of_unrelated), `${measurement.distance_name} ${FS.number(measurement.distance, 2)}; two unrelated images of this run are ${FS.number(measurement.distance_of_unrelated, 2)} apart (median)`],
-    inside,
-    ["Unusual patches", `${odd === 0 ? "0 %" : FS.share(odd)}${odd > most.out_of_distribution ? ", beyond safe" : ""}`, `share of edited patches that look unlike any that FLUX makes by itself; safe up to ${FS.percent(most.out_of_distribution)}`],
-    ["Odd to FLUX", `${FS.number(doubt, 2)} × the picture before${doubt > most.denoising_error_ratio ? ", beyond safe" : ""}`, `how badly FLUX, without a prompt, denoises this picture, as a multiple of the picture before: 1 where it could have painted it; safe up to ${most.denoising_error_ratio}`],
-    measurement.relative_size === null ? null : ["Push on the edited patches", `${FS.percent(measurement.relative_size)} of what flows there`, "size of the edit where it joins what flows through FLUX (the residual stream), relative to that"],
-    measurement.clip_change === null ? null : ["Meaning apart (CLIP)", `${FS.number(Math.max(0, measurement.clip_change), 2)} (0: the same)`, "1 - CLIP cosine between the two pictures"],
-  ]), isRandom ? FS.el("p", { class: "fs-quiet fs-hint", text: "The same push in a random direction: what changes here is no merit of the feature." }) : ""];
+  return [
+    FS.facts([
+      measurement.distance_of_unrelated === null ? null : [
+        "Image changed",
+        FS.changed(measurement.distance / measurement.distance_of_unrelated),
+        `${measurement.distance_name} ${FS.number(measurement.distance, 2)}; two unrelated images of this run are ${
+          FS.number(measurement.distance_of_unrelated, 2)
+        } apart (median)`,
+      ],
+      inside,
+      [
+        "Unusual patches",
+        `${odd === 0 ? "0 %" : FS.share(odd)}${odd > most.out_of_distribution ? ", outside the natural range" : ""}`,
+        `share of the edited patches that look unlike those of FLUX's own images; natural range: up to ${
+          FS.percent(most.out_of_distribution)
+        }`,
+      ],
+      [
+        "Denoising error",
+        `${FS.number(doubt, 2)} × that of the image before${
+          doubt > most.denoising_error_ratio ? ", outside the natural range" : ""
+        }`,
+        `error of FLUX when it denoises this image without a prompt, relative to the image before (1: the same); natural range: up to ${most.denoising_error_ratio}`,
+      ],
+      measurement.relative_size === null ? null : [
+        "Size of the edit",
+        `${FS.percent(measurement.relative_size)} of the residual stream`,
+        "size of the edit where it joins the residual stream, relative to that stream, on the edited patches",
+      ],
+      measurement.clip_change === null ? null : [
+        "CLIP distance",
+        `${FS.number(Math.max(0, measurement.clip_change), 2)} (0: the same)`,
+        "1 minus the CLIP cosine between the two images",
+      ],
+    ]),
+    isRandom
+      ? FS.el("p", {
+        class: "fs-quiet fs-hint",
+        text: "The same strength in a random direction. What changes here is not specific to the feature.",
+      })
+      : "",
+  ];
 };
 
-FS.isStripOf = (strip, result) => JSON.stringify(strip.picture) === JSON.stringify(result.picture)
-  && result.edits.some((edit) => FS.safeKey(edit) === FS.safeKey(strip));
+FS.isStripOf = (strip, result) =>
+  JSON.stringify(strip.picture) === JSON.stringify(result.picture) &&
+  result.edits.some((edit) => FS.safeKey(edit) === FS.safeKey(strip));
 
 FS.define("fs-strip", (root, data) => {
   const ranges = FS.safeOf(data.picture);
-  if (data.safe) ranges.set(FS.safeKey(data), data.safe); else ranges.delete(FS.safeKey(data));
+  if (data.safe) ranges.set(FS.safeKey(data), data.safe);
+  else ranges.delete(FS.safeKey(data));
   const editor = document.querySelector("fs-edits"), most = data.cells[0].measurement.safe_up_to;
   if (editor && editor.redraw) editor.redraw();
-  root.append(FS.el("section", { class: "fs-strip", "aria-label": "Seven strengths", style: { "--chip": data.colour } },
-    FS.el("h3", { class: "fs-h", text: `${data.label || `Feature ${data.feature}`} at seven strengths` }),
-    FS.el("ol", { class: "fs-cells" }, data.cells.map((cell) => FS.el("li", { class: cell.safe ? "fs-ok" : "" },
-      FS.el("img", { src: cell.image, alt: cell.words }),
-      FS.el("span", { class: "fs-num", text: cell.short }),
-      FS.el("span", { class: "fs-quiet", text: cell.safe ? "safe" : "beyond safe" })))),
-    FS.el("p", { class: "fs-quiet", text: `Safe: at most ${FS.percent(most.out_of_distribution)} of the edited patches look unlike any that FLUX makes by itself, and FLUX denoises the picture nearly as well as the one before (error up to ${most.denoising_error_ratio} ×). The band on the slider shows this range, for this picture.` })));
+  root.append(
+    FS.el(
+      "section",
+      { class: "fs-strip", "aria-label": "Strengths compared", style: { "--chip": data.colour } },
+      FS.el("h3", { class: "fs-h", text: `${data.label || `Feature ${data.feature}`} at seven strengths` }),
+      FS.el(
+        "ol",
+        { class: "fs-cells" },
+        data.cells.map((cell) =>
+          FS.el(
+            "li",
+            { class: cell.safe ? "fs-ok" : "" },
+            FS.el("img", { src: cell.image, alt: cell.words }),
+            FS.el("span", { class: "fs-num", text: cell.short }),
+            FS.el("span", { class: "fs-quiet", text: cell.safe ? "in range" : "out of range" }),
+          )
+        ),
+      ),
+      FS.el("p", {
+        class: "fs-quiet",
+        text: `In the natural range, at most ${
+          FS.percent(most.out_of_distribution)
+        } of the edited patches look unlike those of FLUX's own images, and FLUX denoises the image almost as well as the one before (error up to ${most.denoising_error_ratio} ×). The band on the slider shows this range for this image.`,
+      }),
+    ),
+  );
 });

@@ -14,6 +14,14 @@ LEAST_SEEN: Final = 0.01
 """Share of a picture that changes at a glance: below it a demo is no starter, and a result is said to change little."""
 LESS: Final = ("scale", "ablate", "project_out")
 """Modes that only change what fires."""
+EDIT_WORDS: Final = {
+    "unchanged": "unchanged",
+    "part": "{} % removed",
+    "multiple": "{} × its activation removed",
+    "added": "{} × its usual strength added",
+}
+"""What an edit does, in words; the sliders use the same."""
+SHORT_WORDS: Final = EDIT_WORDS | {"multiple": "{} × removed", "added": "{} × added"}
 AT_A_GLANCE: Final = 48
 """Difference of a colour channel, of 255, from which a pixel is seen to change."""
 
@@ -34,31 +42,31 @@ def share_seen(first: Image.Image, second: Image.Image) -> float:
 
 def edit_words(slider: Mapping[str, Any], edit: SteeringEdit) -> str:
     """An edit in plain words with its unit."""
-    name = slider.get("label") or f"feature {edit.feature}"
-    if edit.mode == "scale" and edit.strength < 0:
-        return f"{name}: {1 - edit.strength:.2g} times what is there taken away"
-    if edit.mode == "add" and not edit.is_identity:
-        return f"{name}: {edit.strength:.2g} times its usual strength added"
-    return f"{name}: {short_words(edit)}"
+    return f"{slider.get('label') or f'feature {edit.feature}'}: {_worded(edit, EDIT_WORDS)}"
 
 
 def short_words(edit: SteeringEdit) -> str:
     """An edit in the words that fit under a small picture."""
+    return _worded(edit, SHORT_WORDS)
+
+
+def _worded(edit: SteeringEdit, words: Mapping[str, str]) -> str:
     if edit.is_identity:
-        return "unchanged"
-    if edit.mode == "scale" and edit.strength >= 0:
-        return f"{100 * (1 - edit.strength):.0f} % taken away"
-    if edit.mode == "scale":
-        return f"{1 - edit.strength:.2g} × taken away"
-    if edit.mode == "add":
-        return f"{edit.strength:.2g} × added"
+        return words["unchanged"]
+    match edit.mode:
+        case "scale" if edit.strength >= 0:
+            return words["part"].format(round(100 * (1 - edit.strength)))
+        case "scale":
+            return words["multiple"].format(f"{1 - edit.strength:.2g}")
+        case "add":
+            return words["added"].format(f"{edit.strength:.2g}")
     return f"{edit.mode} {edit.strength:.2g}"
 
 
 def result_words(turned: Sequence[tuple[Mapping[str, Any], SteeringEdit]]) -> list[str]:
     """Edits in plain words, with where they acted if that was marked; features of one label with their numbers."""
     if turned and all(edit.is_identity for _, edit in turned):
-        return ["Nothing is turned yet: move a slider."]
+        return ["Nothing is changed yet: move a slider."]
     labels = Counter(slider.get("label") for slider, _ in turned)
     found = []
     for slider, edit in turned:
@@ -79,30 +87,32 @@ def unread_notice(swap: Any, names: Container[str]) -> list[str]:
     """What to say of a swap, (old name, new name), that CLIP does not read."""
     match swap:
         case [old, new] if old in names and new in names:
-            return [f"CLIP does not read “{new}” in the place of “{old}”: this is the nearest that was found."]
+            return [f"CLIP does not recognise “{new}” in this image. This is the closest of the swaps that were tried."]
     return []
 
 
 def unsafe_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
-    """What to do about a picture that went beyond the safe range."""
+    """What to do about an image outside the natural range."""
     measured = steered.measurements[1]
     if measured is None or measured["is_safe"]:
         return []
     if any(edit.mode == "add" and edit.strength > 0 and edit.region is None for edit in edits):
-        return ["Beyond the safe range: without a region it is added everywhere. Paint where it acts, or add less."]
-    return ["Beyond the safe range: the picture may be broken. Turn the feature less."]
+        return ["Outside the natural range: the feature is added everywhere. Paint where it acts, or add less."]
+    return ["Outside the natural range: the image may be broken. Move the slider towards the middle."]
 
 
 def faint_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
-    """What to try where an edit was safe and did little."""
+    """What to try where an edit did little."""
     measured = steered.measurements[1]
     if measured is None or not measured["is_safe"] or all(edit.is_identity for edit in edits):
         return []
     if share_seen(*steered.images[:2]) >= LEAST_SEEN:
         return []
     if measured["activation_before"] == 0 and all(edit.mode in LESS for edit in edits):
-        return ["Nothing changed: what is to be taken away does not fire in this picture. Name it in the prompt."]
-    return ["Little changed. One feature alone is often weak: add others of its name, or take away what it replaces."]
+        return ["Nothing changed: this feature does not fire in this image. Put its name into the prompt."]
+    return [
+        "Little changed. One feature is often weak: add others of the same name, or suppress what it should replace."
+    ]
 
 
 def safe_turns(points: Sequence[tuple[float, bool]]) -> list[float] | None:

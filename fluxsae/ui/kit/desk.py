@@ -1,0 +1,66 @@
+"""What every tab's desk has: the workbench, the endpoints it answers, and the frame of what it shows."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.ui.kit.links import encode_view
+from fluxsae.ui.kit.snippets import snippets
+from fluxsae.ui.serve.endpoints import Answers
+from fluxsae.ui.serve.lane import Done, StepDone
+from fluxsae.ui.serve.reading import Reading
+from fluxsae.ui.serve.schemas import FeatureRequest, Request
+from fluxsae.ui.serve.session import Workbench
+
+T = TypeVar("T")
+Events = Iterator[StepDone | Done[T]]
+"""The steps of some work, then its result."""
+Picture = tuple[str, int, int]
+"""Prompt, seed and number of denoising steps."""
+
+
+class Desk:
+    """A tab's questions, answered from the workbench."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.limits = bench.limits
+
+    def answers(self) -> Answers:
+        """The endpoints of the tab: none of one that only shows, to which no link leads."""
+        return {}
+
+    def chosen(self, selection: Any) -> FeatureRequest:
+        """The feature that the page says was chosen.
+
+        Raises:
+            FluxSaeError: it is none of this run.
+        """
+        if not isinstance(selection, Mapping):
+            raise FluxSaeError("Choose a feature first: its hook point and number are missing.")
+        return FeatureRequest.parse(self.limits, hookpoint=selection.get("hookpoint"), feature=selection.get("feature"))
+
+    def frame(self, schema: type[Request], values: Mapping[str, Any], *, tab: str) -> dict[str, Any]:
+        """What stands beside every view: the same as code, as a link, and the versions behind it."""
+        return {
+            "code": snippets(schema, {**schema.defaults(self.limits), **values}),
+            "link": encode_view({"tab": tab, **values}),
+            "versions": dict(self.bench.versions),
+        }
+
+    def readings(self, *pictures: Picture) -> Events[list[Reading]]:
+        """What fires in each of some pictures, their steps counted together."""
+        found: list[Reading] = []
+        for place, picture in enumerate(pictures):
+            for event in self.bench.read(*picture):
+                if isinstance(event, Done):
+                    found.append(event.value)
+                else:
+                    yield StepDone(place * event.n_steps + event.step, len(pictures) * event.n_steps)
+        yield Done(found)
+
+
+def then(events: Iterable[StepDone | Done[Any]], make: Callable[[Any], T]) -> Events[T]:
+    """The steps as they are, and what is made of the result."""
+    for event in events:
+        yield Done(make(event.value)) if isinstance(event, Done) else event

@@ -1,0 +1,167 @@
+"""The services behind the page: the lane, jobs, cache, visitors, errors, and runs that cannot be served."""
+
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+import whole_run
+from desk_data import LATE, reading
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.steering.edits import SteeringEdit
+from fluxsae.ui.kit.shell import with_progress
+from fluxsae.ui.serve.guard import guarded
+from fluxsae.ui.serve.lane import Cancelled, Done, FluxLane, StepDone
+from fluxsae.ui.serve.session import ReadJob, ResultCache, Workbench, open_workbench
+from fluxsae.ui.serve.visitors import WINDOW, VisitorLimits
+from fluxsae.ui.tabs.steer.job import SteerJob
+
+
+def test_a_users_mistake_is_shown_and_ours_is_hidden(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(gr.Error) as shown:
+        guarded(fail)(FluxSaeError("<b>seed</b> is -1"))
+    assert "&lt;b&gt;seed&lt;/b&gt; is -1" in shown.value.message
+    with pytest.raises(gr.Error) as hidden:
+        guarded(fail)(RuntimeError("/secret/path token=abc"))
+    reference = hidden.value.message.rsplit(" ", 1)[1].rstrip(".")
+    assert "secret" not in hidden.value.message
+    assert reference in caplog.text
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A job of steps that notes what it does."""
+
+    n_steps: int
+    seen: list[Any]
+    before_step: Callable[[int], None] = lambda step: None
+    n_passes: int = 1
+    n_pictures: int = 1
+
+    def run(self, bench: Any, on_step: Callable[[int, int], None]) -> str:
+        self.seen.append("in")
+        try:
+            for step in range(self.n_steps):
+                self.before_step(step)
+                self.seen.append(step)
+                on_step(step, self.n_steps)
+            return "whole"
+        finally:
+            self.seen.append("out")
+
+
+def test_the_lane_tells_each_step_and_then_the_result() -> None:
+    events = list(FluxLane().stream(Counting(3, []), None))
+    assert events == [StepDone(1, 3), StepDone(2, 3), StepDone(3, 3), Done("whole")]
+
+
+def test_a_cancelled_job_ends_within_one_step_and_the_next_one_is_whole() -> None:
+    lane, gate, seen = FluxLane(), threading.Semaphore(1), []
+    stream = lane.stream(Counting(20, seen, lambda step: gate.acquire(timeout=5) and None), None)
+    assert next(stream) == StepDone(1, 20)
+    stream.close()
+    gate.release(20)
+    assert list(lane.stream(Counting(2, []), None))[-1] == Done("whole")
+    assert [item for item in seen if isinstance(item, int)] in ([0], [0, 1])
+    assert seen[-1] == "out"
+
+
+def test_an_error_in_a_job_reaches_the_visitor_and_the_lane_goes_on() -> None:
+    lane = FluxLane()
+
+    def explode(step: int) -> None:
+        raise FluxSaeError("no")
+
+    with pytest.raises(FluxSaeError, match="no"):
+        list(lane.stream(Counting(1, [], explode), None))
+    assert list(lane.stream(Counting(1, []), None))[-1] == Done("whole")
+
+
+def test_cancelled_is_no_error_that_a_handler_could_swallow() -> None:
+    assert not issubclass(Cancelled, Exception)
+
+
+def test_jobs_and_results_can_be_sent_to_another_process() -> None:
+    edit = SteeringEdit(HookPoint.parse(LATE), 3, "add", 1.0)
+    for job in (ReadJob("a circle", 0, 20), SteerJob(((), (edit,)), "a circle", 0, 20, -1)):
+        assert pickle.loads(pickle.dumps(job)) == job
+        assert hash(job) == hash(pickle.loads(pickle.dumps(job)))
+        assert job.n_passes >= 20 * job.n_pictures
+    assert pickle.loads(pickle.dumps(reading())).prompt == "a circle"
+
+
+def test_the_cache_keeps_the_latest_within_its_bound() -> None:
+    cache = ResultCache(max_bytes=100, max_entries=3)
+    for key in "abcd":
+        cache.put(key, key, n_bytes=10)
+    assert (cache.get("a"), cache.get("d"), len(cache)) == (None, "d", 3)
+    cache.put("large", "large", n_bytes=95)
+    assert len(cache) == 1
+
+
+def test_visitors_share_flux_and_the_share_comes_back() -> None:
+    now = [0.0]
+    limits = VisitorLimits(2, clock=lambda: now[0])
+    limits.take("ann")
+    limits.take("ann")
+    limits.take("bob")
+    with pytest.raises(FluxSaeError, match="You can continue in 600 s"):
+        limits.take("ann")
+    now[0] = WINDOW + 1
+    limits.take("ann")
+
+
+def test_the_miniatures_words_are_told_and_anothers_are_not(bench: Workbench, tmp_path: Path) -> None:
+    words = bench.vocabulary.replace(";", "").split()
+    assert {"heart", "cyan", "dotted", "small", "bottom", "brown"} <= set(words)
+    assert Workbench(whole_run.build(tmp_path / "run", flux_id="someone/flux")).vocabulary == ""
+
+
+def test_browsing_never_imports_diffusers(bench: Workbench) -> None:
+    program = (
+        "import sys\n"
+        "from fluxsae.runs.folder import RunFolder\n"
+        "from fluxsae.ui.serve.session import Workbench\n"
+        "from fluxsae.ui.build import build_app\n"
+        "from fluxsae.ui.tabs.gallery.desk import GalleryDesk\n"
+        "from fluxsae.ui.tabs.directions.desk import DirectionsDesk\n"
+        f"bench = Workbench(RunFolder({str(bench.run.path)!r}))\n"
+        "build_app(bench)\n"
+        f"chosen = {{'hookpoint': {LATE!r}, 'feature': 3}}\n"
+        "assert GalleryDesk(bench).page(chosen) and DirectionsDesk(bench).near(chosen)\n"
+        f"assert DirectionsDesk(bench).map({LATE!r})\n"
+        "loaded = [name for name in sys.modules if name.split('.')[0] == 'diffusers']\n"
+        "assert not loaded, loaded[:3]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+def test_a_run_that_cannot_be_served_gives_the_miniature_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_run.build(tmp_path / "run", flux_id="black-forest-labs/FLUX.1-dev")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    bench = open_workbench(str(tmp_path / "run"))
+    assert bench.is_miniature
+    assert "needs a GPU" in bench.notice
+    assert open_workbench("no/such/folder/here").notice.startswith("no/such/folder/here cannot be used here")
+
+
+def test_progress_names_what_is_dimmed_until_it_is_made() -> None:
+    told = [status for status, _ in with_progress([StepDone(1, 2), StepDone(2, 2), Done("made")], makes="steer-result")]
+    assert [status.get("makes") for status in told] == ["steer-result", "steer-result", None]
+    assert [status["state"] for status in told] == ["working", "working", "idle"]

@@ -1,0 +1,204 @@
+"""What the Steer tab answers: sliders, starters, strips and swaps."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from desk_data import LATE
+from PIL import Image
+
+from fluxsae.errors import FluxSaeError
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.settings import GenerationSettings
+from fluxsae.pictures.grids import join_pictures
+from fluxsae.steering.demos import DemoConfig
+from fluxsae.steering.edits import Recipe, SteeringEdit
+from fluxsae.steering.measurements import MAX_OUT_OF_DISTRIBUTION
+from fluxsae.ui.kit.links import decode_view
+from fluxsae.ui.serve.lane import Done
+from fluxsae.ui.serve.schemas import (
+    SweepRequest,
+)
+from fluxsae.ui.serve.session import Workbench, open_workbench
+from fluxsae.ui.tabs.steer.desk import STRIP, SteerDesk
+from fluxsae.ui.tabs.steer.job import Steered, SteerJob
+from fluxsae.ui.tabs.steer.sliders import Sliders
+from fluxsae.ui.tabs.steer.words import safe_turns, share_seen, where_it_changed
+
+
+def test_a_sliders_middle_changes_nothing_and_its_ends_are_two_modes(bench: Workbench) -> None:
+    sliders = Sliders(bench, LATE)
+    slider = {"hookpoint": LATE, "feature": 3, "label": "red"}
+    edits = [sliders.edit({**slider, "turn": turn}) for turn in (-1, -0.25, 0, 0.5)]
+    assert [(edit.mode, edit.strength) for edit in edits] == [("scale", -2), ("scale", 0.25), ("add", 0), ("add", 0.5)]
+    assert edits[2].is_identity
+    assert [sliders.slider_of(edit)["turn"] for edit in edits] == [-1, -0.25, 0, 0.5]
+    with pytest.raises(FluxSaeError, match="turn is nan"):
+        sliders.edit({**slider, "turn": math.nan})
+
+
+@pytest.mark.parametrize(
+    ("mode", "strength"), [("add", 2.0), ("add", -0.5), ("scale", 3.0), ("scale", -2.5), ("clamp", 1.0)]
+)
+def test_an_edit_that_no_slider_stands_for_is_refused_not_bent(bench: Workbench, mode: str, strength: float) -> None:
+    with pytest.raises(FluxSaeError, match=f"No slider can show {mode} {strength:g}"):
+        Sliders(bench, LATE).page_of([SteeringEdit(HookPoint.parse(LATE), 3, mode, strength)])
+
+
+def test_a_feature_that_was_just_added_is_shown_unturned_with_one_image(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[SteerJob] = []
+
+    def cached(job: SteerJob) -> Any:
+        asked.append(job)
+        recipe = Recipe("a circle", 0, GenerationSettings(height=16, width=16), "miniature", batch=((),) * 3)
+        yield Done(Steered((Image.new("RGB", (16, 16)),) * 3, (recipe,) * 3, (None,) * 3))
+
+    monkeypatch.setattr(bench, "cached", cached)
+    desk = SteerDesk(bench)
+    slider = desk.find("3", {"edits": []})["add"]
+    assert (slider["feature"], slider["turn"]) == (3, 0)
+    *_, done = desk.turn("a circle", 0, 20, {"edits": [slider]})
+    assert asked[0].variants == ((), (), ())
+    assert done.value["words"] == ["Nothing is changed yet: move a slider."]
+    assert done.value["measurement"] is None
+    view = decode_view(done.value["link"])
+    assert [(edit["feature"], edit["strength"]) for edit in view["edits"]] == [(3, 0)]
+
+
+def demo_of(feature: int, less: float, label_less: float | None) -> dict[str, Any]:
+    edit = SteeringEdit(HookPoint.parse(LATE), feature, "scale", 0.0)
+    recipe = Recipe("a circle", 1, GenerationSettings(height=16, width=16), "miniature", batch=((edit,),))
+    score = {"score": less, "less": less, "collateral": 0.2, "out_of_distribution": 0.0, "label_less": label_less}
+    recipes = dict.fromkeys(("less", "before", "more"), recipe.to_dict())
+    return {"feature": feature, "image": "none", "score": score, "recipes": recipes}
+
+
+def test_starters_are_the_clear_demos_in_which_clip_sees_the_label_go(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demos = [
+        demo_of(1, 0.3, -0.2),
+        demo_of(2, 0.9, -0.01),  # far, but what its name says stays
+        demo_of(3, 0.6, -0.1),
+        demo_of(5, 0.2, None),  # made without CLIP
+        demo_of(6, 0.5, 0.3),  # comes nearer to its label
+    ]
+    monkeypatch.setattr(bench.run, "load_demos", lambda name: demos if str(name) == LATE else [])
+    monkeypatch.setattr(bench.run, "demo_image_path", lambda *_: Path("none"))
+    started = SteerDesk(bench).starters
+    assert [starter["edits"][0]["feature"] for starter in started] == [3, 1, 5]
+
+
+def test_a_step_window_ends_with_the_picture(bench: Workbench) -> None:
+    windows = ([3, 60], None, [1, 5])
+    known = {"hookpoint": LATE, "feature": 3, "turn": 0.0}
+    kept = Sliders(bench, LATE).sent({"edits": [{**known, "steps": window} for window in windows]}, 20)
+    assert [slider["steps"] for slider in kept] == [[3, 20], None, [1, 5]]
+
+
+def test_the_handle_splits_what_changed() -> None:
+    before = Image.new("RGB", (40, 10), (0, 0, 0))
+    after = before.copy()
+    assert where_it_changed(before, after) == 0.5
+    after.paste((255, 0, 0), (30, 0, 40, 10))
+    assert where_it_changed(before, after) == pytest.approx(0.875)
+
+
+def test_a_demo_that_nobody_sees_change_is_no_starter(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before, subtle, clear = (Image.new("RGB", (32, 32), (level, level, level)) for level in (100, 120, 100))
+    clear.paste((200, 20, 20), (0, 0, 8, 8))
+    assert share_seen(before, subtle) == 0
+    assert share_seen(before, clear) == 1 / 16
+    for name, less in (("subtle", subtle), ("clear", clear)):
+        join_pictures([less, before, before]).save(tmp_path / f"{name}.png")
+    demos = [{**demo_of(1, 0.9, -0.2), "image": "subtle"}, {**demo_of(3, 0.3, -0.2), "image": "clear"}]
+    monkeypatch.setattr(bench.run, "load_demos", lambda name: demos if str(name) == LATE else [])
+    monkeypatch.setattr(bench.run, "demo_image_path", lambda _, name: tmp_path / f"{name}.png")
+    assert [starter["edits"][0]["feature"] for starter in SteerDesk(bench).starters] == [3]
+
+
+def test_a_swap_puts_a_name_where_the_old_one_fires_and_says_what_it_cannot_do() -> None:
+    bench = open_workbench("")
+    desk = SteerDesk(bench)
+    prompt = "a large red star on the left and a small blue circle on the right on a black background"
+    *steps, done = desk.swap(prompt, 1000344, 20, "red", "green")
+    assert steps
+    *asked, page = done.value
+    assert asked == [prompt, 1000344, 20]
+    assert page["unread"] is None
+    old, *new = page["edits"]
+    assert (old["label"], {slider["label"] for slider in new}) == ("red", {"green"})
+    assert old["turn"] < 0 < new[0]["turn"]
+    region = np.array(old["region"])
+    assert all(slider["region"] == old["region"] for slider in new)
+    assert region[:, : bench.limits.cols // 2].sum() > 0.8 * region.sum() > 0  # the star is on the left
+    for names, refused in (
+        (("triangle", "green"), "No feature of “triangle” clearly fires"),
+        (("red", "red"), "cannot replace itself"),
+        (("red", "attic"), "'attic' is no name"),
+        ((["red"], "green"), "is no name"),
+    ):
+        with pytest.raises(FluxSaeError, match=refused):
+            list(desk.swap(prompt, 1000344, 20, *names))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "refused"),
+    [
+        ({"feature": 10**9}, "feature"),
+        ({"hookpoint": "attic"}, "hookpoint"),
+        ({"region": [[1] * 4000] * 3000}, "region is not"),
+        ({"region": [[1], 2]}, "region is not"),
+        ({"turn": "much"}, "turn is much"),
+        ({"turn": True}, "turn is True"),
+        ({"steps": "all"}, "steps"),
+    ],
+)
+def test_a_slider_that_the_page_never_made_is_refused_before_work(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], refused: str
+) -> None:
+    monkeypatch.setattr(bench, "cached", lambda _: pytest.fail("worked"))
+    desk = SteerDesk(bench)
+    page = {"edits": [{"hookpoint": LATE, "feature": 3, "turn": 0.5, "label": "x" * 10**6, **wrong}]}
+    for ask in (desk.turn, desk.strip) if "turn" not in wrong else (desk.turn,):
+        with pytest.raises(FluxSaeError, match=refused):
+            list(ask("a circle", 0, 20, page))
+    known = {**page["edits"][0], "hookpoint": LATE, "feature": 3, "region": None, "steps": None}
+    assert desk.sliders.sent({"edits": [known]})[0]["label"] == bench.cards[LATE].labels[3]
+
+
+def test_the_strip_holds_the_strengths_that_demos_use(bench: Workbench) -> None:
+    edits = [Sliders(bench, LATE).edit({"hookpoint": LATE, "feature": 3, "turn": turn}) for turn in STRIP]
+    demos = DemoConfig()
+    assert {edit.strength for edit in edits if edit.mode == "scale"} == set(demos.suppress)
+    assert {edit.strength for edit in edits if edit.mode == "add"} >= {0, *demos.amplify}
+
+
+def test_a_broken_picture_is_not_called_safe_though_its_tokens_are_usual() -> None:
+    bench = open_workbench("")
+    hookpoint = bench.limits.default_hookpoint
+    pink = bench.cards[hookpoint].labels.index("pink")
+    request = SweepRequest.parse(
+        bench.limits,
+        prompt="a large red star on a black background",
+        hookpoint=hookpoint,
+        feature=pink,
+        strengths=[0.1, 0.6],
+    )
+    *_, done = SteerDesk(bench).sweep(request)
+    _, (little, much) = done.value
+    assert little["is_safe"]
+    assert much["out_of_distribution"] <= MAX_OUT_OF_DISTRIBUTION
+    assert not much["is_safe"]
+
+
+def test_the_safe_range_is_unbroken_around_the_middle() -> None:
+    points = [(-1.0, True), (-0.5, False), (0.0, True), (0.25, True), (0.5, False), (1.0, True)]
+    assert safe_turns(points) == [0.0, 0.25]
+    assert safe_turns([(0.5, False), (-0.5, False)]) is None
