@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.config import COUNTERPART
 
-COUNTERPART = 0.5
-"""Correlation of two columns of S from which two features count as one that lives on."""
 CHUNK = 2048
 """Features whose cosines with all the others are held at a time."""
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, get_args
 from fluxsae.errors import FluxSaeError
 
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "matryoshka"]
+Precision = Literal["float32", "bfloat16"]
 
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 SCHEMA_VERSION = 1

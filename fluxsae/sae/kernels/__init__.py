@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from fluxsae.sae.config import Precision
 from fluxsae.sae.kernels import cuda, private_torch
-
-Precision = Literal["float32", "bfloat16"]
 
 SPARSE_BELOW: dict[str, int] = {"cpu": 40, "cuda": 175}
 """Sparse products win where k * this <= n_features; measured by `python -m train.benchmarks.training --calibrate`."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.sae.kernels import Precision
+from fluxsae.sae.config import Precision
 
 Reaction = Literal["skip", "stop"]
 SpikeReaction = Literal["report", "skip", "stop"]
