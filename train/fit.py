@@ -9,31 +9,34 @@
 Stopped at any moment, the same command continues.
 """
 
+from __future__ import annotations
+
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import tyro
-from torch import Tensor
-from tqdm import tqdm
-
-from fluxsae.activations.mixing import mixing_buffer
-from fluxsae.activations.shards import ActivationManifest, ShardFolder, find_folders
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.runs.folder import RunFolder
 from fluxsae.sae.config import Architecture, SaeConfig, TrainedOn
-from fluxsae.sae.model import SparseAutoencoder
-from fluxsae.sae.training import Processes, Source, TrainConfig, measure_held_out, train
-from fluxsae.sae.training.checkpoints import CHECKPOINT_NAME
+from fluxsae.sae.training.config import TrainConfig
+from train.command import Bars, start
 from train.flux_options import FluxOptions
 from train.processes import processes
 from train.stages import StageResult, check_push, push_complete, run_stage, start_over
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from fluxsae.activations.shards import ActivationManifest
+    from fluxsae.runs.folder import RunFolder
+    from fluxsae.sae.model import SparseAutoencoder
+    from fluxsae.sae.training import Processes, Source
+
 
 _DEAD_TOKENS_AT_MOST = 1_000_000
 
@@ -104,6 +107,9 @@ class _Data:
 
 def main(config: FitConfig, *, pipe: Any = None) -> StageResult:
     """Runs the stage; `pipe` is an already opened FLUX, for `from_flux`."""
+    from fluxsae.runs.folder import RunFolder
+    from fluxsae.sae.training.checkpoints import CHECKPOINT_NAME
+
     config.training()
     check_push(config.push_to)
     run = RunFolder(config.run)
@@ -132,6 +138,8 @@ def main(config: FitConfig, *, pipe: Any = None) -> StageResult:
 
 
 def _hookpoints(config: FitConfig, run: RunFolder, pipe: Any) -> list[HookPoint]:
+    from fluxsae.activations.shards import find_folders
+
     if config.hookpoint:
         return [HookPoint.parse(name) for name in config.hookpoint]
     if config.from_flux:
@@ -146,6 +154,8 @@ def _hookpoints(config: FitConfig, run: RunFolder, pipe: Any) -> list[HookPoint]
 
 
 def _activations(config: FitConfig) -> Path:
+    from fluxsae.runs.folder import RunFolder
+
     return config.activations or RunFolder(config.run).activations_path
 
 
@@ -176,13 +186,15 @@ def _fit_all(config: FitConfig, run: RunFolder, hookpoints: list[HookPoint], pee
 
 
 def _fit(config: FitConfig, run: RunFolder, hookpoint: HookPoint, data: _Data, peers: Processes) -> None:
+    from fluxsae.sae.training import train
+
     work = _work_path(run, hookpoint)
     if config.force and peers.rank == 0:
         start_over(run, "fit", [str(hookpoint)])
         shutil.rmtree(work, ignore_errors=True)
     peers.wait()
     configs = build_sae_configs(config, data.source, data.trained_on)
-    with tqdm(desc=f"fit {hookpoint}", unit="step", disable=peers.rank > 0, file=sys.stdout) as bar:
+    with Bars(unit="step", is_shown=peers.rank == 0) as bars:
         result = train(
             configs,
             data.source,
@@ -191,7 +203,7 @@ def _fit(config: FitConfig, run: RunFolder, hookpoint: HookPoint, data: _Data, p
             device=_device(config),
             processes=peers,
             tracker=_tracker(config, str(hookpoint)) if config.track and peers.rank == 0 else None,
-            on_step=lambda done, total: _show(bar, done, total),
+            on_step=partial(bars, f"fit {hookpoint}"),
         )
     if not result.is_finished:
         print(f"Stopped at step {result.step} of {result.n_steps}; the same command continues.")
@@ -231,6 +243,9 @@ def build_sae_configs(config: FitConfig, source: Source, trained_on: TrainedOn |
 
 
 def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Data:
+    from fluxsae.activations.mixing import mixing_buffer
+    from fluxsae.activations.shards import ShardFolder
+
     folder = ShardFolder(_activations(config) / str(hookpoint))
     folder.check_complete(hookpoint=hookpoint)
     steps = tuple(sorted(set(config.step))) or folder.manifest.steps
@@ -305,6 +320,8 @@ def _ground(manifest: ActivationManifest, steps: tuple[int, ...]) -> TrainedOn:
 
 def _save(run: RunFolder, hookpoint: HookPoint, saes: Mapping[str, SparseAutoencoder], data: _Data) -> None:
     """The first SAE becomes the run's; the others of a sweep stay beside the training log."""
+    from fluxsae.sae.training import measure_held_out
+
     for position, (name, sae) in enumerate(saes.items()):
         measured = measure_held_out(sae, data.held_out())
         print(
@@ -319,6 +336,8 @@ def _save(run: RunFolder, hookpoint: HookPoint, saes: Mapping[str, SparseAutoenc
 
 
 def _device(config: FitConfig) -> torch.device:
+    import torch
+
     if config.device is not None:
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -339,10 +358,5 @@ def _tracker(config: FitConfig, name: str) -> Callable[[Mapping[str, Any], int],
     return log
 
 
-def _show(bar: "tqdm[Any]", done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(FitConfig, description=__doc__))
+    start(main, FitConfig, __doc__)

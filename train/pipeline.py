@@ -18,28 +18,32 @@ the run as run.toml; a file of that form goes in by --config:
 Where hook points need other SAEs, [[fit]] stands once for each, with its own hookpoint = [...]; see miniature.toml.
 """
 
+from __future__ import annotations
+
 import argparse
 import functools
 import json
 import shutil
-import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.files import write_text
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
-from fluxsae.runs.folder import RunFolder
 from train import analyze, collect, directions, embed, find_demos, fit, render, score, select
+from train.command import start
 from train.flux_options import FluxOptions
 from train.stages import StageResult, check_push, format_table, push_complete
 from train.steer import EMBEDDED
+
+if TYPE_CHECKING:
+    from fluxsae.runs.folder import RunFolder
+
 
 StageName = Literal["collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos"]
 PIPELINE_STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -101,7 +105,7 @@ class PipelineConfig(FluxOptions):
     """Folder that becomes a copy of the finished run without activations and unfinished work."""
 
     @classmethod
-    def from_file(cls, path: Path, **changes: Any) -> "PipelineConfig":
+    def from_file(cls, path: Path, **changes: Any) -> PipelineConfig:
         """The config that a run.toml describes, with changes.
 
         Raises:
@@ -135,6 +139,9 @@ class Recipe:
 
 def main(config: PipelineConfig) -> list[StageResult]:
     """Runs the chosen stages and prints one line for each."""
+    from fluxsae.files import write_text
+    from fluxsae.runs.folder import RunFolder
+
     recipe = build_recipe(config)
     chosen = choose_stages(config)
     if config.export is not None:
@@ -163,6 +170,8 @@ def check_export(target: Path) -> None:
     Raises:
         FluxSaeError: it does.
     """
+    from fluxsae.runs.folder import RunFolder
+
     if target.exists() and any(target.iterdir()) and not RunFolder(target).exists():
         raise FluxSaeError(f"{target} holds something that is no run. Name a new folder, or one that holds a run.")
 
@@ -173,6 +182,8 @@ def export_run(run: RunFolder, target: Path) -> None:
     Raises:
         FluxSaeError: `target` holds something that is no run.
     """
+    from fluxsae.runs.folder import RunFolder
+
     check_export(target)
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -190,6 +201,8 @@ def export_run(run: RunFolder, target: Path) -> None:
 
 def _rename_source(copy: RunFolder, old: str, new: str) -> None:
     """Lets every recipe of the copied demos name the copy."""
+    from fluxsae.files import write_text
+
     for path in [of(hookpoint) for of in (copy.demos_path, copy.swaps_path) for hookpoint in copy.hookpoints()]:
         if path.exists():
             renamed = path.read_text().replace(f'"source": {json.dumps(old)}', f'"source": {json.dumps(new)}')
@@ -391,4 +404,4 @@ def parse_arguments(arguments: Sequence[str]) -> PipelineConfig:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(sys.argv[1:]))
+    start(main, parse_arguments)
