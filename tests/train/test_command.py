@@ -85,8 +85,10 @@ def test_a_bar_counts_to_its_total_on_stderr_and_the_next_thing_gets_its_own(
         bars("score", 3, 4)
     said = capsys.readouterr()
     assert said.out == ""
-    assert "collect: 100%" in said.err and "2/2" in said.err
-    assert "score:  75%" in said.err and "3/4" in said.err
+    assert "collect: 100%" in said.err
+    assert "2/2" in said.err
+    assert "score:  75%" in said.err
+    assert "3/4" in said.err
     with Bars(is_shown=False) as bars:
         bars("collect", 1, 2)
         bars("score", 1, 2)
