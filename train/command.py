@@ -1,6 +1,5 @@
 """What every script begins with: options from the command line, faults in words, other packages quiet; and its bars."""
 
-import inspect
 import logging
 import os
 import sys
@@ -40,7 +39,7 @@ def start(
         os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
         warnings.simplefilter("ignore")
     try:
-        if inspect.isclass(options):
+        if isinstance(options, type):
             hint = "With -v other packages show their warnings and progress, and errors their traceback."
             return main(tyro.cli(options, args=words, description=f"{description}\n\n{hint}"))
         return main(options(words))
