@@ -1,7 +1,7 @@
 """Dataclasses whose values are checked when they are made; what is wrong is told in one `FluxSaeError`."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -37,7 +37,8 @@ def checked(*, kw_only: bool = False) -> Callable[[type[Made]], type[Made]]:
             try:
                 check(self, *args, **values)
             except ValidationError as error:
-                raise FluxSaeError(describe(error, made)) from None
+                names = [field.name for field in fields(made)]
+                raise FluxSaeError(describe(error, names=names)) from None
 
         made.__init__ = __init__
         return made  # type: ignore[no-any-return]
@@ -61,20 +62,19 @@ def from_object(kind: type[Any]) -> BeforeValidator:
     return BeforeValidator(lambda value: made_from(kind, value) if isinstance(value, Mapping) else value)
 
 
-def describe(error: ValidationError, kind: Any) -> str:
-    """What is wrong with the values for a dataclass, a sentence or two for each."""
-    known = f"Allowed are {', '.join(field.name for field in fields(kind))}."
-    return " ".join(dict.fromkeys(_sentence(fault, known) for fault in error.errors()))
+def describe(error: ValidationError, where: str = "", *, names: Sequence[str] = ()) -> str:
+    """What is wrong, a sentence or two for each value; `where` stands before every place, `names` are the fields."""
+    return " ".join(dict.fromkeys(_sentence(fault, where, names) for fault in error.errors()))
 
 
-def _sentence(fault: Mapping[str, Any], known: str) -> str:
-    place = ".".join(str(part)[:60] for part in fault["loc"])
+def _sentence(fault: Mapping[str, Any], where: str, names: Sequence[str]) -> str:
+    place = ".".join(str(part)[:60] for part in (*([where] * bool(where)), *fault["loc"]))
     if fault["type"] == "value_error":
         return f"{place}: {fault['ctx']['error']}" if place else str(fault["ctx"]["error"])
     if fault["type"] == "missing":
         return f"{place} is missing."
     if fault["type"] == "unexpected_keyword_argument":
-        return f"{place} is unknown. {known}"
+        return f"{place} is unknown. Allowed are {', '.join(names)}."
     return f"{place} is {short(fault['input'])}. It must {fault['msg'].partition(' should ')[2]}."
 
 

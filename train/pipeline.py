@@ -28,10 +28,12 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
+from pydantic import TypeAdapter, ValidationError
 
+from fluxsae.checked import describe
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
@@ -344,7 +346,7 @@ def _is_shared(kind: type[Any], name: str, value: Any) -> bool:
 
 def _converted(kind: type[Any], values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """Values as TOML has them, in the types of a config's fields."""
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     _refuse_unknown(values, [field.name for field in fields(kind)], where=where)
     return {name: _convert(hints[name], value, where=f"{where}.{name}") for name, value in values.items()}
 
@@ -353,30 +355,13 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
     if is_dataclass(hint) and isinstance(value, Mapping):
         assert isinstance(hint, type)
         return hint(**_converted(hint, value, where=where))
-    options = get_args(hint) or (hint,)
-    if Path in options and isinstance(value, str):
-        return Path(value)
-    if getattr(hint, "__origin__", None) is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(options[0], item, where=where) for item in items)
-    if getattr(hint, "__origin__", None) is Literal:
-        if value not in options:
-            raise FluxSaeError(f"{where} is {value!r}. Allowed: {', '.join(map(repr, options))}.")
-        return value
-    return _checked(options, value, where=where)
-
-
-def _checked(options: tuple[Any, ...], value: Any, *, where: str) -> Any:
-    plain = tuple(option for option in options if isinstance(option, type))
-    nested = [option for option in options if getattr(option, "__origin__", None) in (tuple, Literal)]
-    if isinstance(value, int) and not isinstance(value, bool) and float in plain and int not in plain:
-        return float(value)
-    if nested and not (plain and isinstance(value, plain)):
-        return _convert(nested[0], value, where=where)
-    if plain and (not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain)):
-        names = " or ".join(option.__name__ for option in plain)
-        raise FluxSaeError(f"{where} is {value!r}, a {type(value).__name__}. It must be {names}.")
-    return value
+    if get_origin(hint) is tuple and not isinstance(value, list | tuple):
+        value = [value]
+    try:
+        # TOML has what JSON has: lists stand for tuples and texts for paths, and true is no number.
+        return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        raise FluxSaeError(describe(error, where)) from None
 
 
 def _to_toml(head: str, values: Mapping[str, Any]) -> str:

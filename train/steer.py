@@ -19,7 +19,7 @@ from PIL import Image
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
-from fluxsae.steering.edits import Mode, Recipe, SteeringEdit, load_recipes, parse_edits, png_bytes
+from fluxsae.steering.edits import HeatmapRegion, Mode, Recipe, SteeringEdit, load_recipes, parse_edits, png_bytes
 from train.command import start
 from train.flux_options import open_flux
 
@@ -142,7 +142,7 @@ def _edits(config: SteerConfig, run: RunFolder) -> tuple[SteeringEdit, ...]:
     if config.feature is None:
         raise FluxSaeError("feature is missing; give --feature, --edits or --recipe.")
     hookpoint = run.check_hookpoint(config.hookpoint or run.hookpoints()[-1])
-    region = None if config.heatmap is None else {"heatmap": config.heatmap}
+    region = None if config.heatmap is None else HeatmapRegion(config.heatmap)
     return (SteeringEdit(hookpoint, config.feature, config.mode, config.strength, steps=config.steps, region=region),)
 
 

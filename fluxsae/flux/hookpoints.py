@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from functools import total_ordering
-from typing import TYPE_CHECKING, Literal, Self, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, Self, Union, get_args
 
 from fluxsae.errors import FluxSaeError
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 BlockKind = Literal["double", "single"]
 Stream = Literal["image", "text"]
 Submodule = Literal["", "attn", "ff", "ff_context", "proj_mlp", "proj_out"]
-BlockOutput: TypeAlias = "Tensor | tuple[Tensor, ...]"
+BlockOutput = Union["Tensor", "tuple[Tensor, ...]"]
 
 _BLOCK_LISTS: dict[BlockKind, str] = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
 _SUBMODULES: tuple[Submodule, ...] = get_args(Submodule)

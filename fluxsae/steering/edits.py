@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
 from PIL import Image, PngImagePlugin
-from pydantic import BeforeValidator, Field, InstanceOf, SkipValidation
+from pydantic import BeforeValidator, Field, GetPydanticSchema, InstanceOf, SkipValidation
 
 from fluxsae.checked import FromList, checked, from_object, made_from, short
 from fluxsae.errors import FluxSaeError
@@ -93,7 +93,7 @@ class SteeringEdit:
 
     hookpoint: Place
     feature: Annotated[int, Field(ge=0, le=2**31 - 1)]
-    mode: Mode
+    mode: Annotated[str, GetPydanticSchema(lambda _, schema: schema(Mode))]
     strength: Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
     steps: Annotated[tuple[int, int], FromList] | None = None
     region: Annotated[SkipValidation[Region | None], BeforeValidator(_region)] = None
