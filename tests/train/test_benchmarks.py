@@ -10,7 +10,7 @@ from train.benchmarks.__main__ import NAMES, main
 
 def test_without_a_name_the_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
-    assert "Benchmarks: collection, gpu, quality, steering, training" in capsys.readouterr().out
+    assert "Benchmarks: causes, collection, gpu, quality, steering, training" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -24,5 +24,5 @@ def test_each_benchmark_tells_its_own_options(name: str, capsys: pytest.CaptureF
 
 
 def test_an_unknown_benchmark_is_refused_with_what_there_is() -> None:
-    with pytest.raises(FluxSaeError, match="no benchmark 'speed'; there are collection, gpu"):
+    with pytest.raises(FluxSaeError, match="no benchmark 'speed'; there are causes, collection, gpu"):
         main(["speed"])

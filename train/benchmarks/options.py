@@ -10,6 +10,24 @@ GROUPS = ("steps", "early-exit", "sweep", "training", "ends", "determinism", "ba
 
 
 @dataclass(frozen=True, kw_only=True)
+class CausesConfig:
+    """How much to measure."""
+
+    images: int = 60
+    """Scenes of two things; one feature of each attribute is explained in each."""
+    pairs: int = 12
+    """Sources of each kind drawn at random from each explanation."""
+    steps: tuple[int, ...] = (2, 6, 10)
+    """Steps at which features are explained, in turn."""
+    seed: int = 41_000
+    """Of scenes, features and pairs."""
+    run: Path | None = None
+    """Run folder of the miniature; without it the embedded one."""
+    draws: int = 2000
+    """Bootstrap draws, over images."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CollectionConfig(FluxOptions):
     """What is timed."""
 
@@ -116,6 +134,7 @@ class TrainingConfig:
 
 
 CONFIGS: dict[str, type[Any]] = {
+    "causes": CausesConfig,
     "collection": CollectionConfig,
     "gpu": GpuConfig,
     "quality": QualityConfig,
