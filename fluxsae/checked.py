@@ -68,7 +68,9 @@ def describe(error: ValidationError, where: str = "", *, names: Sequence[str] = 
 
 
 def _sentence(fault: Mapping[str, Any], where: str, names: Sequence[str]) -> str:
-    place = ".".join(str(part)[:60] for part in (*([where] * bool(where)), *fault["loc"]))
+    first, *inner = fault["loc"] or ("",)
+    named = names[first] if names and isinstance(first, int) else first  # an argument that was given by its place
+    place = ".".join(str(part)[:60] for part in (where, named, *inner) if part != "")
     if fault["type"] == "value_error":
         return f"{place}: {fault['ctx']['error']}" if place else str(fault["ctx"]["error"])
     if fault["type"] == "missing":

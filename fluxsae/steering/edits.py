@@ -56,7 +56,7 @@ def _region(value: Any) -> Region | None:
     if value is None or isinstance(value, HeatmapRegion):
         return value
     if isinstance(value, Mapping) and set(value) == {"heatmap"}:
-        return HeatmapRegion(value["heatmap"])
+        return HeatmapRegion(threshold=value["heatmap"])
     is_grid = isinstance(value, list | tuple) and value and all(isinstance(row, list | tuple) and row for row in value)
     if not is_grid or len({len(row) for row in value}) != 1 or not all(_is_bit(cell) for row in value for cell in row):
         raise FluxSaeError(
