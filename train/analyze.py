@@ -5,17 +5,20 @@
 Reads S and the sums of `train.score`; needs no FLUX.
 """
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-import tyro
+from typing import TYPE_CHECKING
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.analysis import AnalysisConfig, class_counts, describe_features
-from fluxsae.features.scores import FeatureStats, ScoreMatrix
+from fluxsae.features.config import AnalysisConfig
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.runs.folder import RunFolder
+from train.command import start
 from train.stages import StageResult, run_stage
+
+if TYPE_CHECKING:
+    from fluxsae.runs.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class AnalyzeConfig:
 
 def main(config: AnalyzeConfig) -> StageResult:
     """Runs the stage."""
+    from fluxsae.runs.folder import RunFolder
+
     run = RunFolder(config.run)
     hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.scores_path(hookpoint).is_file()]
     if not hookpoints:
@@ -46,6 +51,9 @@ def main(config: AnalyzeConfig) -> StageResult:
 
 
 def _analyze(config: AnalyzeConfig, run: RunFolder, hookpoints: list[HookPoint]) -> None:
+    from fluxsae.features.analysis import class_counts, describe_features
+    from fluxsae.features.scores import FeatureStats, ScoreMatrix
+
     for hookpoint in hookpoints:
         scores = ScoreMatrix.load(run.scores_path(hookpoint))
         table = describe_features(scores, FeatureStats.load(run.stats_path(hookpoint)), config.features)
@@ -55,4 +63,4 @@ def _analyze(config: AnalyzeConfig, run: RunFolder, hookpoints: list[HookPoint])
 
 
 if __name__ == "__main__":
-    main(tyro.cli(AnalyzeConfig, description=__doc__))
+    start(main, AnalyzeConfig, __doc__)

@@ -7,25 +7,28 @@
 Stopped at any moment, the same command continues and ends with the same bytes.
 """
 
+from __future__ import annotations
+
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-from tqdm import tqdm
-
-from fluxsae.activations.collection import CaptureRequest, ImagePlan, build_manifests, build_request, collect
-from fluxsae.activations.shards import ActivationManifest, expected_files, find_folders
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.runs.folder import RunFolder, RunInfo, library_versions
-from fluxsae.sae.training.processes import Processes
+from train.command import Bars, start
 from train.flux_options import FluxOptions, default_hookpoints, default_steps
 from train.processes import processes
 from train.stages import StageResult, run_stage, start_over
+
+if TYPE_CHECKING:
+    from fluxsae.activations.collection import CaptureRequest, ImagePlan
+    from fluxsae.activations.shards import ActivationManifest
+    from fluxsae.runs.folder import RunFolder, RunInfo
+    from fluxsae.sae.training.processes import Processes
+
 
 UNNAMED = "early and late"
 """What stands in run.json for hook points that were left out."""
@@ -59,6 +62,8 @@ class CollectConfig(FluxOptions):
 
 def main(config: CollectConfig, *, open_flux: Callable[[], Any] | None = None) -> StageResult:
     """Runs the stage; `open_flux` gives FLUX where it is open already."""
+    from fluxsae.runs.folder import RunFolder
+
     run = RunFolder(config.run)
     if not config.hookpoints and run.exists():
         config = _as_collected(config, run.load_info())
@@ -85,10 +90,14 @@ def _as_collected(config: CollectConfig, info: RunInfo) -> CollectConfig:
 
 def activations_path(config: CollectConfig) -> Path:
     """Where the shards go, one folder a hook point."""
+    from fluxsae.runs.folder import RunFolder
+
     return config.activations or RunFolder(config.run).activations_path
 
 
 def _outputs(config: CollectConfig) -> list[Path]:
+    from fluxsae.activations.shards import expected_files, find_folders
+
     folder = activations_path(config)
     folders = [folder / str(HookPoint.parse(name)) for name in config.hookpoints] or find_folders(folder) or [folder]
     return [path for folder in folders for path in expected_files(folder)]
@@ -104,6 +113,8 @@ def stage_config(config: CollectConfig) -> dict[str, Any]:
 
 
 def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any) -> None:
+    from fluxsae.activations.collection import ImagePlan, build_manifests, build_request, collect
+
     settings = config.settings(pipe)
     hookpoints = [HookPoint.parse(name) for name in config.hookpoints] or default_hookpoints(pipe)
     request = build_request(
@@ -131,7 +142,7 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
         _make_room(config, run, manifests)
         save_run(run, info, force=config.force)
     peers.wait()
-    with tqdm(total=len(plan), desc="collect", unit="image", disable=peers.rank > 0, file=sys.stdout) as bar:
+    with Bars(is_shown=peers.rank == 0) as bars:
         collect(
             pipe,
             plan,
@@ -140,13 +151,8 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
             manifests=manifests,
             rank=peers.rank,
             world_size=peers.world_size,
-            on_images=lambda done, total: _show(bar, done, total),
+            on_images=partial(bars, "collect"),
         )
-
-
-def _show(bar: "tqdm[Any]", done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
 
 
 def _make_room(config: CollectConfig, run: RunFolder, manifests: dict[HookPoint, ActivationManifest]) -> None:
@@ -161,6 +167,7 @@ def _make_room(config: CollectConfig, run: RunFolder, manifests: dict[HookPoint,
 def describe_run(pipe: Any, request: CaptureRequest, plan: ImagePlan, *, hookpoints: list[HookPoint]) -> RunInfo:
     """`run.json` for what is about to be generated."""
     from fluxsae.flux import flux_identity, is_exact, schedule_sigmas, token_grid
+    from fluxsae.runs.folder import RunInfo, library_versions
 
     identity, sigmas = flux_identity(pipe), schedule_sigmas(pipe, request.settings)
     grid = token_grid(pipe, request.settings)
@@ -201,4 +208,4 @@ def save_run(run: RunFolder, info: RunInfo, *, force: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(CollectConfig, description=__doc__))
+    start(main, CollectConfig, __doc__)

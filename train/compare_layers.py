@@ -3,19 +3,22 @@
 python -m train.compare_layers --run runs/miniature --first layer1 --second transformer_blocks.3
 """
 
+from __future__ import annotations
+
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tyro
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex
-from fluxsae.features.directions import draw_comparison
-from fluxsae.features.layers import COUNTERPART, LayerComparison, compare_layers
-from fluxsae.features.scores import ScoreMatrix
-from fluxsae.runs.folder import RunFolder
+from fluxsae.features.config import COUNTERPART
+from train.command import start
+
+if TYPE_CHECKING:
+    from fluxsae.features.cards import CardIndex
+    from fluxsae.features.layers import LayerComparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,12 @@ class CompareLayersConfig:
 
 def main(config: CompareLayersConfig) -> None:
     """Writes the comparison, a plot of it among the sheets of the first hook point, and prints the best of both."""
+    from fluxsae.features.cards import CardIndex
+    from fluxsae.features.directions import draw_comparison
+    from fluxsae.features.layers import compare_layers
+    from fluxsae.features.scores import ScoreMatrix
+    from fluxsae.runs.folder import RunFolder
+
     run = RunFolder(config.run)
     other = RunFolder(config.other_run) if config.other_run else run
     first = CardIndex(run, config.first or run.hookpoints()[0])
@@ -93,4 +102,4 @@ def _report(comparison: LayerComparison, first: CardIndex, second: CardIndex) ->
 
 
 if __name__ == "__main__":
-    main(tyro.cli(CompareLayersConfig, description=__doc__))
+    start(main, CompareLayersConfig, __doc__)

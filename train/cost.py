@@ -9,13 +9,10 @@ Every figure goes back to the table in train/cost_constants.py, which says what 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-import tyro
-
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
-from fluxsae.flux.presets import GB, Machine, choose_preset, required_bytes
 from train import cost_constants as constants
+from train.command import start
 from train.cost_constants import Figure, Gpu
 
 PATCH = 16
@@ -157,7 +154,7 @@ def stages(plan: Plan) -> Iterator[Stage]:
     score_bytes = score_images * (config.n_features * (2 + 2) * len(widths) + constants.THUMBNAIL_BYTES.value)
     yield Stage("score", score_images * scored, weights + saes, score_bytes, note)
     embedded = plan.seconds(constants.CLIP_OPERATIONS_PER_IMAGE.value, plan.gpu.step_share.value)
-    yield Stage("embed", score_images * embedded, 2 * GB, score_images * 768 * 4)
+    yield Stage("embed", score_images * embedded, 2e9, score_images * 768 * 4)
     maps = config.n_features * constants.HEATMAP_TOP_IMAGES * plan.n_image_tokens * len(widths)
     yield Stage("analyze", 0.0, 0.0, maps, "seconds to minutes on the CPU; disk is an upper bound")
 
@@ -176,7 +173,11 @@ def _fit_stage(plan: Plan, widths: list[int]) -> Stage:
 
 def _preset(plan: Plan) -> tuple[str, float, str]:
     """Preset, device memory it takes, and what to say about it."""
-    machine = Machine(torch.device("cuda"), int(plan.gpu.memory_gb * GB), int(plan.config.host_gb * GB))
+    import torch
+
+    from fluxsae.flux.presets import Machine, choose_preset, required_bytes
+
+    machine = Machine(torch.device("cuda"), int(plan.gpu.memory_gb * 1e9), int(plan.config.host_gb * 1e9))
     preset = choose_preset(constants.DEV_BYTES, machine).preset
     note = f"preset {preset}"
     if preset in ("int8", "nf4"):
@@ -233,7 +234,7 @@ def table(plan: Plan) -> str:
 
 
 def _line(name: str, seconds: float, memory: float, disk: float, note: str) -> str:
-    return f"{name:<9}{_time(seconds):>10}{memory / GB:>10.0f} GB{_size(disk):>11}  {note}".rstrip()
+    return f"{name:<9}{_time(seconds):>10}{memory / 1e9:>10.0f} GB{_size(disk):>11}  {note}".rstrip()
 
 
 def _time(seconds: float) -> str:
@@ -243,7 +244,7 @@ def _time(seconds: float) -> str:
 
 
 def _size(size: float) -> str:
-    return f"{size / 1e12:.2f} TB" if size >= 1e12 else f"{size / GB:.1f} GB"
+    return f"{size / 1e12:.2f} TB" if size >= 1e12 else f"{size / 1e9:.1f} GB"
 
 
 def main(config: Config) -> str:
@@ -260,4 +261,4 @@ def main(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    start(main, Config, __doc__)

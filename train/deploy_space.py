@@ -7,17 +7,19 @@
 Needs a token that may write: log in with `hf auth login`, or set HF_TOKEN.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import huggingface_hub as hf
-import tyro
+from typing import TYPE_CHECKING
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.hub import transfer
-from fluxsae.publishing.verify import verify_run
-from fluxsae.runs.folder import RunFolder
+from train.command import start
+
+if TYPE_CHECKING:
+    import huggingface_hub as hf
+
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_FOLDER = "run"
@@ -44,6 +46,8 @@ class DeployConfig:
 
 def main(config: DeployConfig) -> hf.CommitInfo:
     """Deploys, and prints the Space's address and what is left to do."""
+    from fluxsae.hub import transfer
+
     if not transfer.is_repo_id(config.repo):
         raise FluxSaeError(f"{config.repo!r} names no Space. Write user/name.")
     files: dict[str, Path | bytes] = dict(app_files(config.source))
@@ -90,6 +94,10 @@ def _check_readme(path: Path) -> None:
 
 def _add_run(files: dict[str, Path | bytes], run: str | None) -> dict[str, str]:
     """Adds a run folder to the files; the variables that make the app show the run."""
+    from fluxsae.hub import transfer
+    from fluxsae.publishing.verify import verify_run
+    from fluxsae.runs.folder import RunFolder
+
     if run is None:
         return {}
     if not Path(run).is_dir():
@@ -122,4 +130,4 @@ def _remaining(config: DeployConfig) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(DeployConfig, description=__doc__))
+    start(main, DeployConfig, __doc__)

@@ -5,25 +5,27 @@ Hook points that were scored are also compared, each with the next (see train.co
 python -m train.directions --run runs/miniature
 """
 
+from __future__ import annotations
+
 import io
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import tyro
-from jaxtyping import Float
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex
-from fluxsae.features.directions import draw_map, encoder_decoder_alignment, feature_map, nearest_features
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.runs.folder import RunFolder
-from fluxsae.sae.model import SparseAutoencoder
 from train import compare_layers
+from train.command import start
 from train.compare_layers import CompareLayersConfig
 from train.stages import StageResult, run_stage
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from fluxsae.runs.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class DirectionsConfig:
 
 def main(config: DirectionsConfig) -> StageResult:
     """Writes neighbours, map and norms and, where features were analysed, the map as a sheet, and the comparisons."""
+    from fluxsae.runs.folder import RunFolder
+
     run = RunFolder(config.run)
     hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.has_sae(hookpoint)]
     if not hookpoints:
@@ -70,6 +74,11 @@ def _write_all(run: RunFolder, hookpoints: list[HookPoint], config: DirectionsCo
 
 
 def _write_directions(run: RunFolder, hookpoint: HookPoint, config: DirectionsConfig) -> None:
+    import torch
+
+    from fluxsae.features.directions import encoder_decoder_alignment, feature_map, nearest_features
+    from fluxsae.sae.model import SparseAutoencoder
+
     sae = SparseAutoencoder.from_pretrained(run.path, subfolder=run.sae_subfolder(hookpoint))
     W_enc, W_dec = sae.W_enc.detach(), sae.W_dec.detach()
     near = nearest_features(W_dec, n=min(config.n_neighbours, len(W_dec) - 1))
@@ -92,6 +101,9 @@ def _write_directions(run: RunFolder, hookpoint: HookPoint, config: DirectionsCo
 
 
 def _draw(run: RunFolder, hookpoint: HookPoint, positions: Float[np.ndarray, "features 2"]) -> None:
+    from fluxsae.features.cards import CardIndex
+    from fluxsae.features.directions import draw_map
+
     index = CardIndex(run, hookpoint)
     picture = draw_map(
         positions,
@@ -105,4 +117,4 @@ def _draw(run: RunFolder, hookpoint: HookPoint, positions: Float[np.ndarray, "fe
 
 
 if __name__ == "__main__":
-    main(tyro.cli(DirectionsConfig, description=__doc__))
+    start(main, DirectionsConfig, __doc__)

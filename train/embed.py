@@ -3,16 +3,17 @@
 python -m train.embed --run runs/miniature --model miniature
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import tyro
-
-from fluxsae.pictures.perceptual import load_embedder
-from fluxsae.runs.folder import RunFolder
-from fluxsae.runs.tables import Embeddings
+from train.command import start
 from train.stages import StageResult, run_stage
+
+if TYPE_CHECKING:
+    from fluxsae.runs.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +26,16 @@ class EmbedConfig:
     """CLIP: miniature, an open_clip model/weights such as ViT-B-32/laion2b_s34b_b79k, hf-hub:... or local-dir:..."""
     batch_size: int = 64
     """Images at a time."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where CLIP runs."""
+    device: str | None = None
+    """cuda, mps or cpu; left out, the best that is there."""
     force: bool = False
     """Do it again, also where it is complete."""
 
 
 def main(config: EmbedConfig) -> StageResult:
     """Writes clip/embeddings.safetensors."""
+    from fluxsae.runs.folder import RunFolder
+
     run = RunFolder(config.run)
     settings = {"model": config.model}
     return run_stage(
@@ -41,8 +44,14 @@ def main(config: EmbedConfig) -> StageResult:
 
 
 def _embed(config: EmbedConfig, run: RunFolder) -> None:
+    import torch
+
+    from fluxsae.flux.presets import choose_device
+    from fluxsae.pictures.perceptual import load_embedder
+    from fluxsae.runs.tables import Embeddings
+
     images = run.load_images()
-    embedder = load_embedder(config.model, device=config.device, batch_size=config.batch_size)
+    embedder = load_embedder(config.model, device=str(choose_device(config.device)), batch_size=config.batch_size)
     batches = [
         embedder.embed_images([images.picture(i) for i in range(start, min(start + config.batch_size, len(images)))])
         for start in range(0, len(images), config.batch_size)
@@ -52,4 +61,4 @@ def _embed(config: EmbedConfig, run: RunFolder) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(EmbedConfig, description=__doc__))
+    start(main, EmbedConfig, __doc__)

@@ -5,22 +5,19 @@
 Without a flag: reconstruction, transfer and flow, and concepts where the run is of the miniature.
 """
 
-import sys
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-from tqdm import tqdm
-
-from fluxsae.evaluation.tables import flow_text, reconstruction_text, transfer_text
-from fluxsae.flux import flux_identity
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.laboratory.concept_tables import concepts_text
-from fluxsae.laboratory.evaluate import MINIATURE, PARTS, Evaluation, EvaluationConfig, Part, evaluate
-from fluxsae.laboratory.steering_tables import laboratory_text
-from fluxsae.runs.folder import RunFolder
+from fluxsae.laboratory.config import EvaluationConfig
+from train.command import Bars, start
 from train.flux_options import open_flux
+
+if TYPE_CHECKING:
+    from fluxsae.laboratory.evaluate import Evaluation, Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +49,15 @@ class EvaluateConfig:
 
 def main(config: EvaluateConfig, *, pipe: Any = None) -> dict[HookPoint, Evaluation]:
     """Measures, prints the tables and updates metrics.json; `pipe` is an already opened FLUX, if there is one."""
+    from fluxsae.flux import flux_identity
+    from fluxsae.laboratory.evaluate import MINIATURE, evaluate
+    from fluxsae.runs.folder import RunFolder
+
     run = RunFolder(config.run)
     info = run.load_info()
     if pipe is None:
         pipe = open_flux(config.flux, info.flux_id, info.flux_revision, device=config.device)
-    with _Progress() as progress:
+    with Bars() as bars:
         found = evaluate(
             run,
             pipe,
@@ -64,7 +65,7 @@ def main(config: EvaluateConfig, *, pipe: Any = None) -> dict[HookPoint, Evaluat
             hookpoints=config.hookpoints,
             config=config.settings,
             allow_mismatch=config.allow_mismatch,
-            on_progress=progress,
+            on_progress=bars,
         )
     for hookpoint, evaluation in found.items():
         print(f"\n{hookpoint}\n{'=' * len(str(hookpoint))}")
@@ -74,12 +75,18 @@ def main(config: EvaluateConfig, *, pipe: Any = None) -> dict[HookPoint, Evaluat
 
 
 def _parts(config: EvaluateConfig, *, is_miniature: bool) -> list[Part]:
+    from fluxsae.laboratory.evaluate import PARTS
+
     asked: list[Part] = [name for name in PARTS if getattr(config, name)]
     usual: list[Part] = [name for name in PARTS if name != "steering" and (name != "concepts" or is_miniature)]
     return asked or usual
 
 
 def _sections(evaluation: Evaluation) -> list[str]:
+    from fluxsae.evaluation.tables import flow_text, reconstruction_text, transfer_text
+    from fluxsae.laboratory.concept_tables import concepts_text
+    from fluxsae.laboratory.steering_tables import laboratory_text
+
     sections = []
     if evaluation.reconstruction is not None:
         sections.append(f"Reconstruction\n{reconstruction_text(evaluation.reconstruction)}")
@@ -94,25 +101,5 @@ def _sections(evaluation: Evaluation) -> list[str]:
     return sections
 
 
-class _Progress:
-    """A bar for each thing that is being done."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, doing: str, done: int, total: int) -> None:
-        if self._bar is None or self._bar.desc != doing:
-            self.__exit__()
-            self._bar = tqdm(total=total, desc=doing, unit="image", file=sys.stderr)
-        self._bar.update(done - self._bar.n)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(EvaluateConfig, description=__doc__))
+    start(main, EvaluateConfig, __doc__)

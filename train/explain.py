@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
+from train.command import start
 
 if TYPE_CHECKING:
     from fluxsae.steering.attribution import Explanation
@@ -124,4 +124,4 @@ def _share(effect: float, drive: float) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ExplainConfig, description=__doc__))
+    start(main, ExplainConfig, __doc__)

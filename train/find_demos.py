@@ -8,22 +8,23 @@ keeps what CLIP sees happen. Without CLIP there are no swaps.
 A search that was cut off goes on where it stopped.
 """
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import tyro
-from tqdm import tqdm
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex
-from fluxsae.flux import load_flux
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.pictures.perceptual import ImageEmbedder, load_distance, load_embedder
-from fluxsae.runs.folder import RunFolder
-from fluxsae.sae.model import SparseAutoencoder
-from fluxsae.steering.demos import DemoConfig, SteeringDemo, Swap, SwapConfig, find_demos, find_swaps
+from fluxsae.steering.demos.config import DemoConfig, SwapConfig
+from train.command import Bars, start
 from train.stages import StageResult, run_stage
+
+if TYPE_CHECKING:
+    from fluxsae.pictures.perceptual import ImageEmbedder
+    from fluxsae.runs.folder import RunFolder
+    from fluxsae.steering.demos import SteeringDemo, Swap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,8 @@ class FindDemosConfig:
 
 def main(config: FindDemosConfig) -> StageResult:
     """Writes demos.jsonl and a strip for each demo into the run."""
+    from fluxsae.runs.folder import RunFolder
+
     run = RunFolder(config.run)
     places = [run.check_hookpoint(name) for name in config.hookpoints] or run.hookpoints()
     features = {place: choose_features(run, place, config.features, config.n_features) for place in places}
@@ -76,6 +79,8 @@ def choose_features(run: RunFolder, place: HookPoint, features: tuple[int, ...],
     Raises:
         FluxSaeError: a feature does not exist, or none fires.
     """
+    from fluxsae.features.cards import CardIndex
+
     index = CardIndex(run, place)
     for feature in features:
         index.features[feature]  # refuses what does not exist
@@ -86,11 +91,16 @@ def choose_features(run: RunFolder, place: HookPoint, features: tuple[int, ...],
 
 
 def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDemosConfig) -> None:
+    from fluxsae.flux import load_flux
+    from fluxsae.pictures.perceptual import load_distance
+    from fluxsae.sae.model import SparseAutoencoder
+    from fluxsae.steering.demos import find_demos, find_swaps
+
     info = run.load_info()
     pipe = load_flux(info.flux_id, revision=info.flux_revision, device=config.device)
     saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=pipe.device) for place in features}
     distance, embedder = load_distance(config.distance, device=str(pipe.device)), _embedder(run)
-    with tqdm(desc="candidates", unit="image") as bar:
+    with Bars() as bars:
         found = find_demos(
             run,
             pipe,
@@ -100,7 +110,7 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
             embedder=embedder,
             config=config.search,
             max_batch=config.max_batch,
-            on_candidate=lambda done, total: _advance(bar, done, total),
+            on_candidate=partial(bars, "candidates"),
         )
     for place, demos in found.items():
         print(f"{place}: {len(demos)} demos of {len(features[place])} features")
@@ -112,7 +122,7 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
             for old in run.swaps_path(place).parent.glob("swap-*.webp"):
                 old.unlink()
         return
-    with tqdm(desc="swaps", unit="name") as bar:
+    with Bars(unit="name") as bars:
         swaps = find_swaps(
             run,
             pipe,
@@ -121,7 +131,7 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
             embedder=embedder,
             config=config.swap,
             max_batch=config.max_batch,
-            on_candidate=lambda done, total: _advance(bar, done, total),
+            on_candidate=partial(bars, "swaps"),
         )
     for place, made in swaps.items():
         print(f"{place}: {len(made)} swaps on {len(found[place])} demos")
@@ -131,6 +141,8 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
 
 def _embedder(run: RunFolder) -> ImageEmbedder | None:
     """The CLIP model that embedded the run's images, where it can be had."""
+    from fluxsae.pictures.perceptual import load_embedder
+
     if not run.embeddings_path.is_file():
         return None
     try:
@@ -138,11 +150,6 @@ def _embedder(run: RunFolder) -> ImageEmbedder | None:
     except FluxSaeError as error:
         print(f"demos are chosen without CLIP: {error}")
         return None
-
-
-def _advance(bar: Any, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
 
 
 def _line(demo: SteeringDemo) -> str:
@@ -163,4 +170,4 @@ def _swap_line(swap: Swap) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(FindDemosConfig, description=__doc__))
+    start(main, FindDemosConfig, __doc__)

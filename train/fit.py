@@ -9,31 +9,34 @@
 Stopped at any moment, the same command continues.
 """
 
+from __future__ import annotations
+
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import tyro
-from torch import Tensor
-from tqdm import tqdm
-
-from fluxsae.activations.mixing import mixing_buffer
-from fluxsae.activations.shards import ActivationManifest, ShardFolder, find_folders
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.runs.folder import RunFolder
 from fluxsae.sae.config import Architecture, SaeConfig, TrainedOn
-from fluxsae.sae.model import SparseAutoencoder
-from fluxsae.sae.training import HeldOut, Processes, Source, Task, TrainConfig, train_together
-from fluxsae.sae.training.checkpoints import CHECKPOINT_NAME
+from fluxsae.sae.training.config import TrainConfig
+from train.command import Bars, start
 from train.flux_options import FluxOptions
 from train.processes import processes
 from train.stages import StageResult, check_push, push_complete, run_stage, start_over
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from fluxsae.activations.shards import ActivationManifest
+    from fluxsae.runs.folder import RunFolder
+    from fluxsae.sae.model import SparseAutoencoder
+    from fluxsae.sae.training import Processes, Source
+
 
 _DEAD_TOKENS_AT_MOST = 1_000_000
 
@@ -105,6 +108,9 @@ class _Data:
 
 def main(config: FitConfig, *, pipe: Any = None) -> StageResult:
     """Runs the stage; `pipe` is an already opened FLUX, for `from_flux`."""
+    from fluxsae.runs.folder import RunFolder
+    from fluxsae.sae.training.checkpoints import CHECKPOINT_NAME
+
     config.training()
     check_push(config.push_to)
     run = RunFolder(config.run)
@@ -134,6 +140,8 @@ def main(config: FitConfig, *, pipe: Any = None) -> StageResult:
 
 
 def _hookpoints(config: FitConfig, run: RunFolder, pipe: Any) -> list[HookPoint]:
+    from fluxsae.activations.shards import find_folders
+
     if config.hookpoint:
         return [HookPoint.parse(name) for name in config.hookpoint]
     if config.from_flux:
@@ -148,6 +156,8 @@ def _hookpoints(config: FitConfig, run: RunFolder, pipe: Any) -> list[HookPoint]
 
 
 def _activations(config: FitConfig) -> Path:
+    from fluxsae.runs.folder import RunFolder
+
     return config.activations or RunFolder(config.run).activations_path
 
 
@@ -192,6 +202,8 @@ def _fit(config: FitConfig, run: RunFolder, data: _Data, peers: Processes) -> No
     mains = {hookpoint: next(iter(named)) for hookpoint, named in configs.items()}
     team, folder = peers, ""
     if peers.world_size > 1 and not config.from_flux and min(map(len, configs.values())) >= peers.world_size:
+        from fluxsae.sae.training import Processes
+
         team, folder = Processes(), f"process-{peers.rank}-of-{peers.world_size}"
         (hookpoint,) = data.sources
         data = _from_disk(config, hookpoint, team)
@@ -211,18 +223,19 @@ def _train(
     *,
     folder: str,
 ) -> dict[HookPoint, dict[str, SparseAutoencoder]]:
-    names = ", ".join(map(str, configs))
-    with tqdm(desc=f"fit {names}", unit="step", disable=team.rank > 0, file=sys.stdout) as bar:
-        tasks = [
-            Task(
-                saes, data.sources[hookpoint], _work_path(run, hookpoint) / folder,
-                _tracker(config, f"{hookpoint} {folder}".strip()) if config.track and team.rank == 0 else None,
-            )
-            for hookpoint, saes in configs.items()
-        ]  # fmt: skip
+    from fluxsae.sae.training import Task, train_together
+
+    tasks = [
+        Task(
+            saes, data.sources[hookpoint], _work_path(run, hookpoint) / folder,
+            _tracker(config, f"{hookpoint} {folder}".strip()) if config.track and team.rank == 0 else None,
+        )
+        for hookpoint, saes in configs.items()
+    ]  # fmt: skip
+    with Bars(unit="step", is_shown=team.rank == 0) as bars:
         results = train_together(
             tasks, config.training(), device=_device(config), processes=team,
-            on_step=lambda done, total: _show(bar, done, total),
+            on_step=partial(bars, f"fit {', '.join(map(str, configs))}"),
         )  # fmt: skip
     unfinished = [result for result in results if not result.is_finished]
     if unfinished:
@@ -261,6 +274,9 @@ def build_sae_configs(config: FitConfig, source: Source, trained_on: TrainedOn |
 
 
 def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Data:
+    from fluxsae.activations.mixing import mixing_buffer
+    from fluxsae.activations.shards import ShardFolder
+
     folder = ShardFolder(_activations(config) / str(hookpoint))
     folder.check_complete(hookpoint=hookpoint)
     steps = tuple(sorted(set(config.step))) or folder.manifest.steps
@@ -344,6 +360,8 @@ def _save(
     data: _Data,
 ) -> None:
     """Measures every SAE; the main one becomes the run's, the others of a sweep stay beside the training log."""
+    from fluxsae.sae.training import HeldOut
+
     measures = {hookpoint: [HeldOut(sae) for sae in named.values()] for hookpoint, named in saes.items()}
     for image in data.held_out():
         for hookpoint, tokens in image.items():
@@ -364,6 +382,8 @@ def _save(
 
 
 def _device(config: FitConfig) -> torch.device:
+    import torch
+
     if config.device is not None:
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -384,10 +404,5 @@ def _tracker(config: FitConfig, name: str) -> Callable[[Mapping[str, Any], int],
     return log
 
 
-def _show(bar: "tqdm[Any]", done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(FitConfig, description=__doc__))
+    start(main, FitConfig, __doc__)

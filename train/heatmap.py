@@ -3,28 +3,28 @@
 python -m train.heatmap --prompt "a red star on a black background" --feature 7
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import tyro
-from jaxtyping import Float
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex
-from fluxsae.features.scoring import check_trained_step, trained_steps
-from fluxsae.features.silencing import silencing_words
-from fluxsae.flux import FluxPipeline, capture, flux_identity, generate, load_flux, schedule_sigmas, token_grid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature import miniature_path
-from fluxsae.pictures.heatmaps import enlarge, font, overlay, token_heatmap, with_legend
-from fluxsae.runs.folder import RunFolder
-from fluxsae.sae.model import SparseAutoencoder
+from train.command import start
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from fluxsae.features.cards import CardIndex
+    from fluxsae.flux import FluxPipeline
+    from fluxsae.sae.model import SparseAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,21 +59,25 @@ class HeatmapConfig:
     """The picture to write: image and overlay side by side, PNG."""
     flux: str | None = None
     """FLUX to load, a name, folder or Hub repository; without it the run's own."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where FLUX runs."""
+    device: str | None = None
+    """cuda, mps or cpu; left out, the best that is there."""
 
 
 def main(config: HeatmapConfig) -> None:
     """Writes the picture and prints what fires."""
+    from fluxsae.features.cards import CardIndex
+    from fluxsae.flux import load_flux, token_grid
+    from fluxsae.pictures.heatmaps import overlay, token_heatmap
+    from fluxsae.runs.folder import RunFolder
+    from fluxsae.sae.model import SparseAutoencoder
+
     run = RunFolder(config.run or miniature_path("run"))
     index = CardIndex(run, config.hookpoint or run.hookpoints()[-1])
     if config.feature is not None:
         index.features[config.feature]  # refuses what does not exist, before any model work
-    sae = SparseAutoencoder.from_pretrained(
-        run.path, subfolder=run.sae_subfolder(index.hookpoint), device=config.device
-    )
     revision = index.info.flux_revision if config.flux is None else None
     pipe = load_flux(config.flux or index.info.flux_id, revision=revision, device=config.device)
+    sae = SparseAutoencoder.from_pretrained(run.path, subfolder=run.sae_subfolder(index.hookpoint), device=pipe.device)
     reader = _Reader(pipe, sae, index, config)
     image, acts = reader.read(config.prompt)
     feature = config.feature if config.feature is not None else _strongest(acts, index)
@@ -99,6 +103,9 @@ class _Reader:
     """Generates images and reads their activations at one hook point."""
 
     def __init__(self, pipe: FluxPipeline, sae: SparseAutoencoder, index: CardIndex, config: HeatmapConfig) -> None:
+        from fluxsae.features.scoring import check_trained_step, trained_steps
+        from fluxsae.flux import flux_identity, schedule_sigmas
+
         self.pipe, self.sae, self.hookpoint, self.seed = pipe, sae, index.hookpoint, config.seed
         own = index.info.settings
         n_steps = config.num_inference_steps or own.num_inference_steps
@@ -119,6 +126,8 @@ class _Reader:
 
     def read(self, prompt: str) -> tuple[Image.Image, Float[Tensor, "tokens features"]]:
         """The image, and every feature's highest activation over the steps on each of its tokens."""
+        from fluxsae.flux import capture, generate
+
         with capture(self.pipe, [self.hookpoint], steps=self.steps) as captured:
             image = generate(self.pipe, prompt, seeds=self.seed, settings=self.settings)[0]
         assert isinstance(image, Image.Image)
@@ -126,6 +135,9 @@ class _Reader:
 
     def score_of(self, feature: int) -> Callable[[Sequence[str]], list[float]]:
         """S of one feature for prompts at the reader's seed; generation ends after the last step that is read."""
+        import torch
+
+        from fluxsae.flux import capture, generate
 
         def score(prompts: Sequence[str]) -> list[float]:
             scores = []
@@ -140,11 +152,15 @@ class _Reader:
         return score
 
     def _acts(self, get: Callable[..., Tensor]) -> Float[Tensor, "images tokens features"]:
+        import torch
+
         with torch.inference_mode():
             return reduce(torch.maximum, (self.sae.encode(get(self.hookpoint, step)) for step in self.steps))
 
 
 def _strongest(acts: Float[Tensor, "tokens features"], index: CardIndex) -> int:
+    import torch
+
     maxima = torch.tensor(index.features.column("max_act"), dtype=torch.float32)
     relative = torch.where(maxima > 0, acts.amax(dim=0).float().cpu() / maxima.clamp(min=1e-12), 0.0)
     if float(relative.max()) <= 0:
@@ -155,6 +171,8 @@ def _strongest(acts: Float[Tensor, "tokens features"], index: CardIndex) -> int:
 def _side_by_side(
     image: Image.Image, overlaid: Image.Image, *, title: str, maximum: float, config: HeatmapConfig
 ) -> Image.Image:
+    from fluxsae.pictures.heatmaps import enlarge, font, with_legend
+
     plain = enlarge(image, min_side=512)
     end = maximum if config.scale == "feature" else "this image's maximum"
     right = with_legend(overlaid, maximum=end, opacity=config.opacity, threshold=config.threshold)
@@ -168,9 +186,11 @@ def _side_by_side(
 
 
 def _print_why(score: Callable[[Sequence[str]], list[float]], prompt: str) -> None:
+    from fluxsae.features.silencing import silencing_words
+
     for effect in silencing_words(prompt, score):
         print(f"  without {effect.word!r}: {effect.score:.3g} ({effect.change:+.0%})")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(HeatmapConfig, description=__doc__))
+    start(main, HeatmapConfig, __doc__)

@@ -18,28 +18,34 @@ the run as run.toml; a file of that form goes in by --config:
 Where hook points need other SAEs, [[fit]] stands once for each, with its own hookpoint = [...]; see miniature.toml.
 """
 
+from __future__ import annotations
+
 import argparse
 import functools
 import json
 import shutil
-import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
+from pydantic import TypeAdapter, ValidationError
 
+from fluxsae.checked import describe
 from fluxsae.errors import FluxSaeError
-from fluxsae.files import write_text
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
-from fluxsae.runs.folder import RunFolder
 from train import analyze, collect, directions, embed, find_demos, fit, render, score, select
+from train.command import start
 from train.flux_options import FluxOptions
 from train.stages import StageResult, check_push, format_table, push_complete
 from train.steer import EMBEDDED
+
+if TYPE_CHECKING:
+    from fluxsae.runs.folder import RunFolder
+
 
 StageName = Literal["collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos"]
 PIPELINE_STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -101,7 +107,7 @@ class PipelineConfig(FluxOptions):
     """Folder that becomes a copy of the finished run without activations and unfinished work."""
 
     @classmethod
-    def from_file(cls, path: Path, **changes: Any) -> "PipelineConfig":
+    def from_file(cls, path: Path, **changes: Any) -> PipelineConfig:
         """The config that a run.toml describes, with changes.
 
         Raises:
@@ -135,6 +141,9 @@ class Recipe:
 
 def main(config: PipelineConfig) -> list[StageResult]:
     """Runs the chosen stages and prints one line for each."""
+    from fluxsae.files import write_text
+    from fluxsae.runs.folder import RunFolder
+
     recipe = build_recipe(config)
     chosen = choose_stages(config)
     if config.export is not None:
@@ -163,6 +172,8 @@ def check_export(target: Path) -> None:
     Raises:
         FluxSaeError: it does.
     """
+    from fluxsae.runs.folder import RunFolder
+
     if target.exists() and any(target.iterdir()) and not RunFolder(target).exists():
         raise FluxSaeError(f"{target} holds something that is no run. Name a new folder, or one that holds a run.")
 
@@ -173,6 +184,8 @@ def export_run(run: RunFolder, target: Path) -> None:
     Raises:
         FluxSaeError: `target` holds something that is no run.
     """
+    from fluxsae.runs.folder import RunFolder
+
     check_export(target)
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -190,6 +203,8 @@ def export_run(run: RunFolder, target: Path) -> None:
 
 def _rename_source(copy: RunFolder, old: str, new: str) -> None:
     """Lets every recipe of the copied demos name the copy."""
+    from fluxsae.files import write_text
+
     for path in [of(hookpoint) for of in (copy.demos_path, copy.swaps_path) for hookpoint in copy.hookpoints()]:
         if path.exists():
             renamed = path.read_text().replace(f'"source": {json.dumps(old)}', f'"source": {json.dumps(new)}')
@@ -331,7 +346,7 @@ def _is_shared(kind: type[Any], name: str, value: Any) -> bool:
 
 def _converted(kind: type[Any], values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """Values as TOML has them, in the types of a config's fields."""
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     _refuse_unknown(values, [field.name for field in fields(kind)], where=where)
     return {name: _convert(hints[name], value, where=f"{where}.{name}") for name, value in values.items()}
 
@@ -340,30 +355,13 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
     if is_dataclass(hint) and isinstance(value, Mapping):
         assert isinstance(hint, type)
         return hint(**_converted(hint, value, where=where))
-    options = get_args(hint) or (hint,)
-    if Path in options and isinstance(value, str):
-        return Path(value)
-    if getattr(hint, "__origin__", None) is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(options[0], item, where=where) for item in items)
-    if getattr(hint, "__origin__", None) is Literal:
-        if value not in options:
-            raise FluxSaeError(f"{where} is {value!r}. Allowed: {', '.join(map(repr, options))}.")
-        return value
-    return _checked(options, value, where=where)
-
-
-def _checked(options: tuple[Any, ...], value: Any, *, where: str) -> Any:
-    plain = tuple(option for option in options if isinstance(option, type))
-    nested = [option for option in options if getattr(option, "__origin__", None) in (tuple, Literal)]
-    if isinstance(value, int) and not isinstance(value, bool) and float in plain and int not in plain:
-        return float(value)
-    if nested and not (plain and isinstance(value, plain)):
-        return _convert(nested[0], value, where=where)
-    if plain and (not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain)):
-        names = " or ".join(option.__name__ for option in plain)
-        raise FluxSaeError(f"{where} is {value!r}, a {type(value).__name__}. It must be {names}.")
-    return value
+    if get_origin(hint) is tuple and not isinstance(value, list | tuple):
+        value = [value]
+    try:
+        # TOML has what JSON has: lists stand for tuples and texts for paths, and true is no number.
+        return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        raise FluxSaeError(describe(error, where)) from None
 
 
 def _to_toml(head: str, values: Mapping[str, Any]) -> str:
@@ -391,4 +389,4 @@ def parse_arguments(arguments: Sequence[str]) -> PipelineConfig:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(sys.argv[1:]))
+    start(main, parse_arguments)

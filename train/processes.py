@@ -1,14 +1,16 @@
 """The processes of a `torchrun`; without it, the one there is."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    from fluxsae.sae.training.processes import Processes
 
-from fluxsae.sae.training.processes import Processes
 
 _PATIENCE = timedelta(days=7)  # one process may generate for hours while the others wait
 
@@ -16,6 +18,11 @@ _PATIENCE = timedelta(days=7)  # one process may generate for hours while the ot
 @contextmanager
 def processes() -> Iterator[Processes]:
     """This process among its peers, connected for as long as the block runs."""
+    import torch
+    import torch.distributed as dist
+
+    from fluxsae.sae.training.processes import Processes
+
     if "RANK" not in os.environ or dist.is_initialized():
         yield Processes.current()
         return

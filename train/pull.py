@@ -6,13 +6,17 @@
 A private or gated repository needs a token: log in with `hf auth login`, or set HF_TOKEN.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import tyro
+from fluxsae.publishing import Part
+from train.command import start
 
-from fluxsae.publishing.publish import Part, pull_run
-from fluxsae.runs.folder import RunFolder
+if TYPE_CHECKING:
+    from fluxsae.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class PullConfig:
 
 def main(config: PullConfig) -> RunFolder:
     """Pulls, and prints what arrived."""
+    from fluxsae.publishing.publish import pull_run
+
     run = pull_run(
         config.repo,
         into=config.into,
@@ -47,4 +53,4 @@ def main(config: PullConfig) -> RunFolder:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(PullConfig, description=__doc__))
+    start(main, PullConfig, __doc__)

@@ -6,12 +6,16 @@
 Needs a token that may write: log in with `hf auth login`, or set HF_TOKEN.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import tyro
+from train.command import start
 
-from fluxsae.publishing.publish import Published, push_run, push_sae
+if TYPE_CHECKING:
+    from fluxsae.publishing.publish import Published
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class PushConfig:
 
 def main(config: PushConfig) -> Published:
     """Pushes, and prints where it went."""
+    from fluxsae.publishing.publish import push_run, push_sae
+
     private = config.private or None
     if config.sae is not None:
         made = push_sae(config.run, config.sae, config.repo, tag=config.tag, private=private)
@@ -58,4 +64,4 @@ def main(config: PushConfig) -> Published:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(PushConfig, description=__doc__))
+    start(main, PushConfig, __doc__)

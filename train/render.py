@@ -6,20 +6,23 @@
 Features that are named are drawn on a sheet of their own (chosen-NN.png).
 """
 
+from __future__ import annotations
+
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
 from PIL import Image
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex, FeatureCard
-from fluxsae.pictures.heatmaps import SheetCell, SheetRow, contact_sheet, overlay, with_legend
-from fluxsae.runs.folder import RunFolder
+from train.command import start
 from train.stages import StageResult, run_stage
+
+if TYPE_CHECKING:
+    from fluxsae.features.cards import CardIndex, FeatureCard
+    from fluxsae.pictures.heatmaps import SheetRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,9 @@ class RenderConfig:
 
 def main(config: RenderConfig) -> StageResult | None:
     """Writes sheets/<hookpoint>/features-NN.png: the stage; or chosen-NN.png where features were named."""
+    from fluxsae.features.cards import CardIndex
+    from fluxsae.runs.folder import RunFolder
+
     run = RunFolder(config.run)
     names = [str(h) for h in run.hookpoints()] if config.hookpoint is None else [config.hookpoint]
     indices = [CardIndex(run, name) for name in names]
@@ -109,6 +115,8 @@ def _chosen(index: CardIndex, config: RenderConfig) -> list[int]:
 
 
 def _sheets(index: CardIndex, features: Sequence[int], config: RenderConfig) -> Iterator[Image.Image]:
+    from fluxsae.pictures.heatmaps import contact_sheet
+
     pages = -(-len(features) // config.rows)
     scale = "each feature's maximum over the run" if config.scale == "feature" else "each image's own maximum"
     for page in range(pages):
@@ -128,6 +136,8 @@ def _sheets(index: CardIndex, features: Sequence[int], config: RenderConfig) -> 
 
 
 def _row(index: CardIndex, feature: int, config: RenderConfig) -> SheetRow:
+    from fluxsae.pictures.heatmaps import SheetCell, SheetRow
+
     card = index[feature]
     heatmaps = index.heatmaps(feature, scale=config.scale)
     cells = [
@@ -151,6 +161,8 @@ def _detail(card: FeatureCard) -> str:
 
 
 def _write_overlays(index: CardIndex, features: Sequence[int], folder: Path, config: RenderConfig) -> None:
+    from fluxsae.pictures.heatmaps import overlay, with_legend
+
     folder.mkdir(parents=True, exist_ok=True)
     for feature in features:
         maximum = index.features[feature].max_act if config.scale == "feature" else "this image's maximum"
@@ -168,4 +180,4 @@ def _write_overlays(index: CardIndex, features: Sequence[int], folder: Path, con
 
 
 if __name__ == "__main__":
-    main(tyro.cli(RenderConfig, description=__doc__))
+    start(main, RenderConfig, __doc__)

@@ -6,38 +6,27 @@
 Stopped at any moment, the same command continues. The activations themselves are never stored.
 """
 
+from __future__ import annotations
+
 import hashlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-from tqdm import tqdm
-
-from fluxsae.activations.collection import CaptureRequest, ImagePlan
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.scoring import (
-    ScoreParts,
-    ScoreRequest,
-    check_trained_step,
-    forget_parts,
-    merge_parts,
-    score_images,
-    stream_grid,
-    trained_steps,
-)
-from fluxsae.files import check_free_space
-from fluxsae.flux import flux_identity, schedule_sigmas
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.runs.folder import RunFolder
-from fluxsae.sae.model import SparseAutoencoder
-from fluxsae.sae.training.processes import Processes
 from train.collect import describe_run, save_run
+from train.command import Bars, start
 from train.flux_options import FluxOptions
 from train.processes import processes
 from train.stages import StageResult, check_push, push_complete, run_stage, start_over
+
+if TYPE_CHECKING:
+    from fluxsae.runs.folder import RunFolder
+    from fluxsae.sae.model import SparseAutoencoder
+    from fluxsae.sae.training.processes import Processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +59,9 @@ class ScoreConfig(FluxOptions):
 
 def main(config: ScoreConfig, *, open_flux: Callable[[], Any] | None = None) -> StageResult:
     """Runs the stage; `open_flux` gives FLUX where it is open already."""
+    from fluxsae.features.scoring import forget_parts
+    from fluxsae.runs.folder import RunFolder
+
     run = RunFolder(config.run)
     hookpoints = _hookpoints(config, run)
     check_push(config.push_to)
@@ -119,6 +111,12 @@ def _weights_digest(run: RunFolder, hookpoint: HookPoint) -> str:
 
 
 def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, peers: Processes, pipe: Any) -> None:
+    from fluxsae.activations.collection import CaptureRequest, ImagePlan
+    from fluxsae.features.scoring import ScoreParts, ScoreRequest, forget_parts, merge_parts, score_images, stream_grid
+    from fluxsae.files import check_free_space
+    from fluxsae.flux import flux_identity, schedule_sigmas
+    from fluxsae.sae.model import SparseAutoencoder
+
     settings = config.settings(pipe)
     sigmas = schedule_sigmas(pipe, settings)
     saes = {h: SparseAutoencoder.from_pretrained(run.sae_path(h), device=pipe.transformer.device) for h in hookpoints}
@@ -157,25 +155,20 @@ def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, 
         ScoreParts(run, request)
     peers.wait()
     parts = ScoreParts(run, request)
-    with tqdm(total=len(plan), desc="score", unit="image", disable=peers.rank > 0, file=sys.stdout) as bar:
-        score_images(
-            pipe, saes, parts, rank=peers.rank, world_size=peers.world_size, on_images=lambda *at: _show(bar, *at)
-        )
+    with Bars(is_shown=peers.rank == 0) as bars:
+        score_images(pipe, saes, parts, rank=peers.rank, world_size=peers.world_size, on_images=partial(bars, "score"))
     peers.wait()
     if peers.rank == 0:
         merge_parts(parts)
 
 
 def _steps(config: ScoreConfig, sae: SparseAutoencoder, sigmas: list[float]) -> tuple[int, ...]:
+    from fluxsae.features.scoring import check_trained_step, trained_steps
+
     if config.step is not None:
         return (check_trained_step(sae, config.step, sigmas, allow_mismatch=config.allow_mismatch),)
     return trained_steps(sae, sigmas)
 
 
-def _show(bar: "tqdm[Any]", done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(ScoreConfig, description=__doc__))
+    start(main, ScoreConfig, __doc__)

@@ -3,44 +3,28 @@
 python -m train.select --run runs/miniature
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import tyro
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn.functional import normalize
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.labels import (
-    CURVE_LEVELS,
-    CaptionLabeller,
-    Label,
-    Labeller,
-    PhraseLabeller,
-    caption_vocabulary,
-    combined_label,
-    label_curve,
-)
-from fluxsae.features.scores import ScoreMatrix
-from fluxsae.features.selection import (
-    FeatureCoherence,
-    SelectionConfig,
-    feature_coherence,
-    iter_columns,
-    nearest_silent_images,
-    prompt_groups,
-    select_features,
-    top_unique,
-)
+from fluxsae.features.config import SelectionConfig
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.pictures.perceptual import load_embedder
-from fluxsae.runs.folder import RunFolder
+from train.command import start
 from train.stages import StageResult, run_stage
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from fluxsae.features.labels import CaptionLabeller, Label, Labeller
+    from fluxsae.features.selection import FeatureCoherence
+    from fluxsae.runs.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +50,9 @@ def main(config: SelectConfig, *, labellers: Sequence[Labeller] = ()) -> StageRe
 
     `labellers` are further sources of names, asked before the captions and CLIP.
     """
+    from fluxsae.features.labels import CURVE_LEVELS
+    from fluxsae.runs.folder import RunFolder
+
     run = RunFolder(config.run)
     hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.features_path(hookpoint).is_file()]
     if not hookpoints or not run.embeddings_path.is_file():
@@ -94,6 +81,9 @@ def _select_all(run: RunFolder, hookpoints: list[HookPoint], config: SelectConfi
 
 
 def _labellers(run: RunFolder, config: SelectConfig) -> list[Labeller]:
+    from fluxsae.features.labels import CaptionLabeller, PhraseLabeller
+    from fluxsae.pictures.perceptual import load_embedder
+
     prompts, vectors = run.load_images().prompts, _unit_vectors(run)
     phrases = _phrases(prompts, config)
     texts = load_embedder(run.load_embeddings().model).embed_texts(phrases)
@@ -105,10 +95,15 @@ def _labellers(run: RunFolder, config: SelectConfig) -> list[Labeller]:
 
 def _unit_vectors(run: RunFolder) -> Float[Tensor, "images width"]:
     """The run's embeddings in fp32, of length 1 again after the rounding of the file."""
+    import torch
+    from torch.nn.functional import normalize
+
     return normalize(torch.from_numpy(run.load_embeddings().vectors.astype(np.float32)), dim=1)
 
 
 def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
+    from fluxsae.features.labels import caption_vocabulary
+
     if config.vocabulary is None:
         return caption_vocabulary(prompts, limit=config.max_phrases)
     phrases = [line.strip() for line in config.vocabulary.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -118,6 +113,16 @@ def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
 
 
 def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], config: SelectConfig) -> None:
+    from fluxsae.features.labels import CaptionLabeller, combined_label
+    from fluxsae.features.scores import ScoreMatrix
+    from fluxsae.features.selection import (
+        feature_coherence,
+        iter_columns,
+        nearest_silent_images,
+        prompt_groups,
+        top_unique,
+    )
+
     scores = ScoreMatrix.load(run.scores_path(hookpoint)).stored()
     prompts, embeddings = run.load_images().prompts, _unit_vectors(run)
     judged = feature_coherence(scores, embeddings, prompts, config=config.selection)
@@ -147,6 +152,8 @@ def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], con
 
 def _label_curve(scores: Float[np.ndarray, " images"], label: Label, captions: CaptionLabeller) -> list[float]:
     """How far to trust a name at each level; a name that captions never hold is trusted in proportion."""
+    from fluxsae.features.labels import CURVE_LEVELS, label_curve
+
     holds = captions.holds(label.text)
     if holds is None:
         return [float(value) for value in label.confidence * CURVE_LEVELS]
@@ -167,6 +174,8 @@ def _coherence_columns(judged: FeatureCoherence, max_q: float) -> dict[str, list
 
 
 def _report(hookpoint: HookPoint, judged: FeatureCoherence, best: list[Label | None], max_q: float) -> None:
+    from fluxsae.features.selection import select_features
+
     sure = np.array([label.confidence if label else np.nan for label in best])
     chosen = select_features(judged, sure, max_q=max_q)
     tested, named = int((~np.isnan(judged.p_value)).sum()), sum(label is not None for label in best)
@@ -178,4 +187,4 @@ def _report(hookpoint: HookPoint, judged: FeatureCoherence, best: list[Label | N
 
 
 if __name__ == "__main__":
-    main(tyro.cli(SelectConfig, description=__doc__))
+    start(main, SelectConfig, __doc__)

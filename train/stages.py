@@ -1,15 +1,20 @@
 """Stages of a run: skipped when complete, recorded when done, refused when they would overwrite something else."""
 
+from __future__ import annotations
+
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.runs.folder import RunFolder, StageRecord
-from fluxsae.sae.training.processes import Processes
+
+if TYPE_CHECKING:
+    from fluxsae.runs.folder import RunFolder
+    from fluxsae.sae.training.processes import Processes
+
 
 STAGES = ("collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos")
 """Every stage that `run.json` records, in order: a stage that is done again makes the later ones stale."""
@@ -46,6 +51,9 @@ def run_stage(
     Raises:
         FluxSaeError: the stage is complete with another config and `force` is off.
     """
+    from fluxsae.runs.folder import StageRecord
+    from fluxsae.sae.training.processes import Processes
+
     peers = processes or Processes()
     config = json.loads(json.dumps(config, default=str))
     if peers.rank == 0:

@@ -6,29 +6,31 @@
 A picture carries its recipe: the second command makes it again, bit for bit the same on the same machine.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import tyro
 from PIL import Image
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.files import write_bytes, write_text
-from fluxsae.flux import flux_identity
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
-from fluxsae.pictures.perceptual import load_distance, load_embedder
-from fluxsae.runs.folder import RunFolder
-from fluxsae.sae.model import SparseAutoencoder
-from fluxsae.steering.demos import describe_edit, load_limits, measured_sweep, run_origin
-from fluxsae.steering.edits import Mode, Recipe, SteeringEdit, load_recipes, parse_edits, png_bytes
-from fluxsae.steering.measurements import EditMeasurement
-from fluxsae.steering.sweeps import Variant, reproduce
+from fluxsae.steering.edits import HeatmapRegion, Mode, Recipe, SteeringEdit, load_recipes, parse_edits, png_bytes
+from train.command import start
 from train.flux_options import open_flux
+
+if TYPE_CHECKING:
+    import torch
+
+    from fluxsae.runs.folder import RunFolder
+    from fluxsae.sae.model import SparseAutoencoder
+    from fluxsae.steering.measurements import EditMeasurement
+    from fluxsae.steering.sweeps import Variant
+
 
 EMBEDDED = "miniature"
 
@@ -77,6 +79,11 @@ class SteerConfig:
 
 def main(config: SteerConfig) -> Variant:
     """Writes the picture and its recipe and prints what the edit did."""
+    from fluxsae.files import write_bytes
+    from fluxsae.pictures.perceptual import load_distance, load_embedder
+    from fluxsae.runs.folder import RunFolder
+    from fluxsae.steering.demos import describe_edit, load_limits, measured_sweep, run_origin
+
     if config.recipe is not None:
         return _again(config, config.recipe)
     if config.prompt is None:
@@ -113,12 +120,16 @@ def load_saes(
     run: RunFolder, edits: tuple[SteeringEdit, ...], *, device: torch.device
 ) -> dict[HookPoint, SparseAutoencoder]:
     """The run's SAEs that the edits name."""
+    from fluxsae.sae.model import SparseAutoencoder
+
     places = sorted({run.check_hookpoint(edit.hookpoint) for edit in edits})
     return {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=device) for place in places}
 
 
 def write_image(path: Path, variant: Variant) -> None:
     """The picture as PNG with its recipe, and the recipe once more as JSON beside it."""
+    from fluxsae.files import write_bytes, write_text
+
     write_bytes(path, png_bytes(variant.image, [variant.recipe]))
     write_text(path.with_suffix(".json"), json.dumps(variant.recipe.to_dict(), indent=2) + "\n")
 
@@ -131,11 +142,16 @@ def _edits(config: SteerConfig, run: RunFolder) -> tuple[SteeringEdit, ...]:
     if config.feature is None:
         raise FluxSaeError("feature is missing; give --feature, --edits or --recipe.")
     hookpoint = run.check_hookpoint(config.hookpoint or run.hookpoints()[-1])
-    region = None if config.heatmap is None else {"heatmap": config.heatmap}
+    region = None if config.heatmap is None else HeatmapRegion(config.heatmap)
     return (SteeringEdit(hookpoint, config.feature, config.mode, config.strength, steps=config.steps, region=region),)
 
 
 def _again(config: SteerConfig, path: Path) -> Variant:
+    import torch
+
+    from fluxsae.flux import flux_identity
+    from fluxsae.steering.sweeps import reproduce
+
     recipes = load_recipes(path)
     if not 0 <= config.index < len(recipes):
         raise FluxSaeError(f"index is {config.index}; {path} holds recipes 0 to {len(recipes) - 1}.")
@@ -172,6 +188,8 @@ def describe_match(path: Path, image: Image.Image) -> str:
 
 
 def _recipe_saes(recipe: Recipe, run: Path | None, *, device: torch.device) -> Mapping[HookPoint, SparseAutoencoder]:
+    from fluxsae.runs.folder import RunFolder
+
     needed = {edit.hookpoint for edits in recipe.batch for edit in edits}
     if run is not None:
         edits = tuple(edit for item in recipe.batch for edit in item)
@@ -186,6 +204,8 @@ def _recipe_saes(recipe: Recipe, run: Path | None, *, device: torch.device) -> M
 
 
 def _load_source(source: Any, device: torch.device) -> SparseAutoencoder:
+    from fluxsae.sae.model import SparseAutoencoder
+
     path = str(miniature_path("run")) if source.path in (EMBEDDED, "embedded") else source.path
     return SparseAutoencoder.from_pretrained(
         path, subfolder=source.subfolder or None, revision=source.revision, device=device
@@ -198,4 +218,4 @@ def _print_measurement(measured: EditMeasurement) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(SteerConfig, description=__doc__))
+    start(main, SteerConfig, __doc__)

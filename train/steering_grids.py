@@ -6,24 +6,25 @@
 With --demos each feature is turned on the image that `train.find_demos` found for it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import tyro
+from typing import TYPE_CHECKING
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex
-from fluxsae.flux import load_flux
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
-from fluxsae.pictures.grids import GridRow, steering_grid
-from fluxsae.pictures.perceptual import load_distance
-from fluxsae.runs.folder import RunFolder
-from fluxsae.sae.model import SparseAutoencoder
-from fluxsae.steering.demos import grid_row, load_limits, measured_sweep, run_origin
 from fluxsae.steering.edits import Recipe, SteeringEdit, png_bytes
+from train.command import start
 from train.find_demos import choose_features
+
+if TYPE_CHECKING:
+    from fluxsae.features.cards import CardIndex
+    from fluxsae.pictures.grids import GridRow
+    from fluxsae.runs.folder import RunFolder
+    from fluxsae.sae.model import SparseAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,9 @@ class SteeringGridsConfig:
 
 def main(config: SteeringGridsConfig) -> list[Path]:
     """Writes one grid a hook point into the run's sheets."""
+    from fluxsae.flux import load_flux
+    from fluxsae.runs.folder import RunFolder
+
     run = RunFolder(config.run)
     info = run.load_info()
     places = [run.check_hookpoint(name) for name in config.hookpoints] or run.hookpoints()
@@ -82,6 +86,8 @@ class _Subject:
 
 
 def _subjects(run: RunFolder, place: HookPoint, config: SteeringGridsConfig) -> list[_Subject]:
+    from fluxsae.features.cards import CardIndex
+
     index = CardIndex(run, place)
     if config.demos:
         demos = [demo for demo in run.load_demos(place) if not config.features or demo["feature"] in config.features]
@@ -106,6 +112,9 @@ class _Painter:
     """Makes and measures the images of one hook point after the other and draws them."""
 
     def __init__(self, run: RunFolder, pipe: object, config: SteeringGridsConfig) -> None:
+        from fluxsae.pictures.perceptual import load_distance
+        from fluxsae.steering.demos import run_origin
+
         self.run, self.pipe, self.config = run, pipe, config
         self.distance = load_distance(config.distance, device=str(getattr(pipe, "device", "cpu")))
         source = "miniature" if run.path == miniature_path("run") else None
@@ -113,6 +122,9 @@ class _Painter:
 
     def paint(self, place: HookPoint, subjects: Sequence[_Subject]) -> Path:
         """The grid of one hook point, written as PNG with the recipes of its images row by row."""
+        from fluxsae.pictures.grids import steering_grid
+        from fluxsae.sae.model import SparseAutoencoder
+
         sae = SparseAutoencoder.from_pretrained(self.run.sae_path(place), device=getattr(self.pipe, "device", "cpu"))
         rows, recipes = [], list[Recipe]()
         for subject in subjects:
@@ -133,6 +145,8 @@ class _Painter:
         return path
 
     def _row(self, place: HookPoint, sae: SparseAutoencoder, subject: _Subject) -> tuple[GridRow, list[Recipe]]:
+        from fluxsae.steering.demos import grid_row, load_limits, measured_sweep
+
         config = self.config
         modes = [("scale", value) for value in config.suppress] + [("add", value) for value in config.amplify]
         edits = [(SteeringEdit(place, subject.feature, mode, value, steps=config.steps),) for mode, value in modes]
@@ -162,4 +176,4 @@ class _Painter:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(SteeringGridsConfig, description=__doc__))
+    start(main, SteeringGridsConfig, __doc__)

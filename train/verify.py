@@ -7,18 +7,21 @@
 Nothing in the run is changed unless asked for. The exit status is 1 where something is wrong.
 """
 
+from __future__ import annotations
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.hub.transfer import is_repo_id
-from fluxsae.publishing.checksums import write_checksums
-from fluxsae.publishing.publish import pull_run
-from fluxsae.publishing.verify import Verdict, verify_run
-from fluxsae.runs.folder import RunFolder
+from train.command import start
+
+if TYPE_CHECKING:
+    from fluxsae.publishing.verify import Verdict
+    from fluxsae.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class VerifyConfig:
 
 def main(config: VerifyConfig) -> Verdict:
     """Checks, and prints every problem, and what was checked and what could not be."""
+    from fluxsae.publishing.checksums import write_checksums
+    from fluxsae.publishing.verify import verify_run
+
     if config.write_checksums and not Path(config.run).is_dir():
         raise FluxSaeError(f"{config.run} is no folder; --write-checksums is for a run folder on this machine.")
     run = _find_run(config.run)
@@ -60,6 +66,10 @@ def main(config: VerifyConfig) -> Verdict:
 
 def _find_run(text: str) -> RunFolder:
     """The folder, or the repository in the Hub cache."""
+    from fluxsae.hub.transfer import is_repo_id
+    from fluxsae.publishing.publish import pull_run
+    from fluxsae.runs.folder import RunFolder
+
     if Path(text).is_dir():
         return RunFolder(text)
     if is_repo_id(text.partition("@")[0]):
@@ -68,4 +78,4 @@ def _find_run(text: str) -> RunFolder:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main(tyro.cli(VerifyConfig, description=__doc__)).is_whole else 1)
+    sys.exit(0 if start(main, VerifyConfig, __doc__).is_whole else 1)

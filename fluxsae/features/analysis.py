@@ -1,7 +1,6 @@
 """From S and sums to one row a feature: class, quantiles, place, steps, best images, companions."""
 
 import json
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,42 +8,12 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.config import AnalysisConfig
 from fluxsae.features.scores import HISTOGRAM_EDGES, FeatureStats, ScoreMatrix, TopImages
 from fluxsae.runs.tables import FeatureRow, FeatureTable
 
 FEATURE_CLASSES = ("dead", "rare", "common", "very common")
 _FEATURES_AT_ONCE = 512
-
-
-@dataclass(frozen=True)
-class AnalysisConfig:
-    """How features are described."""
-
-    n_top_images: int = 12
-    """Best images listed for each feature."""
-    rare_below: float = 1e-3
-    """A feature that fires on a smaller share of tokens is rare (and dead when it never fires)."""
-    very_common_from: float = 0.1
-    """A feature that fires on at least this share of tokens is very common."""
-    quantile_levels: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-    """Quantiles of a feature's activations, where it fires."""
-    n_neighbours: int = 10
-    """Companions listed for each feature."""
-    companion_images: int = 256
-    """Best images of a feature that decide its companions."""
-    family_similarity: float = 0.6
-    """Features whose similarity is at least this, and that are among each other's companions, are one family."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rare_below <= self.very_common_from <= 1:
-            raise FluxSaeError(
-                f"rare_below is {self.rare_below}, very_common_from {self.very_common_from}; "
-                "they must be above 0, at most 1, and in this order."
-            )
-        if min(self.n_top_images, self.n_neighbours, self.companion_images) < 1:
-            raise FluxSaeError("n_top_images, n_neighbours and companion_images must be at least 1.")
-        if not all(0 <= level <= 1 for level in self.quantile_levels):
-            raise FluxSaeError(f"quantile_levels are {self.quantile_levels}; they must lie between 0 and 1.")
 
 
 def feature_class(density: float, config: AnalysisConfig) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.layers import COUNTERPART, LayerComparison
+from fluxsae.features.config import COUNTERPART
+from fluxsae.features.layers import LayerComparison
 
 CHUNK = 2048
 """Features whose cosines with all the others are held at a time."""

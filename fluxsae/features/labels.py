@@ -14,7 +14,8 @@ from scipy.special import gammaln, logsumexp
 from scipy.stats import norm
 from torch import Tensor
 
-from fluxsae.features.selection import SelectionConfig, label_images, prompt_groups
+from fluxsae.features.config import SelectionConfig
+from fluxsae.features.selection import label_images, prompt_groups
 
 CURVE_LEVELS = np.linspace(0.0, 1.0, 11)
 """Shares of a feature's highest score at which `label_curve` tells how far to trust its name."""

@@ -10,33 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-
-
-@dataclass(frozen=True)
-class SelectionConfig:
-    """How features are judged."""
-
-    top_images: int = 16
-    """Images a feature is judged by: its highest scores above 0, each with another prompt."""
-    min_images: int = 4
-    """With fewer such images a feature gets no coherence."""
-    null_draws: int = 20_000
-    """Random sets of images that the coherence is compared with."""
-    max_q: float = 0.05
-    """Share of false discoveries allowed among the features called coherent (Benjamini & Hochberg 1995)."""
-    label_images: int = 48
-    """Images a label is drawn from: the top images, and further ones that reach `label_floor`."""
-    label_floor: float = 0.3
-    """Fraction of the feature's maximum below which an image beyond the top ones says nothing about its label."""
-    seed: int = 0
-    """Seed of the random sets."""
-
-    def __post_init__(self) -> None:
-        if self.min_images < 2 or self.top_images < self.min_images or self.null_draws < 100:
-            raise FluxSaeError(
-                f"top_images={self.top_images}, min_images={self.min_images}, null_draws={self.null_draws}; "
-                "allowed: 2 <= min_images <= top_images and at least 100 null_draws"
-            )
+from fluxsae.features.config import SelectionConfig
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,18 @@
 import re
 from dataclasses import dataclass
 from functools import total_ordering
-from typing import Literal, Self, get_args
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Self, Union, get_args
 
 from fluxsae.errors import FluxSaeError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 BlockKind = Literal["double", "single"]
 Stream = Literal["image", "text"]
 Submodule = Literal["", "attn", "ff", "ff_context", "proj_mlp", "proj_out"]
-BlockOutput = Tensor | tuple[Tensor, ...]
+BlockOutput = Union["Tensor", "tuple[Tensor, ...]"]
 
 _BLOCK_LISTS: dict[BlockKind, str] = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
 _SUBMODULES: tuple[Submodule, ...] = get_args(Submodule)
@@ -101,7 +101,7 @@ class HookPoint:
         """The path of the block that holds the module (the module itself where the whole block is hooked)."""
         return f"{_BLOCK_LISTS[self.block_kind]}.{self.block_index}"
 
-    def split(self, output: BlockOutput, n_text: int) -> Float[Tensor, "batch tokens d_model"]:
+    def split(self, output: BlockOutput, n_text: int) -> 'Float[Tensor, "batch tokens d_model"]':
         """This stream's tokens in what the module returned, as a view where possible.
 
         `n_text` is the number of text tokens, which lead the sequence where both streams share one tensor.
@@ -120,19 +120,21 @@ class HookPoint:
             )
         if shape == "tuple":
             return output[streams.index(self.stream)]
-        assert isinstance(output, Tensor)
+        assert not isinstance(output, tuple)
         if len(streams) == 1:
             return output
         return output[:, :n_text] if self.stream == "text" else output[:, n_text:]
 
-    def join(self, output: BlockOutput, tokens: Float[Tensor, "batch tokens d_model"], n_text: int) -> BlockOutput:
+    def join(self, output: BlockOutput, tokens: 'Float[Tensor, "batch tokens d_model"]', n_text: int) -> BlockOutput:
         """What the module returned with this stream's tokens replaced: same type, layout and dtype; a new tensor."""
+        import torch
+
         shape, streams = _LAYOUTS[self.block_kind, self.submodule]
         if shape == "tuple":
             parts = list(output)
             parts[streams.index(self.stream)] = tokens
             return tuple(parts)
-        assert isinstance(output, Tensor)
+        assert not isinstance(output, tuple)
         if len(streams) == 1:
             return tokens
         if self.stream == "text":

@@ -86,7 +86,7 @@ def load_flux(
     is_small = sum(sizes.values()) < SMALL_MODEL_BYTES
     if not is_small:
         announce(str(name), choice, device, dtype)
-    with _quiet_loading(is_small):
+    with _quiet_loading(logging.getLogger("fluxsae").getEffectiveLevel() > logging.INFO):
         pipe = _open_folder(folder, dtype=dtype, quantization_config=_quantisation(choice.preset, dtype))
     pipe.generation_settings = read_settings(folder)
     pipe.identity = identity

@@ -8,8 +8,8 @@ from typing import Literal
 from torch import Tensor
 
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.laboratory.config import Where
 from fluxsae.laboratory.outcomes import Subject
-from fluxsae.laboratory.steering_report import Where
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.steering.measurements import random_directions, random_features

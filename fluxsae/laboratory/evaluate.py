@@ -1,10 +1,10 @@
 """Scores of a run's SAEs: reconstruction, transfer, flow loss and concepts, measured on images of their own."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from fluxsae.errors import FluxSaeError, check_positive
+from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation.flow import FlowReport, drawn_images, evaluate_flow, own_images
 from fluxsae.evaluation.reconstruction import (
     ReconstructionReport,
@@ -20,8 +20,8 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.concept_report import ConceptReport
 from fluxsae.laboratory.concepts import evaluate_concepts
+from fluxsae.laboratory.config import EvaluationConfig
 from fluxsae.laboratory.steering import candidate_features, run_laboratory
-from fluxsae.laboratory.steering_config import LaboratoryConfig
 from fluxsae.laboratory.steering_report import LaboratoryReport
 from fluxsae.runs.folder import RunFolder
 from fluxsae.sae.model import SparseAutoencoder
@@ -29,33 +29,6 @@ from fluxsae.sae.model import SparseAutoencoder
 Part = Literal["reconstruction", "transfer", "flow", "concepts", "steering"]
 PARTS: tuple[Part, ...] = get_args(Part)
 MINIATURE = "miniature"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """How much is measured, and how sure."""
-
-    n_images: int = 256
-    """Fresh images for the reconstruction; the concepts look at the run's own images, at most three times as many."""
-    n_flow_images: int = 64
-    """Images for the flow loss: drawn scenes for the miniature, else the model's own samples."""
-    n_transfer_images: int = 8
-    """Images for each size of the transfer table."""
-    batch_size: int = 8
-    """Images generated together."""
-    draws: int = 500
-    """Resamples of the images behind each interval."""
-    seed: int = 0
-    """Decides noise, halves, random directions and resamples."""
-    steps: tuple[int, ...] = ()
-    """Steps to look at; left out, those that each SAE was trained on (for the concepts: that S was scored at)."""
-    laboratory: LaboratoryConfig = field(default_factory=LaboratoryConfig)
-    """How much the steering laboratory tries."""
-    sizes: tuple[tuple[int, int], ...] = ()
-    """Sizes (height, width) of the transfer table, pixels; left out, a smaller one, the trained one and a wider one."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "n_images", "n_flow_images", "n_transfer_images", "batch_size", "draws")
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,13 @@ from fluxsae.flux import FluxPipeline, capture, decode_latents, denoise_to, gene
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.arms import Arm, Controls
+from fluxsae.laboratory.config import DIRECTIONS, Direction, LaboratoryConfig
 from fluxsae.laboratory.halves import LEAST_CONFIDENCE
 from fluxsae.laboratory.outcomes import Outcome, Subject, Tally, compare_scenes, draw_subject
 from fluxsae.laboratory.probes import TokenMoments
-from fluxsae.laboratory.steering_config import LaboratoryConfig
 from fluxsae.laboratory.steering_report import (
-    DIRECTIONS,
     TARGET_ATTRIBUTES,
     ConceptResult,
-    Direction,
     EditSettings,
     LaboratoryReport,
     TrialResult,

@@ -2,27 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 
 from fluxsae.evaluation.intervals import LEVEL, Estimate
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.laboratory.config import Direction, Where
 from fluxsae.laboratory.outcomes import Tally
 from fluxsae.laboratory.truths import Concept
 from fluxsae.steering.edits import SteeringEdit
 
-Direction = Literal["amplify", "suppress"]
-DIRECTIONS: Final[tuple[Direction, ...]] = ("amplify", "suppress")
 TARGET_ATTRIBUTES: Final = ("colour", "texture", "background")
 LEAST_SPECIFICITY: Final = 0.8
 _PENALTY: Final = 2.0
 """Success that a setting must gain for each unit of specificity that it misses."""
-
-
-Where = Literal["everywhere", "painted"]
-"""Whether an edit acts on the whole picture, or where the attribute lies in the unedited one: what a person who
-steers would paint, the object for its attributes, all else for the background."""
 
 
 @dataclass(frozen=True)

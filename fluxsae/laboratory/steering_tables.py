@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from fluxsae.evaluation.tables import text_table
+from fluxsae.laboratory.config import DIRECTIONS, Direction
 from fluxsae.laboratory.outcomes import Tally
-from fluxsae.laboratory.steering_report import DIRECTIONS, TARGET_ATTRIBUTES, Direction, EditSettings, LaboratoryReport
+from fluxsae.laboratory.steering_report import TARGET_ATTRIBUTES, EditSettings, LaboratoryReport
 from fluxsae.miniature.scenes import ATTRIBUTES
 
 ARMS = ("feature", "random direction", "random feature", "rivals alone", "difference of means", "prompt")

@@ -5,17 +5,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import check_free_space, read_json, write_json, write_text
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.hub import transfer
+from fluxsae.publishing import Part
 from fluxsae.publishing.checksums import is_inside, read_checksums, write_checksums, wrong_files
 from fluxsae.publishing.model_card import build_card, build_sae_card, build_tables_card
 from fluxsae.runs.folder import RunFolder
-
-Part = Literal["all", "browse"]
 
 
 @dataclass(frozen=True)

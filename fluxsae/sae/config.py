@@ -1,22 +1,28 @@
 """What an SAE is and where its activations came from, as plain data that is checked when it is made."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self, get_args
+from dataclasses import asdict, fields
+from typing import Annotated, Any, Literal, Self, get_args
 
+from pydantic import Field
+
+from fluxsae.checked import FromList, checked, from_object
 from fluxsae.errors import FluxSaeError
 
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "matryoshka"]
+Precision = Literal["float32", "bfloat16"]
 
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 SCHEMA_VERSION = 1
+
+Size = Annotated[int, Field(ge=1, le=1 << 30)]
+Weight = Annotated[float, Field(ge=0)]
 
 _NEEDS_K: frozenset[Architecture] = frozenset({"topk", "batchtopk", "matryoshka"})
 _HAS_THRESHOLD: frozenset[Architecture] = frozenset({"batchtopk", "matryoshka", "jumprelu"})
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked(kw_only=True)
 class TrainedOn:
     """Where an SAE's activations came from: the ground on which its features mean what their cards say."""
 
@@ -26,21 +32,21 @@ class TrainedOn:
     """Commit of the FLUX model, or None for a local one."""
     hookpoint: str
     """Module path, as `str(HookPoint)` writes it."""
-    steps: tuple[int, ...]
+    steps: Annotated[tuple[int, ...], FromList]
     """0-based steps of the full schedule."""
-    sigmas: tuple[float, ...]
+    sigmas: Annotated[tuple[float, ...], FromList]
     """Noise level of each of `steps`."""
-    height: int
+    height: Size
     """Image height, pixels."""
-    width: int
+    width: Size
     """Image width, pixels."""
-    guidance_scale: float
+    guidance_scale: Weight
     """Distilled guidance of the generations."""
-    n_tokens: int
+    n_tokens: Size
     """Tokens an image (and step) gives at this hook point."""
     dataset_hash: str
     """Hash of the activation manifest or of the prompts."""
-    sigma_tolerance: float = 0.05
+    sigma_tolerance: Weight = 0.05
     """How far from a trained sigma the SAE may be used."""
 
     def __post_init__(self) -> None:
@@ -61,27 +67,8 @@ class TrainedOn:
             if value != getattr(self, name)
         ]
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The value that `asdict` and JSON turned into `values`.
 
-        Raises:
-            FluxSaeError: a field is missing, unknown or of the wrong type.
-        """
-        _check_fields(cls, values, where="trained_on")
-        for name in ("flux_id", "flux_revision", "hookpoint", "dataset_hash"):
-            if not isinstance(values[name], str) and (name != "flux_revision" or values[name] is not None):
-                raise FluxSaeError(f"trained_on.{name} is {values[name]!r}. It must be text.")
-        for name in ("height", "width", "n_tokens"):
-            _check_size(f"trained_on.{name}", values[name], 1, 1 << 30)
-        for name in ("guidance_scale", "sigma_tolerance"):
-            _check_real(f"trained_on.{name}", values[name], 0.0)
-        steps = _numbers("trained_on.steps", values["steps"], int)
-        sigmas = _numbers("trained_on.sigmas", values["sigmas"], float)
-        return cls(**{**values, "steps": tuple(int(step) for step in steps), "sigmas": sigmas})
-
-
-@dataclass(frozen=True, kw_only=True)
+@checked(kw_only=True)
 class SaeConfig:
     """What an SAE is: architecture, sizes, the weights of its loss, and what it was trained on.
 
@@ -91,44 +78,36 @@ class SaeConfig:
 
     architecture: Architecture
     """l1 (ReLU), topk, batchtopk, jumprelu or matryoshka."""
-    d_model: int
+    d_model: Annotated[int, Field(ge=1, le=1 << 20)]
     """Width of the activations."""
-    n_features: int
+    n_features: Annotated[int, Field(ge=1, le=1 << 24)]
     """Number of features."""
     k: int | None = None
     """Active features a token (topk), or on average a token (batchtopk, matryoshka)."""
-    l1_coeff: float = 1e-3
+    l1_coeff: Weight = 1e-3
     """l1: weight of mean over tokens of sum_f acts."""
-    l0_coeff: float = 1e-3
+    l0_coeff: Weight = 1e-3
     """jumprelu: weight of mean over tokens of the number of active features."""
-    bandwidth: float = 0.1
+    bandwidth: Annotated[float, Field(ge=1e-6)] = 0.1
     """jumprelu: width of the window through which the thresholds get their gradient, in units of pre_acts."""
-    auxk_coeff: float = 1 / 32
+    auxk_coeff: Weight = 1 / 32
     """topk, batchtopk, matryoshka: weight of the auxiliary loss of dead features (0 = off)."""
     auxk: int | None = None
     """Dead features a token in the auxiliary loss; None = half of d_model."""
-    dead_after_tokens: int = 1_000_000
+    dead_after_tokens: Annotated[int, Field(ge=1, le=1 << 50)] = 1_000_000
     """A feature is dead when it fired on none of this many tokens."""
-    prefixes: tuple[int, ...] = ()
+    prefixes: Annotated[tuple[int, ...], FromList] = ()
     """matryoshka: nested dictionary sizes, rising, the last one n_features; () = eighths doubling."""
-    trained_on: TrainedOn | None = None
+    trained_on: Annotated[TrainedOn, from_object(TrainedOn)] | None = None
     """The training ground; None = unknown."""
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise FluxSaeError(f"architecture is {self.architecture!r}. Allowed are {', '.join(ARCHITECTURES)}.")
-        _check_size("d_model", self.d_model, 1, 1 << 20)
-        _check_size("n_features", self.n_features, 1, 1 << 24)
-        if self.architecture in _NEEDS_K:
-            _check_size("k", self.k, 1, self.n_features)
-        elif self.k is not None:
+        needs_k = self.architecture in _NEEDS_K
+        if self.k is not None and not needs_k:
             raise FluxSaeError(f"k is {self.k}, but {self.architecture} has no k. Leave it out, or choose topk.")
-        if self.auxk is not None:
-            _check_size("auxk", self.auxk, 1, self.n_features)
-        _check_size("dead_after_tokens", self.dead_after_tokens, 1, 1 << 50)
-        for name in ("l1_coeff", "l0_coeff", "auxk_coeff"):
-            _check_real(name, getattr(self, name), 0.0)
-        _check_real("bandwidth", self.bandwidth, 1e-6)
+        for name, value, is_needed in (("k", self.k, needs_k), ("auxk", self.auxk, False)):
+            if (value is None and is_needed) or (value is not None and not 1 <= value <= self.n_features):
+                raise FluxSaeError(f"{name} is {value}. It must be a whole number from 1 to {self.n_features}.")
         self._check_prefixes()
 
     def _check_prefixes(self) -> None:
@@ -179,7 +158,7 @@ class SaeConfig:
         """The configuration that `to_dict` turned into `values`.
 
         Raises:
-            FluxSaeError: a newer schema; a field missing, unknown or out of range.
+            FluxSaeError: a newer schema; a field missing, unknown, of the wrong type or out of range.
         """
         values = dict(values)
         version = values.pop("schema_version", None)
@@ -190,42 +169,7 @@ class SaeConfig:
                 f"schema_version is {version}, written by a newer fluxsae; this one reads up to {SCHEMA_VERSION}. "
                 "Upgrade fluxsae."
             )
-        _check_fields(cls, values, where="the SAE's config")
-        values["prefixes"] = _numbers("prefixes", values["prefixes"], int)
-        if values["trained_on"] is not None:
-            if not isinstance(values["trained_on"], Mapping):
-                raise FluxSaeError(f"trained_on is {values['trained_on']!r}. It must be an object or null.")
-            values["trained_on"] = TrainedOn.from_dict(values["trained_on"])
+        missing = [field.name for field in fields(cls) if field.name not in values]
+        if missing:
+            raise FluxSaeError(f"The SAE's config lacks {', '.join(missing)}. Write it again with `save_pretrained`.")
         return cls(**values)
-
-
-def _check_fields(cls: type, values: Mapping[str, Any], *, where: str) -> None:
-    known = [field.name for field in fields(cls)]
-    missing, unknown = [name for name in known if name not in values], sorted(set(values) - set(known))
-    if missing or unknown:
-        problem = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(
-            unknown
-        )
-        raise FluxSaeError(f"{where} {' and '.join(problem)}. Its fields are exactly {', '.join(known)}.")
-
-
-def _numbers(name: str, values: object, kind: type) -> tuple[Any, ...]:
-    if not isinstance(values, list | tuple) or not all(_is_number(value, kind) for value in values):
-        raise FluxSaeError(f"{name} is {values!r}. It must be a list of finite numbers ({kind.__name__}).")
-    return tuple(kind(value) for value in values)
-
-
-def _is_number(value: object, kind: type) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value) and isinstance(value, int | kind)
-
-
-def _check_size(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise FluxSaeError(f"{name} is {value!r}. Allowed is a whole number from {low} to {high}.")
-
-
-def _check_real(name: str, value: object, low: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < low:
-        raise FluxSaeError(f"{name} is {value!r}. Allowed is a finite number of at least {low:g}.")

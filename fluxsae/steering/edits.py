@@ -2,14 +2,14 @@
 
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeGuard, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 from PIL import Image, PngImagePlugin
+from pydantic import BeforeValidator, Field, GetPydanticSchema, InstanceOf, SkipValidation
 
+from fluxsae.checked import FromList, checked, from_object, made_from, short
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
@@ -34,29 +34,47 @@ PNG_KEY: Final = "fluxsae.recipes"
 RECIPE_SCHEMA: Final = 1
 
 
-@dataclass(frozen=True, init=False)
+@checked()
 class HeatmapRegion:
     """The tokens where the edited feature itself fires above `threshold`.
 
     `threshold` is a fraction of the feature's reference activation, at least 0. With 0: wherever it fires at all.
     """
 
-    threshold: float = 0.0
-
-    def __init__(self, threshold: object = 0.0) -> None:
-        if not _is_number(threshold) or not 0 <= threshold <= MAX_STRENGTH:
-            raise FluxSaeError(
-                f"region.heatmap is {_short(threshold)}; it is a fraction of the feature's reference activation, "
-                f"a number from 0 to {MAX_STRENGTH:g}. Use 0 for every token where the feature fires."
-            )
-        object.__setattr__(self, "threshold", float(threshold))
+    threshold: Annotated[float, Field(ge=0, le=MAX_STRENGTH)] = 0.0
 
 
 GridMask = tuple[tuple[bool, ...], ...]
 Region = GridMask | HeatmapRegion
 
 
-@dataclass(frozen=True, init=False)
+def _parsed(value: object) -> object:
+    return HookPoint.parse(value) if isinstance(value, str) else value
+
+
+def _region(value: Any) -> Region | None:
+    if value is None or isinstance(value, HeatmapRegion):
+        return value
+    if isinstance(value, Mapping) and set(value) == {"heatmap"}:
+        return HeatmapRegion(threshold=value["heatmap"])
+    is_grid = isinstance(value, list | tuple) and value and all(isinstance(row, list | tuple) and row for row in value)
+    if not is_grid or len({len(row) for row in value}) != 1 or not all(_is_bit(cell) for row in value for cell in row):
+        raise FluxSaeError(
+            f"It is {short(value)}. Give null, rows of 0 and 1 of equal length (one row of the token grid each), "
+            'or {"heatmap": fraction of the reference activation}.'
+        )
+    return tuple(tuple(bool(cell) for cell in row) for row in value)
+
+
+def _is_bit(value: Any) -> bool:
+    return isinstance(value, bool | int) and value in (0, 1)
+
+
+Place = Annotated[InstanceOf[HookPoint], BeforeValidator(_parsed)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+@checked()
 class SteeringEdit:
     """One change of one feature at one hook point.
 
@@ -73,33 +91,20 @@ class SteeringEdit:
         FluxSaeError: a field is out of range; the message names it.
     """
 
-    hookpoint: HookPoint
-    feature: int
-    mode: str
-    strength: float
-    steps: tuple[int, int] | None = None
-    region: Region | None = None
+    hookpoint: Place
+    feature: Annotated[int, Field(ge=0, le=2**31 - 1)]
+    mode: Annotated[str, GetPydanticSchema(lambda _, schema: schema(Mode))]
+    strength: Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
+    steps: Annotated[tuple[int, int], FromList] | None = None
+    region: Annotated[SkipValidation[Region | None], BeforeValidator(_region)] = None
 
-    # The parameters are `object` because they are checked here, one by one, with a message for the user.
-    def __init__(  # noqa: PLR0917
-        self,
-        hookpoint: object,
-        feature: object,
-        mode: object,
-        strength: object,
-        steps: object = None,
-        region: object = None,
-    ) -> None:
-        checked = {
-            "hookpoint": _hookpoint(hookpoint),
-            "feature": _feature(feature),
-            "mode": _mode(mode),
-            "strength": _strength(_mode(mode), strength),
-            "steps": _steps(steps),
-            "region": _region(region),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+    def __post_init__(self) -> None:
+        if self.mode in ("ablate", "project_out") and not 0 <= self.strength <= 1:
+            raise FluxSaeError(f"strength is {self.strength}. In mode {self.mode} it must be a number from 0 to 1.")
+        if self.steps is not None and not 0 <= self.steps[0] <= self.steps[1]:
+            raise FluxSaeError(
+                f"steps is {self.steps}. It must be [start, stop] with 0 <= start <= stop (stop itself is not edited)."
+            )
 
     @property
     def is_identity(self) -> bool:
@@ -126,8 +131,7 @@ class SteeringEdit:
         Raises:
             FluxSaeError: not an object, a key is missing or unknown, or a value is out of range.
         """
-        required = ("hookpoint", "feature", "mode", "strength")
-        return cls(**_checked_keys(values, "edit", required, ("steps", "region")))
+        return made_from(cls, values)
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -147,7 +151,7 @@ def parse_edits(values: Any) -> tuple[SteeringEdit, ...]:
     """
     loaded = _loads(values, "edits") if isinstance(values, str) else values
     if not isinstance(loaded, (list, tuple)):
-        raise FluxSaeError(f"edits is {_short(loaded)}; it is a JSON list of edits, for no edit the empty list [].")
+        raise FluxSaeError(f"edits is {short(loaded)}; it is a JSON list of edits, for no edit the empty list [].")
     check_count(loaded)
     edits = []
     for place, value in enumerate(loaded):
@@ -173,7 +177,7 @@ def is_batched(edits: Sequence[SteeringEdit] | Sequence[Sequence[SteeringEdit]])
         FluxSaeError: the two are mixed, or an element is neither.
     """
     if isinstance(edits, (str, bytes)) or not isinstance(edits, Sequence):
-        raise FluxSaeError(f"edits is {_short(edits)}; give a list of SteeringEdit, or one such list an image.")
+        raise FluxSaeError(f"edits is {short(edits)}; give a list of SteeringEdit, or one such list an image.")
     flat = [isinstance(item, SteeringEdit) for item in edits]
     nested = [
         isinstance(item, (list, tuple)) and all(isinstance(edit, SteeringEdit) for edit in item) for item in edits
@@ -185,11 +189,11 @@ def is_batched(edits: Sequence[SteeringEdit] | Sequence[Sequence[SteeringEdit]])
     return bool(edits) and all(nested)
 
 
-@dataclass(frozen=True)
+@checked()
 class SaeSource:
     """Where the SAE of a hook point is loaded from: a folder or Hub repository, and its revision."""
 
-    hookpoint: HookPoint
+    hookpoint: Place
     path: str
     subfolder: str = ""
     revision: str | None = None
@@ -206,13 +210,22 @@ class SaeSource:
     @classmethod
     def from_dict(cls, values: Any) -> "SaeSource":
         """Inverse of `to_dict`."""
-        fields = _checked_keys(values, "saes", ("hookpoint", "source"), ("subfolder", "revision"))
-        fields["path"] = fields.pop("source")
-        _checked_texts(fields, ("path", "subfolder"), ("revision",))
-        return cls(**{**fields, "hookpoint": _hookpoint(fields["hookpoint"])})
+        if isinstance(values, Mapping) and "source" in values:
+            values = {"path" if name == "source" else name: value for name, value in values.items()}
+        return made_from(cls, values)
 
 
-@dataclass(frozen=True)
+def _sources(values: object) -> object:
+    if not isinstance(values, list | tuple):
+        return values
+    return tuple(value if isinstance(value, SaeSource) else SaeSource.from_dict(value) for value in values)
+
+
+def _batch(values: object) -> object:
+    return tuple(map(parse_edits, values)) if isinstance(values, list | tuple) else values
+
+
+@checked()
 class Recipe:
     """All that is needed to make one steered image again, bit for bit on the same machine.
 
@@ -222,11 +235,11 @@ class Recipe:
     """
 
     prompt: str
-    seed: int
-    settings: GenerationSettings
+    seed: Seed
+    settings: Annotated[GenerationSettings, from_object(GenerationSettings)]
     flux_id: str
-    saes: tuple[SaeSource, ...] = ()
-    batch: tuple[tuple[SteeringEdit, ...], ...] = ((),)
+    saes: Annotated[tuple[SaeSource, ...], BeforeValidator(_sources)] = ()
+    batch: Annotated[tuple[tuple[SteeringEdit, ...], ...], BeforeValidator(_batch)] = ((),)
     index: int = 0
     shared_steps: int = 0
     flux_revision: str | None = None
@@ -234,9 +247,9 @@ class Recipe:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        _checked_int("seed", self.seed, 0, 2**63 - 1)
-        _checked_int("index", self.index, 0, len(self.batch) - 1)
-        _checked_int("shared_steps", self.shared_steps, 0, self.settings.num_inference_steps)
+        for name, most in (("index", len(self.batch) - 1), ("shared_steps", self.settings.num_inference_steps)):
+            if not 0 <= getattr(self, name) <= most:
+                raise FluxSaeError(f"{name} is {getattr(self, name)}. It must be a whole number from 0 to {most}.")
 
     @property
     def edits(self) -> tuple[SteeringEdit, ...]:
@@ -267,20 +280,12 @@ class Recipe:
         Raises:
             FluxSaeError: a key is missing or unknown, a value is out of range, or the schema is another one.
         """
-        required = ("schema_version", "prompt", "seed", "settings", "flux_id", "saes", "batch", "index")
-        fields = _checked_keys(values, "recipe", required, ("shared_steps", "flux_revision", "dtype", "device"))
-        version = fields.pop("schema_version")
-        if version != RECIPE_SCHEMA:
-            raise FluxSaeError(f"recipe.schema_version is {version!r}; this version of fluxsae reads {RECIPE_SCHEMA}.")
-        _checked_texts(fields, ("prompt", "flux_id", "dtype", "device"), ("flux_revision",))
-        for name in ("seed", "index", "shared_steps"):
-            _checked_int(name, fields.get(name, 0), 0, 2**63 - 1)
-        if not isinstance(fields["settings"], Mapping):
-            raise FluxSaeError(f"settings is {_short(fields['settings'])}; it is a JSON object.")
-        fields["settings"] = GenerationSettings.from_dict(fields["settings"])
-        fields["saes"] = tuple(SaeSource.from_dict(source) for source in _checked_list("saes", fields["saes"]))
-        fields["batch"] = tuple(parse_edits(edits) for edits in _checked_list("batch", fields["batch"]))
-        return cls(**fields)
+        if not isinstance(values, Mapping) or values.get("schema_version") != RECIPE_SCHEMA:
+            raise FluxSaeError(f"{short(values)} is no recipe of schema_version {RECIPE_SCHEMA}, which is read here.")
+        missing = [name for name in ("saes", "batch", "index") if name not in values]
+        if missing:
+            raise FluxSaeError(f"The recipe lacks {', '.join(missing)}. Give one that fluxsae wrote, unedited.")
+        return made_from(cls, {name: value for name, value in values.items() if name != "schema_version"})
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -330,59 +335,6 @@ def _png_text(path: Path) -> str:
     return str(text)
 
 
-def _hookpoint(value: Any) -> HookPoint:
-    if isinstance(value, HookPoint):
-        return value
-    if not isinstance(value, str):
-        raise FluxSaeError(f"hookpoint is {_short(value)}; give text such as 'layer15' or 'transformer_blocks.15.ff'.")
-    return HookPoint.parse(value)
-
-
-def _feature(value: Any) -> int:
-    _checked_int("feature", value, 0, 2**31 - 1)
-    return int(value)
-
-
-def _mode(value: object) -> str:
-    if not isinstance(value, str) or value not in MODES:
-        raise FluxSaeError(f"mode is {_short(value)}; allowed are {', '.join(MODES)}.")
-    return value
-
-
-def _strength(mode: str, value: object) -> float:
-    low, high = (0.0, 1.0) if mode in ("ablate", "project_out") else (-MAX_STRENGTH, MAX_STRENGTH)
-    if not _is_number(value) or not low <= value <= high:
-        raise FluxSaeError(f"strength is {_short(value)}; in mode {mode} it is a number from {low:g} to {high:g}.")
-    return float(value)
-
-
-def _steps(value: Any) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(_is_int(bound) for bound in value):
-        raise FluxSaeError(f"steps is {_short(value)}; it is a pair of whole numbers [start, stop], or null.")
-    start, stop = value
-    if not 0 <= start <= stop:
-        raise FluxSaeError(f"steps is [{start}, {stop}]; 0 <= start <= stop is needed (stop itself is not edited).")
-    return int(start), int(stop)
-
-
-def _region(value: Any) -> Region | None:
-    if value is None or isinstance(value, HeatmapRegion):
-        return value
-    if isinstance(value, Mapping):
-        return HeatmapRegion(_checked_keys(value, "region", ("heatmap",), ())["heatmap"])
-    is_grid = (
-        isinstance(value, (list, tuple)) and value and all(isinstance(row, (list, tuple)) and row for row in value)
-    )
-    if not is_grid or len({len(row) for row in value}) != 1 or not all(_is_bit(cell) for row in value for cell in row):
-        raise FluxSaeError(
-            f"region is {_short(value)}; it is null, rows of 0 and 1 of equal length (one row of the token grid each), "
-            'or {"heatmap": fraction of the reference activation}.'
-        )
-    return tuple(tuple(bool(cell) for cell in row) for row in value)
-
-
 def _region_to_json(region: Region | None) -> Any:
     if region is None:
         return None
@@ -391,61 +343,13 @@ def _region_to_json(region: Region | None) -> Any:
     return [[int(cell) for cell in row] for row in region]
 
 
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_bit(value: Any) -> bool:
-    return isinstance(value, (bool, int)) and value in (0, 1)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _checked_int(name: str, value: Any, low: int, high: int) -> None:
-    if not _is_int(value) or not low <= value <= high:
-        raise FluxSaeError(f"{name} is {_short(value)}; it is a whole number from {low} to {high}.")
-
-
-def _checked_texts(fields: Mapping[str, Any], names: Sequence[str], nullable: Sequence[str]) -> None:
-    for name in (*names, *nullable):
-        value = fields.get(name, "")
-        if not isinstance(value, str) and not (value is None and name in nullable):
-            raise FluxSaeError(f"{name} is {_short(value)}; it is text.")
-
-
-def _checked_list(name: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise FluxSaeError(f"{name} is {_short(value)}; it is a JSON list.")
-    return value
-
-
-def _checked_keys(values: Any, name: str, required: Sequence[str], optional: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise FluxSaeError(f"{name} is {_short(values)}; it is a JSON object with {', '.join((*required, *optional))}.")
-    missing = [key for key in required if key not in values]
-    unknown = [key for key in values if key not in (*required, *optional)]
-    if missing or unknown:
-        fault = f"lacks {', '.join(missing)}" if missing else f"has the unknown key {_short(unknown[0])}"
-        raise FluxSaeError(
-            f"{name} {fault}; required: {', '.join(required)}; optional: {', '.join(optional) or 'none'}."
-        )
-    return dict(values)
-
-
 def _loads(text: str, name: str) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except FluxSaeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise FluxSaeError(f"{name} is not valid JSON ({error}); it was {_short(text)}.") from error
+        raise FluxSaeError(f"{name} is not valid JSON ({error}); it was {short(text)}.") from error
 
 
 def _refuse_constant(constant: str) -> None:

@@ -45,7 +45,7 @@ from fluxsae.runs.tables import Heatmaps
 from fluxsae.sae.config import SaeConfig, TrainedOn
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training import Task, TrainConfig, train_together
-from train.benchmarks.collection import BenchmarkConfig
+from train.benchmarks.options import CollectionConfig
 
 PLACES = ["layer1", "single_transformer_blocks.0", "transformer_blocks.0.ff_context"]
 WORDS = ["red", "blue", "green", "pink", "cyan", "purple", "orange"]
@@ -453,7 +453,7 @@ def test_an_sae_is_scored_at_the_steps_nearest_to_its_sigmas(tiny_flux: FluxPipe
 
 
 def test_the_benchmark_counts_blocks_and_bytes(tiny_flux: FluxPipeline, capsys: pytest.CaptureFixture[str]) -> None:
-    config = BenchmarkConfig(step=1, n_images=2, repeats=1)
+    config = CollectionConfig(step=1, n_images=2, repeats=1)
     speed = train.benchmarks.collection.main(config, pipe=tiny_flux)
     n_steps = default_settings(tiny_flux).num_inference_steps
     n_blocks = len(tiny_flux.transformer.transformer_blocks) + len(tiny_flux.transformer.single_transformer_blocks)
@@ -464,7 +464,7 @@ def test_the_benchmark_counts_blocks_and_bytes(tiny_flux: FluxPipeline, capsys: 
 
 @pytest.mark.bench
 def test_early_exit_takes_about_the_share_of_blocks_that_it_runs(miniature: FluxPipeline) -> None:
-    speed = train.benchmarks.collection.main(BenchmarkConfig(), pipe=miniature)
+    speed = train.benchmarks.collection.main(CollectionConfig(), pipe=miniature)
     assert speed.early_seconds / speed.denoised_seconds <= speed.blocks_share + 0.05
 
 

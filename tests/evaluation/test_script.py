@@ -10,7 +10,8 @@ from tiny_flux import D_MODEL, SETTINGS
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, flux_identity, schedule_sigmas
-from fluxsae.laboratory.evaluate import EvaluationConfig, evaluate
+from fluxsae.laboratory.config import EvaluationConfig
+from fluxsae.laboratory.evaluate import evaluate
 from fluxsae.runs.folder import RunFolder, RunInfo
 from fluxsae.runs.tables import ImageRow
 from fluxsae.sae.config import SaeConfig, TrainedOn

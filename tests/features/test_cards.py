@@ -27,8 +27,7 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
     """The synthetic run after embed, select and directions."""
     synthetic = build(tmp_path_factory.mktemp("runs") / "synthetic")
     with pytest.MonkeyPatch.context() as patch:
-        for script in (train.embed, train.select):
-            patch.setattr(script, "load_embedder", lambda *_, **__: SceneEmbedder())
+        patch.setattr("fluxsae.pictures.perceptual.load_embedder", lambda *_, **__: SceneEmbedder())
         assert train.embed.main(train.embed.EmbedConfig(run=synthetic.run.path, model="scenes")).word == "done"
         assert train.select.main(train.select.SelectConfig(run=synthetic.run.path)).word == "done"
         assert train.select.main(train.select.SelectConfig(run=synthetic.run.path)).word == "skipped"
@@ -253,7 +252,7 @@ class _FixedLabeller:
 
 def test_another_labeller_can_name_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = build(tmp_path / "named", n_images=30).run
-    monkeypatch.setattr(train.select, "load_embedder", lambda *_, **__: SceneEmbedder())
+    monkeypatch.setattr("fluxsae.pictures.perceptual.load_embedder", lambda *_, **__: SceneEmbedder())
     train.select.main(train.select.SelectConfig(run=run.path), labellers=[_FixedLabeller()])
     labels = CardIndex(run, HOOKPOINT).labels
     assert labels[0] is None

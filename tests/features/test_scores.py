@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.analysis import AnalysisConfig, class_counts, describe_features, find_companions, find_families
+from fluxsae.features.analysis import class_counts, describe_features, find_companions, find_families
+from fluxsae.features.config import AnalysisConfig
 from fluxsae.features.scores import (
     HISTOGRAM_EDGES,
     FeatureStats,

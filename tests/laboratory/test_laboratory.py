@@ -18,6 +18,7 @@ from fluxsae.evaluation.intervals import Estimate
 from fluxsae.flux import FluxPipeline, token_grid
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.laboratory.arms import control_seed
+from fluxsae.laboratory.config import DIRECTIONS, LaboratoryConfig
 from fluxsae.laboratory.outcomes import OBJECT_ATTRIBUTES, Outcome, Tally, compare_scenes, draw_subject
 from fluxsae.laboratory.probes import TokenMoments
 from fluxsae.laboratory.steering import (
@@ -25,8 +26,7 @@ from fluxsae.laboratory.steering import (
     candidate_features,
     run_laboratory,
 )
-from fluxsae.laboratory.steering_config import LaboratoryConfig
-from fluxsae.laboratory.steering_report import DIRECTIONS, ConceptResult, EditSettings, LaboratoryReport, TrialResult
+from fluxsae.laboratory.steering_report import ConceptResult, EditSettings, LaboratoryReport, TrialResult
 from fluxsae.laboratory.steering_tables import laboratory_text
 from fluxsae.laboratory.truths import CONCEPTS, Concept
 from fluxsae.miniature.scenes import ATTRIBUTES, Scene, prompted_attributes, sample_scene

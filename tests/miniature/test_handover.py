@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fluxsae.errors import FluxSaeError
-from train.miniature.__main__ import MiniatureConfig, _train_generator
+from train.miniature.__main__ import MiniatureConfig
 from train.miniature.bank import SceneBank
 from train.miniature.flow import pack, predict_velocity
 from train.miniature.handover import SHARE, Handover, draw_order
 from train.miniature.models import LATENT_CHANNELS, build_generator, build_tokenizer, tokenize
+from train.miniature.stages import _train_generator
 
 PROMPTS = ["a large red circle", "a small blue star on a black background", "two green rings"]
 

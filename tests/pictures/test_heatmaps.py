@@ -225,7 +225,7 @@ def test_the_heatmap_script_shows_one_feature_of_one_image(
 def test_the_heatmap_script_refuses_what_does_not_exist_before_any_model_work(
     tiny_run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.heatmap, "load_flux", lambda *_, **__: pytest.fail("FLUX was loaded"))
+    monkeypatch.setattr("fluxsae.flux.load_flux", lambda *_, **__: pytest.fail("FLUX was loaded"))
     good = train.heatmap.HeatmapConfig(prompt="a star", run=tiny_run.path)
     for wrong, named in (
         (replace(good, feature=64), "0 to 63"),

@@ -129,7 +129,7 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
         from_sparsify(tmp_path)
 
 
-# With the real libraries, in the environment that `train.benchmarks.training` builds
+# With the real libraries, in the environment that `train.benchmarks training` builds
 
 _READ_WITH_LIBRARY = {
     "saelens": """

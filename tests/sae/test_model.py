@@ -211,14 +211,17 @@ def test_tensors_that_do_not_fit_are_named(saved: Path, changes: dict[str, objec
         ({"schema_version": 99}, "schema_version is 99, written by a newer fluxsae"),
         ({"schema_version": "absent"}, "schema_version is None"),
         ({"k": "absent"}, "lacks k"),
-        ({"colour": 1}, "has unknown colour"),
+        ({"colour": 1}, "colour is unknown"),
         ({"n_features": "24"}, "n_features is '24'"),
         ({"n_features": 25}, r"F32 \[24, 8\].*F32 \[25, 8\]"),
         ({"architecture": "l1", "k": None}, "has unknown threshold"),
-        ({"trained_on": {"flux_id": "x"}}, "trained_on lacks"),
-        ({"trained_on": {**asdict(GROUND), "height": "128"}}, "trained_on.height is '128'"),
-        ({"trained_on": {**asdict(GROUND), "hookpoint": 3}}, "trained_on.hookpoint is 3. It must be text"),
-        ({"trained_on": {**asdict(GROUND), "sigmas": [0.9, float("nan")]}}, "list of finite numbers"),
+        ({"trained_on": {"flux_id": "x"}}, "trained_on: .*hookpoint is missing"),
+        ({"trained_on": {**asdict(GROUND), "height": "128"}}, "trained_on: height is '128'"),
+        ({"trained_on": {**asdict(GROUND), "hookpoint": 3}}, "trained_on: hookpoint is 3. It must be a valid string"),
+        (
+            {"trained_on": {**asdict(GROUND), "sigmas": [0.9, float("nan")]}},
+            r"sigmas.1 is nan. It must be a finite",
+        ),
     ],
 )
 def test_configs_that_do_not_fit_are_named(saved: Path, changes: dict[str, object], message: str) -> None:

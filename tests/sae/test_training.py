@@ -680,7 +680,8 @@ def test_fit_refuses_what_cannot_be_trained(collected_run: Path) -> None:
 
 @pytest.mark.bench
 def test_speed_is_not_bought_with_quality() -> None:
-    from train.benchmarks.quality import QualityConfig, final_ratio
+    from train.benchmarks.options import QualityConfig
+    from train.benchmarks.quality import final_ratio
     from train.benchmarks.quality import main as compare
 
     assert final_ratio(compare(QualityConfig())) < 1.01
@@ -688,10 +689,11 @@ def test_speed_is_not_bought_with_quality() -> None:
 
 @pytest.mark.bench
 def test_training_is_faster_than_every_other_tool(tmp_path: Path) -> None:
-    from train.benchmarks.training import BenchmarkConfig, Shape
+    from train.benchmarks.options import TrainingConfig
+    from train.benchmarks.training import Shape
     from train.benchmarks.training import main as benchmark
 
-    results = benchmark(BenchmarkConfig(output=tmp_path / "results.json"))
+    results = benchmark(TrainingConfig(output=tmp_path / "results.json"))
     best: dict[tuple[Shape, bool], float] = {}
     for result in results:
         key = (result.shape, result.tool == "fluxsae")

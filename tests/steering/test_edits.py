@@ -110,6 +110,13 @@ def test_a_wrong_field_is_refused_by_name(changes: dict[str, object], names: str
         SteeringEdit.from_dict({**EDIT, **changes})
 
 
+def test_a_wrong_field_given_by_its_place_is_refused_by_name_with_what_is_allowed() -> None:
+    with pytest.raises(FluxSaeError, match=r"^feature is -1\. It must be greater than or equal to 0\.$"):
+        SteeringEdit(HookPoint.parse("layer1"), -1, "add", 1.0)
+    with pytest.raises(FluxSaeError, match=r"^region: threshold is -1\. It must be greater than or equal to 0\.$"):
+        SteeringEdit.from_dict({**EDIT, "region": {"heatmap": -1}})
+
+
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(FluxSaeError, match="strength"):
         SteeringEdit.from_dict({key: value for key, value in EDIT.items() if key != "strength"})

@@ -22,7 +22,7 @@ from fluxsae.steering.sweeps import (
     sweep,
     with_strength,
 )
-from train.benchmarks.steering import BenchmarkConfig
+from train.benchmarks.options import SteeringConfig
 
 PROMPT, SEED = "a red circle on a black background", 3
 HOW = replace(SETTINGS, num_inference_steps=6)
@@ -167,7 +167,7 @@ def test_less_memory_gives_smaller_batches_but_never_none(tiny_flux: FluxPipelin
 
 
 def test_the_benchmark_reports_sweeps_and_edits(tiny_flux: FluxPipeline, capsys: pytest.CaptureFixture[str]) -> None:
-    config = BenchmarkConfig(n_strengths=2, repeats=1)
+    config = SteeringConfig(n_strengths=2, repeats=1)
     speed = train.benchmarks.steering.main(config, pipe=tiny_flux)
     assert speed.floor == pytest.approx((2 + 3 * 2) / (3 * 4))
     assert speed.sweep_ratio > 0
@@ -176,7 +176,7 @@ def test_the_benchmark_reports_sweeps_and_edits(tiny_flux: FluxPipeline, capsys:
 
 @pytest.mark.bench
 def test_a_sweep_of_six_strengths_from_halfway_takes_at_most_0_62_of_separate_runs(miniature: FluxPipeline) -> None:
-    speed = train.benchmarks.steering.main(BenchmarkConfig(), pipe=miniature)
+    speed = train.benchmarks.steering.main(SteeringConfig(), pipe=miniature)
     assert speed.sweep_ratio <= 0.62
 
 

@@ -8,14 +8,15 @@ import torch
 
 from fluxsae.errors import FluxSaeError
 from train.benchmarks.gpu import flux_work
-from train.benchmarks.gpu.__main__ import GROUPS, Config, main
+from train.benchmarks.gpu.__main__ import main
 from train.benchmarks.gpu.clock import alternate
 from train.benchmarks.gpu.floors import early_exit_share, step_operations, sweep_share, training_operations
 from train.benchmarks.gpu.models import DEV, parameter_count
+from train.benchmarks.options import GROUPS, GpuConfig
 
 
 def test_every_group_runs_on_a_tiny_model_and_is_on_disk_with_its_floor(tmp_path):
-    report = main(Config(out=tmp_path, tiny=True, repeats=1, compile_backend="eager"))
+    report = main(GpuConfig(out=tmp_path, tiny=True, repeats=1, compile_backend="eager"))
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["skipped"] == report.skipped == {}
     rows = {row["name"]: row for row in saved["rows"]}
@@ -27,7 +28,7 @@ def test_every_group_runs_on_a_tiny_model_and_is_on_disk_with_its_floor(tmp_path
 
 
 def test_a_spent_budget_skips_and_says_so(tmp_path):
-    report = main(Config(out=tmp_path, tiny=True, budget_seconds=0.0))
+    report = main(GpuConfig(out=tmp_path, tiny=True, budget_seconds=0.0))
     assert list(report.skipped) == list(GROUPS)
     assert "budget of 0 s" in (tmp_path / "results.md").read_text()
 
@@ -37,17 +38,17 @@ def test_a_fault_in_one_group_is_reported_and_costs_no_other(tmp_path, monkeypat
         raise RuntimeError("out of luck\nsecond line")
 
     monkeypatch.setattr(flux_work, "measure_steps", fail)
-    report = main(Config(out=tmp_path, tiny=True, repeats=1, only=("steps", "determinism")))
+    report = main(GpuConfig(out=tmp_path, tiny=True, repeats=1, only=("steps", "determinism")))
     assert report.skipped == {"steps": "RuntimeError: out of luck"}
     assert any("same call twice" in row.name for row in report.rows)
 
 
 def test_an_unknown_group_and_a_missing_gpu_are_refused(tmp_path):
     with pytest.raises(FluxSaeError, match=r"Unknown groups speed\. Allowed are steps, "):
-        main(Config(out=tmp_path, tiny=True, only=("speed",)))
+        main(GpuConfig(out=tmp_path, tiny=True, only=("speed",)))
     if not torch.cuda.is_available():
         with pytest.raises(FluxSaeError, match="CUDA device"):
-            main(Config(out=tmp_path))
+            main(GpuConfig(out=tmp_path))
 
 
 def test_flux_dev_has_twelve_billion_parameters_counted_without_memory():

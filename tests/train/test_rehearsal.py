@@ -10,6 +10,7 @@ import pytest
 from fluxsae.errors import FluxSaeError
 from train.benchmarks import feeding
 from train.benchmarks.gpu.models import DEV, TINY, parameter_count
+from train.benchmarks.options import FeedingConfig, RehearsalConfig
 from train.benchmarks.rehearsal import __main__ as rehearsal
 from train.benchmarks.rehearsal.clock import Timing, timed_program
 from train.benchmarks.rehearsal.models import SCALES, known_words
@@ -31,7 +32,7 @@ def test_a_stopped_rehearsal_goes_on_and_clears_up(
 ) -> None:
     ran: list[str] = []
 
-    def parts(config: rehearsal.Config, folder: Path) -> rehearsal.Parts:
+    def parts(config: RehearsalConfig, folder: Path) -> rehearsal.Parts:
         def work(name: str) -> list[Timing]:
             ran.append(name)
             if ran == ["build", "collect"]:
@@ -41,7 +42,7 @@ def test_a_stopped_rehearsal_goes_on_and_clears_up(
         return {name: lambda name=name: work(name) for name in ("build", "collect", "page")}  # type: ignore[misc]
 
     monkeypatch.setattr(rehearsal, "_parts", parts)
-    config = rehearsal.Config(folder=tmp_path / "scratch", out=tmp_path / "table.md")
+    config = RehearsalConfig(folder=tmp_path / "scratch", out=tmp_path / "table.md")
     with pytest.raises(FluxSaeError, match="disk is full"):
         rehearsal.main(config)
     with pytest.raises(FluxSaeError, match="holds a rehearsal of"):
@@ -64,7 +65,7 @@ def test_a_program_is_timed_from_outside_and_its_failure_is_told() -> None:
 
 
 def test_feeding_is_measured_on_a_small_scale() -> None:
-    config = feeding.BenchmarkConfig(
+    config = FeedingConfig(
         d_model=8, tokens_per_image=16, n_images=16, batch_size=16, world_size=4, n_features=32, k=2, steps=8, repeats=1
     )
     found = feeding.main(config)

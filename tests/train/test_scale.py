@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxsae.features.analysis import AnalysisConfig, describe_features
+from fluxsae.features.analysis import describe_features
+from fluxsae.features.config import AnalysisConfig
 from fluxsae.features.scores import FeatureStats, ScoreAccumulator, ScoreMatrix, write_scores
 from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
 from fluxsae.files import load_tensors, save_tensors

@@ -4,29 +4,17 @@ python -m train.benchmarks training
 python -m train.benchmarks gpu --help
 """
 
+import ast
 import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import get_type_hints
 
 import tyro
 
 from fluxsae.errors import FluxSaeError
+from train.benchmarks.options import CONFIGS
+from train.command import start
 
-NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*"))
-
-
-def find_benchmark(name: str) -> ModuleType:
-    """The module of a benchmark, with a `main(config)`.
-
-    Raises:
-        FluxSaeError: there is no such benchmark.
-    """
-    if name not in NAMES:
-        raise FluxSaeError(f"There is no benchmark {name!r}; there are {', '.join(NAMES)}.")
-    module = importlib.import_module(f"train.benchmarks.{name}")
-    return module if hasattr(module, "main") else importlib.import_module(f"{module.__name__}.__main__")
+NAMES = sorted(CONFIGS)
 
 
 def main(arguments: list[str]) -> None:
@@ -35,11 +23,15 @@ def main(arguments: list[str]) -> None:
     if name in ("-h", "--help"):
         print(f"{__doc__}\nBenchmarks: {', '.join(NAMES)}")
         return
-    module = find_benchmark(name)
-    config = get_type_hints(module.main)["config"]
-    prog = f"python -m train.benchmarks {name}"
-    module.main(tyro.cli(config, prog=prog, description=module.__doc__, args=options))
+    if name not in CONFIGS:
+        raise FluxSaeError(f"There is no benchmark {name!r}; there are {', '.join(NAMES)}.")
+    package = Path(__file__).parent / name
+    module = f"train.benchmarks.{name}" + ".__main__" * package.is_dir()
+    source = package / "__main__.py" if package.is_dir() else package.with_suffix(".py")
+    description = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))  # read without loading torch
+    config = tyro.cli(CONFIGS[name], prog=f"python -m train.benchmarks {name}", description=description, args=options)
+    importlib.import_module(module).main(config)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    start(main, lambda words: words)

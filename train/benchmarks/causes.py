@@ -10,34 +10,16 @@ scenes of two things that differ: is the word with the largest measured effect t
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
+
+from train.benchmarks.options import CausesConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 ATTRIBUTES = ("shape", "colour", "texture")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CausesConfig:
-    """How much to measure."""
-
-    images: int = 60
-    """Scenes of two things; one feature of each attribute is explained in each."""
-    pairs: int = 12
-    """Sources of each kind drawn at random from each explanation."""
-    steps: tuple[int, ...] = (2, 6, 10)
-    """Steps at which features are explained, in turn."""
-    seed: int = 41_000
-    """Of scenes, features and pairs."""
-    run: Path | None = None
-    """Run folder of the miniature; without it the embedded one."""
-    draws: int = 2000
-    """Bootstrap draws, over images."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +251,3 @@ def namings_text(namings: Sequence[Naming], *, draws: int, seed: int) -> str:
                     f"{f'{right.mean():.2f} [{low:.2f}, {high:.2f}]':>24} {shuffled:>16.2f}"
                 )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main(tyro.cli(CausesConfig, description=__doc__))

@@ -12,29 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from fluxsae.activations.collection import CaptureRequest, ImagePlan, build_manifests, build_request, collect
 from fluxsae.flux import OutputType, capture, generate
 from fluxsae.flux.hookpoints import HookPoint
+from train.benchmarks.options import CollectionConfig
 from train.benchmarks.steering import timed
-from train.flux_options import FluxOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig(FluxOptions):
-    """What is timed."""
-
-    hookpoint: str = "layer1"
-    """The only hook point that is captured."""
-    step: int = 10
-    """The only step that is captured, from 0."""
-    n_images: int = 32
-    """Images of each run."""
-    batch_size: int = 16
-    """Images generated together."""
-    repeats: int = 5
-    """Runs of each measurement; the median counts."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +50,7 @@ class CollectionSpeed:
         ]
 
 
-def main(config: BenchmarkConfig, *, pipe: Any = None) -> CollectionSpeed:
+def main(config: CollectionConfig, *, pipe: Any = None) -> CollectionSpeed:
     """Prints and returns the figures; `pipe` is an already opened FLUX, if there is one."""
     pipe = pipe if pipe is not None else config.open()
     prompts = config.load_prompts(config.n_images, "collect")
@@ -77,7 +59,7 @@ def main(config: BenchmarkConfig, *, pipe: Any = None) -> CollectionSpeed:
     return speed
 
 
-def measure(pipe: Any, plan: ImagePlan, config: BenchmarkConfig) -> CollectionSpeed:
+def measure(pipe: Any, plan: ImagePlan, config: CollectionConfig) -> CollectionSpeed:
     """Times collection, generation with early exit, and whole generations of the same images, in turn."""
     settings = config.settings(pipe)
     request = build_request(pipe, [config.hookpoint], [config.step], settings=settings, batch_size=config.batch_size)
@@ -130,7 +112,3 @@ def _generate(
                 settings=request.settings,
                 output_type=output_type,
             )
-
-
-if __name__ == "__main__":
-    main(tyro.cli(BenchmarkConfig, description=__doc__))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from fluxsae.activations.mixing import mixing_buffer
 from fluxsae.activations.shards import ActivationManifest, ShardFolder, ShardWriter
@@ -21,32 +20,9 @@ from fluxsae.flux.settings import GenerationSettings
 from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.training import TrainConfig, train
 from fluxsae.sae.training.checkpoints import LOG_NAME
+from train.benchmarks.options import FeedingConfig
 
 IMAGES_PER_SHARD = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
-    """What is measured."""
-
-    d_model: int = 3072
-    """Width of the rows."""
-    tokens_per_image: int = 512
-    """Rows of each image."""
-    n_images: int = 64
-    """Images on disk, 8 in a shard."""
-    batch_size: int = 512
-    """Rows of a batch, of all processes together."""
-    world_size: int = 8
-    """Processes that share the batches."""
-    n_features: int = 12_288
-    """Features of the SAE that is trained."""
-    k: int = 64
-    """Active features a token."""
-    steps: int = 24
-    """Training steps; 0 trains nothing."""
-    repeats: int = 5
-    """Passes over the data; the median counts."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +48,7 @@ class Feeding:
         return lines
 
 
-def main(config: BenchmarkConfig) -> Feeding:
+def main(config: FeedingConfig) -> Feeding:
     """Prints and returns the figures."""
     with tempfile.TemporaryDirectory() as name:
         folder = write_rows(Path(name) / "rows", config)
@@ -88,7 +64,7 @@ def main(config: BenchmarkConfig) -> Feeding:
     return feeding
 
 
-def write_rows(path: Path, config: BenchmarkConfig) -> ShardFolder:
+def write_rows(path: Path, config: FeedingConfig) -> ShardFolder:
     """A folder of shards of random rows."""
     manifest = ActivationManifest(
         hookpoint="transformer_blocks.0.ff", d_model=config.d_model, flux_id="random", flux_revision=None,
@@ -104,7 +80,7 @@ def write_rows(path: Path, config: BenchmarkConfig) -> ShardFolder:
     return ShardFolder(path)
 
 
-def epoch_seconds(folder: ShardFolder, config: BenchmarkConfig, *, buffer_bytes: int, world_size: int) -> float:
+def epoch_seconds(folder: ShardFolder, config: FeedingConfig, *, buffer_bytes: int, world_size: int) -> float:
     """Median time for one process's part of every batch of an epoch, read anew."""
     seconds = []
     for epoch in range(config.repeats):
@@ -118,7 +94,7 @@ def epoch_seconds(folder: ShardFolder, config: BenchmarkConfig, *, buffer_bytes:
     return statistics.median(seconds)
 
 
-def wait_share(folder: ShardFolder, config: BenchmarkConfig, work: Path, *, buffer_bytes: int) -> float:
+def wait_share(folder: ShardFolder, config: FeedingConfig, work: Path, *, buffer_bytes: int) -> float:
     """Share of a training's time that its steps waited for data, the first batch and the start-up left out."""
     sae = SaeConfig(
         architecture="topk", d_model=config.d_model, n_features=config.n_features, k=config.k, auxk_coeff=0.0
@@ -128,7 +104,3 @@ def wait_share(folder: ShardFolder, config: BenchmarkConfig, work: Path, *, buff
     train({"topk": sae}, source, loop, folder=work)
     lines = [json.loads(line) for line in (work / LOG_NAME).read_text().splitlines()][1:]
     return statistics.fmean(line["wait_share"] for line in lines)
-
-
-if __name__ == "__main__":
-    main(tyro.cli(BenchmarkConfig, description=__doc__))

@@ -13,12 +13,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -33,27 +31,14 @@ from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.sae.config import Architecture, SaeConfig
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.measurements import TokenLimits
+from train.benchmarks.options import MemoryConfig
 
 Work = Callable[[], str]
 """Does what is measured; a remark for the table."""
 GRID, K, N_TOP, STEPS, HOOKPOINTS = TokenGrid(64, 64), 64, 12, 5, 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
-    """What is measured."""
-
-    only: str | None = None
-    """One measurement, in this process; without it all of them, each in its own."""
-    d_model: int = 3072
-    """Width of the activations."""
-    score_images: int = 20_000
-    """Images of `select` and `compare`."""
-    score_features: int = 49_152
-    """Features of `select` and `compare`."""
-
-
-def main(config: BenchmarkConfig) -> None:
+def main(config: MemoryConfig) -> None:
     """Prints one line a measurement: peak memory, bound, seconds."""
     if config.only is not None:
         print(measure(config.only, config))
@@ -64,7 +49,7 @@ def main(config: BenchmarkConfig) -> None:
         print(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout, end="", flush=True)
 
 
-def measure(name: str, config: BenchmarkConfig) -> str:
+def measure(name: str, config: MemoryConfig) -> str:
     """One measurement in words.
 
     Raises:
@@ -93,7 +78,7 @@ def _reset_peak() -> int:
     return _peak_bytes()
 
 
-def _sae(config: BenchmarkConfig, n_features: int, architecture: Architecture = "topk") -> SparseAutoencoder:
+def _sae(config: MemoryConfig, n_features: int, architecture: Architecture = "topk") -> SparseAutoencoder:
     sae = SparseAutoencoder(
         SaeConfig(architecture=architecture, d_model=config.d_model, n_features=n_features, k=K), seed=None
     )
@@ -107,7 +92,7 @@ def _sae(config: BenchmarkConfig, n_features: int, architecture: Architecture = 
     return sae
 
 
-def _tokens(config: BenchmarkConfig, n_images: int, n_tokens: int = GRID.n_tokens) -> Float[Tensor, "images tokens d"]:
+def _tokens(config: MemoryConfig, n_images: int, n_tokens: int = GRID.n_tokens) -> Float[Tensor, "images tokens d"]:
     generator = torch.Generator().manual_seed(1)
     shape = (n_images, n_tokens, config.d_model)
     tokens = torch.empty(shape, dtype=torch.bfloat16)
@@ -116,7 +101,7 @@ def _tokens(config: BenchmarkConfig, n_images: int, n_tokens: int = GRID.n_token
     return tokens
 
 
-def _scoring(config: BenchmarkConfig, folder: Path) -> Work:
+def _scoring(config: MemoryConfig, folder: Path) -> Work:
     """8 images, 5 steps, 2 hook points, 12,288 features: what `train.score` does with a batch, FLUX left out."""
     sae, tokens, ids = _sae(config, 12_288), _tokens(config, 8), list(range(8))
     n_features = sae.config.n_features
@@ -139,10 +124,10 @@ def _scoring(config: BenchmarkConfig, folder: Path) -> Work:
     return work
 
 
-def _busy(architecture: Architecture) -> Callable[[BenchmarkConfig, Path], Work]:
+def _busy(architecture: Architecture) -> Callable[[MemoryConfig, Path], Work]:
     """One token of 8,192 scaled by 50, so that nearly half of all features fire on it."""
 
-    def load(config: BenchmarkConfig, folder: Path) -> Work:
+    def load(config: MemoryConfig, folder: Path) -> Work:
         sae, tokens = _sae(config, 12_288, architecture), _tokens(config, 2)
         tokens[0, 0] *= 50
 
@@ -155,10 +140,10 @@ def _busy(architecture: Architecture) -> Callable[[BenchmarkConfig, Path], Work]
     return load
 
 
-def _recording(n_features: int, n_images: int) -> Callable[[BenchmarkConfig, Path], Work]:
+def _recording(n_features: int, n_images: int) -> Callable[[MemoryConfig, Path], Work]:
     """Which tokens of a batch of edited images lie outside the limits of clean ones: the large part of a recording."""
 
-    def load(config: BenchmarkConfig, folder: Path) -> Work:
+    def load(config: MemoryConfig, folder: Path) -> Work:
         sae, tokens = _sae(config, n_features), _tokens(config, n_images)
         limits = TokenLimits((0.5,), (0.0,), (1e9,), (1e9,))
         return lambda: f"{int(limits.is_outside(tokens, sae, sigma=0.5).sum())} tokens outside"
@@ -166,7 +151,7 @@ def _recording(n_features: int, n_images: int) -> Callable[[BenchmarkConfig, Pat
     return load
 
 
-def _heatmaps(config: BenchmarkConfig, folder: Path) -> Work:
+def _heatmaps(config: MemoryConfig, folder: Path) -> Work:
     """12 top images of each of 12,288 features at 4,096 tokens, each map firing on 200 neighbouring tokens."""
     n_features, n_active = 12_288, 200
     generator = torch.Generator().manual_seed(0)
@@ -188,7 +173,7 @@ def _heatmaps(config: BenchmarkConfig, folder: Path) -> Work:
     return work
 
 
-def _stored_scores(config: BenchmarkConfig, path: Path, *, seed: int) -> ScoreMatrix:
+def _stored_scores(config: MemoryConfig, path: Path, *, seed: int) -> ScoreMatrix:
     """S on disk: a feature fires on 1 to 20 % of the images, and more where the images' topic is its own."""
     rng = np.random.default_rng(0)
     topics = rng.integers(200, size=config.score_images)
@@ -206,7 +191,7 @@ def _stored_scores(config: BenchmarkConfig, path: Path, *, seed: int) -> ScoreMa
     return ScoreMatrix.load(path)
 
 
-def _selection(config: BenchmarkConfig, folder: Path) -> Work:
+def _selection(config: MemoryConfig, folder: Path) -> Work:
     """Coherence against chance of every feature: the part of `train.select` that reads all of S at once."""
     scores = _stored_scores(config, folder / "s", seed=1)
     embeddings = normalize(torch.randn(scores.n_images, 512, generator=torch.Generator().manual_seed(0)), dim=1)
@@ -214,7 +199,7 @@ def _selection(config: BenchmarkConfig, folder: Path) -> Work:
     return lambda: f"{int((feature_coherence(scores.stored(), embeddings, prompts).n_images > 0).sum())} features"
 
 
-def _comparison(config: BenchmarkConfig, folder: Path) -> Work:
+def _comparison(config: MemoryConfig, folder: Path) -> Work:
     first, second = (_stored_scores(config, folder / str(seed), seed=seed) for seed in (1, 2))
 
     def work() -> str:
@@ -224,7 +209,7 @@ def _comparison(config: BenchmarkConfig, folder: Path) -> Work:
     return work
 
 
-CASES: dict[str, tuple[Callable[[BenchmarkConfig, Path], Work], str]] = {
+CASES: dict[str, tuple[Callable[[MemoryConfig, Path], Work], str]] = {
     "scoring": (_scoring, "at most 2 GB"),
     "topk": (_busy("topk"), ""),
     "batchtopk": (_busy("batchtopk"), "at most 1.2 times topk"),
@@ -236,7 +221,3 @@ CASES: dict[str, tuple[Callable[[BenchmarkConfig, Path], Work], str]] = {
     "compare": (_comparison, "at most 6 GB"),
 }
 """What loads each measurement, and its bound."""
-
-
-if __name__ == "__main__":
-    main(tyro.cli(BenchmarkConfig, description=__doc__))

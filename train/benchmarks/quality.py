@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 from fluxsae.files import write_json
 from fluxsae.sae.metrics import fvu
 from fluxsae.sae.model import SparseAutoencoder
+from train.benchmarks.options import QualityConfig
 from train.benchmarks.training import (
     WITHOUT_TRITON,
     Shape,
@@ -35,28 +35,6 @@ from train.benchmarks.training import (
 )
 
 PRECISIONS = ("float32", "bfloat16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class QualityConfig:
-    """What to train, and for how long."""
-
-    d_model: int = 256
-    """Width of the rows."""
-    n_features: int = 1024
-    """Features of the SAEs."""
-    k: int = 16
-    """Active features a row."""
-    batch: int = 512
-    """Rows a step."""
-    steps: int = 600
-    """Steps of each training."""
-    lr: float = 1e-3
-    """Learning rate of all of them."""
-    points: int = 6
-    """Points of each curve."""
-    output: Path | None = None
-    """JSON file for the curves."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +119,7 @@ def _run_in_environment(config: QualityConfig) -> list[Curve]:
     """The same among the other tool's packages; its curves come back through a file."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "curves.json"
-        command = [str(build_environment()), "-m", "train.benchmarks.quality", "--output", str(output)]
+        command = [str(build_environment()), "-m", "train.benchmarks", "quality", "--output", str(output)]
         for name, value in asdict(config).items():
             command += ["--" + name.replace("_", "-"), str(value)] if name != "output" else []
         subprocess.run(command, check=True, env=os.environ | WITHOUT_TRITON)
@@ -149,7 +127,3 @@ def _run_in_environment(config: QualityConfig) -> list[Curve]:
     if config.output is not None:
         write_json(config.output, rows)
     return [Curve(**row) for row in rows]
-
-
-if __name__ == "__main__":
-    main(tyro.cli(QualityConfig, description=__doc__))

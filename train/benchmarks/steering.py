@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import tyro
 
 from fluxsae.flux import default_settings, denoise_to, generate, generate_from, hookpoint_width, load_flux
 from fluxsae.flux.hookpoints import HookPoint
@@ -22,30 +21,7 @@ from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import steer
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.steering.sweeps import strength_variants
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
-    """What is timed."""
-
-    flux: str = "miniature"
-    """`miniature`, a local folder or a Hub repository."""
-    hookpoint: str = "layer1"
-    """Where the edit is made, with a random top-k SAE."""
-    expansion_factor: int = 8
-    """n_features / d_model of that SAE."""
-    k: int = 8
-    """Active features a token."""
-    n_strengths: int = 6
-    """Strengths of the sweep, beside the baseline."""
-    start: float = 0.5
-    """Where the edits start, as a fraction of the schedule."""
-    num_inference_steps: int | None = None
-    """Denoising steps; left out, the model's own number."""
-    repeats: int = 5
-    """Runs of each measurement; the median counts."""
-    device: str | None = None
-    """cuda, mps or cpu; left out, the best that is there."""
+from train.benchmarks.options import SteeringConfig
 
 
 @dataclass(frozen=True)
@@ -81,7 +57,7 @@ class SteeringSpeed:
         ]
 
 
-def main(config: BenchmarkConfig, *, pipe: Any = None) -> SteeringSpeed:
+def main(config: SteeringConfig, *, pipe: Any = None) -> SteeringSpeed:
     """Prints and returns the figures; `pipe` is an already opened FLUX, if there is one."""
     pipe = pipe if pipe is not None else load_flux(config.flux, device=config.device)
     settings = default_settings(pipe)
@@ -93,7 +69,7 @@ def main(config: BenchmarkConfig, *, pipe: Any = None) -> SteeringSpeed:
     return speed
 
 
-def random_sae(d_model: int, config: BenchmarkConfig) -> SparseAutoencoder:
+def random_sae(d_model: int, config: SteeringConfig) -> SparseAutoencoder:
     """A top-k SAE of the wanted size whose every feature may be steered."""
     sizes = SaeConfig(architecture="topk", d_model=d_model, n_features=config.expansion_factor * d_model, k=config.k)
     sae = SparseAutoencoder(sizes).requires_grad_(False)
@@ -102,7 +78,7 @@ def random_sae(d_model: int, config: BenchmarkConfig) -> SparseAutoencoder:
 
 
 def measure(
-    pipe: Any, saes: dict[HookPoint, SparseAutoencoder], settings: GenerationSettings, config: BenchmarkConfig
+    pipe: Any, saes: dict[HookPoint, SparseAutoencoder], settings: GenerationSettings, config: SteeringConfig
 ) -> SteeringSpeed:
     """Times separate generations against a sweep, and generations with an edit against those without."""
     (place,) = saes
@@ -151,7 +127,3 @@ def timed(works: dict[str, Callable[[], None]], *, repeats: int, device: torch.d
             if round_number:
                 samples[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in samples.items()}
-
-
-if __name__ == "__main__":
-    main(tyro.cli(BenchmarkConfig, description=__doc__))

@@ -19,10 +19,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 from fluxsae.files import write_json
@@ -31,6 +30,7 @@ from fluxsae.sae.kernels import sparse_pays
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training.config import TrainConfig
 from fluxsae.sae.training.trainer import SaeTrainer
+from train.benchmarks.options import TrainingConfig
 
 PEERS = ("sparsify", "sae-lens", "overcomplete", "dictionary-learning")
 ENVIRONMENT = Path("build/bench")
@@ -64,30 +64,6 @@ CPU_SHAPES = (Shape(768, 3072, 32, 1024), Shape(3072, 12_288, 64, 512), Shape(30
 CUDA_SHAPES = tuple(Shape(3072, 12_288, k, batch) for batch in (4096, 16_384) for k in (64, 1200))
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
-    """What to measure."""
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where."""
-    ours_only: bool = False
-    """Leave the other tools out; needs nothing but this package."""
-    calibrate: bool = False
-    """Print dense and sparse times over k instead."""
-    repetitions: int = 7
-    """Timed repetitions; the median counts."""
-    steps: int = 1
-    """Steps in one repetition."""
-    budget_seconds: float = 3600.0
-    """Start no further measurement after this long."""
-    only: tuple[int, ...] = ()
-    """Positions of the shapes to measure; left out, all."""
-    memory_of: str | None = None
-    """Run one tool alone and print its peak memory (used by the benchmark itself)."""
-    output: Path | None = None
-    """JSON file for the results."""
-
-
 @dataclass
 class Measurement:
     """One tool at one shape in one precision."""
@@ -106,7 +82,7 @@ class Measurement:
         return statistics.median(self.milliseconds)
 
 
-def main(config: BenchmarkConfig) -> list[Measurement]:
+def main(config: TrainingConfig) -> list[Measurement]:
     """Measures, prints a table a shape, and returns the measurements."""
     if config.calibrate:
         calibrate(config)
@@ -133,7 +109,7 @@ def main(config: BenchmarkConfig) -> list[Measurement]:
     return results
 
 
-def measure_shape(shape: Shape, config: BenchmarkConfig) -> list[Measurement]:
+def measure_shape(shape: Shape, config: TrainingConfig) -> list[Measurement]:
     """Every tool in both precisions at one shape, in turning order."""
     device = torch.device(config.device)
     tools = ("fluxsae",) if config.ours_only else ("fluxsae", *PEERS)
@@ -346,16 +322,16 @@ def _remove_parallel(weights: Tensor, *, dim: int = 1) -> None:
 # Memory, environment, output
 
 
-def _peak(config: BenchmarkConfig, shape: Shape, tool: str, precision: str) -> float | None:
+def _peak(config: TrainingConfig, shape: Shape, tool: str, precision: str) -> float | None:
     """Peak memory of three steps of a tool alone in a process, MB; the libraries themselves included on a CPU."""
     shapes = CUDA_SHAPES if config.device == "cuda" else CPU_SHAPES
-    command = [sys.executable, "-m", "train.benchmarks.training", "--device", config.device]
+    command = [sys.executable, "-m", "train.benchmarks", "training", "--device", config.device]
     command += ["--memory-of", f"{tool}:{precision}", "--only", str(shapes.index(shape))]
     done = subprocess.run([*command, "--ours-only"], capture_output=True, text=True, check=False)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
-def _print_memory(config: BenchmarkConfig, shape: Shape) -> None:
+def _print_memory(config: TrainingConfig, shape: Shape) -> None:
     tool, _, precision = str(config.memory_of).partition(":")
     device = torch.device(config.device)
     step = build(tool, shape, device, precision)
@@ -406,11 +382,11 @@ def build_environment() -> Path:
     return python
 
 
-def _run_in_environment(config: BenchmarkConfig) -> list[Measurement]:
+def _run_in_environment(config: TrainingConfig) -> list[Measurement]:
     """The same benchmark among the other tools' packages; its results come back through a file."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "results.json"
-        command = [str(build_environment()), "-m", "train.benchmarks.training", "--output", str(output)]
+        command = [str(build_environment()), "-m", "train.benchmarks", "training", "--output", str(output)]
         command += ["--device", config.device, "--repetitions", str(config.repetitions), "--steps", str(config.steps)]
         command += ["--budget-seconds", str(config.budget_seconds)]
         command += ["--only", *map(str, config.only)] if config.only else []
@@ -421,7 +397,7 @@ def _run_in_environment(config: BenchmarkConfig) -> list[Measurement]:
     return [Measurement(**{**row, "shape": Shape(**row["shape"])}) for row in rows]
 
 
-def calibrate(config: BenchmarkConfig) -> None:
+def calibrate(config: TrainingConfig) -> None:
     """Prints the times of dense and sparse steps over k: where they cross is `fluxsae.sae.kernels.SPARSE_BELOW`."""
     device = torch.device(config.device)
     for k in (16, 32, 64, 128, 256, 512, 1024):
@@ -445,7 +421,3 @@ def check_paths(device: torch.device) -> float:
             trainer.step(batch.to(trainer.device), i)
     expected, *others = (dict(trainer.sae.named_parameters()) for trainer in trainers)
     return max(float((other[name].cpu() - expected[name]).abs().max()) for other in others for name in expected)
-
-
-if __name__ == "__main__":
-    main(tyro.cli(BenchmarkConfig, description=__doc__))

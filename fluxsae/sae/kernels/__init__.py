@@ -4,18 +4,17 @@ A *pair* is one active feature of one token. Everything sparse is written with t
 rows over bags of pairs, and the inner product of two rows for each pair. Neither builds a (pairs, d_model) tensor.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fluxsae.sae.config import Precision
 from fluxsae.sae.kernels import cuda, plain, private_torch
 
-Precision = Literal["float32", "bfloat16"]
-
 SPARSE_BELOW: dict[str, int] = {"cpu": 40, "cuda": 175}
-"""Sparse products win where k * this <= n_features; measured by `python -m train.benchmarks.training --calibrate`."""
+"""Sparse products win where k * this <= n_features; measured by `python -m train.benchmarks training --calibrate`."""
 
 
 def sparse_pays(k: float, n_features: int, device: torch.device) -> bool:

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fluxsae.sae.config import Precision
 from fluxsae.sae.kernels import (
     PairsByFeature,
-    Precision,
     bag_sums,
     exact_sum_product,
     lowered,

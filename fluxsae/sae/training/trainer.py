@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.sae.config import SaeConfig
-from fluxsae.sae.kernels import Precision, default_precision, sparse_pays
+from fluxsae.sae.config import Precision, SaeConfig
+from fluxsae.sae.kernels import default_precision, sparse_pays
 from fluxsae.sae.kernels.adam import AdamStep, adam_
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training.config import TrainConfig

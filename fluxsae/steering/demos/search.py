@@ -24,6 +24,7 @@ from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.runs.folder import RunFolder
 from fluxsae.runs.tables import encode_webp
 from fluxsae.sae.model import SparseAutoencoder
+from fluxsae.steering.demos.config import DemoConfig
 from fluxsae.steering.demos.measured import LIMITS_KEY, load_limits, measured_sweep, run_origin
 from fluxsae.steering.demos.swaps import addable
 from fluxsae.steering.edits import Recipe, SteeringEdit
@@ -31,26 +32,6 @@ from fluxsae.steering.measurements import EditMeasurement, TokenLimits, measure_
 from fluxsae.steering.sweeps import Variant, first_edited_step
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """What the search tries for each feature."""
-
-    n_candidates: int = 4
-    """Images tried for each feature: from the one where it fires most down to one where it fires a little."""
-    suppress: tuple[float, ...] = (0.0, -1.0)
-    """Strengths of mode scale: what is left of the feature; below 0 more is taken away than is there."""
-    amplify: tuple[float, ...] = (0.1, 0.2, 0.3)
-    """Strengths of mode add: multiples of the feature's reference activation."""
-    steps: tuple[int, int] | None = None
-    """Window of the edits, [start, stop); left out, the noise levels the SAE was trained on."""
-    n_limit_images: int = 16
-    """Unsteered images from which the limits of clean tokens are measured, once a hook point."""
-    picture_side: int = 256
-    """Longest side of a picture in the demo's strip, pixels."""
-    least_score: float = 0.005
-    """A demo with less shows nothing to the eye and is not kept."""
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.runs.folder import RunFolder
 from fluxsae.runs.tables import encode_webp
 from fluxsae.sae.model import SparseAutoencoder
+from fluxsae.steering.demos.config import SwapConfig
 from fluxsae.steering.demos.measured import load_limits, measured_sweep, run_origin
 from fluxsae.steering.demos.search import candidate_images
 from fluxsae.steering.demos.swaps import (
     Region,
-    SwapConfig,
     SwapScore,
     acts_in_window,
     addable,

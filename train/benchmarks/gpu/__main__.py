@@ -9,8 +9,6 @@ Every result is on disk as soon as it stands: `results.json`, and `results.md` f
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -23,32 +21,12 @@ from train.benchmarks.gpu.flux_work import FluxBench
 from train.benchmarks.gpu.models import DEV, TINY, Scale, build_pipeline
 from train.benchmarks.gpu.report import Report, Row, describe_machine
 from train.benchmarks.gpu.sae_work import measure_training
+from train.benchmarks.options import GROUPS, GpuConfig
 
-GROUPS = ("steps", "early-exit", "sweep", "training", "ends", "determinism", "batches", "compiled")
 _LEAST_FREE_BYTES = 44_000_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What to measure and where to."""
-
-    out: Path = Path("benchmark")
-    """Folder for results.json and results.md."""
-    tiny: bool = False
-    """A tiny model on the CPU, to check the program."""
-    device: str | None = None
-    """cuda or cpu; left out, cuda (cpu with --tiny)."""
-    only: tuple[str, ...] = GROUPS
-    """What to measure, in this order."""
-    repeats: int = 5
-    """Samples of each short measurement."""
-    budget_seconds: float = 540.0
-    """No measurement is begun after this time; what is done stays."""
-    compile_backend: str = "inductor"
-    """Backend of torch.compile."""
-
-
-def main(config: Config) -> Report:
+def main(config: GpuConfig) -> Report:
     """Runs the measurements.
 
     Raises:
@@ -98,7 +76,7 @@ def _run_group(group: str, work: Callable[[], None], report: Report) -> None:
         torch.cuda.empty_cache()
 
 
-def _check(config: Config) -> tuple[Scale, torch.device]:
+def _check(config: GpuConfig) -> tuple[Scale, torch.device]:
     unknown = sorted(set(config.only) - set(GROUPS))
     if unknown:
         raise FluxSaeError(f"Unknown groups {', '.join(unknown)}. Allowed are {', '.join(GROUPS)}.")
@@ -123,9 +101,3 @@ def _report_ceilings(report: Report, ceilings: Ceilings) -> None:
         ("ceiling: memory, copy", ceilings.memory / 1e9, "GB/s"),
     ):
         report.add(Row(name=name, value=value, unit=unit))
-
-
-if __name__ == "__main__":
-    import tyro  # only here: `main(Config())` also runs on a rented machine that lacks it
-
-    main(tyro.cli(Config, description=__doc__))

@@ -13,18 +13,17 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-
-import tyro
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex
 from fluxsae.files import write_text
 from fluxsae.runs.folder import RunFolder
+from train.benchmarks.options import RehearsalConfig
 from train.benchmarks.rehearsal.clock import Timing, timed_program
-from train.benchmarks.rehearsal.models import SCALES, Model
+from train.benchmarks.rehearsal.models import SCALES
 from train.benchmarks.rehearsal.page import measure_page
 
 STEP = 2
@@ -32,23 +31,7 @@ PROMPT = "a red fox in the snow"
 Parts = dict[str, Callable[[], list[Timing]]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What is rehearsed, and where."""
-
-    model: Model = "flux1-dev"
-    """Whose dimensions."""
-    n_images: int = 16
-    """Images that are collected, and as many others that are scored."""
-    folder: Path | None = None
-    """Scratch folder, 6 GB; left out, one of the system's temporary folders. Deleted in the end."""
-    keep: bool = False
-    """Leave model and run in the scratch folder."""
-    out: Path | None = None
-    """Markdown file for the table."""
-
-
-def main(config: Config) -> list[Timing]:
+def main(config: RehearsalConfig) -> list[Timing]:
     """Runs what is not done yet, prints the table, and deletes the scratch folder."""
     folder = config.folder or Path(tempfile.gettempdir()) / f"fluxsae-rehearsal-{config.model}"
     notes = folder / "rehearsal.json"
@@ -79,7 +62,7 @@ def format_table(timings: Sequence[Timing]) -> str:
     return "\n".join(["| stage | seconds | peak memory, GB | |", "|---|---:|---:|---|", *rows])
 
 
-def _parts(config: Config, folder: Path) -> Parts:
+def _parts(config: RehearsalConfig, folder: Path) -> Parts:
     flux, run, scale = folder / "flux", RunFolder(folder / "run"), SCALES[config.model]
     place = ("--run", run.path)
     opened = (*place, "--flux", flux)
@@ -115,11 +98,11 @@ def _steer(run: RunFolder, flux: Path, folder: Path) -> Timing:
     return timed_program("steer", "train.steer", ("--run", run.path, "--flux", flux, *edit, *out))
 
 
-def _key(config: Config) -> dict[str, object]:
+def _key(config: RehearsalConfig) -> dict[str, object]:
     return {"model": config.model, "n_images": config.n_images}
 
 
-def _load(notes: Path, config: Config) -> dict[str, list[Timing]]:
+def _load(notes: Path, config: RehearsalConfig) -> dict[str, list[Timing]]:
     """What an earlier, stopped rehearsal has done.
 
     Raises:
@@ -131,7 +114,3 @@ def _load(notes: Path, config: Config) -> dict[str, list[Timing]]:
     if saved["for"] != _key(config):
         raise FluxSaeError(f"{notes.parent} holds a rehearsal of {saved['for']}. Delete it, or name another --folder.")
     return {part: [Timing(**timing) for timing in timings] for part, timings in saved["done"].items()}
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))

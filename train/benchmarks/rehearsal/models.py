@@ -6,7 +6,6 @@ python -m train.benchmarks.rehearsal.models --out /somewhere/flux
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
@@ -14,9 +13,9 @@ import tyro
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.prompts import load_prompts
 from train.benchmarks.gpu.models import DEV, TINY, Scale, build_pipeline
+from train.benchmarks.options import Model
 from train.flux_options import BUNDLED_PROMPTS
 
-Model = Literal["flux1-dev", "tiny"]
 N_BLOCKS = {"num_layers": 2, "num_single_layers": 2}
 SCALES: dict[str, Scale] = {
     "flux1-dev": replace(

@@ -1,9 +1,17 @@
-"""How much the steering laboratory tries."""
+"""How much is measured: options that load nothing heavy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final, Literal
 
 from fluxsae.errors import FluxSaeError, check_positive
-from fluxsae.laboratory.steering_report import DIRECTIONS, Direction, Where
+
+Direction = Literal["amplify", "suppress"]
+
+DIRECTIONS: Final[tuple[Direction, ...]] = ("amplify", "suppress")
+
+Where = Literal["everywhere", "painted"]
+"""Whether an edit acts on the whole picture, or where the attribute lies in the unedited one: what a person who
+steers would paint, the object for its attributes, all else for the background."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,3 +88,30 @@ class LaboratoryConfig:
             return [(name, strength) for name, strength in signed if strength > 0]
         down = [(name, strength) for name in ("scale", "project_out") for strength in getattr(self, name)]
         return down + [(name, strength) for name, strength in signed if strength < 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How much is measured, and how sure."""
+
+    n_images: int = 256
+    """Fresh images for the reconstruction; the concepts look at the run's own images, at most three times as many."""
+    n_flow_images: int = 64
+    """Images for the flow loss: drawn scenes for the miniature, else the model's own samples."""
+    n_transfer_images: int = 8
+    """Images for each size of the transfer table."""
+    batch_size: int = 8
+    """Images generated together."""
+    draws: int = 500
+    """Resamples of the images behind each interval."""
+    seed: int = 0
+    """Decides noise, halves, random directions and resamples."""
+    steps: tuple[int, ...] = ()
+    """Steps to look at; left out, those that each SAE was trained on (for the concepts: that S was scored at)."""
+    laboratory: LaboratoryConfig = field(default_factory=LaboratoryConfig)
+    """How much the steering laboratory tries."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Sizes (height, width) of the transfer table, pixels; left out, a smaller one, the trained one and a wider one."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "n_images", "n_flow_images", "n_transfer_images", "batch_size", "draws")
