@@ -5,6 +5,7 @@ python -m train.select --run runs/miniature
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ from fluxsae.features.selection import (
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.pictures.perceptual import load_embedder
 from fluxsae.runs.folder import RunFolder
+from fluxsae.runs.prompts import load_prompts
+from train.flux_options import iter_captions
+from train.prompts import BUNDLED_PROMPTS
 from train.stages import StageResult, run_stage
 
 
@@ -49,7 +53,8 @@ class SelectConfig:
     run: Path = Path("runs/miniature")
     """Run folder that was scored, analysed and embedded."""
     vocabulary: Path | None = None
-    """Text file with a phrase a line for labels through CLIP; without it the words of the captions."""
+    """Text file with a phrase a line for labels through CLIP; without it the words of the captions (of
+    pictures without any: of prompts of our own)."""
     max_phrases: int = 2000
     """Phrases taken from the captions, the most frequent ones."""
     n_silent: int = 6
@@ -93,18 +98,24 @@ def _select_all(run: RunFolder, hookpoints: list[HookPoint], config: SelectConfi
 
 
 def _labellers(run: RunFolder, config: SelectConfig) -> list[Labeller]:
-    prompts, vectors = run.load_images().prompts, _unit_vectors(run)
-    phrases = _phrases(prompts, config)
-    texts = load_embedder(run.load_embeddings().model).embed_texts(phrases)
+    images, vectors = run.load_images(), _unit_vectors(run)
+    model = run.load_embeddings().model
+    phrases = _phrases([prompt for prompt in images.prompts if prompt] or _stand_in_captions(model), config)
+    texts = load_embedder(model).embed_texts(phrases)
     return [
-        CaptionLabeller(prompts, config=config.selection),
-        PhraseLabeller(phrases, texts, vectors, prompts, config=config.selection),
+        CaptionLabeller(images.prompts, config=config.selection),
+        PhraseLabeller(phrases, texts, vectors, images.subjects, config=config.selection),
     ]
 
 
 def _unit_vectors(run: RunFolder) -> Float[Tensor, "images width"]:
     """The run's embeddings in fp32, of length 1 again after the rounding of the file."""
     return normalize(torch.from_numpy(run.load_embeddings().vectors.astype(np.float32)), dim=1)
+
+
+def _stand_in_captions(model: str) -> list[str]:
+    """Captions whose words name the features of pictures that have none."""
+    return list(islice(iter_captions(0), 2000)) if model == "miniature" else load_prompts(BUNDLED_PROMPTS)
 
 
 def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
@@ -118,8 +129,8 @@ def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
 
 def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], config: SelectConfig) -> None:
     scores = ScoreMatrix.load(run.scores_path(hookpoint)).tensor()
-    prompts, embeddings = run.load_images().prompts, _unit_vectors(run)
-    judged = feature_coherence(scores, embeddings, prompts, config=config.selection)
+    subjects, embeddings = run.load_images().subjects, _unit_vectors(run)
+    judged = feature_coherence(scores, embeddings, subjects, config=config.selection)
     named = [[labeller.label(column) for labeller in labellers] for column in scores.T.contiguous()]
     captions = next(labeller for labeller in labellers if isinstance(labeller, CaptionLabeller))
     drawn = [combined_label(labels) for labels in named]
@@ -129,7 +140,7 @@ def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], con
         replace(label, confidence=curve[-1]) if label and curve else None
         for label, curve in zip(drawn, curves, strict=True)
     ]
-    groups = prompt_groups(prompts)
+    groups = prompt_groups(subjects)
     silent = [
         nearest_silent_images(column, embeddings, top_unique(column, groups, n=config.selection.top_images)).tolist()
         for column in scores.T.contiguous()

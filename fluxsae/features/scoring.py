@@ -1,4 +1,4 @@
-"""FLUX and SAEs to images, S, sums and heatmaps in one generation, in parts that survive being stopped."""
+"""FLUX and SAEs to images, S, sums and heatmaps in one generation or read, in parts that survive being stopped."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.features.scores import FeatureStats, ScoreAccumulator, ScoreMatrix, write_scores
 from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
 from fluxsae.files import load_tensors, read_json, remove_leftovers, save_tensors, write_json
-from fluxsae.flux import BlockCall, capture, generate, nearest_step, token_grid
+from fluxsae.flux import BlockCall, capture, generate, nearest_step, read_picture, token_grid
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.folder import RunFolder
@@ -198,7 +198,7 @@ def _score_part(
         for hookpoint, sae in saes.items()
     }
     rows: list[ImageRow] = []
-    ids = request.image_ids(part)
+    ids, pictures = request.image_ids(part), request.plan.pictures
     for start in range(0, len(ids), request.batch_size):
         batch = list(ids[start : start + request.batch_size])
         images, acts = generate_with_acts(
@@ -208,6 +208,7 @@ def _score_part(
             prompts=[request.plan.prompts[i] for i in batch],
             seeds=[request.plan.seed(i) for i in batch],
             settings=request.settings,
+            pictures=None if pictures is None else [pictures.picture(i) for i in batch],
         )
         for hookpoint, by_step in acts.items():
             for step, sparse in by_step.items():
@@ -227,9 +228,13 @@ def generate_with_acts(
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: GenerationSettings,
+    pictures: Sequence[Image.Image] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Image.Image], dict[HookPoint, dict[int, SparseActs]]]:
-    """Images, and the sparse acts (images, tokens, width) of each SAE at its steps, on the SAE's device."""
+    """Images, and the sparse acts (images, tokens, width) of each SAE at its steps, on the SAE's device.
+
+    With `pictures` nothing is generated: they are read with these prompts as captions, and handed back.
+    """
     acts: dict[HookPoint, dict[int, SparseActs]] = {hookpoint: {} for hookpoint in saes}
 
     def encode(call: BlockCall) -> None:
@@ -240,6 +245,10 @@ def generate_with_acts(
             acts[call.hookpoint][call.step] = SparseActs(*(part.detach() for part in sae.encode_sparse(tokens)))
 
     wanted = sorted({step for chosen in steps.values() for step in chosen})
+    if pictures is not None:
+        asked = {"hookpoints": list(saes), "steps": wanted, "seeds": list(seeds), "settings": settings}
+        read_picture(pipe, pictures, prompt=list(prompts), **asked, sink=encode)  # type: ignore[arg-type]
+        return list(pictures), acts
     with torch.no_grad(), capture(pipe, list(saes), wanted, sink=encode):
         images = generate(pipe, list(prompts), seeds=list(seeds), settings=settings, on_step=on_step)
     assert isinstance(images, list)
@@ -247,8 +256,9 @@ def generate_with_acts(
 
 
 def _image_row(request: ScoreRequest, image_id: int, image: Image.Image) -> ImageRow:
-    thumbnail = encode_webp(image, longest_side=request.thumbnail_side)
-    return ImageRow(image_id, request.plan.prompts[image_id], request.plan.seed(image_id), thumbnail)
+    thumbnail, plan = encode_webp(image, longest_side=request.thumbnail_side), request.plan
+    source = None if plan.pictures is None else plan.pictures.entries[image_id].name
+    return ImageRow(image_id, plan.prompts[image_id], plan.seed(image_id), thumbnail, source)
 
 
 def _save_part(path: Path, accumulator: ScoreAccumulator, entries: Mapping[str, Tensor]) -> None:

@@ -130,10 +130,10 @@ class _Checker:
     def _images(self, path: Path) -> Iterator[str]:
         images = ImageTable(path)
         self.n_images = len(images)
-        pairs = Counter(zip(images.prompts, images.seeds, strict=True))
-        for (prompt, seed), n in pairs.items():
+        pairs = Counter(zip(images.subjects, images.seeds, strict=True))
+        for (subject, seed), n in pairs.items():
             if n > 1:
-                yield f"holds prompt {prompt[:60]!r} with seed {seed} {n} times; a pair identifies one image."
+                yield f"holds {subject[:60]!r} with seed {seed} {n} times; a pair identifies one image."
         for image_id in images.image_ids:
             fault = _picture_fault(images.thumbnail(image_id))
             if fault:

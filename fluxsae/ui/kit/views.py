@@ -410,6 +410,7 @@ def card_pictures(cards: CardIndex, card: FeatureCard, *, limit: int) -> list[di
             "image": webp_url(cards.images.thumbnail(top.image_id)),
             "image_id": top.image_id,
             "prompt": top.prompt,
+            "source": top.source,
             "seed": top.seed,
             "score": top.score,
             "relative": min(1.0, top.score / card.max_act) if card.max_act > 0 else 0.0,
