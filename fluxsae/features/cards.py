@@ -19,6 +19,7 @@ from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.pictures.heatmaps import token_heatmap
 from fluxsae.pictures.perceptual import ImageEmbedder
 from fluxsae.runs.folder import RunFolder
+from fluxsae.runs.prompts import word_pattern, words_of
 from fluxsae.runs.tables import FeatureRow
 
 LEAST_BEGINNING: Final = 2
@@ -397,7 +398,7 @@ class CardIndex:
 
 def _content_words(text: str) -> set[str]:
     """The words of a query without function words; where it has nothing else, all of it."""
-    return set(re.findall(r"[\w'-]+", text)) - STOP_WORDS or set(text.split())
+    return set(words_of(text)) - STOP_WORDS or set(text.split())
 
 
 def varied(features: Sequence[int], labels: Sequence[str | None]) -> list[int]:
@@ -435,14 +436,18 @@ def prompts_without_words(prompt: str) -> dict[str, str]:
     Raises:
         FluxSaeError: the prompt has no content word, or nothing else.
     """
-    words = dict.fromkeys(w for w in re.findall(r"[\w'-]+", prompt) if w.lower() not in STOP_WORDS)
-    left = {word: " ".join(re.sub(rf"(?<![\w'-]){re.escape(word)}(?![\w'-])", " ", prompt).split()) for word in words}
+    words = dict.fromkeys(word for word in words_of(prompt) if word.lower() not in STOP_WORDS)
+    left = {word: _without(word, prompt) for word in words}
     variants = {word: text for word, text in left.items() if text}
     if not variants:
         raise FluxSaeError(
             f"the prompt {prompt!r} has no word to take away; give one with a content word and something beside it"
         )
     return variants
+
+
+def _without(word: str, prompt: str) -> str:
+    return " ".join(word_pattern().sub(lambda found: " " if found[0] == word else found[0], prompt).split())
 
 
 def silencing_words(prompt: str, score: Callable[[Sequence[str]], Sequence[float]]) -> list[WordEffect]:

@@ -1,6 +1,7 @@
 """FLUX and SAEs to images, S, sums and heatmaps in one generation or read, in parts that survive being stopped."""
 
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fluxsae.activations.collection import ImagePlan, OnImages, check_finite
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.familiarity import image_fvu, summarise_fvu
 from fluxsae.features.scores import FeatureStats, ScoreAccumulator, ScoreMatrix, write_scores
 from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
 from fluxsae.files import load_tensors, read_json, remove_leftovers, save_tensors, write_json
@@ -23,7 +25,7 @@ from fluxsae.runs.folder import RunFolder
 from fluxsae.runs.tables import ImageRow, encode_webp, iter_image_rows, write_images
 from fluxsae.sae.model import SparseActs, SparseAutoencoder
 
-_STAGE = "score"
+_STAGE, _FVU = "score", "image_fvu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +200,11 @@ def _score_part(
         for hookpoint, sae in saes.items()
     }
     rows: list[ImageRow] = []
+    fvus: dict[tuple[HookPoint, int], list[Tensor]] = defaultdict(list)
+
+    def keep_fvu(call: BlockCall, sparse: SparseActs) -> None:
+        fvus[call.hookpoint, call.step].append(image_fvu(saes[call.hookpoint], call.tokens, sparse))
+
     ids, pictures = request.image_ids(part), request.plan.pictures
     for start in range(0, len(ids), request.batch_size):
         batch = list(ids[start : start + request.batch_size])
@@ -209,6 +216,7 @@ def _score_part(
             seeds=[request.plan.seed(i) for i in batch],
             settings=request.settings,
             pictures=None if pictures is None else [pictures.picture(i) for i in batch],
+            on_acts=keep_fvu,
         )
         for hookpoint, by_step in acts.items():
             for step, sparse in by_step.items():
@@ -216,7 +224,9 @@ def _score_part(
             collectors[hookpoint].update(batch, list(by_step.values()))
         rows += [_image_row(request, i, image) for i, image in zip(batch, images, strict=True)]
     for hookpoint, accumulator in accumulators.items():
-        _save_part(parts.scores_path(hookpoint, part), accumulator, collectors[hookpoint].pop())
+        fvu = torch.stack([torch.cat(fvus[hookpoint, step]) for step in request.steps[hookpoint]], dim=1)
+        entries = {**collectors[hookpoint].pop(), _FVU: fvu}
+        _save_part(parts.scores_path(hookpoint, part), accumulator, entries)
     write_images(parts.images_path(part), rows)
 
 
@@ -229,11 +239,13 @@ def generate_with_acts(
     seeds: Sequence[int],
     settings: GenerationSettings,
     pictures: Sequence[Image.Image] | None = None,
+    on_acts: Callable[[BlockCall, SparseActs], object] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Image.Image], dict[HookPoint, dict[int, SparseActs]]]:
     """Images, and the sparse acts (images, tokens, width) of each SAE at its steps, on the SAE's device.
 
-    With `pictures` nothing is generated: they are read with these prompts as captions, and handed back.
+    With `pictures` nothing is generated: they are read with these prompts as captions, and handed back. `on_acts` sees
+    the tokens with their acts before the tokens are let go.
     """
     acts: dict[HookPoint, dict[int, SparseActs]] = {hookpoint: {} for hookpoint in saes}
 
@@ -242,7 +254,10 @@ def generate_with_acts(
             check_finite(call, [f"seed {seed} ({prompt!r:.60})" for seed, prompt in zip(seeds, prompts, strict=True)])
             sae = saes[call.hookpoint]
             tokens = call.tokens.detach().to(sae.W_enc.device, torch.float32)
-            acts[call.hookpoint][call.step] = SparseActs(*(part.detach() for part in sae.encode_sparse(tokens)))
+            sparse = SparseActs(*(part.detach() for part in sae.encode_sparse(tokens)))
+            acts[call.hookpoint][call.step] = sparse
+            if on_acts is not None:
+                on_acts(call, sparse)
 
     wanted = sorted({step for chosen in steps.values() for step in chosen})
     if pictures is not None:
@@ -287,6 +302,8 @@ def merge_parts(parts: ScoreParts) -> None:
         top = ScoreMatrix.load(run.scores_path(hookpoint)).top(request.n_top)
         write_heatmaps(run.heatmaps_path(hookpoint), files, top, scale=stats.maxima, grid=request.grids[hookpoint])
         stats.save(run.stats_path(hookpoint))
+        fvus = torch.cat([load_tensors(file)[_FVU] for file in files])
+        run.update_metrics(hookpoint, summarise_fvu(fvus, steps))
 
 
 def _iter_rows(parts: ScoreParts) -> Iterator[ImageRow]:

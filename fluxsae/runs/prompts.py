@@ -6,6 +6,7 @@ and repetitions.
 
 import ast
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -28,6 +29,7 @@ Split = Literal["train", "held_out", "score"]
 HELD_OUT_SHARE, SCORE_SHARE = 0.1, 0.2
 _PYTHON_BYTES = re.compile(r"""b(['"]).*\1""", re.DOTALL)
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")  # beside those that are spaces
+_JOINERS = r"\u200c\u200d"
 Item = TypeVar("Item")
 
 
@@ -232,6 +234,31 @@ def control_character(text: str) -> str | None:
     """The first control character or lone surrogate in a text, which no prompt holds; joiners and marks are none."""
     found = _CONTROL.search(text)
     return found[0] if found else None
+
+
+@functools.cache
+def _word_signs() -> str:
+    """What a word is made of, as the inside of a character class: letters, digits and combining marks."""
+    marks = (chr(code) for code in range(0x300, 0x110000) if unicodedata.category(chr(code))[0] == "M")
+    return r"\w" + "".join(marks)
+
+
+@functools.cache
+def word_pattern() -> re.Pattern[str]:
+    """One word: marks belong to it, and joiners, apostrophes and hyphens where they stand inside."""
+    signs = _word_signs()
+    return re.compile(rf"[{signs}](?:[{signs}{_JOINERS}'’-]*[{signs}])?")
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in order, as Unicode divides them (hyphens join)."""
+    return word_pattern().findall(text)
+
+
+def phrase_pattern(phrase: str) -> re.Pattern[str]:
+    """A word or phrase by itself, in any case: no letter, mark or joiner right before or after it."""
+    signs = _word_signs()
+    return re.compile(rf"(?<![{signs}{_JOINERS}]){re.escape(phrase)}(?![{signs}{_JOINERS}])", re.IGNORECASE)
 
 
 def unique_prompts(prompts: Iterable[str]) -> list[str]:

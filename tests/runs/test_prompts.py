@@ -13,6 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.cards import prompts_without_words
+from fluxsae.features.labels import caption_terms
+from fluxsae.features.vocabulary import has_name, in_place
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.prompts import (
     MAX_PROMPT_CHARACTERS,
@@ -25,7 +28,9 @@ from fluxsae.runs.prompts import (
     split_stream,
     unique_prompts,
     wanted_splits,
+    words_of,
 )
+from fluxsae.ui.serve.schemas import HeatmapRequest, Limits
 from train.flux_options import FluxOptions
 from train.prompts import BUNDLED_PROMPTS, iter_prompts
 from train.prompts.grammar import draw_prompts
@@ -313,3 +318,45 @@ def test_the_miniature_gets_captions_of_its_world_and_a_file_wins() -> None:
     assert plan.prompts == tuple(FluxOptions().load_prompts(20, "score"))
     assert all("background" in p or " a" in f" {p}" for p in plan.prompts)
     assert FluxOptions(prompts=BUNDLED_PROMPTS).load_prompts(5, "score")[0] in load_prompts(BUNDLED_PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a dog's red-haired 'friend', asleep", ["a", "dog's", "red-haired", "friend", "asleep"]),
+        ("a dog’s bed", ["a", "dog’s", "bed"]),
+        ("हिन्दी में किताब", ["हिन्दी", "में", "किताब"]),
+        (PERSIAN, ["گل\u200cهای", "سرخ"]),
+        ("cafe\u0301 bar", ["cafe\u0301", "bar"]),
+        (f"an astronaut {ASTRONAUT}!", ["an", "astronaut"]),
+    ],
+)
+def test_words_are_split_as_unicode_does(text: str, words: list[str]) -> None:
+    assert words_of(text) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "holds"),
+    [
+        ("हिन्दी किताब", "हिन्दी", True),
+        ("हिन्दी किताब", "हिन", False),
+        ("A Red star", "red", True),
+        ("redder", "red", False),
+    ],
+)
+def test_a_name_is_found_as_a_word_of_its_own_in_any_script(text: str, name: str, holds: bool) -> None:
+    assert has_name(text, name) is holds
+    assert (in_place(f"x {text}", name, "new") == "new") is not holds
+
+
+def test_a_word_with_marks_or_joiners_can_be_taken_out_whole() -> None:
+    assert prompts_without_words("हिन्दी किताब") == {"हिन्दी": "किताब", "किताब": "हिन्दी"}
+    assert prompts_without_words(PERSIAN)["سرخ"] == "گل\u200cهای"
+    assert caption_terms("हिन्दी किताब") == {"हिन्दी", "किताब", "हिन्दी किताब"}
+
+
+@pytest.mark.parametrize("prompt", [f"an astronaut {ASTRONAUT}", PERSIAN, "a\u00a0red star", "हिन्दी", "a\u2028b"])
+def test_the_page_and_the_files_accept_the_same_characters(prompt: str) -> None:
+    limits = Limits({"transformer_blocks.1.ff": 8}, 8, 8, 20)
+    values = {"hookpoint": None, "seed": 0, "num_inference_steps": None, "step": None, "limit": 5}
+    assert HeatmapRequest.parse(limits, prompt=prompt, **values).prompt == clean_prompt(prompt)
