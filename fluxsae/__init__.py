@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fluxsae.flux.hookpoints import HookPoint, TokenGrid
     from fluxsae.flux.hooks import capture
     from fluxsae.flux.loading import load_flux
+    from fluxsae.flux.reading import read_picture
     from fluxsae.flux.settings import GenerationSettings
     from fluxsae.publishing.publish import pull_run, push_run
     from fluxsae.runs.folder import RunFolder
@@ -37,6 +38,7 @@ __all__ = [
     "load_flux",
     "pull_run",
     "push_run",
+    "read_picture",
     "steer",
     "sweep",
 ]
@@ -58,6 +60,7 @@ __getattr__, __dir__ = hand_on(
         "load_flux": "flux.loading",
         "pull_run": "publishing.publish",
         "push_run": "publishing.publish",
+        "read_picture": "flux.reading",
         "steer": "steering.apply",
         "sweep": "steering.sweeps",
     },

@@ -1,8 +1,9 @@
-"""Collects activations: FLUX generates, the token rows of some hook points and steps go to disk.
+"""Collects activations: FLUX generates images or reads pictures, token rows of some hook points and steps go to disk.
 
     python -m train.collect --run runs/miniature
     python -m train.collect --flux black-forest-labs/FLUX.1-dev --hookpoints layer5 layer15 --steps 13 --n-images 2000
-    torchrun --nproc-per-node 8 -m -- train.collect ...      # prompts are dealt to the processes
+    python -m train.collect --pictures photos --run runs/photos     # one pass a picture and step, nothing generated
+    torchrun --nproc-per-node 8 -m -- train.collect ...      # images are dealt to the processes
 
 Stopped at any moment, the same command continues and ends with the same bytes.
 """
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.prompts import wanted_splits
 from train.command import Bars, start
-from train.flux_options import FluxOptions, default_hookpoints, default_steps
+from train.flux_options import FluxOptions, Purpose, default_hookpoints, default_steps
 from train.processes import processes
 from train.stages import StageResult, run_stage, start_over
 
@@ -45,7 +47,7 @@ class CollectConfig(FluxOptions):
     steps: tuple[int, ...] = ()
     """0-based steps of the schedule; left out, five spread over it."""
     n_images: int = 320
-    """Images to generate."""
+    """Images to generate, or at most so many pictures to read."""
     tokens_per_image: int | None = 512
     """Tokens kept of each image, step and hook point (all, where there are fewer)."""
     batch_size: int = 8
@@ -113,7 +115,7 @@ def stage_config(config: CollectConfig) -> dict[str, Any]:
 
 
 def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any) -> None:
-    from fluxsae.activations.collection import ImagePlan, build_manifests, build_request, collect
+    from fluxsae.activations.collection import build_manifests, build_request, collect
 
     settings = config.settings(pipe)
     hookpoints = [HookPoint.parse(name) for name in config.hookpoints] or default_hookpoints(pipe)
@@ -126,8 +128,11 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    plan = ImagePlan.build(config.load_prompts(config.n_images, "collect"), seed=config.seed, purpose="collect")
-    info = describe_run(pipe, request, plan, hookpoints=hookpoints)
+    plan = config.build_plan(
+        config.n_images, purpose="collect", settings=settings, held_out_every=config.held_out_every
+    )
+    splits = describe_splits(plan, shared=config.share_prompts, purpose="collect", every=config.held_out_every)
+    info = describe_run(pipe, request, plan, hookpoints=hookpoints, splits=splits)
     manifests = build_manifests(
         pipe,
         plan,
@@ -139,6 +144,7 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
         is_exact=info.is_exact,
     )
     if peers.rank == 0:
+        report_pictures(plan, asked=config.n_images)
         _make_room(config, run, manifests)
         save_run(run, info, force=config.force)
     peers.wait()
@@ -157,14 +163,38 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
 
 def _make_room(config: CollectConfig, run: RunFolder, manifests: dict[HookPoint, ActivationManifest]) -> None:
     needed = sum(manifest.bytes_on_disk for manifest in manifests.values())
-    print(f"collect: {config.n_images} images, {needed / 1e9:.3f} GB in {activations_path(config)}")
+    n_images = next(iter(manifests.values())).n_images
+    print(f"collect: {n_images} images, {needed / 1e9:.3f} GB in {activations_path(config)}")
     if config.force:
         start_over(run, "collect", stage_config(config))
         for hookpoint in manifests:
             shutil.rmtree(activations_path(config) / str(hookpoint), ignore_errors=True)
 
 
-def describe_run(pipe: Any, request: CaptureRequest, plan: ImagePlan, *, hookpoints: list[HookPoint]) -> RunInfo:
+def report_pictures(plan: ImagePlan, *, asked: int) -> None:
+    """Prints what is read, what was done to it and what was left out; nothing where images are generated."""
+    if plan.pictures is not None:
+        print(plan.pictures.report())
+        if len(plan) < asked:
+            print(f"{len(plan)} of the {asked} images asked for: one a picture of this purpose.")
+
+
+def describe_splits(plan: ImagePlan, *, shared: bool, purpose: Purpose, every: int = 0) -> dict[str, Any]:
+    """How many different prompts or pictures each split of a stage has, for `run.json`."""
+    wanted = wanted_splits(len(plan), purpose=purpose, held_out_every=every)
+    keys = {split: {key for key, own in zip(plan.keys, wanted, strict=True) if own == split} for split in set(wanted)}
+    by = "prompts" if plan.pictures is None else "pictures"
+    return {purpose: {"by": by, "shared": shared, **{split: len(found) for split, found in sorted(keys.items())}}}
+
+
+def describe_run(
+    pipe: Any,
+    request: CaptureRequest,
+    plan: ImagePlan,
+    *,
+    hookpoints: list[HookPoint],
+    splits: dict[str, Any] | None = None,
+) -> RunInfo:
     """`run.json` for what is about to be generated."""
     from fluxsae.flux import flux_identity, is_exact, schedule_sigmas, token_grid
     from fluxsae.runs.folder import RunInfo, library_versions
@@ -181,6 +211,9 @@ def describe_run(pipe: Any, request: CaptureRequest, plan: ImagePlan, *, hookpoi
         rows=grid.rows,
         cols=grid.cols,
         prompts_hash=plan.prompts_hash,
+        source="prompts" if plan.pictures is None else "pictures",
+        pictures={} if plan.pictures is None else plan.pictures.describe(),
+        splits=splits or {},
         is_exact=is_exact(pipe),
         versions=library_versions(),
     )
@@ -203,7 +236,12 @@ def save_run(run: RunFolder, info: RunInfo, *, force: bool = False) -> None:
                 f"{run.path} is a run of something else: it has {'; '.join(differing)}. Name another --run folder."
             )
         hookpoints = sorted({*map(HookPoint.parse, present.hookpoints), *map(HookPoint.parse, info.hookpoints)})
-        info = replace(info, hookpoints=tuple(map(str, hookpoints)), stages={} if differing else present.stages)
+        info = replace(
+            info,
+            hookpoints=tuple(map(str, hookpoints)),
+            splits=present.splits | info.splits,
+            stages={} if differing else present.stages,
+        )
     run.save_info(info)
 
 

@@ -78,7 +78,7 @@ def main(config: CompareLayersConfig) -> None:
 def _check_comparable(first: CardIndex, second: CardIndex) -> None:
     if first.run.path == second.run.path and first.hookpoint == second.hookpoint:
         raise FluxSaeError(f"{first.hookpoint} was to be compared with itself; name two hook points, or another run")
-    if (first.images.prompts, first.images.seeds) != (second.images.prompts, second.images.seeds):
+    if (first.images.subjects, first.images.seeds) != (second.images.subjects, second.images.seeds):
         raise FluxSaeError(
             f"{first.run.path} and {second.run.path} hold other images; score both with the same prompts and first seed"
         )

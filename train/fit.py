@@ -301,8 +301,9 @@ def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Da
 def _from_flux(
     config: FitConfig, run: RunFolder, hookpoints: Sequence[HookPoint], peers: Processes, pipe: Any
 ) -> _Data:
-    from fluxsae.activations.collection import ImagePlan, build_manifests, build_request, capture_rows, live_sources
-    from train.collect import describe_run, save_run
+    from fluxsae.activations.collection import build_manifests, build_request, capture_rows, live_sources
+    from fluxsae.activations.shards import ActivationManifest
+    from train.collect import describe_run, describe_splits, save_run
     from train.flux_options import default_steps
 
     settings = config.settings(pipe)
@@ -311,8 +312,13 @@ def _from_flux(
         pipe, hookpoints, steps, settings=settings, tokens_per_image=config.tokens_per_image,
         batch_size=config.images_at_once, seed=config.seed,
     )  # fmt: skip
-    plan = ImagePlan.build(config.load_prompts(config.n_images, "collect"), seed=config.seed, purpose="collect")
-    info = describe_run(pipe, request, plan, hookpoints=list(hookpoints))
+    plan = config.build_plan(
+        config.n_images, purpose="collect", settings=settings, held_out_every=ActivationManifest.held_out_every
+    )
+    splits = describe_splits(
+        plan, shared=config.share_prompts, purpose="collect", every=ActivationManifest.held_out_every
+    )
+    info = describe_run(pipe, request, plan, hookpoints=list(hookpoints), splits=splits)
     if peers.rank == 0:
         save_run(run, info, force=config.force)
     peers.wait()

@@ -1,17 +1,24 @@
 """Flags that every script which runs FLUX shares, and what they open."""
 
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
-from fluxsae.runs.prompts import load_prompts, sample_prompts
+from fluxsae.runs.prompts import Split, deal, decks, load_prompts, split_items, split_stream, wanted_splits
+from train.prompts import iter_prompts
 
-BUNDLED_PROMPTS = Path(__file__).parent / "prompts.txt"
+if TYPE_CHECKING:
+    from fluxsae.activations.collection import ImagePlan
+    from fluxsae.pictures import PictureSet
+
 Purpose = Literal["collect", "score"]
 
 
@@ -38,9 +45,16 @@ class FluxOptions:
     guidance_scale: float | None = None
     """Distilled guidance; left out, the model's own."""
     prompts: Path | None = None
-    """Prompt file (.txt, .csv, .parquet); left out, the bundled prompts, or drawn scenes for the miniature."""
+    """Prompt file (.txt, .csv, .tsv, .jsonl, .parquet) or a folder of them (a downloaded Hub dataset); left out,
+    prompts of a bundled file and a grammar, or captions of drawn scenes for the miniature."""
     prompt_column: str = "prompt"
-    """Column of a .csv or .parquet prompt file."""
+    """Column of a prompt file that has columns."""
+    pictures: Path | None = None
+    """Read pictures instead of generating images: a folder, a .parquet file or a folder of such files."""
+    caption_column: str | None = None
+    """Column or metadata field with the captions of --pictures; left out, caption, text or prompt if there is one."""
+    share_prompts: bool = False
+    """Let training, held-out and scored images share prompts (or pictures); left out, none is in two of them."""
     seed: int = 0
     """Decides prompts, noise and everything else that is random."""
 
@@ -69,15 +83,64 @@ class FluxOptions:
         given = {name: value for name, value in asked.items() if value is not None}
         return GenerationSettings(**{**asdict(default_settings(pipe)), **given})
 
-    def load_prompts(self, count: int, purpose: Purpose) -> list[str]:
-        """`count` prompts of one purpose: from the file, or captions of drawn scenes for the miniature."""
-        if self.prompts is None and self.flux == "miniature":
-            return draw_captions(count, seed=self.seed, purpose=purpose)
-        prompts = load_prompts(self.prompts or BUNDLED_PROMPTS, column=self.prompt_column)
-        return sample_prompts(prompts, count, seed=2 * self.seed + (purpose == "score"))
+    def build_plan(
+        self, count: int, *, purpose: Purpose, settings: GenerationSettings, held_out_every: int = 0
+    ) -> "ImagePlan":
+        """The images of one purpose: prompts to generate, or pictures to read, none of which serves another purpose.
+
+        Of `count` images every `held_out_every`-th is of the held-out prompts. No picture is read more often than the
+        held-out ones have to be, so there may be fewer images than asked for.
+        """
+        from fluxsae.activations.collection import ImagePlan
+
+        if self.pictures is None:
+            prompts = self.load_prompts(count, purpose, held_out_every=held_out_every)
+            return ImagePlan.build(prompts, seed=self.seed, purpose=purpose)
+        found = self.load_pictures(settings)
+        chosen = found.take(self._deal_pictures(found, count, purpose, held_out_every))
+        captions = [entry.caption for entry in chosen.entries]
+        return ImagePlan.build(captions, seed=self.seed, purpose=purpose, pictures=chosen)
+
+    def load_pictures(self, settings: GenerationSettings) -> "PictureSet":
+        """The pictures that can be read, at the size of these settings."""
+        from fluxsae.pictures import load_pictures
+
+        assert self.pictures is not None
+        return load_pictures(
+            self.pictures, height=settings.height, width=settings.width, caption_column=self.caption_column
+        )
+
+    def load_prompts(self, count: int, purpose: Purpose, *, held_out_every: int = 0) -> list[str]:
+        """`count` prompts of one purpose, from the file, the grammar or drawn scenes; a longer list begins the same."""
+        splits = wanted_splits(count, purpose=purpose, held_out_every=held_out_every)
+        if self.prompts is not None:
+            prompts = load_prompts(self.prompts, column=self.prompt_column)
+            return deal(self._streams(prompts, prompts), splits)
+        source = iter_captions if self.flux == "miniature" else iter_prompts
+        endless = source(f"{self.seed}/{purpose}")
+        return deal(dict.fromkeys(splits, endless) if self.share_prompts else split_stream(endless), splits)
+
+    def _streams(self, keys: Sequence[str], items: Sequence[Any]) -> dict[Split, Iterator[Any]]:
+        """Endless decks of the items of each split; of all of them for every split where they are shared."""
+        if self.share_prompts:
+            return {split: decks(items, seed=2 * self.seed + (split == "score")) for split in get_args(Split)}
+        return {
+            split: decks([items[i] for i in indices], seed=self.seed) for split, indices in split_items(keys).items()
+        }
+
+    def _deal_pictures(self, found: "PictureSet", count: int, purpose: Purpose, held_out_every: int) -> list[int]:
+        keys = [entry.digest for entry in found.entries]
+        indices = {split: range(len(found)) for split in get_args(Split)} if self.share_prompts else split_items(keys)
+        splits = wanted_splits(count, purpose=purpose, held_out_every=held_out_every)
+        if purpose == "score":
+            splits = splits[: len(indices["score"])]
+        else:
+            n_train = list(itertools.accumulate(split == "train" for split in splits))
+            splits = splits[: bisect.bisect_right(n_train, len(indices["train"]))]
+        return deal(self._streams(keys, range(len(found))), splits)
 
     def identity(self) -> dict[str, Any]:
-        """The values that decide what is generated, as plain JSON values."""
+        """The values that decide what is generated, as plain JSON values: of files their content, not their place."""
         names = (
             "flux",
             "revision",
@@ -88,15 +151,25 @@ class FluxOptions:
             "prompt_column",
             "seed",
         )
-        return {**{name: getattr(self, name) for name in names}, "prompts": str(self.prompts) if self.prompts else None}
+        values: dict[str, Any] = {**{name: getattr(self, name) for name in names}, "prompts": None}
+        if self.prompts is not None:
+            from fluxsae.runs.folder import prompts_hash
+
+            values["prompts"] = prompts_hash(load_prompts(self.prompts, column=self.prompt_column))
+        if self.pictures is not None:
+            from fluxsae.pictures.sources import fingerprint
+
+            values |= {"pictures": fingerprint(self.pictures), "caption_column": self.caption_column}
+        return values | ({"share_prompts": True} if self.share_prompts else {})
 
 
-def draw_captions(count: int, *, seed: int, purpose: Purpose) -> list[str]:
-    """Captions of random scenes of the miniature's world."""
+def iter_captions(seed: int | str) -> Iterator[str]:
+    """Captions of random scenes of the miniature's world, without end."""
     from fluxsae.miniature.scenes import caption_scene, sample_scene
 
-    rng = np.random.default_rng([seed, ("collect", "score").index(purpose)])
-    return [caption_scene(sample_scene(rng), rng) for _ in range(count)]
+    rng = np.random.default_rng([*str(seed).encode()])
+    while True:
+        yield caption_scene(sample_scene(rng), rng)
 
 
 def default_hookpoints(pipe: Any) -> list[HookPoint]:

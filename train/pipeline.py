@@ -249,7 +249,7 @@ def build_recipe(config: PipelineConfig) -> Recipe:
     if config.config is None and not config.hookpoints:
         pipeline["hookpoints"] = tables.get("pipeline", {}).get("hookpoints", ())
     _check_fits(stages.get("fit", [{}]), pipeline["hookpoints"])
-    flux["prompts"] = str(config.prompts) if config.prompts is not None else None
+    flux |= {name: str(flux[name]) for name in ("prompts", "pictures") if flux[name] is not None}
     return Recipe(flux, {name: list(values) for name, values in pipeline.items()}, stages)
 
 

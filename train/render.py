@@ -141,7 +141,7 @@ def _row(index: CardIndex, feature: int, config: RenderConfig) -> SheetRow:
     card = index[feature]
     heatmaps = index.heatmaps(feature, scale=config.scale)
     cells = [
-        SheetCell(index.picture(image.image_id), heatmaps[image.image_id], image.prompt)
+        SheetCell(index.picture(image.image_id), heatmaps[image.image_id], image.title)
         for image in card.top_images[: config.columns]
         if image.image_id in heatmaps
     ]

@@ -1,6 +1,7 @@
-"""Scores images: FLUX generates, the run's SAEs read along, and S, sums, thumbnails and heatmaps are kept.
+"""Scores images: FLUX generates or reads them, the run's SAEs read along; S, sums, thumbnails and heatmaps are kept.
 
     python -m train.score --run runs/miniature --n-images 1000
+    python -m train.score --run runs/miniature --pictures photos
     torchrun --nproc-per-node 8 -m -- train.score ...
 
 Stopped at any moment, the same command continues. The activations themselves are never stored.
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
-from train.collect import describe_run, save_run
+from train.collect import describe_run, describe_splits, report_pictures, save_run
 from train.command import Bars, start
 from train.flux_options import FluxOptions
 from train.processes import processes
@@ -40,7 +41,7 @@ class ScoreConfig(FluxOptions):
     step: int | None = None
     """Score this step alone; left out, S is the maximum over the steps that each SAE was trained on."""
     n_images: int = 1000
-    """Images to generate."""
+    """Images to generate, or at most so many pictures to read."""
     batch_size: int = 8
     """Images generated together."""
     images_per_part: int = 64
@@ -111,7 +112,7 @@ def _weights_digest(run: RunFolder, hookpoint: HookPoint) -> str:
 
 
 def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, peers: Processes, pipe: Any) -> None:
-    from fluxsae.activations.collection import CaptureRequest, ImagePlan
+    from fluxsae.activations.collection import CaptureRequest
     from fluxsae.features.scoring import ScoreParts, ScoreRequest, forget_parts, merge_parts, score_images, stream_grid
     from fluxsae.files import check_free_space
     from fluxsae.flux import flux_identity, schedule_sigmas
@@ -131,7 +132,7 @@ def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, 
             guidance_scale=settings.guidance_scale,
         )
     steps = {hookpoint: _steps(config, sae, sigmas) for hookpoint, sae in saes.items()}
-    plan = ImagePlan.build(config.load_prompts(config.n_images, "score"), seed=config.seed, purpose="score")
+    plan = config.build_plan(config.n_images, purpose="score", settings=settings)
     request = ScoreRequest(
         plan=plan,
         settings=settings,
@@ -151,7 +152,9 @@ def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, 
         check_free_space(run.path, request.bytes_on_disk(n_features), purpose=f"Scoring {len(plan)} images")
         all_steps = tuple(sorted({step for chosen in steps.values() for step in chosen}))
         capture = CaptureRequest(tuple(hookpoints), all_steps, settings)
-        save_run(run, describe_run(pipe, capture, plan, hookpoints=hookpoints))
+        splits = describe_splits(plan, shared=config.share_prompts, purpose="score")
+        report_pictures(plan, asked=config.n_images)
+        save_run(run, describe_run(pipe, capture, plan, hookpoints=hookpoints, splits=splits))
         ScoreParts(run, request)
     peers.wait()
     parts = ScoreParts(run, request)

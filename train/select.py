@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.features.config import SelectionConfig
 from fluxsae.flux.hookpoints import HookPoint
 from train.command import start
+from train.prompts import BUNDLED_PROMPTS
 from train.stages import StageResult, run_stage
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ class SelectConfig:
     run: Path = Path("runs/miniature")
     """Run folder that was scored, analysed and embedded."""
     vocabulary: Path | None = None
-    """Text file with a phrase a line for labels through CLIP; without it the words of the captions."""
+    """Text file with a phrase a line for labels through CLIP; without it the words of the captions (of
+    pictures without any: of prompts of our own)."""
     max_phrases: int = 2000
     """Phrases taken from the captions, the most frequent ones."""
     n_silent: int = 6
@@ -84,12 +87,13 @@ def _labellers(run: RunFolder, config: SelectConfig) -> list[Labeller]:
     from fluxsae.features.labels import CaptionLabeller, PhraseLabeller
     from fluxsae.pictures.perceptual import load_embedder
 
-    prompts, vectors = run.load_images().prompts, _unit_vectors(run)
-    phrases = _phrases(prompts, config)
-    texts = load_embedder(run.load_embeddings().model).embed_texts(phrases)
+    images, vectors = run.load_images(), _unit_vectors(run)
+    model = run.load_embeddings().model
+    phrases = _phrases([prompt for prompt in images.prompts if prompt] or _stand_in_captions(model), config)
+    texts = load_embedder(model).embed_texts(phrases)
     return [
-        CaptionLabeller(prompts, config=config.selection),
-        PhraseLabeller(phrases, texts, vectors, prompts, config=config.selection),
+        CaptionLabeller(images.prompts, config=config.selection),
+        PhraseLabeller(phrases, texts, vectors, images.subjects, config=config.selection),
     ]
 
 
@@ -99,6 +103,14 @@ def _unit_vectors(run: RunFolder) -> Float[Tensor, "images width"]:
     from torch.nn.functional import normalize
 
     return normalize(torch.from_numpy(run.load_embeddings().vectors.astype(np.float32)), dim=1)
+
+
+def _stand_in_captions(model: str) -> list[str]:
+    """Captions whose words name the features of pictures that have none."""
+    from fluxsae.runs.prompts import load_prompts
+    from train.flux_options import iter_captions
+
+    return list(islice(iter_captions(0), 2000)) if model == "miniature" else load_prompts(BUNDLED_PROMPTS)
 
 
 def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
@@ -124,10 +136,10 @@ def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], con
     )
 
     scores = ScoreMatrix.load(run.scores_path(hookpoint)).stored()
-    prompts, embeddings = run.load_images().prompts, _unit_vectors(run)
-    judged = feature_coherence(scores, embeddings, prompts, config=config.selection)
+    subjects, embeddings = run.load_images().subjects, _unit_vectors(run)
+    judged = feature_coherence(scores, embeddings, subjects, config=config.selection)
     captions = next(labeller for labeller in labellers if isinstance(labeller, CaptionLabeller))
-    groups, n_top = prompt_groups(prompts), config.selection.top_images
+    groups, n_top = prompt_groups(subjects), config.selection.top_images
     named, best, curves, silent = [], [], [], []
     for column in iter_columns(scores):
         named.append([labeller.label(column) for labeller in labellers])

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,9 +14,10 @@ from fluxsae.activations.mixing import MixingBuffer
 from fluxsae.activations.shards import ActivationManifest, ShardWriter, missing_bytes
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import check_free_space
-from fluxsae.flux import BlockCall, capture, default_settings, generate, schedule_sigmas
+from fluxsae.flux import BlockCall, capture, default_settings, generate, read_picture, schedule_sigmas
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.pictures.sources import PictureSet
 from fluxsae.runs.folder import prompts_hash
 
 SEED_BLOCK = 1_000_000
@@ -28,13 +29,19 @@ OnImages = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """Which images a stage makes: image i is (prompts[i], first_seed + i)."""
+    """Which images a stage makes: image i is (prompts[i], first_seed + i).
+
+    With `pictures`, image i is read and not generated: picture i with that caption (or none) and that seed's noise.
+    """
 
     prompts: tuple[str, ...]
     first_seed: int
+    pictures: PictureSet | None = None
 
     @classmethod
-    def build(cls, prompts: Sequence[str], *, seed: int, purpose: str) -> "ImagePlan":
+    def build(
+        cls, prompts: Sequence[str], *, seed: int, purpose: str, pictures: PictureSet | None = None
+    ) -> "ImagePlan":
         """The plan of one purpose, `"collect"` or `"score"`; their seeds never meet, whatever `seed` is.
 
         Raises:
@@ -46,7 +53,7 @@ class ImagePlan:
                 f"{len(prompts)} images with seed {seed}: allowed are 1 to {SEED_BLOCK} images and a seed from 0."
             )
         block = seed * len(purposes) + purposes.index(purpose)
-        return cls(tuple(prompts), block * SEED_BLOCK)
+        return cls(tuple(prompts), block * SEED_BLOCK, pictures)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -56,9 +63,16 @@ class ImagePlan:
         return self.first_seed + image_id
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """What splits go by: each image's prompt, or the digest of its picture."""
+        return self.prompts if self.pictures is None else tuple(entry.digest for entry in self.pictures.entries)
+
+    @property
     def prompts_hash(self) -> str:
-        """sha256 of the prompts in order."""
-        return prompts_hash(self.prompts)
+        """sha256 of the prompts in order, with the digests of the pictures where pictures are read."""
+        if self.pictures is None:
+            return prompts_hash(self.prompts)
+        return prompts_hash([f"{digest} {prompt}" for digest, prompt in zip(self.keys, self.prompts, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -175,9 +189,21 @@ def _capture_batch(
         tokens = call.tokens.gather(1, index.to(call.tokens.device)[..., None].expand(-1, -1, call.tokens.shape[2]))
         kept[call.hookpoint, call.step] = (tokens.to(torch.bfloat16).cpu(), index.to(torch.int32))
 
-    with capture(pipe, request.hookpoints, request.steps, stop_early=True, sink=keep):
-        prompts, seeds = [plan.prompts[i] for i in image_ids], [plan.seed(i) for i in image_ids]
-        generate(pipe, prompts, seeds=seeds, settings=request.settings, output_type="latent")
+    prompts, seeds = [plan.prompts[i] for i in image_ids], [plan.seed(i) for i in image_ids]
+    if plan.pictures is not None:
+        read_picture(
+            pipe,
+            [plan.pictures.picture(i) for i in image_ids],
+            prompt=prompts,
+            hookpoints=request.hookpoints,
+            steps=request.steps,
+            seeds=seeds,
+            settings=request.settings,
+            sink=keep,
+        )
+    else:
+        with capture(pipe, request.hookpoints, request.steps, stop_early=True, sink=keep):
+            generate(pipe, prompts, seeds=seeds, settings=request.settings, output_type="latent")
     return {
         hookpoint: (
             torch.stack([kept[hookpoint, step][0] for step in request.steps], dim=1),
@@ -345,7 +371,7 @@ class LiveImages:
             raise FluxSaeError(
                 f"Epoch {epoch} of {len(self._plan)} images would need more than {SEED_BLOCK} seeds. Use fewer epochs."
             )
-        plan, size = ImagePlan(self._plan.prompts, self._plan.first_seed + first), self._request.batch_size
+        plan, size = replace(self._plan, first_seed=self._plan.first_seed + first), self._request.batch_size
         ids = self._shards[shard]
         batches = [ids[start : start + size] for start in range(0, len(ids), size)]
         rank, world_size = (self._peers.rank, self._peers.world_size) if self._peers else (0, 1)

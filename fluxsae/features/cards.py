@@ -21,6 +21,7 @@ from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.pictures.heatmaps import token_heatmap
 from fluxsae.pictures.perceptual import ImageEmbedder
 from fluxsae.runs.folder import RunFolder
+from fluxsae.runs.prompts import words_of
 from fluxsae.runs.tables import FeatureRow, Heatmaps
 
 LEAST_BEGINNING: Final = 2
@@ -39,6 +40,13 @@ class TopImage:
     """S: the feature's highest activation on this image's tokens, in activation units."""
     argmax_token: int
     """The image token where it fires most."""
+    source: str | None = None
+    """Name of the picture that was read; None for a generated image."""
+
+    @property
+    def title(self) -> str:
+        """The prompt or caption; the picture's name where it has none."""
+        return self.prompt or self.source or ""
 
 
 @dataclass(frozen=True)
@@ -321,7 +329,7 @@ class CardIndex:
     def _text_centre(self, embedder: ImageEmbedder) -> Float[np.ndarray, " width"]:
         """Mean text vector of some of the run's prompts: what all texts share, the gap of CLIP's two cones among it."""
         if embedder.name not in self._text_centres:
-            prompts = list(dict.fromkeys(self.images.prompts))[:64]
+            prompts = list(dict.fromkeys(filter(None, self.images.prompts)))[:64] or [""]
             self._text_centres[embedder.name] = embedder.embed_texts(prompts).mean(dim=0).numpy()
         return self._text_centres[embedder.name]
 
@@ -330,8 +338,9 @@ class CardIndex:
         return self.run.load_heatmaps(self.hookpoint)
 
     def _top_images(self, row: FeatureRow) -> tuple[TopImage, ...]:
+        images = self.images
         return tuple(
-            TopImage(image, self.images.prompts[image], self.images.seeds[image], score, token)
+            TopImage(image, images.prompts[image], images.seeds[image], score, token, images.sources[image])
             for image, score, token in zip(row.top_images, row.top_scores, row.top_tokens, strict=True)
         )
 
@@ -354,7 +363,7 @@ class CardIndex:
 
 def _content_words(text: str) -> set[str]:
     """The words of a query without function words; where it has nothing else, all of it."""
-    return set(re.findall(r"[\w'-]+", text)) - STOP_WORDS or set(text.split())
+    return set(words_of(text)) - STOP_WORDS or set(text.split())
 
 
 def varied(features: Sequence[int], labels: Sequence[str | None]) -> list[int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fluxsae.features.config import SelectionConfig
 from fluxsae.features.selection import label_images, prompt_groups
+from fluxsae.runs.prompts import words_of
 
 CURVE_LEVELS = np.linspace(0.0, 1.0, 11)
 """Shares of a feature's highest score at which `label_curve` tells how far to trust its name."""
@@ -55,7 +56,7 @@ def caption_terms(prompt: str, *, longest: int = 3) -> set[str]:
     """The words and phrases of a caption, in lower case, that neither begin nor end with a function word."""
     terms: set[str] = set()
     for clause in re.split(r"[.,;:!?()]", prompt.lower()):
-        words = re.findall(r"[\w'-]+", clause)
+        words = words_of(clause)
         for start in range(len(words)):
             for stop in range(start + 1, min(start + longest, len(words)) + 1):
                 if words[start] not in STOP_WORDS and words[stop - 1] not in STOP_WORDS:

@@ -1,6 +1,7 @@
-"""FLUX and SAEs to images, S, sums and heatmaps in one generation, in parts that survive being stopped."""
+"""FLUX and SAEs to images, S, sums and heatmaps in one generation or read, in parts that survive being stopped."""
 
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from fluxsae.activations.collection import ImagePlan, OnImages, check_finite
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.familiarity import image_fvu, summarise_fvu
 from fluxsae.features.scores import FeatureStats, ScoreAccumulator, ScoreMatrix, write_scores
 from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
 from fluxsae.files import load_tensors, read_json, remove_leftovers, save_tensors, write_json
-from fluxsae.flux import BlockCall, capture, generate, nearest_step, token_grid
+from fluxsae.flux import BlockCall, capture, generate, nearest_step, read_picture, token_grid
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.folder import RunFolder
@@ -24,9 +26,9 @@ from fluxsae.runs.tables import ImageRow, encode_webp, iter_image_rows, write_im
 from fluxsae.sae.acts import SparseActs
 from fluxsae.sae.model import SparseAutoencoder
 
-_STAGE = "score"
-OnActs = Callable[[HookPoint, int, SparseActs], None]
-"""(hook point, step, acts of a batch of images there)."""
+_STAGE, _FVU = "score", "image_fvu"
+OnActs = Callable[[BlockCall, SparseActs], None]
+"""(call of a hooked block, acts of its batch of images there)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,13 +205,16 @@ def _score_part(
         for hookpoint, sae in saes.items()
     }
     rows: list[ImageRow] = []
-    ids = request.image_ids(part)
+    fvus: dict[tuple[HookPoint, int], list[Tensor]] = defaultdict(list)
+
+    ids, pictures = request.image_ids(part), request.plan.pictures
     for start in range(0, len(ids), request.batch_size):
         batch = list(ids[start : start + request.batch_size])
 
-        def keep(hookpoint: HookPoint, step: int, acts: SparseActs, batch: list[int] = batch) -> None:
-            accumulators[hookpoint].update(batch, acts, step=step)
-            collectors[hookpoint].update(batch, acts)
+        def keep(call: BlockCall, acts: SparseActs, batch: list[int] = batch) -> None:
+            accumulators[call.hookpoint].update(batch, acts, step=call.step)
+            collectors[call.hookpoint].update(batch, acts)
+            fvus[call.hookpoint, call.step].append(image_fvu(saes[call.hookpoint], call.tokens, acts))
 
         images = generate_with_acts(
             pipe,
@@ -218,13 +223,16 @@ def _score_part(
             prompts=[request.plan.prompts[i] for i in batch],
             seeds=[request.plan.seed(i) for i in batch],
             settings=request.settings,
+            pictures=None if pictures is None else [pictures.picture(i) for i in batch],
             on_acts=keep,
         )
         for hookpoint, collector in collectors.items():
             collector.complete(batch, accumulators[hookpoint].scores(batch))
         rows += [_image_row(request, i, image) for i, image in zip(batch, images, strict=True)]
     for hookpoint, accumulator in accumulators.items():
-        _save_part(parts.scores_path(hookpoint, part), accumulator, collectors[hookpoint].pop())
+        fvu = torch.stack([torch.cat(fvus[hookpoint, step]) for step in request.steps[hookpoint]], dim=1)
+        entries = {**collectors[hookpoint].pop(), _FVU: fvu}
+        _save_part(parts.scores_path(hookpoint, part), accumulator, entries)
     write_images(parts.images_path(part), rows)
 
 
@@ -237,16 +245,24 @@ def generate_with_acts(
     seeds: Sequence[int],
     settings: GenerationSettings,
     on_acts: OnActs,
+    pictures: Sequence[Image.Image] | None = None,
 ) -> list[Image.Image]:
-    """Images; meanwhile `on_acts` gets the acts (images, tokens, features) of each SAE at its steps, as they come."""
+    """Images; meanwhile `on_acts` gets the acts (images, tokens, features) of each SAE at its steps, as they come.
+
+    With `pictures` nothing is generated: they are read with these prompts as captions, and handed back.
+    """
 
     def encode(call: BlockCall) -> None:
         if call.step in steps[call.hookpoint]:
             check_finite(call, [f"seed {seed} ({prompt!r:.60})" for seed, prompt in zip(seeds, prompts, strict=True)])
             sae = saes[call.hookpoint]
-            on_acts(call.hookpoint, call.step, sae.encode_sparse(call.tokens.to(sae.W_enc.device)))
+            on_acts(call, sae.encode_sparse(call.tokens.to(sae.W_enc.device)))
 
     wanted = sorted({step for chosen in steps.values() for step in chosen})
+    if pictures is not None:
+        asked = {"hookpoints": list(saes), "steps": wanted, "seeds": list(seeds), "settings": settings}
+        read_picture(pipe, pictures, prompt=list(prompts), **asked, sink=encode)  # type: ignore[arg-type]
+        return list(pictures)
     with torch.no_grad(), capture(pipe, list(saes), wanted, sink=encode):
         images = generate(pipe, list(prompts), seeds=list(seeds), settings=settings)
     assert isinstance(images, list)
@@ -254,8 +270,9 @@ def generate_with_acts(
 
 
 def _image_row(request: ScoreRequest, image_id: int, image: Image.Image) -> ImageRow:
-    thumbnail = encode_webp(image, longest_side=request.thumbnail_side)
-    return ImageRow(image_id, request.plan.prompts[image_id], request.plan.seed(image_id), thumbnail)
+    thumbnail, plan = encode_webp(image, longest_side=request.thumbnail_side), request.plan
+    source = None if plan.pictures is None else plan.pictures.entries[image_id].name
+    return ImageRow(image_id, plan.prompts[image_id], plan.seed(image_id), thumbnail, source)
 
 
 def _save_part(path: Path, accumulator: ScoreAccumulator, entries: Mapping[str, Tensor]) -> None:
@@ -284,6 +301,8 @@ def merge_parts(parts: ScoreParts) -> None:
         top = ScoreMatrix.load(run.scores_path(hookpoint)).top(request.n_top)
         write_heatmaps(run.heatmaps_path(hookpoint), files, top, scale=stats.maxima, grid=request.grids[hookpoint])
         stats.save(run.stats_path(hookpoint))
+        fvus = torch.cat([load_tensors(file)[_FVU] for file in files])
+        run.update_metrics(hookpoint, summarise_fvu(fvus, steps))
 
 
 def _iter_rows(parts: ScoreParts) -> Iterator[ImageRow]:

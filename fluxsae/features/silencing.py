@@ -1,11 +1,11 @@
 """Which words of a prompt a feature depends on: what is left of it when one is taken away."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.labels import STOP_WORDS
+from fluxsae.runs.prompts import word_pattern, words_of
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,18 @@ def prompts_without_words(prompt: str) -> dict[str, str]:
     Raises:
         FluxSaeError: the prompt has no content word, or nothing else.
     """
-    words = dict.fromkeys(w for w in re.findall(r"[\w'-]+", prompt) if w.lower() not in STOP_WORDS)
-    left = {word: " ".join(re.sub(rf"(?<![\w'-]){re.escape(word)}(?![\w'-])", " ", prompt).split()) for word in words}
+    words = dict.fromkeys(word for word in words_of(prompt) if word.lower() not in STOP_WORDS)
+    left = {word: _without(word, prompt) for word in words}
     variants = {word: text for word, text in left.items() if text}
     if not variants:
         raise FluxSaeError(
             f"the prompt {prompt!r} has no word to take away; give one with a content word and something beside it"
         )
     return variants
+
+
+def _without(word: str, prompt: str) -> str:
+    return " ".join(word_pattern().sub(lambda found: " " if found[0] == word else found[0], prompt).split())
 
 
 def silencing_words(prompt: str, score: Callable[[Sequence[str]], Sequence[float]]) -> list[WordEffect]:

@@ -2,9 +2,10 @@
 
 import itertools
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+
+from fluxsae.runs.prompts import phrase_pattern, words_of
 
 Around = Counter[tuple[str, int]]
 """How often each word stands right before (-1) or right after (1) a name."""
@@ -43,7 +44,7 @@ class NameKinds:
     """How alike names and words are in use, from the prompts of a run."""
 
     def __init__(self, prompts: Iterable[str], names: Iterable[str]) -> None:
-        self._sentences = [re.findall(r"\w+", prompt.lower()) for prompt in prompts]
+        self._sentences = [words_of(prompt.lower()) for prompt in prompts]
         self._around = words_around_each(self._sentences)
         self._around |= {name: words_around(name, self._sentences) for name in names}
 
@@ -66,13 +67,9 @@ class NameKinds:
 
 def has_name(prompt: str, name: str) -> bool:
     """Whether a prompt has a name as a word of its own."""
-    return _word(name).search(prompt) is not None
+    return phrase_pattern(name).search(prompt) is not None
 
 
 def in_place(prompt: str, old: str, new: str) -> str:
     """A prompt with one name in place of another; the new name alone where the prompt does not have the old one."""
-    return _word(old).sub(lambda _: new, prompt) if has_name(prompt, old) else new
-
-
-def _word(name: str) -> re.Pattern[str]:
-    return re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
+    return phrase_pattern(old).sub(lambda _: new, prompt) if has_name(prompt, old) else new

@@ -1,4 +1,4 @@
-"""FLUX itself: load, generate and hook. Nothing else in the package imports diffusers.
+"""FLUX itself: load, generate, read pictures and hook. Nothing else in the package imports diffusers.
 
 Hook points and settings are plain data; they load without diffusers.
 """
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         why_inexact,
     )
     from fluxsae.flux.models import FluxIdentity
+    from fluxsae.flux.reading import read_picture
     from fluxsae.flux.schedules import nearest_step
     from fluxsae.flux.settings import GenerationSettings
 
@@ -74,6 +75,7 @@ __all__ = [
     "is_exact",
     "load_flux",
     "nearest_step",
+    "read_picture",
     "schedule_sigmas",
     "token_grid",
     "unknown_words",
@@ -114,6 +116,7 @@ __getattr__, __dir__ = hand_on(
         "is_exact": "loading",
         "load_flux": "loading",
         "nearest_step": "schedules",
+        "read_picture": "reading",
         "schedule_sigmas": "generation",
         "token_grid": "generation",
         "unknown_words": "generation",

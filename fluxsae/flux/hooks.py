@@ -333,6 +333,10 @@ class Captured:
             )
         return self._acts[wanted, step]
 
+    def keep(self, call: BlockCall) -> None:
+        """Holds a copy of the call's tokens."""
+        self._acts[call.hookpoint, call.step] = call.tokens.detach().clone()
+
     def _describe_steps(self) -> str:
         return "steps " + ", ".join(map(str, self.steps)) if self._sigmas else "no steps yet: run the pipeline first"
 
@@ -366,7 +370,7 @@ class _Recorder:
         if self.sink is not None:
             self.sink(call)
         else:
-            self.captured._acts[call.hookpoint, call.step] = call.tokens.detach().clone()
+            self.captured.keep(call)
         self._seen.add(call.hookpoint)
         last_step = call.n_steps - 1 if self.steps is None else max(self.steps)
         if self.stop_early and call.step == last_step and len(self._seen) == len(self.captured.hookpoints):
@@ -411,9 +415,9 @@ def capture(
         FluxSaeError: no or unknown hook points, a step outside the schedule, or, when the `with` ends without another
             error, a wanted step that none of its runs came to.
     """
-    wanted = _parse_hookpoints(hookpoints)
+    wanted = parse_hookpoints(hookpoints)
     captured = Captured(wanted)
-    recorder = _Recorder(captured, _parse_steps(steps), stop_early, sink)
+    recorder = _Recorder(captured, parse_steps(steps), stop_early, sink)
     try:
         with block_hooks(pipe, dict.fromkeys(wanted, recorder.on_block), on_call=recorder.on_call):
             yield captured
@@ -430,7 +434,8 @@ def free_after_abort(pipe: FluxLike) -> None:
         pipe.maybe_free_model_hooks()
 
 
-def _parse_hookpoints(hookpoints: Sequence[HookPoint | str]) -> tuple[HookPoint, ...]:
+def parse_hookpoints(hookpoints: Sequence[HookPoint | str]) -> tuple[HookPoint, ...]:
+    """The hook points without repetitions; raises a FluxSaeError for none, or for one text instead of a list."""
     if isinstance(hookpoints, str):
         raise FluxSaeError(f"Hook points are given as a list: write [{hookpoints!r}].")
     wanted = tuple(dict.fromkeys(HookPoint.parse(hookpoint) for hookpoint in hookpoints))
@@ -439,7 +444,8 @@ def _parse_hookpoints(hookpoints: Sequence[HookPoint | str]) -> tuple[HookPoint,
     return wanted
 
 
-def _parse_steps(steps: Collection[int] | None) -> frozenset[int] | None:
+def parse_steps(steps: Collection[int] | None) -> frozenset[int] | None:
+    """The steps without repetitions, None for all; raises a FluxSaeError for none or one below 0."""
     if steps is None:
         return None
     wanted = frozenset(steps)

@@ -130,9 +130,9 @@ class _WholeRun:
     def images(self, path: Path) -> Iterator[str]:
         images = ImageTable(path)
         self.n_images = len(images)
-        for (prompt, seed), n in Counter(zip(images.prompts, images.seeds, strict=True)).items():
+        for (subject, seed), n in Counter(zip(images.subjects, images.seeds, strict=True)).items():
             if n > 1:
-                yield f"holds prompt {prompt[:60]!r} with seed {seed} {n} times; a pair identifies one image."
+                yield f"holds {subject[:60]!r} with seed {seed} {n} times; a pair identifies one image."
         for image_id in images.image_ids:
             if fault := _picture_fault(images.thumbnail(image_id)):
                 yield f"the thumbnail of image {image_id} cannot be shown ({fault})."

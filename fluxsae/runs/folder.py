@@ -58,6 +58,12 @@ class RunInfo:
     flux_revision: str | None = None
     prompts_hash: str = ""
     """sha256 of the prompts that were scored (before that, of those collected)."""
+    source: str = "prompts"
+    """What the images come from: "prompts" (generated) or "pictures" (read)."""
+    pictures: dict[str, Any] = field(default_factory=dict)
+    """Where pictures are read: name of the source, how many, what was changed in them and what was left out."""
+    splits: dict[str, Any] = field(default_factory=dict)
+    """Different prompts (or pictures) in training, held-out and scores, and whether some may be in several."""
     is_exact: bool = True
     """False where FLUX was quantised or cached, so that its activations are not the model's own."""
     versions: dict[str, str] = field(default_factory=dict)

@@ -22,8 +22,15 @@ from fluxsae.files import atomic_path, load_tensors, map_array, read_header, sav
 _IMAGE_ROW_GROUP = 128
 _THUMBNAIL_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _IMAGE_SCHEMA = pa.schema(
-    [("image_id", pa.int64()), ("prompt", pa.string()), ("seed", pa.int64()), ("thumbnail", _THUMBNAIL_TYPE)]
+    [
+        ("image_id", pa.int64()),
+        ("prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("thumbnail", _THUMBNAIL_TYPE),
+        ("source", pa.string()),
+    ]
 )
+_IMAGE_COLUMNS = _IMAGE_SCHEMA.names[:-1]  # runs scored before pictures could be read have no source
 # What the `datasets` library and the Hub's viewer read to show the thumbnails as pictures.
 _HUGGINGFACE = {
     "info": {
@@ -32,6 +39,7 @@ _HUGGINGFACE = {
             "prompt": {"dtype": "string", "_type": "Value"},
             "seed": {"dtype": "int64", "_type": "Value"},
             "thumbnail": {"_type": "Image"},
+            "source": {"dtype": "string", "_type": "Value"},
         }
     }
 }
@@ -40,13 +48,15 @@ _FEATURE_COLUMNS = ("feature", "feature_class", "density", "mean_act", "max_act"
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One scored image: its prompt and seed identify it, its id is its row in S."""
+    """One scored image: its id is its row in S; prompt and seed identify it, or the picture it was read from."""
 
     image_id: int
     prompt: str
     seed: int
     thumbnail: bytes
     """The picture as webp."""
+    source: str | None = None
+    """Name of the picture that was read (its path, or file and row); None for a generated image."""
 
     def picture(self) -> Image.Image:
         """The thumbnail decoded."""
@@ -68,11 +78,14 @@ class ImageTable:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file = _open_parquet(self.path, _IMAGE_SCHEMA.names)
-        light = self._file.read(columns=["image_id", "prompt", "seed"])
+        self._file = _open_parquet(self.path, _IMAGE_COLUMNS)
+        names = ["image_id", "prompt", "seed", "source"]
+        light = self._file.read(columns=[name for name in names if name in self._file.schema_arrow.names])
         self.image_ids: list[int] = light["image_id"].to_pylist()
         self.prompts: list[str] = light["prompt"].to_pylist()
         self.seeds: list[int] = light["seed"].to_pylist()
+        has_source = "source" in light.column_names
+        self.sources: list[str | None] = light["source"].to_pylist() if has_source else [None] * len(self.prompts)
         if self.image_ids != list(range(len(self.image_ids))):
             raise FluxSaeError(f"{self.path} must list image ids 0, 1, 2, ... in order. Score the images again.")
         sizes = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
@@ -83,10 +96,16 @@ class ImageTable:
         return len(self.image_ids)
 
     def __getitem__(self, image_id: int) -> ImageRow:
-        return ImageRow(image_id, self.prompts[image_id], self.seeds[image_id], self.thumbnail(image_id))
+        thumbnail = self.thumbnail(image_id)
+        return ImageRow(image_id, self.prompts[image_id], self.seeds[image_id], thumbnail, self.sources[image_id])
 
     def __iter__(self) -> Iterator[ImageRow]:
         return (self[image_id] for image_id in self.image_ids)
+
+    @property
+    def subjects(self) -> list[str]:
+        """What tells images apart where one prompt's, or one picture's, count once: the source, else the prompt."""
+        return [source or prompt for source, prompt in zip(self.sources, self.prompts, strict=True)]
 
     def thumbnail(self, image_id: int) -> bytes:
         """The webp bytes of one image.
@@ -111,10 +130,10 @@ class ImageTable:
 
 def iter_image_rows(path: str | Path) -> Iterator[ImageRow]:
     """The rows of an images file, whatever their ids, a group at a time."""
-    file = _open_parquet(Path(path), _IMAGE_SCHEMA.names)
+    file = _open_parquet(Path(path), _IMAGE_COLUMNS)
     for group in range(file.num_row_groups):
         for row in file.read_row_group(group).to_pylist():
-            yield ImageRow(row["image_id"], row["prompt"], row["seed"], row["thumbnail"]["bytes"])
+            yield ImageRow(row["image_id"], row["prompt"], row["seed"], row["thumbnail"]["bytes"], row.get("source"))
 
 
 def write_images(path: str | Path, rows: Iterable[ImageRow]) -> None:
@@ -128,7 +147,8 @@ def write_images(path: str | Path, rows: Iterable[ImageRow]) -> None:
 
 def _image_group(rows: Sequence[ImageRow], schema: pa.Schema) -> pa.Table:
     thumbnails = [{"bytes": row.thumbnail, "path": f"{row.image_id:06d}.webp"} for row in rows]
-    columns = [[row.image_id for row in rows], [row.prompt for row in rows], [row.seed for row in rows], thumbnails]
+    plain = [[getattr(row, name) for row in rows] for name in ("image_id", "prompt", "seed", "source")]
+    columns = [*plain[:3], thumbnails, plain[3]]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
 
 

@@ -199,7 +199,7 @@ DAMAGES: dict[str, tuple[Callable[[RunFolder], None], str, str]] = {
     "an image twice": (
         lambda run: run.save_images([replace(row, prompt="same", seed=1) for row in run.load_images()]),
         "images/images.parquet",
-        "holds prompt 'same' with seed 1 24 times",
+        "holds 'same' with seed 1 24 times",
     ),
     "a thumbnail that is no picture": (
         lambda run: run.save_images([replace(row, thumbnail=b"none") for row in run.load_images()]),

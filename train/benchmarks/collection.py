@@ -53,8 +53,8 @@ class CollectionSpeed:
 def main(config: CollectionConfig, *, pipe: Any = None) -> CollectionSpeed:
     """Prints and returns the figures; `pipe` is an already opened FLUX, if there is one."""
     pipe = pipe if pipe is not None else config.open()
-    prompts = config.load_prompts(config.n_images, "collect")
-    speed = measure(pipe, ImagePlan.build(prompts, seed=config.seed, purpose="collect"), config)
+    plan = config.build_plan(config.n_images, purpose="collect", settings=config.settings(pipe))
+    speed = measure(pipe, plan, config)
     print("\n".join(speed.lines()))
     return speed
 

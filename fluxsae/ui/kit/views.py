@@ -118,6 +118,7 @@ def card_pictures(cards: CardIndex, card: FeatureCard, *, limit: int) -> list[di
         {
             "image": webp_url(cards.images.thumbnail(top.image_id)),
             "prompt": top.prompt,
+            "source": top.source,
             "seed": top.seed,
             "relative": min(1.0, top.score / card.max_act) if card.max_act > 0 else 0.0,
             "map": base64_text(byte_map(heat[top.image_id], 1.0)) if top.image_id in heat else None,

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.prompts import control_character
 from fluxsae.steering.edits import MODES, Region, SteeringEdit, parse_edits
 
 MAX_PROMPT_CHARACTERS = 2_000
@@ -119,7 +120,7 @@ def _text(most: int, *, blank: bool) -> BeforeValidator:
             raise ValueError(f"{info.field_name} has {len(value):,} characters; give at most {most:,}.")
         if not blank and not value.strip():
             raise ValueError(f"{info.field_name} is blank; describe the image in 1 to {most:,} characters.")
-        if not all(character.isprintable() or character in "\n\t" for character in value):
+        if control_character(value):
             raise ValueError(f"{info.field_name} holds control characters; give plain text.")
         return " ".join(value.split())
 

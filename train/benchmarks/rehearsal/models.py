@@ -14,7 +14,7 @@ from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.prompts import load_prompts
 from train.benchmarks.gpu.models import DEV, TINY, Scale, build_pipeline
 from train.benchmarks.options import Model
-from train.flux_options import BUNDLED_PROMPTS
+from train.prompts import BUNDLED_PROMPTS
 
 N_BLOCKS = {"num_layers": 2, "num_single_layers": 2}
 SCALES: dict[str, Scale] = {
