@@ -21,6 +21,7 @@ from fluxsae.activations.collection import CaptureRequest, ImagePlan, build_mani
 from fluxsae.activations.shards import ActivationManifest, expected_files, find_folders
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.identity import identity_differences
 from fluxsae.runs.folder import RunFolder, RunInfo, library_versions
 from fluxsae.sae.training.processes import Processes
 from train.flux_options import FluxOptions, default_hookpoints, default_steps
@@ -121,11 +122,8 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
         pipe,
         plan,
         request,
-        flux_id=info.flux_id,
-        flux_revision=info.flux_revision,
         images_per_shard=config.images_per_shard,
         held_out_every=config.held_out_every,
-        is_exact=info.is_exact,
     )
     if peers.rank == 0:
         _make_room(config, run, manifests)
@@ -160,7 +158,7 @@ def _make_room(config: CollectConfig, run: RunFolder, manifests: dict[HookPoint,
 
 def describe_run(pipe: Any, request: CaptureRequest, plan: ImagePlan, *, hookpoints: list[HookPoint]) -> RunInfo:
     """`run.json` for what is about to be generated."""
-    from fluxsae.flux import flux_identity, is_exact, schedule_sigmas, token_grid
+    from fluxsae.flux import flux_identity, schedule_sigmas, token_grid
 
     identity, sigmas = flux_identity(pipe), schedule_sigmas(pipe, request.settings)
     grid = token_grid(pipe, request.settings)
@@ -174,7 +172,10 @@ def describe_run(pipe: Any, request: CaptureRequest, plan: ImagePlan, *, hookpoi
         rows=grid.rows,
         cols=grid.cols,
         prompts_hash=plan.prompts_hash,
-        is_exact=is_exact(pipe),
+        is_exact=bool(identity.is_exact),
+        flux_weights=identity.weights,
+        adapters=identity.adapters,
+        dtype=str(pipe.transformer.dtype).removeprefix("torch."),
         versions=library_versions(),
     )
 
@@ -187,13 +188,15 @@ def save_run(run: RunFolder, info: RunInfo, *, force: bool = False) -> None:
     """
     if run.exists():
         present = run.load_info()
-        fixed = ("flux_id", "flux_revision", "settings", "is_exact")
-        differing = [
-            f"{name} {getattr(present, name)}" for name in fixed if getattr(present, name) != getattr(info, name)
+        differing = list(identity_differences(present.identity, info.identity).values())
+        differing += [
+            f"{name} is {getattr(info, name)}, not {getattr(present, name)}"
+            for name in ("settings", "dtype")
+            if getattr(present, name) not in (None, getattr(info, name))
         ]
         if differing and not force:
             raise FluxSaeError(
-                f"{run.path} is a run of something else: it has {'; '.join(differing)}. Name another --run folder."
+                f"{run.path} is a run of something else: {'; '.join(differing)}. Name another --run folder."
             )
         hookpoints = sorted({*map(HookPoint.parse, present.hookpoints), *map(HookPoint.parse, info.hookpoints)})
         info = replace(info, hookpoints=tuple(map(str, hookpoints)), stages={} if differing else present.stages)

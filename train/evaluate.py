@@ -20,6 +20,7 @@ from fluxsae.laboratory.concept_tables import concepts_text
 from fluxsae.laboratory.evaluate import MINIATURE, PARTS, Evaluation, EvaluationConfig, Part, evaluate
 from fluxsae.laboratory.steering_tables import laboratory_text
 from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.ground import Mismatch
 from train.flux_options import open_flux
 
 
@@ -45,8 +46,8 @@ class EvaluateConfig:
     """Local folder or Hub repository of the FLUX; left out, the one that the run names."""
     device: str | None = None
     """cuda, mps or cpu; left out, the best that is there."""
-    allow_mismatch: bool = False
-    """Measure SAEs also on another model, size or guidance than they were trained on."""
+    allow_mismatch: tuple[Mismatch, ...] = ()
+    """What may differ from what the SAEs were trained on, by name."""
     settings: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 

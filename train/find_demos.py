@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex
-from fluxsae.flux import load_flux
+from fluxsae.flux import execution_device, load_flux
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.pictures.perceptual import ImageEmbedder, load_distance, load_embedder
 from fluxsae.runs.folder import RunFolder
@@ -88,8 +88,9 @@ def choose_features(run: RunFolder, place: HookPoint, features: tuple[int, ...],
 def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDemosConfig) -> None:
     info = run.load_info()
     pipe = load_flux(info.flux_id, revision=info.flux_revision, device=config.device)
-    saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=pipe.device) for place in features}
-    distance, embedder = load_distance(config.distance, device=str(pipe.device)), _embedder(run)
+    device = execution_device(pipe)
+    saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=device) for place in features}
+    distance, embedder = load_distance(config.distance, device=str(device)), _embedder(run)
     with tqdm(desc="candidates", unit="image") as bar:
         found = find_demos(
             run,

@@ -17,7 +17,7 @@ from torch import Tensor
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex, silencing_words
 from fluxsae.features.scoring import check_step, trained_steps
-from fluxsae.flux import FluxPipeline, capture, flux_identity, generate, load_flux, schedule_sigmas, token_grid
+from fluxsae.flux import FluxPipeline, capture, generate, load_flux, schedule_sigmas, settings_ground, token_grid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature import miniature_path
 from fluxsae.pictures.heatmaps import enlarge, font, overlay, token_heatmap, with_legend
@@ -101,15 +101,7 @@ class _Reader:
         own = index.info.settings
         n_steps = config.num_inference_steps or own.num_inference_steps
         self.settings = GenerationSettings.from_dict({**own.to_dict(), "num_inference_steps": n_steps})
-        identity = flux_identity(pipe)
-        sae.require_ground(
-            flux_id=identity.flux_id,
-            flux_revision=identity.revision,
-            hookpoint=str(self.hookpoint),
-            height=self.settings.height,
-            width=self.settings.width,
-            guidance_scale=self.settings.guidance_scale,
-        )
+        sae.require_ground(settings_ground(pipe, self.settings, self.hookpoint))
         sigmas = schedule_sigmas(pipe, self.settings)
         self.steps = trained_steps(sae, sigmas) if config.step is None else (check_step(sae, config.step, sigmas),)
 

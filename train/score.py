@@ -29,9 +29,10 @@ from fluxsae.features.scoring import (
     trained_steps,
 )
 from fluxsae.files import check_free_space
-from fluxsae.flux import flux_identity, schedule_sigmas
+from fluxsae.flux import execution_device, schedule_sigmas, settings_ground
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.ground import Mismatch
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training.processes import Processes
 from train.collect import describe_run, save_run
@@ -60,8 +61,8 @@ class ScoreConfig(FluxOptions):
     """Best images of each feature whose heatmaps are kept."""
     thumbnail_side: int = 384
     """Longest side of the thumbnails, pixels."""
-    allow_mismatch: bool = False
-    """Score with SAEs that were trained on another model, size, guidance or noise level."""
+    allow_mismatch: tuple[Mismatch, ...] = ()
+    """What may differ from what the SAEs were trained on, by name."""
     push_to: str | None = None
     """Hub repository (user/name) that gets the run when the stage is complete."""
     force: bool = False
@@ -121,17 +122,10 @@ def _weights_digest(run: RunFolder, hookpoint: HookPoint) -> str:
 def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, peers: Processes, pipe: Any) -> None:
     settings = config.settings(pipe)
     sigmas = schedule_sigmas(pipe, settings)
-    saes = {h: SparseAutoencoder.from_pretrained(run.sae_path(h), device=pipe.transformer.device) for h in hookpoints}
+    device = execution_device(pipe)
+    saes = {h: SparseAutoencoder.from_pretrained(run.sae_path(h), device=device) for h in hookpoints}
     for hookpoint, sae in saes.items():
-        sae.require_ground(
-            allow_mismatch=config.allow_mismatch,
-            flux_id=flux_identity(pipe).flux_id,
-            flux_revision=flux_identity(pipe).revision,
-            hookpoint=str(hookpoint),
-            height=settings.height,
-            width=settings.width,
-            guidance_scale=settings.guidance_scale,
-        )
+        sae.require_ground(settings_ground(pipe, settings, hookpoint), allow_mismatch=config.allow_mismatch)
     steps = {hookpoint: _steps(config, sae, sigmas) for hookpoint, sae in saes.items()}
     plan = ImagePlan.build(config.load_prompts(config.n_images, "score"), seed=config.seed, purpose="score")
     request = ScoreRequest(

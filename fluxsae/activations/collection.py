@@ -14,7 +14,7 @@ from fluxsae.activations.mixing import MixingBuffer
 from fluxsae.activations.shards import ActivationManifest, ShardWriter, missing_bytes
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import check_free_space
-from fluxsae.flux import BlockCall, capture, default_settings, generate, schedule_sigmas
+from fluxsae.flux import BlockCall, capture, default_settings, flux_identity, generate, schedule_sigmas
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.folder import prompts_hash
@@ -192,20 +192,19 @@ def build_manifests(
     plan: ImagePlan,
     request: CaptureRequest,
     *,
-    flux_id: str,
-    flux_revision: str | None = None,
     images_per_shard: int = 32,
     held_out_every: int = 10,
-    is_exact: bool = True,
 ) -> dict[HookPoint, ActivationManifest]:
     """What the folders of a collection will hold, before any image is made."""
-    sigmas = schedule_sigmas(pipe, request.settings)
+    sigmas, identity = schedule_sigmas(pipe, request.settings), flux_identity(pipe)
     return {
         hookpoint: ActivationManifest(
             hookpoint=str(hookpoint),
             d_model=d_model,
-            flux_id=flux_id,
-            flux_revision=flux_revision,
+            flux_id=identity.flux_id,
+            flux_revision=identity.revision,
+            flux_weights=identity.weights,
+            adapters=identity.adapters,
             settings=request.settings,
             steps=request.steps,
             sigmas=tuple(sigmas[step] for step in request.steps),
@@ -216,7 +215,7 @@ def build_manifests(
             prompts_hash=plan.prompts_hash,
             seed=request.seed,
             held_out_every=held_out_every,
-            is_exact=is_exact,
+            is_exact=bool(identity.is_exact),
         )
         for hookpoint, (n_tokens, d_model) in stream_shapes(pipe, request).items()
     }

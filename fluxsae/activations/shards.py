@@ -37,6 +37,7 @@ from fluxsae.runs.folder import SCHEMA_VERSION, check_schema
 Split = Literal["train", "held_out", "all"]
 
 _MANIFEST = "manifest.json"
+_ADDED = ("flux_weights", "adapters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,10 @@ class ActivationManifest:
     """Every n-th image is held out for evaluation; 0 holds out none."""
     is_exact: bool = True
     """False where FLUX was quantised or cached."""
+    flux_weights: str | None = None
+    """SHA-256 over the transformer's weight files; None in folders of before this field, as for `adapters`."""
+    adapters: tuple[str, ...] | None = None
+    """Hashes of the adapters (LoRAs) that were active or fused."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -110,7 +115,10 @@ class ActivationManifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
-        return {**asdict(self), "settings": self.settings.to_dict(), "steps": [*self.steps], "sigmas": [*self.sigmas]}
+        lists = {name: [*value] for name, value in vars(self).items() if isinstance(value, tuple)}
+        values = {**asdict(self), **lists, "settings": self.settings.to_dict()}
+        # Not written where unknown: the hash of an older folder, which its shards carry, is that of what it holds.
+        return {name: value for name, value in values.items() if name not in _ADDED or value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -120,10 +128,11 @@ class ActivationManifest:
             FluxSaeError: a newer schema, or fields missing or unknown.
         """
         check_schema(values, _MANIFEST)
-        unknown, missing = set(values) - set(cls.__dataclass_fields__), set(cls.__dataclass_fields__) - set(values)
+        known = set(cls.__dataclass_fields__)
+        unknown, missing = set(values) - known, known - set(values) - set(_ADDED)
         if unknown or missing:
             raise FluxSaeError(f"{_MANIFEST} has unknown fields {sorted(unknown)} and lacks {sorted(missing)}.")
-        fields = {**values, "steps": tuple(values["steps"]), "sigmas": tuple(values["sigmas"])}
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**{**fields, "settings": GenerationSettings.from_dict(values["settings"])})
 
 
@@ -316,7 +325,9 @@ class ShardWriter:
             return
         present, wanted = ShardFolder(self.path).manifest.to_dict(), self.manifest.to_dict()
         differing = [
-            f"{name} {present[name]} instead of {wanted[name]}" for name in wanted if present[name] != wanted[name]
+            f"{name} {present.get(name)} instead of {value}"
+            for name, value in wanted.items()
+            if present.get(name) != value
         ]
         if differing:
             raise FluxSaeError(

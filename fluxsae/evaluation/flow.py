@@ -26,6 +26,7 @@ from fluxsae.flux import (
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature.scenes import Scene, caption_scene, render_scene, sample_scene
+from fluxsae.sae.metrics import to_float64
 from fluxsae.sae.model import SparseAutoencoder
 
 
@@ -197,14 +198,14 @@ def _batch_sums(
     def velocity_at(step: int, handler: BlockHandler | None) -> Tensor:
         x_t = (1 - sigmas[step]) * x0 + sigmas[step] * noise
         with block_hooks(pipe, {hookpoint: handler or _leave}):
-            return velocity(pipe, x_t, embeddings, step=step, settings=settings).double()
+            return to_float64(velocity(pipe, x_t, embeddings, step=step, settings=settings))
 
     return {
         step: _step_sums(
             velocity_at(step, None),
             velocity_at(step, splice(sae)),
             velocity_at(step, splice_mean(sae.input_mean)),
-            target=(noise - x0).double(),
+            target=to_float64(noise - x0),
         )
         for step in steps
     }

@@ -15,7 +15,7 @@ from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
 from fluxsae.flux import FluxPipeline, schedule_sigmas
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
-from fluxsae.sae.metrics import FiringSums, density_histogram
+from fluxsae.sae.metrics import FiringSums, density_histogram, to_float64
 from fluxsae.sae.model import SparseAutoencoder
 
 
@@ -71,13 +71,13 @@ class ImageSums:
         active: Float[Tensor, "images steps"] | None = None,
     ) -> None:
         """Adds some images; `centre` is any vector near the mean, taken off so that no digits are lost."""
-        centred = (x - centre).double()
+        centred = to_float64(x - centre)
         self.n_tokens = x.shape[2]
-        self.squared_error.append((x - x_hat).double().square().sum((2, 3)).cpu().numpy())
+        self.squared_error.append(to_float64(x - x_hat).square().sum((2, 3)).cpu().numpy())
         self.sums.append(centred.sum(2).cpu().numpy())
         self.squares.append(centred.square().sum((2, 3)).cpu().numpy())
         if active is not None:
-            self.active.append(active.double().cpu().numpy())
+            self.active.append(active.cpu().double().numpy())
 
     def fvu(self, weights: Weights, *, steps: Sequence[int] | None = None) -> Float[np.ndarray, " draws"]:
         """FVU of each resample of the images, over some of the steps (positions, not step numbers) or all."""
@@ -116,7 +116,7 @@ def evaluate_reconstruction(
         for hookpoint, sae in saes.items():
             x = batch.tokens[hookpoint]
             out = sae(x)
-            active = (out.acts > 0).sum(-1).double().mean(-1)
+            active = to_float64((out.acts > 0).sum(-1)).mean(-1)
             sums[hookpoint].update(x, out.x_hat, centre=sae.input_mean, active=active)
             firing[hookpoint].update(out.acts)
     weights = bootstrap_weights(len(images), draws=draws, seed=seed)
@@ -198,7 +198,7 @@ def transfer_table(
 def _update_by_step(sums: ImageSums, sae: SparseAutoencoder, x: Float[Tensor, "images steps tokens d"]) -> None:
     """All steps of a schedule, encoded one at a time, since together their acts would not fit."""
     outputs = [sae(x[:, step]) for step in range(x.shape[1])]
-    active = torch.stack([(out.acts > 0).sum(-1).double().mean(-1) for out in outputs], dim=1)
+    active = torch.stack([to_float64((out.acts > 0).sum(-1)).mean(-1) for out in outputs], dim=1)
     sums.update(x, torch.stack([out.x_hat for out in outputs], dim=1), centre=sae.input_mean, active=active)
 
 

@@ -1,6 +1,7 @@
 """Images from FLUX: whole generations, generations restarted from a snapshot, and their schedule."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import diffusers
@@ -22,7 +23,7 @@ from fluxsae.flux.latents import (
     Snapshot,
     embed_prompts,
 )
-from fluxsae.flux.loading import default_settings
+from fluxsae.flux.loading import FluxPipeline, default_settings
 from fluxsae.flux.requests import check_channels, check_request, check_text_length, tokens_beyond, words_outside
 from fluxsae.flux.schedules import (
     build_grid,
@@ -32,6 +33,7 @@ from fluxsae.flux.schedules import (
     refuse_unrestartable,
 )
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.flux.sharing import generating
 
 OutputType = Literal["pil", "latent", "np"]
 Images = list[Image] | Tensor | np.ndarray
@@ -103,11 +105,12 @@ def denoise_to(
     check_step(step, settings)
     embeddings = embed_prompts(pipe, prompts, settings)
     latents: list[Tensor] = []
+    stop = StopGeneration()
 
     def keep_latents(call: TransformerCall) -> None:
         if call.step == step:
             latents.append(call.inputs["hidden_states"].detach().clone())
-            raise StopGeneration
+            raise stop
 
     try:
         with step_clock(pipe, keep_latents):
@@ -120,8 +123,9 @@ def denoise_to(
                 num_inference_steps=settings.num_inference_steps,
                 **_embedding_arguments(embeddings),
             )
-    except StopGeneration:
-        pass
+    except StopGeneration as stopped:
+        if stopped is not stop:
+            raise
     return Snapshot(latents[0], step, settings, embeddings)
 
 
@@ -189,17 +193,19 @@ def _run(
             on_step(first_step + index, settings.num_inference_steps)
         return values
 
+    running = nullcontext() if isinstance(pipe, FluxPipeline) else generating(pipe)
     try:
-        images: Images = pipe(
-            height=settings.height,
-            width=settings.width,
-            guidance_scale=settings.guidance_scale,
-            true_cfg_scale=settings.true_cfg_scale,
-            max_sequence_length=settings.max_sequence_length,
-            output_type=output_type,
-            callback_on_step_end=after_step,
-            **arguments,
-        ).images
+        with running:
+            images: Images = pipe(
+                height=settings.height,
+                width=settings.width,
+                guidance_scale=settings.guidance_scale,
+                true_cfg_scale=settings.true_cfg_scale,
+                max_sequence_length=settings.max_sequence_length,
+                output_type=output_type,
+                callback_on_step_end=after_step,
+                **arguments,
+            ).images
     except BaseException:
         free_after_abort(pipe)
         raise

@@ -8,7 +8,7 @@ on the object, or on the background. Settings are chosen on some pictures and re
 on others.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,16 @@ from torch.nn.functional import normalize
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation.stream import OnProgress
-from fluxsae.flux import FluxPipeline, capture, decode_latents, denoise_to, generate, generate_from, token_grid
+from fluxsae.flux import (
+    FluxPipeline,
+    capture,
+    decode_latents,
+    denoise_to,
+    execution_device,
+    generate,
+    generate_from,
+    token_grid,
+)
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.arms import Arm, Controls
@@ -45,6 +54,7 @@ from fluxsae.laboratory.steering_report import (
 from fluxsae.laboratory.truths import CONCEPTS, COVERED, Concept, coverage
 from fluxsae.miniature.scenes import Scene, read_scene
 from fluxsae.sae.config import SaeConfig
+from fluxsae.sae.ground import Mismatch
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import steer
 from fluxsae.steering.edits import IDENTITY, MAX_STRENGTH, NEEDS_REFERENCE, SteeringEdit
@@ -153,7 +163,7 @@ def run_laboratory(
     *,
     settings: GenerationSettings,
     config: LaboratoryConfig | None = None,
-    allow_mismatch: bool = False,
+    allow_mismatch: Collection[Mismatch] = (),
     on_progress: OnProgress | None = None,
 ) -> LaboratoryReport:
     """Chooses hook point, mode, strength, window and features on some pictures and reports them on others.
@@ -211,7 +221,7 @@ class _Bench:
     features: CandidateFeatures
     settings: GenerationSettings
     config: LaboratoryConfig
-    allow_mismatch: bool
+    allow_mismatch: Collection[Mismatch]
     read: Callable[[Sequence[Image.Image]], list[Scene]]
     on_progress: OnProgress | None
     _cases: dict[tuple[str, Concept, Direction], list[_Case]] = field(default_factory=dict)
@@ -521,7 +531,7 @@ class _Bench:
         sae.input_mean.copy_((moments.total / moments.count).float() * float(moments.sae.input_scale)
                              + moments.sae.input_mean.cpu())  # fmt: skip
         sae.input_scale.copy_(moments.sae.input_scale.cpu())
-        sae = sae.to(self.pipe.transformer.device)
+        sae = sae.to(execution_device(self.pipe))
         strengths: tuple[float, ...] = (0.5, 1.0, 2.0) if direction == "amplify" else (1.0,)
         mode = "add" if direction == "amplify" else "project_out"
         arms = [

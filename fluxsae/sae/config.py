@@ -13,6 +13,8 @@ ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 SCHEMA_VERSION = 1
 
 _NEEDS_K: frozenset[Architecture] = frozenset({"topk", "batchtopk", "matryoshka"})
+# Fields of TrainedOn that SAEs written before them lack: nothing is known, and nothing refused for them.
+_ADDED = ("flux_weights", "adapters", "is_exact", "max_sequence_length", "true_cfg_scale")
 _HAS_THRESHOLD: frozenset[Architecture] = frozenset({"batchtopk", "matryoshka", "jumprelu"})
 
 
@@ -42,24 +44,22 @@ class TrainedOn:
     """Hash of the activation manifest or of the prompts."""
     sigma_tolerance: float = 0.05
     """How far from a trained sigma the SAE may be used."""
+    flux_weights: str | None = None
+    """SHA-256 over the transformer's weight files; None = not recorded, as for the fields below."""
+    adapters: tuple[str, ...] | None = None
+    """Hashes of the adapters (LoRAs) that were active or fused."""
+    is_exact: bool | None = None
+    """False where FLUX was quantised or cached."""
+    max_sequence_length: int | None = None
+    """Text tokens a prompt was padded or cut to."""
+    true_cfg_scale: float | None = None
+    """Classifier-free guidance of the generations; 1 is off."""
 
     def __post_init__(self) -> None:
         if not self.steps or len(self.steps) != len(self.sigmas):
             raise FluxSaeError(
                 f"trained_on has steps {self.steps} and sigmas {self.sigmas}. Give a sigma for each step."
             )
-
-    def differences(self, **actual: Any) -> list[str]:
-        """What differs between the training ground and `actual` (fields of this class by name), one sentence each."""
-        known = {field.name for field in fields(self)}
-        unknown = sorted(set(actual) - known)
-        if unknown:
-            raise FluxSaeError(f"Unknown fields {', '.join(unknown)}. Allowed are {', '.join(sorted(known))}.")
-        return [
-            f"{name} is {value!r}, but the SAE was trained on {getattr(self, name)!r}"
-            for name, value in actual.items()
-            if value != getattr(self, name)
-        ]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -68,7 +68,8 @@ class TrainedOn:
         Raises:
             FluxSaeError: a field is missing, unknown or of the wrong type.
         """
-        _check_fields(cls, values, where="trained_on")
+        unrecorded = dict.fromkeys(_ADDED)  # SAEs of before these fields
+        _check_fields(cls, unrecorded | dict(values), where="trained_on")
         for name in ("flux_id", "flux_revision", "hookpoint", "dataset_hash"):
             if not isinstance(values[name], str) and (name != "flux_revision" or values[name] is not None):
                 raise FluxSaeError(f"trained_on.{name} is {values[name]!r}. It must be text.")
@@ -78,7 +79,19 @@ class TrainedOn:
             _check_real(f"trained_on.{name}", values[name], 0.0)
         steps = _numbers("trained_on.steps", values["steps"], int)
         sigmas = _numbers("trained_on.sigmas", values["sigmas"], float)
-        return cls(**{**values, "steps": tuple(int(step) for step in steps), "sigmas": sigmas})
+        adapters = values.get("adapters")
+        texts = (values.get("flux_weights"), *(adapters if isinstance(adapters, list | tuple) else [adapters]))
+        if not all(text is None or isinstance(text, str) for text in texts):
+            raise FluxSaeError(f"trained_on.flux_weights and adapters are {texts}. They must be texts or null.")
+        if not isinstance(values.get("is_exact"), bool | None):
+            raise FluxSaeError(f"trained_on.is_exact is {values['is_exact']!r}. It must be true, false or null.")
+        if values.get("max_sequence_length") is not None:
+            _check_size("trained_on.max_sequence_length", values["max_sequence_length"], 1, 1 << 20)
+        if values.get("true_cfg_scale") is not None:
+            _check_real("trained_on.true_cfg_scale", values["true_cfg_scale"], 0.0)
+        adapters = None if adapters is None else tuple(adapters)
+        steps = tuple(int(step) for step in steps)
+        return cls(**{**values, "steps": steps, "sigmas": sigmas, "adapters": adapters})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ x_hat  = x~_hat * input_scale + input_mean
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import read_header, save_tensors, write_json
+from fluxsae.flux.ground import Ground
 from fluxsae.sae.config import SaeConfig, TrainedOn
+from fluxsae.sae.ground import Mismatch, check_ground
 from fluxsae.sae.kernels import sparse_decode, sparse_pays, topk, topk_acts
 
 CONFIG_NAME = "config.json"
@@ -106,7 +108,13 @@ class SparseAutoencoder(nn.Module):
                 f"The activations have width {x.shape[-1]}, but this SAE reads width {self.config.d_model}. "
                 "Use the hook point it was trained on."
             )
+        self._follow(x)
         return (x.to(self.compute_dtype) - self.input_mean) / self.input_scale
+
+    def _follow(self, x: Tensor) -> None:
+        """Puts this SAE beside what it reads: activations stay where FLUX made them, an SAE is loaded anywhere."""
+        if self.W_enc.device != x.device:
+            self.to(x.device)
 
     def pre_acts(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
         """Pre-activations of all features, in at least float32."""
@@ -144,6 +152,7 @@ class SparseAutoencoder(nn.Module):
         Raises:
             FluxSaeError: a feature that the SAE does not have.
         """
+        self._follow(x)
         chosen = self._checked_features(features)
         if self.config.architecture == "topk":
             return self._topk_features(self.pre_acts(x), chosen)
@@ -156,10 +165,12 @@ class SparseAutoencoder(nn.Module):
 
     def decode(self, acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch d_model"]:
         """Reconstruction in raw FLUX units from dense acts."""
+        self._follow(acts)
         return self._denormalise(acts.to(self.compute_dtype) @ self.W_dec.to(self.compute_dtype) + self.b_dec)
 
     def decode_sparse(self, acts: SparseActs) -> Float[Tensor, "*batch d_model"]:
         """Reconstruction in raw FLUX units from sparse acts; no (tokens * k, d_model) tensor is built."""
+        self._follow(acts.values)
         return self._denormalise(
             sparse_decode(acts.values, acts.indices, self.W_dec.to(self.compute_dtype)) + self.b_dec
         )
@@ -214,19 +225,13 @@ class SparseAutoencoder(nn.Module):
         self.config = replace(self.config, trained_on=trained_on)
         return self
 
-    def require_ground(self, *, allow_mismatch: bool = False, **actual: Any) -> list[str]:
-        """The differences between the training ground and `actual` (fields of `TrainedOn`), to be shown.
+    def require_ground(self, ground: Ground, *, allow_mismatch: Collection[Mismatch] = ()) -> dict[Mismatch, str]:
+        """The differences between the training ground and `ground`, to be shown.
 
         Raises:
-            FluxSaeError: there are differences and `allow_mismatch` is off, or the training ground is unknown.
+            FluxSaeError: there are differences that `allow_mismatch` does not name.
         """
-        ground = self.config.trained_on
-        found = ["the SAE does not say what it was trained on"] if ground is None else ground.differences(**actual)
-        if found and not allow_mismatch:
-            raise FluxSaeError(
-                f"This SAE was trained elsewhere: {'; '.join(found)}. Use it there, or allow the mismatch explicitly."
-            )
-        return found
+        return check_ground(self.config.trained_on, ground, allow_mismatch=allow_mismatch)
 
     @classmethod
     def from_pretrained(

@@ -232,6 +232,8 @@ class Recipe:
     flux_revision: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    flux_weights: str | None = None
+    adapters: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _checked_int("seed", self.seed, 0, 2**63 - 1)
@@ -258,6 +260,8 @@ class Recipe:
             "shared_steps": self.shared_steps,
             "dtype": self.dtype,
             "device": self.device,
+            "flux_weights": self.flux_weights,
+            "adapters": None if self.adapters is None else list(self.adapters),
         }
 
     @classmethod
@@ -268,16 +272,20 @@ class Recipe:
             FluxSaeError: a key is missing or unknown, a value is out of range, or the schema is another one.
         """
         required = ("schema_version", "prompt", "seed", "settings", "flux_id", "saes", "batch", "index")
-        fields = _checked_keys(values, "recipe", required, ("shared_steps", "flux_revision", "dtype", "device"))
+        fields = _checked_keys(
+            values, "recipe", required, ("shared_steps", "flux_revision", "dtype", "device", "flux_weights", "adapters")
+        )
         version = fields.pop("schema_version")
         if version != RECIPE_SCHEMA:
             raise FluxSaeError(f"recipe.schema_version is {version!r}; this version of fluxsae reads {RECIPE_SCHEMA}.")
-        _checked_texts(fields, ("prompt", "flux_id", "dtype", "device"), ("flux_revision",))
+        _checked_texts(fields, ("prompt", "flux_id", "dtype", "device"), ("flux_revision", "flux_weights"))
         for name in ("seed", "index", "shared_steps"):
             _checked_int(name, fields.get(name, 0), 0, 2**63 - 1)
         if not isinstance(fields["settings"], Mapping):
             raise FluxSaeError(f"settings is {_short(fields['settings'])}; it is a JSON object.")
         fields["settings"] = GenerationSettings.from_dict(fields["settings"])
+        if fields.get("adapters") is not None:
+            fields["adapters"] = tuple(str(adapter) for adapter in _checked_list("adapters", fields["adapters"]))
         fields["saes"] = tuple(SaeSource.from_dict(source) for source in _checked_list("saes", fields["saes"]))
         fields["batch"] = tuple(parse_edits(edits) for edits in _checked_list("batch", fields["batch"]))
         return cls(**fields)
