@@ -1,7 +1,7 @@
 """What an SAE does to the denoising: the velocity with the hook point's output replaced by its reconstruction."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -161,8 +161,10 @@ def evaluate_flow(
 ) -> dict[HookPoint, FlowReport]:
     """Flow-loss recovered, splice error and velocity FVU of each SAE, with intervals over images.
 
-    Noise comes from seeds of the evaluation's own, the same for clean, spliced and mean velocities.
+    Noise comes from seeds of the evaluation's own, the same for clean, spliced and mean velocities. Guidance is 1.
     """
+    # Distilled guidance shifts the velocity away from noise - x0, the target that FLUX was trained on.
+    settings = replace(settings, guidance_scale=1.0, true_cfg_scale=1.0)
     weights = bootstrap_weights(len(images), draws=draws, seed=seed)
     reports = {}
     for hookpoint, sae in saes.items():

@@ -220,7 +220,7 @@ def _check_all(
 ) -> tuple[list[str], list[int]]:
     """Prompts and seeds as lists of equal length, everything checked that can be before the model works."""
     check_channels(pipe.transformer.config)
-    token_grid(pipe, settings)
+    build_schedule(pipe, settings)
     check_text_length(pipe.tokenizer_2, settings)
     return check_request(prompts, seeds)
 

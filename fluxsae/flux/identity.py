@@ -45,8 +45,8 @@ class FluxIdentity(NamedTuple):
         return self.flux_id == other.flux_id or UNKNOWN in (self.flux_id, other.flux_id)
 
     def __str__(self) -> str:
-        marks = [f"at {self.revision[:12]}"] * bool(self.revision) + [f"weights {(self.weights or UNKNOWN)[:12]}"]
-        return f"{self.flux_id} ({', '.join(marks)})"
+        revision = f"revision {self.revision[:12]}, " if self.revision else ""
+        return f"{self.flux_id} ({revision}weights {(self.weights or UNKNOWN)[:12]})"
 
 
 IdentityMismatch = Literal["flux", "adapters", "is_exact"]

@@ -17,6 +17,7 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.hooks import (
     find_width,
 )
+from fluxsae.flux.identity import flux_identity
 from fluxsae.flux.models import SETTINGS_FILE, component_bytes, find_model, read_settings
 from fluxsae.flux.presets import (
     SMALL_MODEL_BYTES,
@@ -31,6 +32,9 @@ from fluxsae.flux.presets import (
 from fluxsae.flux.requests import check_channels
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.flux.sharing import generating
+
+# As the models' own pages have it, where it is not FLUX.1-dev's.
+_GUIDANCE = {"black-forest-labs/flux.1-krea-dev": 4.5}
 
 
 class FluxPipeline(diffusers.FluxPipeline):  # type: ignore[misc]
@@ -186,7 +190,8 @@ def default_settings(pipe: diffusers.FluxPipeline) -> GenerationSettings:
         return own
     side = pipe.default_sample_size * pipe.vae_scale_factor
     if pipe.transformer.config.guidance_embeds:
-        return GenerationSettings(height=side, width=side)
+        guidance = _GUIDANCE.get(flux_identity(pipe).flux_id.lower(), 3.5)
+        return GenerationSettings(height=side, width=side, guidance_scale=guidance)
     return GenerationSettings(
         height=side, width=side, num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256
     )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_an_older_manifest_keeps_its_hash(tmp_path: Path) -> None:
     values = json.loads(json.dumps(manifest.to_dict()))
     assert "flux_weights" not in values
     assert ActivationManifest.from_dict(values).dataset_hash == manifest.dataset_hash
-    adapted = ActivationManifest(**{**vars(manifest), "adapters": ("adapter 0",)})
+    adapted = replace(manifest, adapters=("adapter 0",))
     assert ActivationManifest.from_dict(json.loads(json.dumps(adapted.to_dict()))) == adapted
 
 
