@@ -20,7 +20,7 @@ from fluxsae.laboratory.concept_tables import concepts_text
 from fluxsae.laboratory.evaluate import MINIATURE, PARTS, Evaluation, EvaluationConfig, Part, evaluate
 from fluxsae.laboratory.steering_tables import laboratory_text
 from fluxsae.runs.folder import RunFolder
-from fluxsae.sae.ground import Mismatch
+from fluxsae.sae.config import Mismatch
 from train.flux_options import open_flux
 
 

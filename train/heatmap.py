@@ -23,6 +23,7 @@ from fluxsae.miniature import miniature_path
 from fluxsae.pictures.heatmaps import enlarge, font, overlay, token_heatmap, with_legend
 from fluxsae.runs.folder import RunFolder
 from fluxsae.sae.model import SparseAutoencoder
+from train.outputs import check_png_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class HeatmapConfig:
 
 def main(config: HeatmapConfig) -> None:
     """Writes the picture and prints what fires."""
+    check_png_path(config.out)
     run = RunFolder(config.run or miniature_path("run"))
     index = CardIndex(run, config.hookpoint or run.hookpoints()[-1])
     if config.feature is not None:

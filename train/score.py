@@ -32,7 +32,7 @@ from fluxsae.files import check_free_space
 from fluxsae.flux import execution_device, schedule_sigmas, settings_ground
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.runs.folder import RunFolder
-from fluxsae.sae.ground import Mismatch
+from fluxsae.sae.config import Mismatch
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training.processes import Processes
 from train.collect import describe_run, save_run

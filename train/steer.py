@@ -23,13 +23,14 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
 from fluxsae.pictures.perceptual import load_distance, load_embedder
 from fluxsae.runs.folder import RunFolder
-from fluxsae.sae.ground import Mismatch
+from fluxsae.sae.config import Mismatch
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.demos import describe_edit, load_limits, measured_sweep, run_origin
 from fluxsae.steering.edits import Mode, Recipe, SteeringEdit, load_recipes, parse_edits, png_bytes
 from fluxsae.steering.measurements import EditMeasurement
 from fluxsae.steering.sweeps import Variant, reproduce
 from train.flux_options import open_flux
+from train.outputs import check_png_path
 
 EMBEDDED = "miniature"
 
@@ -78,6 +79,7 @@ class SteerConfig:
 
 def main(config: SteerConfig) -> Variant:
     """Writes the picture and its recipe and prints what the edit did."""
+    check_png_path(config.out)
     if config.recipe is not None:
         return _again(config, config.recipe)
     if config.prompt is None:

@@ -21,7 +21,7 @@ from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.folder import RunFolder
 from fluxsae.runs.tables import ImageRow, encode_webp, iter_image_rows, write_images
-from fluxsae.sae.ground import Mismatch
+from fluxsae.sae.config import Mismatch
 from fluxsae.sae.model import SparseActs, SparseAutoencoder
 
 _STAGE = "score"

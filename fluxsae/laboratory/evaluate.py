@@ -23,7 +23,7 @@ from fluxsae.laboratory.concepts import evaluate_concepts
 from fluxsae.laboratory.steering import LaboratoryConfig, candidate_features, run_laboratory
 from fluxsae.laboratory.steering_report import LaboratoryReport
 from fluxsae.runs.folder import RunFolder
-from fluxsae.sae.ground import Mismatch
+from fluxsae.sae.config import Mismatch
 from fluxsae.sae.model import SparseAutoencoder
 
 Part = Literal["reconstruction", "transfer", "flow", "concepts", "steering"]

@@ -53,8 +53,7 @@ from fluxsae.laboratory.steering_report import (
 )
 from fluxsae.laboratory.truths import CONCEPTS, COVERED, Concept, coverage
 from fluxsae.miniature.scenes import Scene, read_scene
-from fluxsae.sae.config import SaeConfig
-from fluxsae.sae.ground import Mismatch
+from fluxsae.sae.config import Mismatch, SaeConfig
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import steer
 from fluxsae.steering.edits import IDENTITY, MAX_STRENGTH, NEEDS_REFERENCE, SteeringEdit

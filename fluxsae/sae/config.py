@@ -9,6 +9,21 @@ from fluxsae.errors import FluxSaeError
 
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "matryoshka"]
 
+Mismatch = Literal[
+    "flux",
+    "adapters",
+    "is_exact",
+    "hookpoint",
+    "size",
+    "guidance_scale",
+    "true_cfg_scale",
+    "max_sequence_length",
+    "sigmas",
+    "unknown",
+]
+"""What may differ from the training ground, if it is named; `unknown`: the SAE has no record of its training."""
+MISMATCHES: tuple[Mismatch, ...] = get_args(Mismatch)
+
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 SCHEMA_VERSION = 1
 

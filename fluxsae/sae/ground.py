@@ -1,27 +1,11 @@
 """The one check of whether an SAE is used where it was trained."""
 
 from collections.abc import Collection
-from typing import Literal, get_args
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.ground import Ground
 from fluxsae.flux.identity import FluxIdentity, identity_differences
-from fluxsae.sae.config import TrainedOn
-
-Mismatch = Literal[
-    "flux",
-    "adapters",
-    "is_exact",
-    "hookpoint",
-    "size",
-    "guidance_scale",
-    "true_cfg_scale",
-    "max_sequence_length",
-    "sigmas",
-    "unknown",
-]
-"""What may differ from the training ground, if it is named; `unknown`: the SAE has no record of its training."""
-MISMATCHES: tuple[Mismatch, ...] = get_args(Mismatch)
+from fluxsae.sae.config import MISMATCHES, Mismatch, TrainedOn
 
 
 def trained_identity(trained_on: TrainedOn) -> FluxIdentity:

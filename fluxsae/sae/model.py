@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import read_header, save_tensors, write_json
 from fluxsae.flux.ground import Ground
-from fluxsae.sae.config import SaeConfig, TrainedOn
-from fluxsae.sae.ground import Mismatch, check_ground
+from fluxsae.sae.config import Mismatch, SaeConfig, TrainedOn
+from fluxsae.sae.ground import check_ground
 from fluxsae.sae.kernels import sparse_decode, sparse_pays, topk, topk_acts
 
 CONFIG_NAME = "config.json"

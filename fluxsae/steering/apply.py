@@ -24,7 +24,8 @@ from fluxsae.flux import (
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.hooks import TransformerCall
 from fluxsae.flux.settings import GenerationSettings
-from fluxsae.sae.ground import Mismatch, check_names
+from fluxsae.sae.config import Mismatch
+from fluxsae.sae.ground import check_names
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.edits import NEEDS_REFERENCE, HeatmapRegion, SteeringEdit, check_count, is_batched
 

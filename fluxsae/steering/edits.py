@@ -318,8 +318,21 @@ def load_recipes(path: str | Path) -> list[Recipe]:
     path = Path(path)
     if not path.is_file():
         raise FluxSaeError(f"{path} is not a file; give a PNG or JSON file that fluxsae wrote.")
-    loaded = _loads(_png_text(path) if path.suffix.lower() == ".png" else path.read_text(encoding="utf-8"), str(path))
+    loaded = _loads(_recipe_text(path), str(path))
     return [Recipe.from_dict(values) for values in (loaded if isinstance(loaded, list) else [loaded])]
+
+
+def _recipe_text(path: Path) -> str:
+    """By what the file holds, whatever it is called."""
+    content = path.read_bytes()
+    if content.startswith(b"\x89PNG") or path.suffix.lower() == ".png":
+        return _png_text(path)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FluxSaeError(
+            f"{path} is neither a PNG nor JSON text; give a PNG or JSON file that fluxsae wrote."
+        ) from error
 
 
 def _png_text(path: Path) -> str:

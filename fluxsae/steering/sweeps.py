@@ -25,7 +25,7 @@ from fluxsae.flux import (
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.identity import FluxIdentity, identity_differences
 from fluxsae.flux.settings import GenerationSettings
-from fluxsae.sae.ground import Mismatch
+from fluxsae.sae.config import Mismatch
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import DirectionOf, EditedCall, check_edits, edit_window, steer
 from fluxsae.steering.edits import Recipe, SaeSource, SteeringEdit

@@ -12,8 +12,7 @@ from torch import Tensor
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, block_hooks, capture, generate
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.sae.config import SaeConfig, TrainedOn
-from fluxsae.sae.ground import MISMATCHES
+from fluxsae.sae.config import MISMATCHES, SaeConfig, TrainedOn
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import EditedCall, add_delta, edit_coefficient, edit_delta, edit_window, steer
 from fluxsae.steering.edits import HeatmapRegion, SteeringEdit

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tyro
 
+from fluxsae.sae.config import MISMATCHES
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -117,7 +119,8 @@ class _Work:
         seed = self.config.seed + image
         target = Target(self.place, feature, step)
         with _attention(self.pipe, self.place.block_index + 1) as attention:
-            found = explain(self.pipe, self.saes, target, prompt=prompt, seed=seed, limit=10_000, allow_mismatch=True)
+            asked = {"prompt": prompt, "seed": seed, "limit": 10_000, "allow_mismatch": MISMATCHES}
+            found = explain(self.pipe, self.saes, target, **asked)
             weights = attention.of_words(prompt, self.pipe.tokenizer_2)
         words = [
             Pair(image, "word", effect.predicted, weights[effect.source.position], effect.measured or 0.0)

@@ -11,7 +11,7 @@ from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.grids import GridCell, GridRow
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.runs.folder import RunFolder
-from fluxsae.sae.ground import Mismatch
+from fluxsae.sae.config import Mismatch
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.edits import SaeSource, SteeringEdit
 from fluxsae.steering.measurements import EditMeasurement, EditRecorder, TokenLimits, measure_edit
