@@ -23,7 +23,8 @@ class _Use:
 
 
 _uses: WeakKeyDictionary[nn.Module, _Use] = WeakKeyDictionary()
-_lock = threading.Lock()
+# Reentrant, since a forgotten generator may be closed, and let go, at any moment of the thread that holds it.
+_lock = threading.RLock()
 
 
 def _forget_in_child() -> None:
@@ -31,7 +32,8 @@ def _forget_in_child() -> None:
     _lock.release()
 
 
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forget_in_child)
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forget_in_child)
 
 
 @contextmanager
