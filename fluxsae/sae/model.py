@@ -10,6 +10,7 @@ x_hat  = x~_hat * input_scale + input_mean
 import json
 import tempfile
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -45,6 +46,13 @@ class SparseActs(NamedTuple):
 
     values: Float[Tensor, "*batch width"]
     indices: Int[Tensor, "*batch width"]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Products as they are written: autocast would round pre-activations to bfloat16, and other features would fire."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class SparseAutoencoder(nn.Module):
@@ -119,7 +127,8 @@ class SparseAutoencoder(nn.Module):
     def pre_acts(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
         """Pre-activations of all features, in at least float32."""
         dtype = self.compute_dtype
-        return nn.functional.linear(self.normalise(x) - self.b_dec, self.W_enc.to(dtype), self.b_enc.to(dtype))
+        with _without_autocast(x.device):
+            return nn.functional.linear(self.normalise(x) - self.b_dec, self.W_enc.to(dtype), self.b_enc.to(dtype))
 
     def activate(self, pre_acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch n_features"]:
         """The architecture's activation of all features' pre-activations; top-k ties go to the lower index."""
@@ -161,12 +170,15 @@ class SparseAutoencoder(nn.Module):
         threshold = self._threshold()
         if threshold is not None and threshold.ndim:
             threshold = threshold[chosen]
-        return self._gate(nn.functional.linear(self.normalise(x) - self.b_dec, rows, biases), threshold)
+        with _without_autocast(x.device):
+            pre_acts = nn.functional.linear(self.normalise(x) - self.b_dec, rows, biases)
+        return self._gate(pre_acts, threshold)
 
     def decode(self, acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch d_model"]:
         """Reconstruction in raw FLUX units from dense acts."""
         self._follow(acts)
-        return self._denormalise(acts.to(self.compute_dtype) @ self.W_dec.to(self.compute_dtype) + self.b_dec)
+        with _without_autocast(acts.device):
+            return self._denormalise(acts.to(self.compute_dtype) @ self.W_dec.to(self.compute_dtype) + self.b_dec)
 
     def decode_sparse(self, acts: SparseActs) -> Float[Tensor, "*batch d_model"]:
         """Reconstruction in raw FLUX units from sparse acts; no (tokens * k, d_model) tensor is built."""

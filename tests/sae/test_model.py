@@ -160,6 +160,27 @@ def test_use_elsewhere_is_refused_or_shown() -> None:
         SparseAutoencoder(build_config(trained_on=None)).require_ground(Ground(height=128))
 
 
+# Precision
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_same_features_fire_under_autocast_and_after_half_precision_is_saved(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    sae, x = build_sae(architecture), torch.randn(64, 8, generator=torch.Generator().manual_seed(5))
+    plain, chosen = sae(x), sae.encode_features(x, [3, 7])
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = sae(x)
+        assert torch.equal(sae.encode_features(x, [3, 7]), chosen)
+    assert torch.equal(cast.acts, plain.acts)
+    torch.testing.assert_close(cast.x_hat, plain.x_hat)
+    half = sae.bfloat16()
+    half.save_pretrained(tmp_path)
+    again = SparseAutoencoder.from_pretrained(tmp_path)
+    assert torch.equal(again.encode(x) > 0, half.encode(x) > 0)
+    torch.testing.assert_close(again.encode(x), half.encode(x).float())
+
+
 # Files
 
 
