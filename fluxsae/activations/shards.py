@@ -132,7 +132,9 @@ class ActivationManifest:
         unknown, missing = set(values) - known, known - set(values) - set(_ADDED)
         if unknown or missing:
             raise FluxSaeError(f"{_MANIFEST} has unknown fields {sorted(unknown)} and lacks {sorted(missing)}.")
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
         return cls(**{**fields, "settings": GenerationSettings.from_dict(values["settings"])})
 
 

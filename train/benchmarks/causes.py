@@ -119,7 +119,7 @@ class _Work:
         seed = self.config.seed + image
         target = Target(self.place, feature, step)
         with _attention(self.pipe, self.place.block_index + 1) as attention:
-            asked = {"prompt": prompt, "seed": seed, "limit": 10_000, "allow_mismatch": MISMATCHES}
+            asked: dict[str, Any] = {"prompt": prompt, "seed": seed, "limit": 10_000, "allow_mismatch": MISMATCHES}
             found = explain(self.pipe, self.saes, target, **asked)
             weights = attention.of_words(prompt, self.pipe.tokenizer_2)
         words = [
