@@ -23,7 +23,7 @@ def ground_differences(trained_on: TrainedOn, ground: Ground) -> dict[Mismatch, 
     """What differs between training and use, in words; what one side does not know is no difference."""
     found: dict[Mismatch, str] = {}
     if ground.flux is not None:
-        found.update(list(identity_differences(trained_identity(trained_on), ground.flux).items()))
+        found.update(identity_differences(trained_identity(trained_on), ground.flux).items())
     size, trained_size = (ground.height, ground.width), (trained_on.height, trained_on.width)
     if any(map(_differ, trained_size, size)):
         found["size"] = f"images are {size[0]} x {size[1]} pixels, not {trained_size[0]} x {trained_size[1]}"
