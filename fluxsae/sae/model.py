@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import read_header, save_tensors, write_json
@@ -50,7 +51,7 @@ class SparseActs(NamedTuple):
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Products as they are written: autocast would round pre-activations to bfloat16, and other features would fire."""
-    if not torch.amp.is_autocast_available(device.type):
+    if not is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
