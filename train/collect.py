@@ -130,7 +130,7 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
         save_run(run, info, force=config.force)
     peers.wait()
     with tqdm(total=len(plan), desc="collect", unit="image", disable=peers.rank > 0, file=sys.stdout) as bar:
-        collect(
+        n_left_out = collect(
             pipe,
             plan,
             request,
@@ -140,6 +140,8 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
             world_size=peers.world_size,
             on_images=lambda done, total: _show(bar, done, total),
         )
+    if n_left_out:
+        print(f"collect: {n_left_out} of {len(plan)} images are left out: they held NaN or infinite numbers.")
 
 
 def _show(bar: "tqdm[Any]", done: int, total: int) -> None:

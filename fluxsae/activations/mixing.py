@@ -68,8 +68,8 @@ class DiskReader:
             yield rearrange(tokens, "images steps tokens d_model -> (images steps tokens) d_model")
 
     def _wanted(self, shard: int) -> list[int]:
-        ids = self.folder.manifest.image_ids(shard)
-        return [i - ids.start for i in ids if self.folder.manifest.in_split(i, self._split)]
+        ids, left_out = self.folder.manifest.image_ids(shard), self.folder.shards[shard].left_out
+        return [i - ids.start for i in ids if self.folder.manifest.in_split(i, self._split) and i not in left_out]
 
 
 def _positions(captured: tuple[int, ...], wanted: Sequence[int] | None) -> list[int]:

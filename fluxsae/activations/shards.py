@@ -10,7 +10,7 @@ i * images_per_shard to (i + 1) * images_per_shard - 1:
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -177,6 +177,11 @@ class ActivationShard:
         """The images of this shard."""
         return self.manifest.image_ids(self.index)
 
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """Images whose activations were NaN or infinite: their rows are zeros, and no reader gives them."""
+        return tuple(json.loads(read_header(self.path).metadata.get("left_out", "[]")))
+
     def tokens(self) -> BFloat16[Tensor, "images steps tokens d_model"]:
         """The token rows."""
         self.check()
@@ -188,12 +193,17 @@ class ActivationShard:
         return load_tensors(self.path)["token_index"]
 
     def save(
-        self, tokens: BFloat16[Tensor, "images steps tokens d_model"], token_index: Int[Tensor, "images steps tokens"]
+        self,
+        tokens: BFloat16[Tensor, "images steps tokens d_model"],
+        token_index: Int[Tensor, "images steps tokens"],
+        *,
+        left_out: Sequence[int] = (),
     ) -> None:
         """Writes the shard, whole or absent."""
         image_ids = torch.tensor(self.image_ids)
         tensors = {"tokens": tokens, "token_index": token_index.to(torch.int32), "image_ids": image_ids}
-        save_tensors(self.path, tensors, metadata=self._metadata())
+        left = {"left_out": json.dumps([*left_out])} if left_out else {}
+        save_tensors(self.path, tensors, metadata={**self._metadata(), **left})
         self.check()
 
     def _metadata(self) -> dict[str, str]:
@@ -261,7 +271,8 @@ class ShardFolder:
             wanted = [i for i in shard.image_ids if self.manifest.in_split(i, split)]
             if wanted:
                 tokens, token_index = shard.tokens(), shard.token_index()
-                for image_id in wanted:
+                left_out = shard.left_out
+                for image_id in (i for i in wanted if i not in left_out):
                     position = image_id - shard.image_ids.start
                     yield image_id, tokens[position], token_index[position]
 
@@ -315,9 +326,16 @@ class ShardWriter:
         index: int,
         tokens: BFloat16[Tensor, "images steps tokens d_model"],
         token_index: Int[Tensor, "images steps tokens"],
+        *,
+        left_out: Sequence[int] = (),
     ) -> None:
-        """Writes one shard: the rows of `manifest.image_ids(index)`."""
-        self._shard(index).save(tokens, token_index)
+        """Writes one shard: the rows of `manifest.image_ids(index)`, of which readers skip those of `left_out`."""
+        self._shard(index).save(tokens, token_index, left_out=left_out)
+
+    def left_out(self) -> set[int]:
+        """The images that the shards which are there leave out."""
+        present = [shard for shard in map(self._shard, range(self.manifest.n_shards)) if shard.path.is_file()]
+        return {image_id for shard in present for image_id in shard.left_out}
 
     def _shard(self, index: int) -> ActivationShard:
         return _shard(self.path, self.manifest, index)
