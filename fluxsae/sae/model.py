@@ -226,12 +226,12 @@ class SparseAutoencoder(nn.Module):
         return torch.stack(columns, dim=-1) if columns else pre_acts[..., :0]
 
     def _checked_features(self, features: Sequence[int] | Tensor) -> Tensor:
-        chosen = torch.as_tensor(features, dtype=torch.int64, device=self.W_enc.device).reshape(-1)
+        chosen = torch.as_tensor(features, dtype=torch.int64).reshape(-1)
         if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.config.n_features:
             raise FluxSaeError(
                 f"Features {chosen.tolist()[:5]} were asked for. Allowed are 0 to {self.config.n_features - 1}."
             )
-        return chosen
+        return chosen.to(self.W_enc.device)
 
     def with_trained_on(self, trained_on: TrainedOn) -> Self:
         """This SAE, with its training ground recorded."""
