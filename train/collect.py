@@ -137,11 +137,8 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
         pipe,
         plan,
         request,
-        flux_id=info.flux_id,
-        flux_revision=info.flux_revision,
         images_per_shard=config.images_per_shard,
         held_out_every=config.held_out_every,
-        is_exact=info.is_exact,
     )
     if peers.rank == 0:
         report_pictures(plan, asked=config.n_images)
@@ -149,7 +146,7 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
         save_run(run, info, force=config.force)
     peers.wait()
     with Bars(is_shown=peers.rank == 0) as bars:
-        collect(
+        n_left_out = collect(
             pipe,
             plan,
             request,
@@ -159,6 +156,8 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
             world_size=peers.world_size,
             on_images=partial(bars, "collect"),
         )
+    if n_left_out:
+        print(f"collect: {n_left_out} of {len(plan)} images are left out: they held NaN or infinite numbers.")
 
 
 def _make_room(config: CollectConfig, run: RunFolder, manifests: dict[HookPoint, ActivationManifest]) -> None:
@@ -196,7 +195,7 @@ def describe_run(
     splits: dict[str, Any] | None = None,
 ) -> RunInfo:
     """`run.json` for what is about to be generated."""
-    from fluxsae.flux import flux_identity, is_exact, schedule_sigmas, token_grid
+    from fluxsae.flux import flux_identity, schedule_sigmas, token_grid
     from fluxsae.runs.folder import RunInfo, library_versions
 
     identity, sigmas = flux_identity(pipe), schedule_sigmas(pipe, request.settings)
@@ -214,7 +213,10 @@ def describe_run(
         source="prompts" if plan.pictures is None else "pictures",
         pictures={} if plan.pictures is None else plan.pictures.describe(),
         splits=splits or {},
-        is_exact=is_exact(pipe),
+        is_exact=bool(identity.is_exact),
+        flux_weights=identity.weights,
+        adapters=identity.adapters,
+        dtype=str(pipe.transformer.dtype).removeprefix("torch."),
         versions=library_versions(),
     )
 
@@ -225,15 +227,19 @@ def save_run(run: RunFolder, info: RunInfo, *, force: bool = False) -> None:
     Raises:
         FluxSaeError: the folder holds a run of another FLUX or of other settings, and `force` is off.
     """
+    from fluxsae.flux.identity import identity_differences
+
     if run.exists():
         present = run.load_info()
-        fixed = ("flux_id", "flux_revision", "settings", "is_exact")
-        differing = [
-            f"{name} {getattr(present, name)}" for name in fixed if getattr(present, name) != getattr(info, name)
+        differing = list(identity_differences(present.identity, info.identity).values())
+        differing += [
+            f"{name} is {getattr(info, name)}, not {getattr(present, name)}"
+            for name in ("settings", "dtype")
+            if getattr(present, name) not in (None, getattr(info, name))
         ]
         if differing and not force:
             raise FluxSaeError(
-                f"{run.path} is a run of something else: it has {'; '.join(differing)}. Name another --run folder."
+                f"{run.path} is a run of something else: {'; '.join(differing)}. Name another --run folder."
             )
         hookpoints = sorted({*map(HookPoint.parse, present.hookpoints), *map(HookPoint.parse, info.hookpoints)})
         info = replace(

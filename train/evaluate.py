@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.laboratory.config import EvaluationConfig
+from fluxsae.sae.config import Mismatch
 from train.command import Bars, start
 from train.flux_options import open_flux
 
@@ -42,8 +43,8 @@ class EvaluateConfig:
     """Local folder or Hub repository of the FLUX; left out, the one that the run names."""
     device: str | None = None
     """cuda, mps or cpu; left out, the best that is there."""
-    allow_mismatch: bool = False
-    """Measure SAEs also on another model, size or guidance than they were trained on."""
+    allow_mismatch: tuple[Mismatch, ...] = ()
+    """What may differ from what the SAEs were trained on, by name."""
     settings: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 

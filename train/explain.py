@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fluxsae.sae.config import Mismatch
 from train.command import start
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class ExplainConfig:
     """Hook point of the feature; without it the last of the run."""
     flux: str | None = None
     """FLUX to load, a name, folder or Hub repository; without it the run's own."""
-    allow_mismatch: bool = False
-    """Use SAEs also at other steps, or with another model or size, than they were trained on."""
+    allow_mismatch: tuple[Mismatch, ...] = ()
+    """What may differ from what the SAEs were trained on, by name."""
     device: str | None = None
     """cuda, mps or cpu; without it, the best that is there."""
     out: Path | None = None
@@ -52,7 +53,7 @@ def main(config: ExplainConfig) -> "Explanation":
     """Prints the words and features by effect; writes them where asked."""
     from fluxsae.errors import FluxSaeError
     from fluxsae.files import write_json
-    from fluxsae.flux import token_grid
+    from fluxsae.flux import execution_device, token_grid
     from fluxsae.miniature import miniature_path
     from fluxsae.runs.folder import RunFolder
     from fluxsae.sae.model import SparseAutoencoder
@@ -65,9 +66,8 @@ def main(config: ExplainConfig) -> "Explanation":
     info = run.load_info()
     hookpoint = run.check_hookpoint(config.hookpoint or run.hookpoints()[-1])
     pipe = open_flux(config.flux, info.flux_id, info.flux_revision, device=config.device)
-    saes = {
-        place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=pipe.device) for place in run.hookpoints()
-    }
+    device = execution_device(pipe)
+    saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=device) for place in run.hookpoints()}
     ground = saes[hookpoint].config.trained_on
     step = min(ground.steps) if config.step is None and ground is not None else config.step or 0
     token = None

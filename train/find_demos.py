@@ -91,15 +91,16 @@ def choose_features(run: RunFolder, place: HookPoint, features: tuple[int, ...],
 
 
 def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDemosConfig) -> None:
-    from fluxsae.flux import load_flux
+    from fluxsae.flux import execution_device, load_flux
     from fluxsae.pictures.perceptual import load_distance
     from fluxsae.sae.model import SparseAutoencoder
     from fluxsae.steering.demos import find_demos, find_swaps
 
     info = run.load_info()
     pipe = load_flux(info.flux_id, revision=info.flux_revision, device=config.device)
-    saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=pipe.device) for place in features}
-    distance, embedder = load_distance(config.distance, device=str(pipe.device)), _embedder(run)
+    device = execution_device(pipe)
+    saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=device) for place in features}
+    distance, embedder = load_distance(config.distance, device=str(device)), _embedder(run)
     with Bars() as bars:
         found = find_demos(
             run,

@@ -322,9 +322,7 @@ def _from_flux(
     if peers.rank == 0:
         save_run(run, info, force=config.force)
     peers.wait()
-    manifests = build_manifests(
-        pipe, plan, request, flux_id=info.flux_id, flux_revision=info.flux_revision, is_exact=info.is_exact
-    )
+    manifests = build_manifests(pipe, plan, request)
     sources = live_sources(
         pipe, plan, request, batch_size=config.batch_size, seed=config.seed,
         buffer_bytes=int(config.buffer_gb * (1 << 30)), peers=peers,
@@ -356,6 +354,11 @@ def _ground(manifest: ActivationManifest, steps: tuple[int, ...]) -> TrainedOn:
         dataset_hash=manifest.dataset_hash,
         # Between two trained noise levels an SAE is on its ground: steps there are not refused.
         sigma_tolerance=max([0.05, *(gap / 2 for gap in gaps)]),
+        flux_weights=manifest.flux_weights,
+        adapters=manifest.adapters,
+        is_exact=manifest.is_exact,
+        max_sequence_length=manifest.settings.max_sequence_length,
+        true_cfg_scale=manifest.settings.true_cfg_scale,
     )
 
 

@@ -17,6 +17,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature import miniature_path
 from train.command import start
+from train.outputs import check_png_path
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -71,6 +72,7 @@ def main(config: HeatmapConfig) -> None:
     from fluxsae.runs.folder import RunFolder
     from fluxsae.sae.model import SparseAutoencoder
 
+    check_png_path(config.out)
     run = RunFolder(config.run or miniature_path("run"))
     index = CardIndex(run, config.hookpoint or run.hookpoints()[-1])
     if config.feature is not None:
@@ -104,21 +106,13 @@ class _Reader:
 
     def __init__(self, pipe: FluxPipeline, sae: SparseAutoencoder, index: CardIndex, config: HeatmapConfig) -> None:
         from fluxsae.features.scoring import check_trained_step, trained_steps
-        from fluxsae.flux import flux_identity, schedule_sigmas
+        from fluxsae.flux import schedule_sigmas, settings_ground
 
         self.pipe, self.sae, self.hookpoint, self.seed = pipe, sae, index.hookpoint, config.seed
         own = index.info.settings
         n_steps = config.num_inference_steps or own.num_inference_steps
         self.settings = GenerationSettings.from_dict({**own.to_dict(), "num_inference_steps": n_steps})
-        identity = flux_identity(pipe)
-        sae.require_ground(
-            flux_id=identity.flux_id,
-            flux_revision=identity.revision,
-            hookpoint=str(self.hookpoint),
-            height=self.settings.height,
-            width=self.settings.width,
-            guidance_scale=self.settings.guidance_scale,
-        )
+        sae.require_ground(settings_ground(pipe, self.settings, self.hookpoint))
         sigmas = schedule_sigmas(pipe, self.settings)
         self.steps = (
             trained_steps(sae, sigmas) if config.step is None else (check_trained_step(sae, config.step, sigmas),)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.sae.config import Mismatch
 from train.collect import describe_run, describe_splits, report_pictures, save_run
 from train.command import Bars, start
 from train.flux_options import FluxOptions
@@ -50,8 +51,8 @@ class ScoreConfig(FluxOptions):
     """Best images of each feature whose heatmaps are kept."""
     thumbnail_side: int = 384
     """Longest side of the thumbnails, pixels."""
-    allow_mismatch: bool = False
-    """Score with SAEs that were trained on another model, size, guidance or noise level."""
+    allow_mismatch: tuple[Mismatch, ...] = ()
+    """What may differ from what the SAEs were trained on, by name."""
     push_to: str | None = None
     """Hub repository (user/name) that gets the run when the stage is complete."""
     force: bool = False
@@ -115,22 +116,15 @@ def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, 
     from fluxsae.activations.collection import CaptureRequest
     from fluxsae.features.scoring import ScoreParts, ScoreRequest, forget_parts, merge_parts, score_images, stream_grid
     from fluxsae.files import check_free_space
-    from fluxsae.flux import flux_identity, schedule_sigmas
+    from fluxsae.flux import execution_device, schedule_sigmas, settings_ground
     from fluxsae.sae.model import SparseAutoencoder
 
     settings = config.settings(pipe)
     sigmas = schedule_sigmas(pipe, settings)
-    saes = {h: SparseAutoencoder.from_pretrained(run.sae_path(h), device=pipe.transformer.device) for h in hookpoints}
+    device = execution_device(pipe)
+    saes = {h: SparseAutoencoder.from_pretrained(run.sae_path(h), device=device) for h in hookpoints}
     for hookpoint, sae in saes.items():
-        sae.require_ground(
-            allow_mismatch=config.allow_mismatch,
-            flux_id=flux_identity(pipe).flux_id,
-            flux_revision=flux_identity(pipe).revision,
-            hookpoint=str(hookpoint),
-            height=settings.height,
-            width=settings.width,
-            guidance_scale=settings.guidance_scale,
-        )
+        sae.require_ground(settings_ground(pipe, settings, hookpoint), allow_mismatch=config.allow_mismatch)
     steps = {hookpoint: _steps(config, sae, sigmas) for hookpoint, sae in saes.items()}
     plan = config.build_plan(config.n_images, purpose="score", settings=settings)
     request = ScoreRequest(

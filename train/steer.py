@@ -19,9 +19,11 @@ from PIL import Image
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
+from fluxsae.sae.config import Mismatch
 from fluxsae.steering.edits import HeatmapRegion, Mode, Recipe, SteeringEdit, load_recipes, parse_edits, png_bytes
 from train.command import start
 from train.flux_options import open_flux
+from train.outputs import check_png_path
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +71,8 @@ class SteerConfig:
     """Denoising steps; left out, the run's own number."""
     distance: str = "random-features"
     """Perceptual distance: lpips (fetches its network once) or random-features (needs no network)."""
-    allow_mismatch: bool = False
-    """Use SAEs also with another model, image size or guidance than they were trained on."""
+    allow_mismatch: tuple[Mismatch, ...] = ()
+    """What may differ from what the SAEs were trained on, by name."""
     device: str | None = None
     """cuda, mps or cpu; left out, the best that is there."""
     out: Path = Path("steered.png")
@@ -80,10 +82,12 @@ class SteerConfig:
 def main(config: SteerConfig) -> Variant:
     """Writes the picture and its recipe and prints what the edit did."""
     from fluxsae.files import write_bytes
+    from fluxsae.flux import execution_device
     from fluxsae.pictures.perceptual import load_distance, load_embedder
     from fluxsae.runs.folder import RunFolder
     from fluxsae.steering.demos import describe_edit, load_limits, measured_sweep, run_origin
 
+    check_png_path(config.out)
     if config.recipe is not None:
         return _again(config, config.recipe)
     if config.prompt is None:
@@ -92,7 +96,7 @@ def main(config: SteerConfig) -> Variant:
     edits = _edits(config, run)
     info = run.load_info()
     pipe = open_flux(config.flux, info.flux_id, info.flux_revision, device=config.device)
-    saes = load_saes(run, edits, device=pipe.device)
+    saes = load_saes(run, edits, device=execution_device(pipe))
     n_steps = config.num_inference_steps or info.settings.num_inference_steps
     limits = {place: found for place in saes if (found := load_limits(run, place)) is not None}
     variants, measured = measured_sweep(
@@ -102,7 +106,7 @@ def main(config: SteerConfig) -> Variant:
         prompt=config.prompt,
         seed=config.seed,
         settings=replace(info.settings, num_inference_steps=n_steps),
-        distance=load_distance(config.distance, device=str(pipe.device)),
+        distance=load_distance(config.distance, device=str(execution_device(pipe))),
         embedder=load_embedder("miniature") if info.flux_id == EMBEDDED else None,
         limits=limits,
         origin=run_origin(run, pipe, source=EMBEDDED if run.path == miniature_path("run") else None),
@@ -149,7 +153,7 @@ def _edits(config: SteerConfig, run: RunFolder) -> tuple[SteeringEdit, ...]:
 def _again(config: SteerConfig, path: Path) -> Variant:
     import torch
 
-    from fluxsae.flux import flux_identity
+    from fluxsae.flux import execution_device
     from fluxsae.steering.sweeps import reproduce
 
     recipes = load_recipes(path)
@@ -163,13 +167,7 @@ def _again(config: SteerConfig, path: Path) -> Variant:
         device=config.device or recipe.device,
         dtype=getattr(torch, recipe.dtype),
     )
-    identity = flux_identity(pipe)
-    if recipe.flux_revision is not None and identity.revision != recipe.flux_revision:
-        raise FluxSaeError(
-            f"The recipe was made with {recipe.flux_id} at {recipe.flux_revision}; here it is {identity.revision}. "
-            "Install the version of fluxsae that wrote the recipe, or fetch that revision of the model."
-        )
-    saes = _recipe_saes(recipe, config.run, device=pipe.device)
+    saes = _recipe_saes(recipe, config.run, device=execution_device(pipe))
     variant = reproduce(pipe, saes, recipe, allow_mismatch=config.allow_mismatch)
     write_image(config.out, variant)
     print(f"{path} made again: {config.out} ({describe_match(path, variant.image)})")

@@ -1,5 +1,6 @@
 """FLUX to token rows: onto disk as shards, or straight into training."""
 
+import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +15,30 @@ from fluxsae.activations.mixing import MixingBuffer
 from fluxsae.activations.shards import ActivationManifest, ShardWriter, missing_bytes
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import check_free_space
-from fluxsae.flux import BlockCall, capture, default_settings, generate, read_picture, schedule_sigmas
+from fluxsae.flux import (
+    BlockCall,
+    capture,
+    default_settings,
+    flux_identity,
+    generate,
+    read_picture,
+    schedule_sigmas,
+)
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.sources import PictureSet
 from fluxsae.runs.folder import prompts_hash
 
+_log = logging.getLogger(__name__)
+
 SEED_BLOCK = 1_000_000
 """Image seeds of one purpose lie in a block of this size, so that no two images of a run share one."""
+
+MAX_BAD_SHARE = 0.05
+"""Of a collection's images may be left out since they hold NaN or infinite numbers; beyond it something is wrong."""
+
+OnBad = Callable[[int, str], None]
+"""Called with (image id, what is wrong) for an image that is to be left out; may raise to stop."""
 
 OnImages = Callable[[int, int], None]
 """Called with (images done, images in all)."""
@@ -145,11 +162,15 @@ Rows = tuple[BFloat16[Tensor, "images steps tokens d_model"], Int[Tensor, "image
 
 
 def capture_rows(
-    pipe: Any, plan: ImagePlan, image_ids: Sequence[int], request: CaptureRequest
+    pipe: Any, plan: ImagePlan, image_ids: Sequence[int], request: CaptureRequest, *, on_bad: OnBad | None = None
 ) -> dict[HookPoint, Rows]:
-    """Token rows (bf16, main memory) and token indices of some images; nothing after the last wanted block runs."""
+    """Token rows (bf16, main memory) and token indices of some images; nothing after the last wanted block runs.
+
+    Raises:
+        FluxSaeError: an image holds NaN or infinite numbers, and there is no `on_bad`; with it the rows are zeros.
+    """
     parts = [
-        _capture_batch(pipe, plan, image_ids[start : start + request.batch_size], request)
+        _capture_batch(pipe, plan, image_ids[start : start + request.batch_size], request, on_bad)
         for start in range(0, len(image_ids), request.batch_size)
     ]
     return {
@@ -167,26 +188,41 @@ def check_finite(call: BlockCall, names: Sequence[str]) -> None:
     Raises:
         FluxSaeError: an item of the batch holds NaN or an infinite number.
     """
-    is_sound = call.tokens.flatten(1).isfinite().all(1).tolist()
-    bad = [name for name, sound in zip(names, is_sound, strict=True) if not sound]
+    bad = [names[item] for item in _bad_items(call)]
     if bad:
-        raise FluxSaeError(
-            f"At step {call.step} of {call.hookpoint}, the activations of {', '.join(bad)} hold NaN or infinite "
-            f"numbers; nothing was made of them. FLUX ran in {str(call.tokens.dtype).removeprefix('torch.')}: float16 "
-            "overflows in it, so load it in bfloat16 or float32; if it was loaded so, try another GPU."
-        )
+        raise FluxSaeError(_describe_bad(call, ", ".join(bad)))
+
+
+def _bad_items(call: BlockCall) -> list[int]:
+    is_sound = call.tokens.flatten(1).isfinite().all(1).tolist()
+    return [item for item, sound in enumerate(is_sound) if not sound]
+
+
+def _describe_bad(call: BlockCall, names: str) -> str:
+    return (
+        f"At step {call.step} of {call.hookpoint}, the activations of {names} hold NaN or infinite "
+        f"numbers; nothing was made of them. FLUX ran in {str(call.tokens.dtype).removeprefix('torch.')}: float16 "
+        "overflows in it, so load it in bfloat16 or float32; if it was loaded so, try another GPU."
+    )
 
 
 def _capture_batch(
-    pipe: Any, plan: ImagePlan, image_ids: Sequence[int], request: CaptureRequest
+    pipe: Any, plan: ImagePlan, image_ids: Sequence[int], request: CaptureRequest, on_bad: OnBad | None
 ) -> dict[HookPoint, Rows]:
     kept: dict[tuple[HookPoint, int], tuple[Tensor, Tensor]] = {}
 
     def keep(call: BlockCall) -> None:
-        check_finite(call, [f"image {i}" for i in image_ids])
+        names = [f"image {i}" for i in image_ids]
+        if on_bad is None:
+            check_finite(call, names)
+        bad = _bad_items(call)
+        for item in bad:
+            assert on_bad is not None
+            on_bad(image_ids[item], _describe_bad(call, names[item]))
         n_tokens = call.tokens.shape[1]
         index = torch.stack([kept_tokens(request, i, call.step, n_tokens=n_tokens) for i in image_ids])
         tokens = call.tokens.gather(1, index.to(call.tokens.device)[..., None].expand(-1, -1, call.tokens.shape[2]))
+        tokens[bad] = 0
         kept[call.hookpoint, call.step] = (tokens.to(torch.bfloat16).cpu(), index.to(torch.int32))
 
     prompts, seeds = [plan.prompts[i] for i in image_ids], [plan.seed(i) for i in image_ids]
@@ -218,20 +254,19 @@ def build_manifests(
     plan: ImagePlan,
     request: CaptureRequest,
     *,
-    flux_id: str,
-    flux_revision: str | None = None,
     images_per_shard: int = 32,
     held_out_every: int = 10,
-    is_exact: bool = True,
 ) -> dict[HookPoint, ActivationManifest]:
     """What the folders of a collection will hold, before any image is made."""
-    sigmas = schedule_sigmas(pipe, request.settings)
+    sigmas, identity = schedule_sigmas(pipe, request.settings), flux_identity(pipe)
     return {
         hookpoint: ActivationManifest(
             hookpoint=str(hookpoint),
             d_model=d_model,
-            flux_id=flux_id,
-            flux_revision=flux_revision,
+            flux_id=identity.flux_id,
+            flux_revision=identity.revision,
+            flux_weights=identity.weights,
+            adapters=identity.adapters,
             settings=request.settings,
             steps=request.steps,
             sigmas=tuple(sigmas[step] for step in request.steps),
@@ -242,7 +277,7 @@ def build_manifests(
             prompts_hash=plan.prompts_hash,
             seed=request.seed,
             held_out_every=held_out_every,
-            is_exact=is_exact,
+            is_exact=bool(identity.is_exact),
         )
         for hookpoint, (n_tokens, d_model) in stream_shapes(pipe, request).items()
     }
@@ -258,14 +293,17 @@ def collect(
     rank: int = 0,
     world_size: int = 1,
     on_images: OnImages | None = None,
-) -> None:
+) -> int:
     """Fills one folder of shards per hook point; shards that are there are kept, so a killed run is taken up.
 
     The images of a shard are the unit of work, dealt to the processes in turn; each is generated once for all hook
     points, in the same batches whoever does it, so that the bytes do not depend on where a run was cut off.
+    An image with NaN or infinite activations is left out, at all hook points, and logged with its step; returned is
+    how many images the folders leave out.
 
     Raises:
-        FluxSaeError: a folder holds other activations, or the disk is too small, before any image is made.
+        FluxSaeError: a folder holds other activations, or the disk is too small, before any image is made; or more
+            than `MAX_BAD_SHARE` of the images are left out.
     """
     _check_space(folders, manifests)
     writers = {
@@ -277,14 +315,25 @@ def collect(
     wanted = sorted(set().union(*missing.values()))
     total = sum(len(manifest.image_ids(index)) for index in wanted)
     done = 0
+    left_out: set[int] = set().union(*(writer.left_out() for writer in writers.values()))
+
+    def leave_out(image_id: int, reason: str) -> None:
+        if image_id not in left_out:
+            left_out.add(image_id)
+            _log.warning("image %d of %d is left out. %s", image_id, len(plan), reason)
+        if len(left_out) > MAX_BAD_SHARE * len(plan):
+            raise FluxSaeError(f"{len(left_out)} of {len(plan)} images would be left out, too many to go on. {reason}")
+
     for index in wanted:
-        rows = capture_rows(pipe, plan, manifest.image_ids(index), request)
+        rows = capture_rows(pipe, plan, manifest.image_ids(index), request, on_bad=leave_out)
+        bad = [image_id for image_id in manifest.image_ids(index) if image_id in left_out]
         for hookpoint, writer in writers.items():
             if index in missing[hookpoint]:
-                writer.write(index, *rows[hookpoint])
+                writer.write(index, *rows[hookpoint], left_out=bad)
         done += len(manifest.image_ids(index))
         if on_images is not None:
             on_images(done, total)
+    return len(left_out)
 
 
 def _check_space(folders: Mapping[HookPoint, str | Path], manifests: Mapping[HookPoint, ActivationManifest]) -> None:

@@ -92,8 +92,8 @@ class DiskReader:
         return places[self._wanted(shard)][:, self._steps].flatten()
 
     def _wanted(self, shard: int) -> list[int]:
-        ids = self.folder.manifest.image_ids(shard)
-        return [i - ids.start for i in ids if self.folder.manifest.in_split(i, self._split)]
+        ids, left_out = self.folder.manifest.image_ids(shard), self.folder.shards[shard].left_out
+        return [i - ids.start for i in ids if self.folder.manifest.in_split(i, self._split) and i not in left_out]
 
 
 def _positions(captured: tuple[int, ...], wanted: Sequence[int] | None) -> list[int]:

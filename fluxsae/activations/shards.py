@@ -10,7 +10,7 @@ i * images_per_shard to (i + 1) * images_per_shard - 1:
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from fluxsae.runs.folder import SCHEMA_VERSION, check_schema
 Split = Literal["train", "held_out", "all"]
 
 _MANIFEST = "manifest.json"
+_ADDED = ("flux_weights", "adapters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,10 @@ class ActivationManifest:
     """Every n-th image is held out for evaluation; 0 holds out none."""
     is_exact: bool = True
     """False where FLUX was quantised or cached."""
+    flux_weights: str | None = None
+    """SHA-256 over the transformer's weight files; None in folders of before this field, as for `adapters`."""
+    adapters: tuple[str, ...] | None = None
+    """Hashes of the adapters (LoRAs) that were active or fused."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -108,7 +113,10 @@ class ActivationManifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
-        return {**asdict(self), "settings": self.settings.to_dict(), "steps": [*self.steps], "sigmas": [*self.sigmas]}
+        lists = {name: [*value] for name, value in vars(self).items() if isinstance(value, tuple)}
+        values = {**asdict(self), **lists, "settings": self.settings.to_dict()}
+        # Not written where unknown: the hash of an older folder, which its shards carry, is that of what it holds.
+        return {name: value for name, value in values.items() if name not in _ADDED or value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -118,10 +126,13 @@ class ActivationManifest:
             FluxSaeError: a newer schema, or fields missing or unknown.
         """
         check_schema(values, _MANIFEST)
-        unknown, missing = set(values) - set(cls.__dataclass_fields__), set(cls.__dataclass_fields__) - set(values)
+        known = set(cls.__dataclass_fields__)
+        unknown, missing = set(values) - known, known - set(values) - set(_ADDED)
         if unknown or missing:
             raise FluxSaeError(f"{_MANIFEST} has unknown fields {sorted(unknown)} and lacks {sorted(missing)}.")
-        fields = {**values, "steps": tuple(values["steps"]), "sigmas": tuple(values["sigmas"])}
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
         return cls(**{**fields, "settings": GenerationSettings.from_dict(values["settings"])})
 
 
@@ -164,6 +175,11 @@ class ActivationShard:
         """The images of this shard."""
         return self.manifest.image_ids(self.index)
 
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """Images whose activations were NaN or infinite: their rows are zeros, and no reader gives them."""
+        return tuple(json.loads(read_header(self.path).metadata.get("left_out", "[]")))
+
     def tokens(self) -> BFloat16[Tensor, "images steps tokens d_model"]:
         """The token rows."""
         self.check()
@@ -175,12 +191,17 @@ class ActivationShard:
         return load_tensors(self.path)["token_index"]
 
     def save(
-        self, tokens: BFloat16[Tensor, "images steps tokens d_model"], token_index: Int[Tensor, "images steps tokens"]
+        self,
+        tokens: BFloat16[Tensor, "images steps tokens d_model"],
+        token_index: Int[Tensor, "images steps tokens"],
+        *,
+        left_out: Sequence[int] = (),
     ) -> None:
         """Writes the shard, whole or absent."""
         image_ids = torch.tensor(self.image_ids)
         tensors = {"tokens": tokens, "token_index": token_index.to(torch.int32), "image_ids": image_ids}
-        save_tensors(self.path, tensors, metadata=self._metadata())
+        left = {"left_out": json.dumps([*left_out])} if left_out else {}
+        save_tensors(self.path, tensors, metadata={**self._metadata(), **left})
         self.check()
 
     def _metadata(self) -> dict[str, str]:
@@ -248,7 +269,8 @@ class ShardFolder:
             wanted = [i for i in shard.image_ids if self.manifest.in_split(i, split)]
             if wanted:
                 tokens, token_index = shard.tokens(), shard.token_index()
-                for image_id in wanted:
+                left_out = shard.left_out
+                for image_id in (i for i in wanted if i not in left_out):
                     position = image_id - shard.image_ids.start
                     yield image_id, tokens[position], token_index[position]
 
@@ -302,9 +324,16 @@ class ShardWriter:
         index: int,
         tokens: BFloat16[Tensor, "images steps tokens d_model"],
         token_index: Int[Tensor, "images steps tokens"],
+        *,
+        left_out: Sequence[int] = (),
     ) -> None:
-        """Writes one shard: the rows of `manifest.image_ids(index)`."""
-        self._shard(index).save(tokens, token_index)
+        """Writes one shard: the rows of `manifest.image_ids(index)`, of which readers skip those of `left_out`."""
+        self._shard(index).save(tokens, token_index, left_out=left_out)
+
+    def left_out(self) -> set[int]:
+        """The images that the shards which are there leave out."""
+        present = [shard for shard in map(self._shard, range(self.manifest.n_shards)) if shard.path.is_file()]
+        return {image_id for shard in present for image_id in shard.left_out}
 
     def _shard(self, index: int) -> ActivationShard:
         return _shard(self.path, self.manifest, index)
@@ -314,7 +343,9 @@ class ShardWriter:
             return
         present, wanted = ShardFolder(self.path).manifest.to_dict(), self.manifest.to_dict()
         differing = [
-            f"{name} {present[name]} instead of {wanted[name]}" for name in wanted if present[name] != wanted[name]
+            f"{name} {present.get(name)} instead of {value}"
+            for name, value in wanted.items()
+            if present.get(name) != value
         ]
         if differing:
             raise FluxSaeError(

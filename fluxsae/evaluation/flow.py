@@ -1,7 +1,7 @@
 """What an SAE does to the denoising: the velocity with the hook point's output replaced by its reconstruction."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from fluxsae.flux import (
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature.scenes import Scene, caption_scene, render_scene, sample_scene
+from fluxsae.sae.metrics import to_float64
 from fluxsae.sae.model import SparseAutoencoder
 
 
@@ -155,8 +156,10 @@ def evaluate_flow(
 ) -> dict[HookPoint, FlowReport]:
     """Flow-loss recovered, splice error and velocity FVU of each SAE, with intervals over images.
 
-    Noise comes from seeds of the evaluation's own, the same for clean, spliced and mean velocities.
+    Noise comes from seeds of the evaluation's own, the same for clean, spliced and mean velocities. Guidance is 1.
     """
+    # Distilled guidance shifts the velocity away from noise - x0, the target that FLUX was trained on.
+    settings = replace(settings, guidance_scale=1.0, true_cfg_scale=1.0)
     weights = bootstrap_weights(len(images), draws=draws, seed=seed)
     reports = {}
     for hookpoint, sae in saes.items():
@@ -192,14 +195,14 @@ def _batch_sums(
     def velocity_at(step: int, handler: BlockHandler | None) -> Tensor:
         x_t = (1 - sigmas[step]) * x0 + sigmas[step] * noise
         with block_hooks(pipe, {hookpoint: handler or _leave}):
-            return velocity(pipe, x_t, embeddings, step=step, settings=settings).double()
+            return to_float64(velocity(pipe, x_t, embeddings, step=step, settings=settings))
 
     return {
         step: _step_sums(
             velocity_at(step, None),
             velocity_at(step, splice(sae)),
             velocity_at(step, splice_mean(sae.input_mean)),
-            target=(noise - x0).double(),
+            target=to_float64(noise - x0),
         )
         for step in steps
     }

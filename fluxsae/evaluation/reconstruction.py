@@ -15,7 +15,7 @@ from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
 from fluxsae.flux import FluxPipeline, schedule_sigmas
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
-from fluxsae.sae.metrics import FiringSums, density_histogram
+from fluxsae.sae.metrics import FiringSums, density_histogram, to_float64
 from fluxsae.sae.model import SparseAutoencoder
 
 
@@ -71,13 +71,13 @@ class ImageSums:
         active: Float[Tensor, "images steps"] | None = None,
     ) -> None:
         """Adds some images; `centre` is any vector near the mean, taken off so that no digits are lost."""
-        centred = (x - centre).double()
+        centred = to_float64(x - centre)
         self.n_tokens = x.shape[2]
-        self.squared_error.append((x - x_hat).double().square().sum((2, 3)).cpu().numpy())
+        self.squared_error.append(to_float64(x - x_hat).square().sum((2, 3)).cpu().numpy())
         self.sums.append(centred.sum(2).cpu().numpy())
         self.squares.append(centred.square().sum((2, 3)).cpu().numpy())
         if active is not None:
-            self.active.append(active.double().cpu().numpy())
+            self.active.append(active.cpu().double().numpy())
 
     def fvu(self, weights: Weights, *, steps: Sequence[int] | None = None) -> Float[np.ndarray, " draws"]:
         """FVU of each resample of the images, over some of the steps (positions, not step numbers) or all."""
@@ -116,7 +116,7 @@ def evaluate_reconstruction(
         for hookpoint, sae in saes.items():
             x = batch.tokens[hookpoint]
             acts = sae.encode_sparse(x)
-            active = acts.active.double().mean(-1)
+            active = to_float64(acts.active).mean(-1)
             sums[hookpoint].update(x, sae.decode_sparse(acts), centre=sae.input_mean, active=active)
             firing[hookpoint].update(acts)
     weights = bootstrap_weights(len(images), draws=draws, seed=seed)
@@ -196,8 +196,11 @@ def transfer_table(
 
 
 def _update_by_step(sums: ImageSums, sae: SparseAutoencoder, x: Float[Tensor, "images steps tokens d"]) -> None:
-    acts = sae.encode_sparse(x)
-    sums.update(x, sae.decode_sparse(acts), centre=sae.input_mean, active=acts.active.double().mean(-1))
+    """All steps of a schedule, encoded one at a time, since together their acts would not fit."""
+    acts = [sae.encode_sparse(x[:, step]) for step in range(x.shape[1])]
+    x_hat = torch.stack([sae.decode_sparse(each) for each in acts], dim=1)
+    active = torch.stack([to_float64(each.active).mean(-1) for each in acts], dim=1)
+    sums.update(x, x_hat, centre=sae.input_mean, active=active)
 
 
 def _transfer_cells(

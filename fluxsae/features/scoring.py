@@ -2,7 +2,7 @@
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -24,6 +24,7 @@ from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.folder import RunFolder
 from fluxsae.runs.tables import ImageRow, encode_webp, iter_image_rows, write_images
 from fluxsae.sae.acts import SparseActs
+from fluxsae.sae.config import Mismatch
 from fluxsae.sae.model import SparseAutoencoder
 
 _STAGE, _FVU = "score", "image_fvu"
@@ -96,23 +97,23 @@ def trained_steps(sae: SparseAutoencoder, sigmas: Sequence[float]) -> tuple[int,
 
 
 def check_trained_step(
-    sae: SparseAutoencoder, step: int, sigmas: Sequence[float], *, allow_mismatch: bool = False
+    sae: SparseAutoencoder, step: int, sigmas: Sequence[float], *, allow_mismatch: Collection[Mismatch] = ()
 ) -> int:
     """The step, if the SAE was trained near its noise level.
 
     Raises:
-        FluxSaeError: outside the schedule, or far from every trained sigma and `allow_mismatch` is off.
+        FluxSaeError: outside the schedule, or far from every trained sigma and `allow_mismatch` does not name sigmas.
     """
     if not 0 <= step < len(sigmas):
         raise FluxSaeError(f"Step {step} is outside the schedule; steps go from 0 to {len(sigmas) - 1}.")
     ground = sae.config.trained_on
-    if ground is not None and not allow_mismatch:
+    if ground is not None and "sigmas" not in allow_mismatch:
         distance = min(abs(sigmas[step] - sigma) for sigma in ground.sigmas)
         if distance > ground.sigma_tolerance:
             raise FluxSaeError(
                 f"Step {step} has sigma {sigmas[step]:.3f}, but the SAE was trained at sigmas "
                 f"{', '.join(f'{sigma:.3f}' for sigma in ground.sigmas)} (steps {[*ground.steps]} of its schedule). "
-                "Name one of these, or allow the mismatch explicitly."
+                "Name one of these, or allow it by name: sigmas (allow_mismatch)."
             )
     return step
 

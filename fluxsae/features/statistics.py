@@ -13,6 +13,7 @@ from torch import Tensor
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import load_tensors, read_header, save_tensors
 from fluxsae.flux.hookpoints import TokenGrid
+from fluxsae.sae.metrics import to_float64
 
 HISTOGRAM_EDGES: tuple[float, ...] = tuple(2.0 ** (i / 4) for i in range(-32, 33))
 """Bin edges of activation histograms: 4 bins an octave from 2^-8 to 2^8, the outer bins open."""
@@ -106,8 +107,9 @@ class FeatureStats:
         if step not in self.steps:
             raise FluxSaeError(f"Step {step} is not among the captured steps {[*self.steps]}.")
         position, n_features = self.steps.index(step), len(self.counts)
-        exact = values.double()
-        sums = torch.zeros(n_features, dtype=torch.float64, device=values.device).index_add_(0, features, exact).cpu()
+        exact = to_float64(values)
+        zeros = torch.zeros(n_features, dtype=torch.float64, device=exact.device)
+        sums = zeros.index_add_(0, features.to(exact.device), exact).cpu()
         self.step_tokens[position] += n_tokens
         self.step_sums[position] += sums
         self.sums += sums

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fluxsae.lazy import hand_on
 
 if TYPE_CHECKING:
+    from fluxsae.flux.devices import execution_device
     from fluxsae.flux.generation import (
         OnStep,
         OutputType,
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
         unknown_words,
         unread_tokens,
     )
+    from fluxsae.flux.ground import Ground, call_ground, settings_ground
     from fluxsae.flux.hookpoints import HookPoint, TokenGrid
     from fluxsae.flux.hooks import BlockCall, BlockHandler, Captured, FluxLike, block_hooks, capture
+    from fluxsae.flux.identity import FluxIdentity, flux_identity, is_exact, why_inexact
     from fluxsae.flux.latents import (
         Embeddings,
         Snapshot,
@@ -34,13 +37,9 @@ if TYPE_CHECKING:
         FluxPipeline,
         compile_blocks,
         default_settings,
-        flux_identity,
         hookpoint_width,
-        is_exact,
         load_flux,
-        why_inexact,
     )
-    from fluxsae.flux.models import FluxIdentity
     from fluxsae.flux.reading import read_picture
     from fluxsae.flux.schedules import nearest_step
     from fluxsae.flux.settings import GenerationSettings
@@ -54,12 +53,14 @@ __all__ = [
     "FluxLike",
     "FluxPipeline",
     "GenerationSettings",
+    "Ground",
     "HookPoint",
     "OnStep",
     "OutputType",
     "Snapshot",
     "TokenGrid",
     "block_hooks",
+    "call_ground",
     "capture",
     "compile_blocks",
     "decode_latents",
@@ -67,6 +68,7 @@ __all__ = [
     "denoise_to",
     "embed_prompts",
     "encode_images",
+    "execution_device",
     "flux_identity",
     "generate",
     "generate_from",
@@ -77,6 +79,7 @@ __all__ = [
     "nearest_step",
     "read_picture",
     "schedule_sigmas",
+    "settings_ground",
     "token_grid",
     "unknown_words",
     "unread_tokens",
@@ -91,16 +94,18 @@ __getattr__, __dir__ = hand_on(
         "BlockHandler": "hooks",
         "Captured": "hooks",
         "Embeddings": "latents",
-        "FluxIdentity": "models",
+        "FluxIdentity": "identity",
         "FluxLike": "hooks",
         "FluxPipeline": "loading",
         "GenerationSettings": "settings",
+        "Ground": "ground",
         "HookPoint": "hookpoints",
         "OnStep": "generation",
         "OutputType": "generation",
         "Snapshot": "latents",
         "TokenGrid": "hookpoints",
         "block_hooks": "hooks",
+        "call_ground": "ground",
         "capture": "hooks",
         "compile_blocks": "loading",
         "decode_latents": "latents",
@@ -108,20 +113,22 @@ __getattr__, __dir__ = hand_on(
         "denoise_to": "generation",
         "embed_prompts": "latents",
         "encode_images": "latents",
-        "flux_identity": "loading",
+        "execution_device": "devices",
+        "flux_identity": "identity",
         "generate": "generation",
         "generate_from": "generation",
         "hookpoint_width": "loading",
         "initial_noise": "latents",
-        "is_exact": "loading",
+        "is_exact": "identity",
         "load_flux": "loading",
         "nearest_step": "schedules",
         "read_picture": "reading",
         "schedule_sigmas": "generation",
+        "settings_ground": "ground",
         "token_grid": "generation",
         "unknown_words": "generation",
         "unread_tokens": "generation",
         "velocity": "latents",
-        "why_inexact": "loading",
+        "why_inexact": "identity",
     },
 )

@@ -1,6 +1,7 @@
 """Images from FLUX: whole generations, generations restarted from a snapshot, and their schedule."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import diffusers
@@ -23,7 +24,7 @@ from fluxsae.flux.latents import (
     embed_prompts,
     image_by_image,
 )
-from fluxsae.flux.loading import default_settings
+from fluxsae.flux.loading import FluxPipeline, default_settings
 from fluxsae.flux.requests import check_channels, check_request, check_text_length, tokens_beyond, words_outside
 from fluxsae.flux.schedules import (
     build_grid,
@@ -33,6 +34,7 @@ from fluxsae.flux.schedules import (
     refuse_unrestartable,
 )
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.flux.sharing import generating
 
 OutputType = Literal["pil", "latent", "np"]
 Images = list[Image] | Tensor | np.ndarray
@@ -104,11 +106,12 @@ def denoise_to(
     check_step(step, settings)
     embeddings = embed_prompts(pipe, prompts, settings)
     latents: list[Tensor] = []
+    stop = StopGeneration()
 
     def keep_latents(call: TransformerCall) -> None:
         if call.step == step:
             latents.append(call.inputs["hidden_states"].detach().clone())
-            raise StopGeneration
+            raise stop
 
     try:
         with step_clock(pipe, keep_latents):
@@ -121,8 +124,9 @@ def denoise_to(
                 num_inference_steps=settings.num_inference_steps,
                 **_embedding_arguments(embeddings),
             )
-    except StopGeneration:
-        pass
+    except StopGeneration as stopped:
+        if stopped is not stop:
+            raise
     return Snapshot(latents[0], step, settings, embeddings)
 
 
@@ -190,8 +194,9 @@ def _run(
             on_step(first_step + index, settings.num_inference_steps)
         return values
 
+    running = nullcontext() if isinstance(pipe, FluxPipeline) else generating(pipe)
     try:
-        with image_by_image(pipe):
+        with running, image_by_image(pipe):
             images: Images = pipe(
                 height=settings.height,
                 width=settings.width,
@@ -216,7 +221,7 @@ def _check_all(
 ) -> tuple[list[str], list[int]]:
     """Prompts and seeds as lists of equal length, everything checked that can be before the model works."""
     check_channels(pipe.transformer.config)
-    token_grid(pipe, settings)
+    build_schedule(pipe, settings)
     check_text_length(pipe.tokenizer_2, settings)
     return check_request(prompts, seeds)
 

@@ -1,6 +1,7 @@
 """The one hook mechanism: the step clock, hooks on blocks inside a `with`, and capture with early exit."""
 
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -9,11 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux.hookpoints import BlockOutput, HookPoint
+from fluxsae.flux.hookpoints import BlockOutput, HookPoint, TokenGrid
 from fluxsae.flux.requests import check_channels
-from fluxsae.flux.schedules import Schedule
+from fluxsae.flux.schedules import Schedule, refuse_repeats
+from fluxsae.flux.sharing import check_thread, held
 
 
 @runtime_checkable
@@ -32,8 +35,12 @@ class TransformerCall:
     sigma: float
     sigmas: tuple[float, ...]
     is_conditional: bool
+    run: int
+    """Counts the runs that the clock has seen; a run that goes on after a nested one keeps its number."""
     is_first_of_run: bool
     n_text: int
+    grid: TokenGrid
+    """Of the image that is made: tokens of reference images (FLUX.1 Kontext) come behind its own and do not count."""
     inputs: dict[str, Any]
 
 
@@ -58,7 +65,19 @@ BlockHandler = Callable[[BlockCall], Tensor | None]
 
 
 class StopGeneration(BaseException):
-    """Ends a generation from inside; caught by whoever asked for it, never an error (hence no `Exception`)."""
+    """Ends a generation from inside, never an error (hence no `Exception`).
+
+    Whoever wants it raises an instance of their own and catches that one alone: contexts may be nested.
+    """
+
+
+@dataclass(eq=False)
+class _Run:
+    """A run that the clock has seen."""
+
+    number: int
+    grid: TokenGrid
+    last_step: int | None = None
 
 
 class _StepClock:
@@ -67,7 +86,7 @@ class _StepClock:
     The schedule is cast exactly as FluxPipeline casts it (to the latents' dtype, then divided by 1000). Steps whose
     timesteps are then equal (28 steps in bfloat16 at 1792 px have some) are told apart by the scheduler's own step
     index. The first call at a step is the conditional pass. Every run sets new timesteps, a new tensor, which tells
-    runs apart.
+    runs apart, also where one is nested in another.
     """
 
     def __init__(self, pipe: FluxLike) -> None:
@@ -75,39 +94,48 @@ class _StepClock:
         self._signature = inspect.signature(pipe.transformer.forward)
         self._schedule: Schedule | None = None
         self._sigmas: tuple[float, ...] = ()
-        self._last_step: int | None = None
+        # Keyed by the schedule's tensor, and gone with it.
+        self._runs = WeakTensorKeyDictionary()
+        self._numbers = itertools.count()
         self.now: TransformerCall | None = None
 
     def tick(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TransformerCall:
         inputs = self._signature.bind(*args, **kwargs).arguments
         timestep = inputs["timestep"]
-        is_first = self._enter_run(timestep.dtype)
+        self._take_schedule(timestep.dtype)
+        assert self._schedule is not None
+        is_first = self._schedule.timesteps not in self._runs
+        if is_first:
+            self._runs[self._schedule.timesteps] = _Run(next(self._numbers), _find_grid(inputs))
+        run: _Run = self._runs[self._schedule.timesteps]
         step = self._find_step(timestep)
         self.now = TransformerCall(
             step=step,
             sigma=self._sigmas[step],
             sigmas=self._sigmas,
-            is_conditional=step != self._last_step,
+            is_conditional=step != run.last_step,
+            run=run.number,
             is_first_of_run=is_first,
             n_text=inputs["encoder_hidden_states"].shape[1],
+            grid=run.grid,
             inputs=dict(inputs),
         )
-        self._last_step = step
+        run.last_step = step
         return self.now
 
-    def _enter_run(self, dtype: torch.dtype) -> bool:
-        """Take up the current run's schedule; True where it is a new one."""
+    def _take_schedule(self, dtype: torch.dtype) -> None:
         schedule = getattr(self._pipe, "_full_schedule", None)
         if schedule is None:
             scheduler = self._pipe.scheduler
             schedule = Schedule(scheduler.timesteps, scheduler.sigmas[: len(scheduler.timesteps)])
         if self._schedule is not None and self._schedule.timesteps is schedule.timesteps:
-            return False
+            self._schedule = schedule  # another step of it, perhaps
+            return
+        refuse_repeats(schedule, self._pipe.scheduler)
         if _scheduler_step(self._pipe.scheduler, schedule) is None:
             _refuse_duplicates(schedule.timesteps, dtype)
-        self._schedule, self._last_step = schedule, None
+        self._schedule = schedule
         self._sigmas = tuple(schedule.sigmas.tolist())
-        return True
 
     def _find_step(self, timestep: Tensor) -> int:
         assert self._schedule is not None
@@ -126,6 +154,15 @@ class _StepClock:
             _refuse_duplicates(self._schedule.timesteps, timestep.dtype)
         assert step is not None
         return step
+
+
+def _find_grid(inputs: Mapping[str, Any]) -> TokenGrid:
+    ids = inputs.get("img_ids")
+    if ids is None:  # the transformer called by hand
+        return TokenGrid(1, inputs["hidden_states"].shape[1])
+    ids = ids.reshape(-1, ids.shape[-1])
+    rows, cols = (int(last) + 1 for last in ids[ids[:, 0] == 0][:, 1:3].amax(dim=0))
+    return TokenGrid(rows, cols)
 
 
 def _scheduler_step(scheduler: Any, schedule: Schedule) -> int | None:
@@ -159,6 +196,7 @@ def step_clock(
     clock = _StepClock(pipe)
 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_thread(pipe)
         call = clock.tick(args, kwargs)
         if on_call is not None:
             on_call(call)
@@ -167,11 +205,12 @@ def step_clock(
         assert clock.now is not None
         return clock.now
 
-    handle = pipe.transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
-    try:
-        yield now
-    finally:
-        handle.remove()
+    with held(pipe):
+        handle = pipe.transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
+        try:
+            yield now
+        finally:
+            handle.remove()
 
 
 @contextmanager
@@ -240,8 +279,9 @@ def _forward_hook(
 ) -> Callable[[nn.Module, Any, BlockOutput], BlockOutput | None]:
     def after_forward(module: nn.Module, args: Any, output: BlockOutput) -> BlockOutput | None:
         here = now()
-        tokens = hookpoint.split(output, here.n_text)
-        _check_layout(hookpoint, tokens, here, width)
+        stream = hookpoint.split(output, here.n_text)
+        _check_layout(hookpoint, stream, here, width)
+        tokens = stream if hookpoint.stream == "text" else stream[:, : here.grid.n_tokens]
         call = BlockCall(hookpoint, here.step, here.sigma, len(here.sigmas), here.is_conditional, tokens)
         replacement = handler(call)
         if replacement is None:
@@ -251,7 +291,9 @@ def _forward_hook(
                 f"A handler at {hookpoint} returned tokens of shape {tuple(replacement.shape)}; "
                 f"it must keep the shape {tuple(tokens.shape)}."
             )
-        return hookpoint.join(output, replacement.to(tokens), here.n_text)
+        rest = stream[:, tokens.shape[1] :]
+        replaced = replacement.to(tokens)
+        return hookpoint.join(output, torch.cat([replaced, rest], dim=1) if rest.shape[1] else replaced, here.n_text)
 
     return after_forward
 
@@ -349,7 +391,9 @@ class _Recorder:
     steps: frozenset[int] | None
     stop_early: bool
     sink: Callable[[BlockCall], object] | None
+    stop: StopGeneration = field(default_factory=StopGeneration)
     _seen: set[HookPoint] = field(default_factory=set)
+    _run: int = -1
     # Over all runs of the `with`: a sink keeps what each of them gave.
     _reached: set[int] = field(default_factory=set)
     _n_steps: int | None = None
@@ -359,6 +403,12 @@ class _Recorder:
             self.captured._acts.clear()
             self.captured._sigmas.clear()
             self._refuse_steps_beyond(len(call.sigmas))
+            self._run = call.run
+        elif call.run < self._run and self.sink is None:
+            raise FluxSaeError(
+                "A second run took place inside the run that is captured here, which goes on now: what was captured "
+                "would be a mixture. End the capture before the second run, or pass a sink, which gets every call."
+            )
         self._n_steps = len(call.sigmas)
         self._seen.clear()
 
@@ -374,7 +424,7 @@ class _Recorder:
         self._seen.add(call.hookpoint)
         last_step = call.n_steps - 1 if self.steps is None else max(self.steps)
         if self.stop_early and call.step == last_step and len(self._seen) == len(self.captured.hookpoints):
-            raise StopGeneration
+            raise self.stop
 
     def refuse_unreached(self) -> None:
         """Raises a FluxSaeError where the model ran but never came to a wanted step."""
@@ -421,8 +471,8 @@ def capture(
     try:
         with block_hooks(pipe, dict.fromkeys(wanted, recorder.on_block), on_call=recorder.on_call):
             yield captured
-    except StopGeneration:
-        if not stop_early:
+    except StopGeneration as stopped:
+        if stopped is not recorder.stop:
             raise
         free_after_abort(pipe)
     recorder.refuse_unreached()

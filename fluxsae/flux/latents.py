@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.flux.devices import execution_device
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.flux.schedules import build_grid, build_schedule, check_step, full_schedule
 from fluxsae.flux.settings import GenerationSettings
@@ -72,7 +73,7 @@ def initial_noise(
         settings.height,
         settings.width,
         dtype or pipe.transformer.dtype,
-        pipe._execution_device,
+        execution_device(pipe),
         [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
     )
     assert isinstance(latents, Tensor)
@@ -108,7 +109,7 @@ def differentiable_velocity(
 ) -> Float[Tensor, "batch tokens channels"]:
     """As `velocity`, with a gradient to latents and embeddings wherever autograd is on."""
     check_step(step, settings)
-    grid, device, dtype = build_grid(pipe, settings), pipe._execution_device, latents.dtype
+    grid, device, dtype = build_grid(pipe, settings), execution_device(pipe), latents.dtype
     if latents.shape[1] != grid.n_tokens:
         raise FluxSaeError(
             f"Latents of {latents.shape[1]} tokens do not fit {settings.height} x {settings.width} pixels, which have "
@@ -151,7 +152,7 @@ def encode_images(pipe: Any, images: Sequence[Image]) -> Float[Tensor, "batch to
     """
     width, height = images[0].size
     TokenGrid.from_size(height, width, patch=2 * pipe.vae_scale_factor)
-    pixels = pipe.image_processor.preprocess(list(images)).to(pipe._execution_device, pipe.vae.dtype)
+    pixels = pipe.image_processor.preprocess(list(images)).to(execution_device(pipe), pipe.vae.dtype)
     with image_by_image(pipe):
         encoded = pipe.vae.encode(pixels)
     raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
@@ -168,6 +169,6 @@ def decode_latents(
     unpacked = pipe._unpack_latents(latents, settings.height, settings.width, pipe.vae_scale_factor)
     unpacked = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     with image_by_image(pipe):
-        pixels = pipe.vae.decode(unpacked.to(pipe._execution_device, pipe.vae.dtype), return_dict=False)[0]
+        pixels = pipe.vae.decode(unpacked.to(execution_device(pipe), pipe.vae.dtype), return_dict=False)[0]
     images: list[Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
     return images

@@ -1,4 +1,4 @@
-"""FLUX opened from a folder or the Hub, on the device and in the preset that fit; and what it is called in runs."""
+"""FLUX opened from a folder or the Hub, on the device and in the preset that fit."""
 
 import inspect
 import json
@@ -17,7 +17,8 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.hooks import (
     find_width,
 )
-from fluxsae.flux.models import SETTINGS_FILE, FluxIdentity, component_bytes, find_model, read_settings
+from fluxsae.flux.identity import flux_identity
+from fluxsae.flux.models import SETTINGS_FILE, component_bytes, find_model, read_settings
 from fluxsae.flux.presets import (
     SMALL_MODEL_BYTES,
     Preset,
@@ -30,6 +31,10 @@ from fluxsae.flux.presets import (
 )
 from fluxsae.flux.requests import check_channels
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.flux.sharing import generating
+
+# As the models' own pages have it, where it is not FLUX.1-dev's.
+_GUIDANCE = {"black-forest-labs/flux.1-krea-dev": 4.5}
 
 
 class FluxPipeline(diffusers.FluxPipeline):  # type: ignore[misc]
@@ -40,7 +45,6 @@ class FluxPipeline(diffusers.FluxPipeline):  # type: ignore[misc]
     """
 
     generation_settings: GenerationSettings | None = None
-    identity: FluxIdentity | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers' FluxPipeline, with this model's defaults."""
@@ -50,7 +54,8 @@ class FluxPipeline(diffusers.FluxPipeline):  # type: ignore[misc]
             for name in ("height", "width", "num_inference_steps", "guidance_scale", "max_sequence_length"):
                 if name not in given:
                     kwargs[name] = defaults[name]
-        return super().__call__(*args, **kwargs)
+        with generating(self):
+            return super().__call__(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As diffusers', with the generation settings beside the model."""
@@ -78,7 +83,7 @@ def load_flux(
         FluxSaeError: no such model, no access to it (with the steps to get it), no room, or a model that needs more
             than a prompt (FLUX.1 Fill, Depth, Canny).
     """
-    folder, identity = find_model(name, revision)
+    folder = find_model(name, revision)
     sizes = component_bytes(folder)
     device = choose_device(device)
     dtype = dtype or choose_dtype(device, sum(sizes.values()))
@@ -89,7 +94,6 @@ def load_flux(
     with _quiet_loading(logging.getLogger("fluxsae").getEffectiveLevel() > logging.INFO):
         pipe = _open_folder(folder, dtype=dtype, quantization_config=_quantisation(choice.preset, dtype))
     pipe.generation_settings = read_settings(folder)
-    pipe.identity = identity
     pipe.set_progress_bar_config(disable=True)
     if choice.preset == "offload":
         pipe.enable_model_cpu_offload(device=device)
@@ -159,29 +163,6 @@ def _quiet_loading(is_quiet: bool) -> Iterator[None]:
                 logger.enable_progress_bar()
 
 
-def flux_identity(pipe: diffusers.FluxPipeline) -> FluxIdentity:
-    """Which FLUX this is, as runs and SAEs record it; for a pipeline opened without `load_flux`, its name alone."""
-    identity = getattr(pipe, "identity", None)
-    return identity or FluxIdentity(Path(str(pipe.config.get("_name_or_path") or "unknown")).name, None)
-
-
-def is_exact(pipe: diffusers.FluxPipeline) -> bool:
-    """Whether the transformer computes the model's own activations: neither quantised nor skipping by a cache."""
-    return why_inexact(pipe) is None
-
-
-def why_inexact(pipe: diffusers.FluxPipeline) -> str | None:
-    """What makes the activations differ from the model's own, in words, or None."""
-    transformer = pipe.transformer
-    if getattr(transformer, "is_cache_enabled", False):
-        return "a step cache is enabled, which reuses earlier results"
-    narrow = {p.dtype for p in transformer.parameters() if p.dtype.itemsize == 1}
-    if narrow or getattr(transformer, "hf_quantizer", None) is not None:
-        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
-        return f"the transformer is quantised ({kinds or type(transformer.hf_quantizer).__name__})"
-    return None
-
-
 def compile_blocks(pipe: diffusers.FluxPipeline, **options: Any) -> None:
     """Compiles the transformer block by block (once for each kind), as `torch.compile` with these options would.
 
@@ -209,7 +190,8 @@ def default_settings(pipe: diffusers.FluxPipeline) -> GenerationSettings:
         return own
     side = pipe.default_sample_size * pipe.vae_scale_factor
     if pipe.transformer.config.guidance_embeds:
-        return GenerationSettings(height=side, width=side)
+        guidance = _GUIDANCE.get(flux_identity(pipe).flux_id.lower(), 3.5)
+        return GenerationSettings(height=side, width=side, guidance_scale=guidance)
     return GenerationSettings(
         height=side, width=side, num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256
     )

@@ -1,12 +1,9 @@
-"""Where a FLUX comes from: the miniature, a folder or the Hub; what lies there, and what it is called in runs."""
+"""Where a FLUX comes from: the miniature, a folder or the Hub; and what lies there."""
 
-import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux.presets import SMALL_MODEL_BYTES
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature import miniature_path
 
@@ -16,29 +13,21 @@ _COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "toke
 _HUB_FILES = ("model_index.json", SETTINGS_FILE, *(f"{name}/*" for name in _COMPONENTS))
 
 
-class FluxIdentity(NamedTuple):
-    """Which FLUX this is: a name or Hub id, and the commit or a digest of the transformer's weights."""
-
-    flux_id: str
-    revision: str | None
-
-
-def find_model(name: str | Path, revision: str | None) -> tuple[Path, FluxIdentity]:
-    """The model's folder, fetched if need be, and its identity.
+def find_model(name: str | Path, revision: str | None) -> Path:
+    """The model's folder, fetched if need be.
 
     Raises:
         FluxSaeError: no such model, or no access to it.
     """
     if str(name) == "miniature":
-        folder = miniature_path("flux")
-        return folder, FluxIdentity("miniature", weights_digest(folder))
+        return miniature_path("flux")
     folder = Path(name)
     if _is_folder(folder):
         if not (folder / "model_index.json").is_file():
             raise FluxSaeError(
                 f"{folder} is no FLUX folder: model_index.json is missing. Give a folder that diffusers saved."
             )
-        return folder, FluxIdentity(folder.resolve().name, weights_digest(folder))
+        return folder
     # Only here: what lies on this machine must load without the Hub's client.
     from fluxsae.hub import transfer
 
@@ -47,8 +36,7 @@ def find_model(name: str | Path, revision: str | None) -> tuple[Path, FluxIdenti
             f"{str(name)[:120]!r} is neither 'miniature', nor a folder here, nor a Hub repository. "
             "Write for example black-forest-labs/FLUX.1-dev."
         )
-    snapshot = transfer.download(str(name), revision=revision, patterns=_HUB_FILES)
-    return snapshot.folder, FluxIdentity(snapshot.repo_id, snapshot.commit)
+    return transfer.download(str(name), revision=revision, patterns=_HUB_FILES).folder
 
 
 def _is_folder(path: Path) -> bool:
@@ -56,17 +44,6 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # a name too long for the file system, say
         return False
-
-
-def weights_digest(folder: Path) -> str | None:
-    """The first 12 hex digits of the SHA-256 over the transformer's weights; None where they are large."""
-    files = sorted((folder / "transformer").glob("*.safetensors"))
-    if not files or sum(file.stat().st_size for file in files) > SMALL_MODEL_BYTES:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:12]
 
 
 def component_bytes(folder: Path) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The full schedule of a generation: its noise levels, the nearest step, and where it may be taken up midway."""
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.flux.sharing import held
 
 
 class Schedule(NamedTuple):
@@ -35,6 +37,11 @@ def build_schedule(pipe: Any, settings: GenerationSettings, *, device: torch.dev
     """The schedule FluxPipeline would set for these settings, worked out on a copy of its scheduler."""
     scheduler = copy.deepcopy(pipe.scheduler)
     config, n_steps = scheduler.config, settings.num_inference_steps
+    if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise FluxSaeError(
+            f"{type(scheduler).__name__} takes no sigmas, with which FLUX sets its schedule. "
+            "Use FlowMatchEulerDiscreteScheduler."
+        )
     mu = _dynamic_shift(build_grid(pipe, settings).n_tokens, config)
     if config.get("use_flow_sigmas", False):
         scheduler.set_timesteps(n_steps, device=device, mu=mu)
@@ -54,11 +61,22 @@ def _dynamic_shift(n_tokens: int, config: Any) -> float:
 @contextmanager
 def full_schedule(pipe: Any, schedule: Schedule) -> Iterator[None]:
     """While open, steps count in `schedule`, of which the scheduler itself may hold only the tail."""
-    pipe._full_schedule = schedule
-    try:
-        yield
-    finally:
-        pipe._full_schedule = None
+    with held(pipe):
+        before = getattr(pipe, "_full_schedule", None)
+        pipe._full_schedule = schedule
+        try:
+            yield
+        finally:
+            pipe._full_schedule = before
+
+
+def refuse_repeats(schedule: Schedule, scheduler: Any) -> None:
+    """Raises a FluxSaeError for a schedule that visits a noise level twice, as Heun's: a step is then not one pass."""
+    if not (schedule.timesteps[1:] < schedule.timesteps[:-1]).all():
+        raise FluxSaeError(
+            f"{type(scheduler).__name__} visits a noise level more than once, so a step is no single pass of the "
+            "transformer and its activations cannot be named by a step. Use FlowMatchEulerDiscreteScheduler."
+        )
 
 
 def nearest_step(sigmas: Sequence[float], sigma: float, tolerance: float) -> int:

@@ -1,6 +1,6 @@
 """Scores of a run's SAEs: reconstruction, transfer, flow loss and concepts, measured on images of their own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,7 @@ from fluxsae.evaluation.reconstruction import (
 from fluxsae.evaluation.stream import ImageSet, OnProgress
 from fluxsae.features.scores import ScoreMatrix
 from fluxsae.features.scoring import trained_steps
-from fluxsae.flux import FluxPipeline, flux_identity, schedule_sigmas
+from fluxsae.flux import FluxPipeline, execution_device, flux_identity, schedule_sigmas, settings_ground
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.concept_report import ConceptReport
@@ -24,6 +24,7 @@ from fluxsae.laboratory.config import EvaluationConfig
 from fluxsae.laboratory.steering import candidate_features, run_laboratory
 from fluxsae.laboratory.steering_report import LaboratoryReport
 from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.config import Mismatch
 from fluxsae.sae.model import SparseAutoencoder
 
 Part = Literal["reconstruction", "transfer", "flow", "concepts", "steering"]
@@ -60,7 +61,7 @@ def evaluate(
     parts: Sequence[Part] = PARTS,
     hookpoints: Sequence[HookPoint | str] = (),
     config: EvaluationConfig | None = None,
-    allow_mismatch: bool = False,
+    allow_mismatch: Collection[Mismatch] = (),
     on_progress: OnProgress | None = None,
 ) -> dict[HookPoint, Evaluation]:
     """Measures the run's SAEs and writes the results into the metrics.json of each.
@@ -94,7 +95,7 @@ class _Work:
     steps: dict[HookPoint, list[int]]
     settings: GenerationSettings
     config: EvaluationConfig
-    allow_mismatch: bool
+    allow_mismatch: Collection[Mismatch]
 
     @classmethod
     def plan(
@@ -104,26 +105,17 @@ class _Work:
         hookpoints: Sequence[HookPoint | str],
         config: EvaluationConfig,
         *,
-        allow_mismatch: bool,
+        allow_mismatch: Collection[Mismatch],
     ) -> "_Work":
         settings = run.load_info().settings
         wanted = [run.check_hookpoint(name) for name in hookpoints] or [h for h in run.hookpoints() if run.has_sae(h)]
         missing = [str(hookpoint) for hookpoint in wanted if not run.has_sae(hookpoint)]
         if missing or not wanted:
             raise FluxSaeError(f"{run.path} has no SAE at {', '.join(missing) or 'any hook point'}. Train one first.")
-        device = pipe.transformer.device
+        device = execution_device(pipe)
         saes = {h: SparseAutoencoder.from_pretrained(run.sae_path(h), device=device) for h in wanted}
-        identity = flux_identity(pipe)
         for hookpoint, sae in saes.items():
-            sae.require_ground(
-                allow_mismatch=allow_mismatch,
-                flux_id=identity.flux_id,
-                flux_revision=identity.revision,
-                hookpoint=str(hookpoint),
-                height=settings.height,
-                width=settings.width,
-                guidance_scale=settings.guidance_scale,
-            )
+            sae.require_ground(settings_ground(pipe, settings, hookpoint), allow_mismatch=allow_mismatch)
         sigmas = schedule_sigmas(pipe, settings)
         steps = {h: list(config.steps or trained_steps(sae, sigmas)) for h, sae in saes.items()}
         return cls(run, pipe, saes, steps, settings, config, allow_mismatch)

@@ -8,7 +8,7 @@ on the object, or on the background. Settings are chosen on some pictures and re
 on others.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,16 @@ from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation.stream import OnProgress, batches
-from fluxsae.flux import FluxPipeline, capture, decode_latents, denoise_to, generate, generate_from, token_grid
+from fluxsae.flux import (
+    FluxPipeline,
+    capture,
+    decode_latents,
+    denoise_to,
+    execution_device,
+    generate,
+    generate_from,
+    token_grid,
+)
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.arms import Arm, Controls
@@ -40,6 +49,7 @@ from fluxsae.laboratory.steering_report import (
 )
 from fluxsae.laboratory.truths import CONCEPTS, COVERED, Concept, coverage
 from fluxsae.miniature.scenes import Scene, read_scene
+from fluxsae.sae.config import Mismatch
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import steer
 from fluxsae.steering.edits import IDENTITY, MAX_STRENGTH, NEEDS_REFERENCE, SteeringEdit
@@ -71,7 +81,7 @@ def run_laboratory(
     *,
     settings: GenerationSettings,
     config: LaboratoryConfig | None = None,
-    allow_mismatch: bool = False,
+    allow_mismatch: Collection[Mismatch] = (),
     on_progress: OnProgress | None = None,
 ) -> LaboratoryReport:
     """Chooses hook point, mode, strength, window and features on some pictures and reports them on others.
@@ -129,7 +139,7 @@ class _Bench:
     features: CandidateFeatures
     settings: GenerationSettings
     config: LaboratoryConfig
-    allow_mismatch: bool
+    allow_mismatch: Collection[Mismatch]
     read: Callable[[Sequence[Image.Image]], list[Scene]]
     on_progress: OnProgress | None
     _cases: dict[tuple[str, Concept, Direction], list[_Case]] = field(default_factory=dict)
@@ -418,7 +428,7 @@ class _Bench:
         mode, strengths = ("add", (0.5, 1.0, 2.0)) if wanted else ("project_out", (1.0,))
         edits = [SteeringEdit(chosen.hookpoint, 0, mode, strength, steps=chosen.steps) for strength in strengths]
         arms = [Arm(name, (edit,), chosen.where) for edit in edits]
-        saes = {chosen.hookpoint: sae.to(self.pipe.transformer.device)}
+        saes = {chosen.hookpoint: sae.to(execution_device(self.pipe))}
         tallies = [Tally.of(one, wanted=wanted) for one in self._outcomes("report", concept, direction, arms, saes)]
         return {name: max(tallies, key=lambda t: t.success.value * t.specificity.value)}
 

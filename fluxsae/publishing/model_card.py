@@ -190,6 +190,8 @@ for each feature the images it likes, where it fires, whether it means something
 | | |
 |---|---|
 | model | {_model_link(info)}{f" at `{info.flux_revision}`" if info.flux_revision else ""} |
+| its weights | {f"SHA-256 `{info.flux_weights}`" if info.flux_weights else "not recorded"} |
+| adapters | {"not recorded" if info.adapters is None else ", ".join(info.adapters) or "none"} |
 | images | {images} |
 | captured steps | {steps or "not recorded"} |
 | token grid | {info.rows} x {info.cols} |

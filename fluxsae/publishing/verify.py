@@ -17,9 +17,11 @@ from fluxsae.features.scores import ScoreMatrix
 from fluxsae.features.statistics import FeatureStats
 from fluxsae.files import map_array, read_header, read_json
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.identity import identity_differences
 from fluxsae.publishing.checksums import read_checksums, wrong_files
 from fluxsae.runs.folder import RunFolder, RunInfo
 from fluxsae.runs.tables import Embeddings, FeatureTable, Heatmaps, ImageTable
+from fluxsae.sae.ground import trained_identity
 from fluxsae.sae.model import SparseAutoencoder
 
 _BLOCK = 256
@@ -181,8 +183,8 @@ class _AboutHookpoint:
             return
         if trained_on.hookpoint != str(self.hookpoint):
             yield f"was trained on the hook point {trained_on.hookpoint}, but the run is of {self.hookpoint}."
-        if trained_on.flux_id != self.info.flux_id:
-            yield f"was trained on the FLUX {trained_on.flux_id}, but the run is of {self.info.flux_id}."
+        for text in identity_differences(trained_identity(trained_on), self.info.identity).values():
+            yield f"was not trained on the run's FLUX: {text}."
 
     def metrics(self, path: Path) -> Iterator[str]:
         def refuse(name: str) -> Any:

@@ -13,6 +13,7 @@ import torch
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import load_tensors, read_json, remove_leftovers, save_tensors, write_bytes, write_json, write_text
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.identity import FluxIdentity
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.tables import (
     Embeddings,
@@ -66,10 +67,21 @@ class RunInfo:
     """Different prompts (or pictures) in training, held-out and scores, and whether some may be in several."""
     is_exact: bool = True
     """False where FLUX was quantised or cached, so that its activations are not the model's own."""
+    flux_weights: str | None = None
+    """SHA-256 over the transformer's weight files; None in runs of before this field, as for the two below."""
+    adapters: tuple[str, ...] | None = None
+    """Hashes of the adapters (LoRAs) that were active or fused."""
+    dtype: str | None = None
+    """The type that FLUX ran in: float32, bfloat16 or float16."""
     versions: dict[str, str] = field(default_factory=dict)
     """Library versions."""
     stages: dict[str, StageRecord] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def identity(self) -> FluxIdentity:
+        """The FLUX of the run."""
+        return FluxIdentity(self.flux_id, self.flux_revision, self.flux_weights, self.adapters, self.is_exact)
 
     def to_dict(self) -> dict[str, Any]:
         """The info as plain JSON values."""
@@ -95,6 +107,8 @@ class RunInfo:
         fields["stages"] = {name: StageRecord(**record) for name, record in values.get("stages", {}).items()}
         for name in ("hookpoints", "steps", "sigmas"):
             fields[name] = tuple(values.get(name, ()))
+        if values.get("adapters") is not None:
+            fields["adapters"] = tuple(values["adapters"])
         return cls(**fields)
 
     def with_stage(self, name: str, record: StageRecord) -> "RunInfo":

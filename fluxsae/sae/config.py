@@ -12,6 +12,21 @@ from fluxsae.errors import FluxSaeError
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "matryoshka"]
 Precision = Literal["float32", "bfloat16"]
 
+Mismatch = Literal[
+    "flux",
+    "adapters",
+    "is_exact",
+    "hookpoint",
+    "size",
+    "guidance_scale",
+    "true_cfg_scale",
+    "max_sequence_length",
+    "sigmas",
+    "unknown",
+]
+"""What may differ from the training ground, if it is named; `unknown`: the SAE has no record of its training."""
+MISMATCHES: tuple[Mismatch, ...] = get_args(Mismatch)
+
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 SCHEMA_VERSION = 1
 
@@ -48,24 +63,22 @@ class TrainedOn:
     """Hash of the activation manifest or of the prompts."""
     sigma_tolerance: Weight = 0.05
     """How far from a trained sigma the SAE may be used."""
+    flux_weights: str | None = None
+    """SHA-256 over the transformer's weight files; None = not recorded, as for the fields below."""
+    adapters: Annotated[tuple[str, ...], FromList] | None = None
+    """Hashes of the adapters (LoRAs) that were active or fused."""
+    is_exact: bool | None = None
+    """False where FLUX was quantised or cached."""
+    max_sequence_length: Size | None = None
+    """Text tokens a prompt was padded or cut to."""
+    true_cfg_scale: Weight | None = None
+    """Classifier-free guidance of the generations; 1 is off."""
 
     def __post_init__(self) -> None:
         if not self.steps or len(self.steps) != len(self.sigmas):
             raise FluxSaeError(
                 f"trained_on has steps {self.steps} and sigmas {self.sigmas}. Give a sigma for each step."
             )
-
-    def differences(self, **actual: Any) -> list[str]:
-        """What differs between the training ground and `actual` (fields of this class by name), one sentence each."""
-        known = {field.name for field in fields(self)}
-        unknown = sorted(set(actual) - known)
-        if unknown:
-            raise FluxSaeError(f"Unknown fields {', '.join(unknown)}. Allowed are {', '.join(sorted(known))}.")
-        return [
-            f"{name} is {value!r}, but the SAE was trained on {getattr(self, name)!r}"
-            for name, value in actual.items()
-            if value != getattr(self, name)
-        ]
 
 
 @checked(kw_only=True)

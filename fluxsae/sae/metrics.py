@@ -14,6 +14,11 @@ DENSITY_EDGES: tuple[float, ...] = tuple(10.0**exponent for exponent in range(-7
 """Decades of activation density, from one token in ten million to every token: the histogram's bin edges."""
 
 
+def to_float64(values: Tensor) -> Tensor:
+    """The values in float64, where they are if the device has that type; Apple's MPS has not."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 def fvu(x: Float[Tensor, "*batch d_model"], x_hat: Float[Tensor, "*batch d_model"]) -> float:
     """Fraction of variance unexplained: sum ||x - x_hat||^2 / sum ||x - mean||^2, the mean taken per dimension.
 
@@ -29,12 +34,12 @@ def fvu(x: Float[Tensor, "*batch d_model"], x_hat: Float[Tensor, "*batch d_model
 
 def l0(acts: Float[Tensor, "*batch n_features"]) -> float:
     """Mean number of features that fire on a token."""
-    return float((acts > 0).sum(-1).double().mean())
+    return float(to_float64((acts > 0).sum(-1)).mean())
 
 
 def density(acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, " n_features"]:
     """P(acts > 0) of each feature, over all leading dimensions."""
-    return (acts > 0).reshape(-1, acts.shape[-1]).double().mean(0).float()
+    return to_float64((acts > 0).reshape(-1, acts.shape[-1])).mean(0).float()
 
 
 def dead_features(tokens_since_fired: Int[Tensor, " n_features"], *, window: int) -> Bool[Tensor, " n_features"]:
@@ -76,8 +81,8 @@ class ReconstructionSums:
         """Add some tokens and their reconstructions."""
         if x.shape != x_hat.shape:
             raise FluxSaeError(f"x has shape {tuple(x.shape)} and x_hat {tuple(x_hat.shape)}; they must be equal.")
-        tokens = rearrange(x.detach(), "... d -> (...) d").double()
-        error = tokens - rearrange(x_hat.detach(), "... d -> (...) d").double()
+        tokens = to_float64(rearrange(x.detach(), "... d -> (...) d"))
+        error = tokens - to_float64(rearrange(x_hat.detach(), "... d -> (...) d"))
         mean = tokens.mean(0)
         part = ReconstructionSums(
             len(tokens), float(error.square().sum()), mean.cpu(), float((tokens - mean).square().sum())

@@ -9,7 +9,8 @@ x_hat  = x~_hat * input_scale + input_mean
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -18,11 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import read_header, save_tensors, write_json
+from fluxsae.flux.ground import Ground
 from fluxsae.sae.acts import SparseActs, tokens_at_once
-from fluxsae.sae.config import SaeConfig, TrainedOn
+from fluxsae.sae.config import Mismatch, SaeConfig, TrainedOn
+from fluxsae.sae.ground import check_ground
 from fluxsae.sae.kernels import sparse_decode, sparse_pays, topk, topk_acts
 
 CONFIG_NAME = "config.json"
@@ -37,6 +41,13 @@ class SaeOutput(NamedTuple):
     x_hat: Float[Tensor, "*batch d_model"]
     acts: Float[Tensor, "*batch n_features"]
     pre_acts: Float[Tensor, "*batch n_features"]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Products as they are written: autocast would round pre-activations to bfloat16, and other features would fire."""
+    if not is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class SparseAutoencoder(nn.Module):
@@ -100,12 +111,19 @@ class SparseAutoencoder(nn.Module):
                 f"The activations have width {x.shape[-1]}, but this SAE reads width {self.config.d_model}. "
                 "Use the hook point it was trained on."
             )
+        self._follow(x)
         return (x.to(self.compute_dtype) - self.input_mean) / self.input_scale
+
+    def _follow(self, x: Tensor) -> None:
+        """Puts this SAE beside what it reads: activations stay where FLUX made them, an SAE is loaded anywhere."""
+        if self.W_enc.device != x.device:
+            self.to(x.device)
 
     def pre_acts(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
         """Pre-activations of all features, in at least float32."""
         dtype = self.compute_dtype
-        return nn.functional.linear(self.normalise(x) - self.b_dec, self.W_enc.to(dtype), self.b_enc.to(dtype))
+        with _without_autocast(x.device):
+            return nn.functional.linear(self.normalise(x) - self.b_dec, self.W_enc.to(dtype), self.b_enc.to(dtype))
 
     def activate(self, pre_acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch n_features"]:
         """The architecture's activation of all features' pre-activations; top-k ties go to the lower index."""
@@ -133,6 +151,7 @@ class SparseAutoencoder(nn.Module):
         Raises:
             FluxSaeError: a feature that the SAE does not have.
         """
+        self._follow(x)
         chosen = self._checked_features(features)
         if self.config.architecture == "topk":
             return self._by_chunk(x, lambda rows: self._topk_features(self.pre_acts(rows), chosen))
@@ -143,16 +162,21 @@ class SparseAutoencoder(nn.Module):
             threshold = threshold[chosen]
 
         def acts(rows: Tensor) -> Tensor:
-            return self._gate(nn.functional.linear(self.normalise(rows) - self.b_dec, weights, biases), threshold)
+            with _without_autocast(rows.device):
+                pre_acts = nn.functional.linear(self.normalise(rows) - self.b_dec, weights, biases)
+            return self._gate(pre_acts, threshold)
 
         return self._by_chunk(x, acts)
 
     def decode(self, acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch d_model"]:
         """Reconstruction in raw FLUX units from dense acts."""
-        return self._denormalise(acts.to(self.compute_dtype) @ self.W_dec.to(self.compute_dtype) + self.b_dec)
+        self._follow(acts)
+        with _without_autocast(acts.device):
+            return self._denormalise(acts.to(self.compute_dtype) @ self.W_dec.to(self.compute_dtype) + self.b_dec)
 
     def decode_sparse(self, acts: SparseActs) -> Float[Tensor, "*batch d_model"]:
         """Reconstruction in raw FLUX units from sparse acts, by whichever product is faster for so many of them."""
+        self._follow(acts.values)
         mean_active = len(acts.values) / max(1, acts.n_tokens)
         if sparse_pays(mean_active, acts.n_features, acts.values.device):
             W_dec = self.W_dec.to(self.compute_dtype)
@@ -229,31 +253,25 @@ class SparseAutoencoder(nn.Module):
         return torch.stack(columns, dim=-1) if columns else pre_acts[..., :0]
 
     def _checked_features(self, features: Sequence[int] | Tensor) -> Tensor:
-        chosen = torch.as_tensor(features, dtype=torch.int64, device=self.W_enc.device).reshape(-1)
+        chosen = torch.as_tensor(features, dtype=torch.int64).reshape(-1)
         if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.config.n_features:
             raise FluxSaeError(
                 f"Features {chosen.tolist()[:5]} were asked for. Allowed are 0 to {self.config.n_features - 1}."
             )
-        return chosen
+        return chosen.to(self.W_enc.device)
 
     def with_trained_on(self, trained_on: TrainedOn) -> Self:
         """This SAE, with its training ground recorded."""
         self.config = replace(self.config, trained_on=trained_on)
         return self
 
-    def require_ground(self, *, allow_mismatch: bool = False, **actual: Any) -> list[str]:
-        """The differences between the training ground and `actual` (fields of `TrainedOn`), to be shown.
+    def require_ground(self, ground: Ground, *, allow_mismatch: Collection[Mismatch] = ()) -> dict[Mismatch, str]:
+        """The differences between the training ground and `ground`, to be shown.
 
         Raises:
-            FluxSaeError: there are differences and `allow_mismatch` is off, or the training ground is unknown.
+            FluxSaeError: there are differences that `allow_mismatch` does not name.
         """
-        ground = self.config.trained_on
-        found = ["the SAE does not say what it was trained on"] if ground is None else ground.differences(**actual)
-        if found and not allow_mismatch:
-            raise FluxSaeError(
-                f"This SAE was trained elsewhere: {'; '.join(found)}. Use it there, or allow the mismatch explicitly."
-            )
-        return found
+        return check_ground(self.config.trained_on, ground, allow_mismatch=allow_mismatch)
 
     @classmethod
     def from_pretrained(

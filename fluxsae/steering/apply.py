@@ -1,7 +1,7 @@
 """Edits of SAE features applied inside a `with`: only the edit's own delta is added, nothing is reconstructed."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,11 +11,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import BlockCall, block_hooks, flux_identity, hookpoint_width, schedule_sigmas, token_grid
+from fluxsae.flux import (
+    BlockCall,
+    Ground,
+    block_hooks,
+    call_ground,
+    hookpoint_width,
+    schedule_sigmas,
+    settings_ground,
+    token_grid,
+)
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.hooks import TransformerCall
 from fluxsae.flux.settings import GenerationSettings
-from fluxsae.sae.config import TrainedOn
+from fluxsae.sae.config import Mismatch
+from fluxsae.sae.ground import check_names
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.edits import NEEDS_REFERENCE, HeatmapRegion, SteeringEdit, check_count, is_batched
 
@@ -121,7 +131,7 @@ def steer(
     edits: Edits,
     *,
     settings: GenerationSettings | None = None,
-    allow_mismatch: bool = False,
+    allow_mismatch: Collection[Mismatch] = (),
     direction_of: DirectionOf | None = None,
     on_edit: Callable[[EditedCall], None] | None = None,
 ) -> Iterator[None]:
@@ -129,11 +139,11 @@ def steer(
 
     Args:
         pipe: a FluxPipeline; its hooks are gone when the `with` ends, however it ends.
-        saes: the SAE of each hook point that an edit names, on the pipeline's device.
+        saes: the SAE of each hook point that an edit names; they move to the device on which FLUX computes.
         edits: one flat list for all images of a batch, or one list an image.
         settings: those of the generations to come, where known: windows, regions and SAEs are then checked against
             them here, and otherwise before the first block of each generation runs.
-        allow_mismatch: use SAEs also with another model, image size or guidance than they were trained on.
+        allow_mismatch: what may differ from the ground that an SAE was trained on, by name: `fluxsae.sae.ground`.
         direction_of: vectors to write in place of decoder rows (controls).
         on_edit: called after each edited call, with what was added.
 
@@ -158,8 +168,7 @@ def steer(
     def check_run(call: TransformerCall) -> None:
         if call.is_first_of_run:
             _check_batch(edits, len(call.inputs["hidden_states"]))
-            _check_devices(saes, hookpoints, call.inputs["hidden_states"].device)
-            _check_facts(saes, per_item, _RunFacts.from_call(pipe, call), allow_mismatch=allow_mismatch)
+            _check_facts(saes, per_item, _RunFacts.from_call(pipe, call, hookpoints), allow_mismatch=allow_mismatch)
 
     with block_hooks(pipe, handlers, on_call=check_run):
         yield
@@ -171,20 +180,23 @@ def check_edits(
     edits: Edits,
     *,
     settings: GenerationSettings | None = None,
-    allow_mismatch: bool = False,
+    allow_mismatch: Collection[Mismatch] = (),
 ) -> None:
     """Refuses edits that cannot be applied, before any model work.
 
     Raises:
         FluxSaeError: what is wrong, what is allowed and what to do.
     """
+    check_names(allow_mismatch)
     per_item = _per_item(edits)
     for item in per_item:
         check_count(item)
         for edit in item:
             _check_edit(pipe, saes, edit)
     if settings is not None:
-        _check_facts(saes, per_item, _RunFacts.from_settings(pipe, settings), allow_mismatch=allow_mismatch)
+        hookpoints = {edit.hookpoint for item in per_item for edit in item}
+        facts = _RunFacts.from_settings(pipe, settings, hookpoints)
+        _check_facts(saes, per_item, facts, allow_mismatch=allow_mismatch)
 
 
 def edit_window(edit: SteeringEdit, sae: SparseAutoencoder, sigmas: Sequence[float]) -> tuple[int, int]:
@@ -253,21 +265,17 @@ class _RunFacts:
 
     grid: TokenGrid
     sigmas: tuple[float, ...]
-    guidance_scale: float | None
-    flux_id: str
-    flux_revision: str | None
+    grounds: Mapping[HookPoint, Ground]
 
     @classmethod
-    def from_settings(cls, pipe: Any, settings: GenerationSettings) -> "_RunFacts":
-        guidance = settings.guidance_scale if pipe.transformer.config.guidance_embeds else None
-        return cls(token_grid(pipe, settings), tuple(schedule_sigmas(pipe, settings)), guidance, *flux_identity(pipe))
+    def from_settings(cls, pipe: Any, settings: GenerationSettings, hookpoints: Collection[HookPoint]) -> "_RunFacts":
+        grounds = {hookpoint: settings_ground(pipe, settings, hookpoint) for hookpoint in hookpoints}
+        return cls(token_grid(pipe, settings), tuple(schedule_sigmas(pipe, settings)), grounds)
 
     @classmethod
-    def from_call(cls, pipe: Any, call: TransformerCall) -> "_RunFacts":
-        rows, cols = (int(last) + 1 for last in call.inputs["img_ids"][..., 1:].reshape(-1, 2).amax(dim=0))
-        guidance = call.inputs.get("guidance")
-        scale = None if guidance is None else float(guidance.flatten()[0])
-        return cls(TokenGrid(rows, cols), call.sigmas, scale, *flux_identity(pipe))
+    def from_call(cls, pipe: Any, call: TransformerCall, hookpoints: Collection[HookPoint]) -> "_RunFacts":
+        grounds = {hookpoint: call_ground(pipe, call.inputs, call.grid, hookpoint) for hookpoint in hookpoints}
+        return cls(call.grid, call.sigmas, grounds)
 
 
 def _per_item(edits: Edits) -> list[list[SteeringEdit]]:
@@ -343,16 +351,14 @@ def _check_facts(
     per_item: list[list[SteeringEdit]],
     facts: _RunFacts,
     *,
-    allow_mismatch: bool,
+    allow_mismatch: Collection[Mismatch],
 ) -> None:
     for edit in itertools.chain.from_iterable(per_item):
         edit_window(edit, saes[edit.hookpoint], facts.sigmas)
         _check_region(edit, facts.grid)
-    if not allow_mismatch:
-        for hookpoint in sorted({edit.hookpoint for item in per_item for edit in item}):
-            ground = saes[hookpoint].config.trained_on
-            if ground is not None:
-                _check_ground(hookpoint, ground, facts)
+    # An SAE without a record is let in: its edits already have to say in which steps they act.
+    for hookpoint, ground in facts.grounds.items():
+        saes[hookpoint].require_ground(ground, allow_mismatch=[*allow_mismatch, "unknown"])
 
 
 def _check_window(edit: SteeringEdit, n_steps: int) -> None:
@@ -374,50 +380,9 @@ def _check_region(edit: SteeringEdit, grid: TokenGrid) -> None:
         )
 
 
-def _check_ground(hookpoint: HookPoint, ground: TrainedOn, facts: _RunFacts) -> None:
-    remedy = "Generate as it was trained, or allow the mismatch explicitly (allow_mismatch=True)."
-    if ground.hookpoint != str(hookpoint):
-        raise FluxSaeError(
-            f"The SAE given for {hookpoint} was trained at {ground.hookpoint}. Use it there, or allow the mismatch "
-            "explicitly (allow_mismatch=True)."
-        )
-    if not _is_same_flux(ground, facts):
-        raise FluxSaeError(
-            f"The SAE at {hookpoint} was trained on {ground.flux_id} ({ground.flux_revision}), "
-            f"not on {facts.flux_id} ({facts.flux_revision}). {remedy}"
-        )
-    if hookpoint.stream == "image" and ground.n_tokens != facts.grid.n_tokens:
-        raise FluxSaeError(
-            f"The SAE at {hookpoint} was trained on images of {ground.height} x {ground.width} pixels "
-            f"({ground.n_tokens} tokens), not of {facts.grid.n_tokens} tokens. {remedy}"
-        )
-    if facts.guidance_scale is not None and abs(ground.guidance_scale - facts.guidance_scale) > 1e-3:
-        raise FluxSaeError(
-            f"The SAE at {hookpoint} was trained at guidance_scale {ground.guidance_scale:g}, "
-            f"not {facts.guidance_scale:g}. {remedy}"
-        )
-
-
-def _is_same_flux(ground: TrainedOn, facts: _RunFacts) -> bool:
-    if ground.flux_revision is not None and facts.flux_revision is not None:
-        return ground.flux_revision == facts.flux_revision
-    return ground.flux_id == facts.flux_id or "unknown" in (ground.flux_id, facts.flux_id)
-
-
 def _check_batch(edits: Edits, batch: int) -> None:
     if is_batched(edits) and len(edits) != batch:
         raise FluxSaeError(
             f"{len(edits)} lists of edits were given for a batch of {batch} images. Give one list an image, or one "
             "flat list for all of them."
         )
-
-
-def _check_devices(
-    saes: Mapping[HookPoint, SparseAutoencoder], hookpoints: Sequence[HookPoint], device: torch.device
-) -> None:
-    for hookpoint in hookpoints:
-        if saes[hookpoint].W_dec.device != device:
-            raise FluxSaeError(
-                f"The SAE at {hookpoint} is on {saes[hookpoint].W_dec.device} and FLUX runs on {device}. "
-                f"Move it with sae.to({str(device)!r})."
-            )

@@ -1,7 +1,7 @@
 """Why a feature fires: the share that each word of the prompt and each earlier feature has in it, at one step."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +27,7 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.hooks import StopGeneration, free_after_abort
 from fluxsae.flux.latents import Embeddings, Snapshot, differentiable_velocity, velocity
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.sae.config import Mismatch
 from fluxsae.sae.kernels import pair_products
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import check_edits, steer
@@ -143,7 +144,7 @@ def explain(
     seed: int,
     settings: GenerationSettings | None = None,
     limit: int = 8,
-    allow_mismatch: bool = False,
+    allow_mismatch: Collection[Mismatch] = (),
 ) -> Explanation:
     """The words and earlier features that drive a feature at one step of the image of (prompt, seed).
 
@@ -217,7 +218,7 @@ def _check_target(
     settings: GenerationSettings,
     *,
     limit: int,
-    allow_mismatch: bool,
+    allow_mismatch: Collection[Mismatch],
 ) -> None:
     n_tokens = token_grid(pipe, settings).n_tokens
     if target.token is not None and not 0 <= target.token < n_tokens:
@@ -268,12 +269,13 @@ class _DifferentiatedPass:
             given.prompt.detach().clone().requires_grad_(), given.pooled.detach().clone().requires_grad_()
         )
         seen: dict[HookPoint, Tensor] = {}
+        stop = StopGeneration()
 
         def keep(call: BlockCall) -> Tensor:
             # A copy has its own place in the graph, so the gradient to one stream of a shared tensor can be asked for.
             seen[call.hookpoint] = call.tokens.clone()
             if call.hookpoint == target.hookpoint:
-                raise StopGeneration
+                raise stop
             return seen[call.hookpoint]
 
         with torch.enable_grad(), _frozen(pipe.transformer):
@@ -282,7 +284,9 @@ class _DifferentiatedPass:
                     differentiable_velocity(
                         pipe, snapshot.latents, self.text, step=target.step, settings=snapshot.settings
                     )
-            except StopGeneration:
+            except StopGeneration as stopped:
+                if stopped is not stop:
+                    raise
                 free_after_abort(pipe)
             drive = target.drive(saes[target.hookpoint], seen.pop(target.hookpoint)).sum()
             sources = (self.text.prompt, self.text.pooled, *seen.values())
@@ -351,7 +355,13 @@ class _Trials:
     """Passes with one source taken away, in batches of one size that each hold the whole image, too."""
 
     def __init__(
-        self, pipe: FluxPipeline, saes: Saes, target: Target, snapshot: Snapshot, *, allow_mismatch: bool
+        self,
+        pipe: FluxPipeline,
+        saes: Saes,
+        target: Target,
+        snapshot: Snapshot,
+        *,
+        allow_mismatch: Collection[Mismatch],
     ) -> None:
         self._pipe, self._saes, self._target, self._snapshot = pipe, saes, target, snapshot
         self._allow_mismatch = allow_mismatch

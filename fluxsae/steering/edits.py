@@ -245,6 +245,8 @@ class Recipe:
     flux_revision: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    flux_weights: str | None = None
+    adapters: Annotated[tuple[str, ...], FromList] | None = None
 
     def __post_init__(self) -> None:
         for name, most in (("index", len(self.batch) - 1), ("shared_steps", self.settings.num_inference_steps)):
@@ -271,6 +273,8 @@ class Recipe:
             "shared_steps": self.shared_steps,
             "dtype": self.dtype,
             "device": self.device,
+            "flux_weights": self.flux_weights,
+            "adapters": None if self.adapters is None else list(self.adapters),
         }
 
     @classmethod
@@ -315,8 +319,21 @@ def load_recipes(path: str | Path) -> list[Recipe]:
     path = Path(path)
     if not path.is_file():
         raise FluxSaeError(f"{path} is not a file; give a PNG or JSON file that fluxsae wrote.")
-    loaded = _loads(_png_text(path) if path.suffix.lower() == ".png" else path.read_text(encoding="utf-8"), str(path))
+    loaded = _loads(_recipe_text(path), str(path))
     return [Recipe.from_dict(values) for values in (loaded if isinstance(loaded, list) else [loaded])]
+
+
+def _recipe_text(path: Path) -> str:
+    """By what the file holds, whatever it is called."""
+    content = path.read_bytes()
+    if content.startswith(b"\x89PNG") or path.suffix.lower() == ".png":
+        return _png_text(path)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FluxSaeError(
+            f"{path} is neither a PNG nor JSON text; give a PNG or JSON file that fluxsae wrote."
+        ) from error
 
 
 def _png_text(path: Path) -> str:

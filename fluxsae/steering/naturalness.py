@@ -24,7 +24,7 @@ def denoising_errors(pipe: Any, images: Sequence[Image.Image], settings: Generat
     it rise. It also grows with how much there is in a picture, so that errors are compared between pictures of one
     prompt and seed. The noise is the same for all pictures. Level and bound were found on the miniature alone.
     """
-    settings = replace(settings, num_inference_steps=_SCHEDULE_STEPS, true_cfg_scale=1.0)
+    settings = replace(settings, num_inference_steps=_SCHEDULE_STEPS, guidance_scale=1.0, true_cfg_scale=1.0)
     sigmas = schedule_sigmas(pipe, settings)
     step = min(range(len(sigmas)), key=lambda place: abs(sigmas[place] - NOISE_LEVEL))
     noise = initial_noise(pipe, NOISE_SEEDS, settings)

@@ -1,7 +1,7 @@
 """Many edits of one image at little more than the price of one: shared text, shared steps, then one batch."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -14,14 +14,17 @@ from fluxsae.flux import (
     decode_latents,
     default_settings,
     denoise_to,
+    execution_device,
     flux_identity,
     generate_from,
     schedule_sigmas,
     token_grid,
 )
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.identity import FluxIdentity, identity_differences
 from fluxsae.flux.presets import measure_machine
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.sae.config import Mismatch
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import DirectionOf, EditedCall, check_edits, edit_window, steer
 from fluxsae.steering.edits import Recipe, SaeSource, SteeringEdit
@@ -91,7 +94,7 @@ def sweep(
     settings: GenerationSettings | None = None,
     origin: Origin | None = None,
     max_batch: int | None = None,
-    allow_mismatch: bool = False,
+    allow_mismatch: Collection[Mismatch] = (),
     direction_of: DirectionOf | None = None,
     on_edit: OnEdit | None = None,
     on_progress: OnProgress | None = None,
@@ -152,11 +155,12 @@ def reproduce(
     saes: Mapping[HookPoint, SparseAutoencoder],
     recipe: Recipe,
     *,
-    allow_mismatch: bool = False,
+    allow_mismatch: Collection[Mismatch] = (),
     on_progress: OnProgress | None = None,
 ) -> Variant:
     """The image of a recipe: bit for bit on the machine that wrote it, since batch and shared steps are repeated."""
     settings, step = recipe.settings, recipe.shared_steps
+    _check_flux(pipe, recipe, allow_mismatch)
     check_edits(pipe, saes, recipe.batch, settings=settings, allow_mismatch=allow_mismatch)
     clock = _Progress(on_progress, step, settings.num_inference_steps, 1)
     snapshot = denoise_to(
@@ -169,6 +173,17 @@ def reproduce(
     assert isinstance(latents, Tensor)
     own = latents[recipe.index]
     return Variant(_decoded(pipe, own, settings), own.cpu(), recipe)
+
+
+def _check_flux(pipe: Any, recipe: Recipe, allow_mismatch: Collection[Mismatch]) -> None:
+    recorded = FluxIdentity(recipe.flux_id, recipe.flux_revision, recipe.flux_weights, recipe.adapters, is_exact=None)
+    found = identity_differences(recorded, flux_identity(pipe))
+    refused = [name for name in found if name not in allow_mismatch]
+    if refused:
+        raise FluxSaeError(
+            f"The recipe was made elsewhere: {'; '.join(found[name] for name in refused)}. Open that FLUX, or allow "
+            f"what differs by name: {', '.join(refused)} (allow_mismatch)."
+        )
 
 
 def first_edited_step(
@@ -190,7 +205,7 @@ def batch_within_memory(pipe: Any, settings: GenerationSettings, *, free_bytes: 
     tokens = token_grid(pipe, settings).n_tokens + settings.max_sequence_length
     width = config.num_attention_heads * config.attention_head_dim
     one_image = tokens * width * _LIVE_WIDTHS * pipe.transformer.dtype.itemsize
-    free = measure_machine(pipe.device).free if free_bytes is None else free_bytes
+    free = measure_machine(execution_device(pipe)).free if free_bytes is None else free_bytes
     return max(1, min(MAX_BATCH, int(free * _MEMORY_SHARE / one_image)))
 
 
@@ -218,7 +233,7 @@ def _check_variants(
     variants: Sequence[Sequence[SteeringEdit]],
     settings: GenerationSettings,
     *,
-    allow_mismatch: bool,
+    allow_mismatch: Collection[Mismatch],
 ) -> None:
     if not 1 <= len(variants) <= MAX_VARIANTS:
         raise FluxSaeError(f"{len(variants)} variants were given; allowed are 1 to {MAX_VARIANTS} in one sweep.")
@@ -240,7 +255,8 @@ def _recipe(
     batch: tuple[tuple[SteeringEdit, ...], ...],
     shared_steps: int,
 ) -> Recipe:
-    origin = origin or Origin(*flux_identity(pipe))
+    identity = flux_identity(pipe)
+    origin = origin or Origin(identity.flux_id, identity.revision)
     return Recipe(
         prompt=prompt,
         seed=seed,
@@ -251,7 +267,9 @@ def _recipe(
         batch=batch,
         shared_steps=shared_steps,
         dtype=str(pipe.transformer.dtype).removeprefix("torch."),
-        device=pipe.device.type,
+        device=execution_device(pipe).type,
+        flux_weights=identity.weights,
+        adapters=identity.adapters,
     )
 
 

@@ -24,7 +24,7 @@ from fluxsae.activations.collection import (
     live_sources,
     stream_shapes,
 )
-from fluxsae.activations.mixing import ShardFolder, mixing_buffer
+from fluxsae.activations.mixing import DiskReader, ShardFolder, mixing_buffer
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.scores import FeatureStats, ScoreMatrix
 from fluxsae.features.scoring import (
@@ -62,7 +62,7 @@ def folders_in(path: Path, request: CaptureRequest) -> dict[HookPoint, Path]:
 
 def collect_into(pipe: FluxPipeline, path: Path, **options: Any) -> dict[HookPoint, Path]:
     request = request_of(pipe)
-    manifests = build_manifests(pipe, PLAN, request, flux_id="tiny", images_per_shard=3, held_out_every=4)
+    manifests = build_manifests(pipe, PLAN, request, images_per_shard=3, held_out_every=4)
     folders = folders_in(path, request)
     collect(pipe, PLAN, request, folders=folders, manifests=manifests, **options)
     return folders
@@ -442,7 +442,7 @@ def test_an_sae_is_scored_at_the_steps_nearest_to_its_sigmas(tiny_flux: FluxPipe
     assert check_trained_step(sae, 3, sigmas) == 3
     with pytest.raises(FluxSaeError, match="Step 0 has sigma"):
         check_trained_step(sae, 0, sigmas)
-    assert check_trained_step(sae, 0, sigmas, allow_mismatch=True) == 0
+    assert check_trained_step(sae, 0, sigmas, allow_mismatch=["sigmas"]) == 0
     with pytest.raises(FluxSaeError, match="steps go from 0 to 3"):
         check_trained_step(sae, 4, sigmas)
     other = schedule_sigmas(tiny_flux, replace(default_settings(tiny_flux), num_inference_steps=1))
@@ -481,6 +481,44 @@ def test_collection_refuses_numbers_that_are_none_by_image_and_step(tiny_flux: F
         pytest.raises(FluxSaeError, match=r"At step 1 of transformer_blocks.1.ff, .* image 1 hold NaN or infinite"),
     ):
         capture_rows(tiny_flux, PLAN, [0, 1], build_request(tiny_flux, ["layer1"], [1], batch_size=2))
+
+
+def bad_images(tiny_flux: FluxPipeline) -> tuple[Any, ...]:
+    plan = ImagePlan.build(["a red circle"] * 20, seed=0, purpose="collect")
+    request = build_request(tiny_flux, ["layer1"], [1], batch_size=5)
+    return plan, request, build_manifests(tiny_flux, plan, request, images_per_shard=10, held_out_every=10)
+
+
+def test_collection_leaves_a_bad_image_out_and_counts_it(
+    tiny_flux: FluxPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan, request, manifests = bad_images(tiny_flux)
+    folders, batches = {request.hookpoints[0]: tmp_path}, []
+
+    def spoil_one(call: BlockCall) -> torch.Tensor | None:
+        batches.extend([1] * (call.step == 1))
+        return spoil_second(call) if call.step == 1 and len(batches) == 3 else None  # image 11
+
+    with block_hooks(tiny_flux, {HookPoint.parse("layer0"): spoil_one}):
+        assert collect(tiny_flux, plan, request, folders=folders, manifests=manifests) == 1
+    assert "image 11 of 20 is left out. At step 1 of transformer_blocks.1.ff" in caplog.text
+    folder = ShardFolder(tmp_path)
+    assert [shard.left_out for shard in folder.shards] == [(), (11,)]
+    assert [image_id for image_id, *_ in folder.iter_images("train")] == [*range(9), 10, *range(12, 19)]
+    assert DiskReader(folder).n_rows() == [9 * 16, 8 * 16]
+    assert torch.cat([*DiskReader(folder).pieces([0, 1], epoch=0)]).any(dim=1).all()
+    # The same command again finds it done, and still counts what is missing.
+    assert collect(tiny_flux, plan, request, folders=folders, manifests=manifests) == 1
+
+
+def test_collection_stops_when_too_many_images_are_bad(tiny_flux: FluxPipeline, tmp_path: Path) -> None:
+    plan, request, manifests = bad_images(tiny_flux)
+    with (
+        block_hooks(tiny_flux, {HookPoint.parse("layer0"): spoil_second}),
+        pytest.raises(FluxSaeError, match=r"2 of 20 images would be left out, too many to go on\. At step 1"),
+    ):
+        collect(tiny_flux, plan, request, folders={request.hookpoints[0]: tmp_path}, manifests=manifests)
+    assert not any(shard.path.exists() for shard in ShardFolder(tmp_path).shards)
 
 
 def test_scoring_refuses_numbers_that_are_none_by_prompt_and_seed(tiny_flux: FluxPipeline) -> None:

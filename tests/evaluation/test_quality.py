@@ -127,6 +127,20 @@ def test_a_perfect_sae_recovers_all_of_the_flow_loss_and_the_mean_none(tiny_flux
         assert "splice error" in flow_text(report)
 
 
+def test_the_flow_loss_is_taken_without_guidance(tiny_flux: FluxPipeline) -> None:
+    images = own_images(tiny_flux, IMAGES, settings=SETTINGS)
+    asked = []
+    watch = tiny_flux.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.extend(kwargs["guidance"].tolist()), with_kwargs=True
+    )
+    try:
+        reports = evaluate_flow(tiny_flux, {LATE: perfect_sae()}, images, {LATE: [1]}, settings=SETTINGS, draws=20)
+    finally:
+        watch.remove()
+    assert set(asked) == {1.0}
+    assert reports[LATE].guidance_scale == 1.0
+
+
 def test_no_ratio_is_given_where_the_mean_does_no_harm(tiny_flux: FluxPipeline) -> None:
     class Shut(SparseAutoencoder):
         def forward(self, x: torch.Tensor):  # type: ignore[no-untyped-def]

@@ -13,16 +13,22 @@ from fluxsae.flux import (
     FluxPipeline,
     block_hooks,
     capture,
+    default_settings,
     denoise_to,
     embed_prompts,
     generate,
     generate_from,
     initial_noise,
     load_flux,
+    settings_ground,
     velocity,
 )
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.schedules import build_schedule
+from fluxsae.sae.config import SaeConfig, TrainedOn
+from fluxsae.sae.model import SparseAutoencoder
+from fluxsae.steering.apply import steer
+from fluxsae.steering.edits import SteeringEdit
 
 PROMPT = "a red circle"
 CFG = replace(SETTINGS, true_cfg_scale=2.0, negative_prompt="a green ring")
@@ -253,3 +259,91 @@ def test_steps_that_neither_timestep_nor_scheduler_tells_apart_are_refused(close
             timestep=close.scheduler.timesteps[:1].bfloat16() / 1000,
             encoder_hidden_states=embeddings.prompt,
         )
+
+
+# Pipelines of other kinds, on the same transformer
+
+
+def sizes(**changes):
+    return {"height": 32, "width": 32, "max_sequence_length": 8, "output_type": "latent", **changes}
+
+
+@pytest.fixture
+def picture(tiny_flux):
+    return generate(tiny_flux, PROMPT, seeds=1, settings=SETTINGS)[0]
+
+
+def kontext(pipe):
+    other = diffusers.FluxKontextPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+@pytest.mark.parametrize("name", ["layer1", "transformer_blocks.1", "single_transformer_blocks.1"])
+def test_tokens_of_a_reference_image_are_neither_captured_nor_edited(picture, name):
+    pipe, outputs = kontext(build_tiny_flux()), []
+
+    def edit_picture() -> None:
+        asked = sizes(image=picture, prompt=PROMPT, num_inference_steps=1, _auto_resize=False, max_area=1024)
+        pipe(**asked, generator=torch.Generator().manual_seed(0))
+
+    hookpoint = HookPoint.parse(name)
+    module = pipe.transformer.get_submodule(hookpoint.path)
+    handler = {hookpoint: lambda call: torch.zeros_like(call.tokens)}
+    for handlers in ({}, handler):
+        with block_hooks(pipe, handlers):
+            # Registered last, so that it sees what goes on through the model.
+            handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
+            edit_picture()
+            handle.remove()
+    before, after = (hookpoint.split(output, 8) for output in outputs)
+    assert before.shape[1] == 32
+    assert torch.equal(after[:, :16], torch.zeros_like(after[:, :16]))
+    assert torch.equal(after[:, 16:], before[:, 16:])
+    assert not torch.equal(before[:, :16], torch.zeros_like(before[:, :16]))
+    with capture(pipe, [name], [0]) as captured:
+        edit_picture()
+    assert torch.equal(captured.get(name, 0), before[:, :16])
+
+
+def test_image_to_image_is_steered_at_the_steps_it_runs(tiny_flux, picture):
+    pipe = diffusers.FluxImg2ImgPipeline(**tiny_flux.components)
+    pipe.set_progress_bar_config(disable=True)
+    trained_on = TrainedOn(
+        flux_id="unknown", hookpoint="transformer_blocks.1.ff", steps=(2,), sigmas=(0.6,), height=32, width=32,
+        guidance_scale=3.5, n_tokens=16, dataset_hash="", sigma_tolerance=0.3,
+    )  # fmt: skip
+    sae = SparseAutoencoder(SaeConfig(architecture="l1", d_model=32, n_features=8, trained_on=trained_on))
+    sae.reference_acts.fill_(1.0)
+    here, edited = HookPoint.parse("layer1"), []
+    arguments = sizes(prompt=PROMPT, image=picture, strength=0.5, num_inference_steps=4, guidance_scale=3.5)
+    plain = pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
+    edits = [SteeringEdit(here, 3, "add", 4.0)]
+    with steer(pipe, {here: sae}, edits, on_edit=lambda done: edited.append(done.call.step)):
+        steered = pipe(**arguments, generator=torch.Generator().manual_seed(0)).images
+    assert edited == [2, 3]
+    assert not torch.equal(plain, steered)
+
+
+# Models of other names
+
+
+def named(name: str, **transformer):
+    pipe = build_tiny_flux(**transformer)
+    pipe.generation_settings = None
+    pipe.transformer.register_to_config(_name_or_path=name)
+    return pipe
+
+
+def test_schnell_and_krea_have_their_own_settings_and_no_guidance_is_no_mismatch():
+    krea, dev = named("black-forest-labs/FLUX.1-Krea-dev"), named("black-forest-labs/FLUX.1-dev")
+    assert default_settings(krea).guidance_scale == 4.5
+    assert default_settings(dev).guidance_scale == 3.5
+    schnell = named("black-forest-labs/FLUX.1-schnell", guidance_embeds=False)
+    own = default_settings(schnell)
+    assert (own.num_inference_steps, own.guidance_scale, own.max_sequence_length) == (4, 0.0, 256)
+    assert settings_ground(schnell, own, "layer1").guidance_scale is None
+    assert settings_ground(krea, default_settings(krea), "layer1").guidance_scale == 4.5
+    with capture(schnell, ["layer1"], [0]) as captured:
+        run(schnell)
+    assert captured.get("layer1", 0).shape == (1, 16, 32)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.flux.ground import Ground
+from fluxsae.flux.identity import FluxIdentity
 from fluxsae.sae.config import ARCHITECTURES, Architecture, SaeConfig, TrainedOn
 from fluxsae.sae.model import SparseAutoencoder
 
@@ -145,12 +147,38 @@ def test_k_is_refused_where_there_is_none() -> None:
 
 def test_use_elsewhere_is_refused_or_shown() -> None:
     sae = build_sae()
-    assert sae.require_ground(height=128, flux_id="miniature") == []
-    with pytest.raises(FluxSaeError, match="height is 256, but the SAE was trained on 128"):
-        sae.require_ground(height=256)
-    assert len(sae.require_ground(height=256, width=64, allow_mismatch=True)) == 2
+    assert sae.require_ground(Ground(height=128, flux=FluxIdentity("miniature"))) == {}
+    elsewhere = Ground(height=256, width=64, guidance_scale=1.0)
+    with pytest.raises(FluxSaeError, match=r"images are 256 x 64 pixels, not 128 x 128.*guidance_scale is 1.0"):
+        sae.require_ground(elsewhere)
+    with pytest.raises(FluxSaeError, match=r"name: guidance_scale \("):
+        sae.require_ground(elsewhere, allow_mismatch=["size"])
+    assert set(sae.require_ground(elsewhere, allow_mismatch=["size", "guidance_scale"])) == {"size", "guidance_scale"}
+    with pytest.raises(FluxSaeError, match="allow_mismatch='everything': allowed is a list of flux, "):
+        sae.require_ground(elsewhere, allow_mismatch=["everything"])  # type: ignore[list-item]
     with pytest.raises(FluxSaeError, match="does not say"):
-        SparseAutoencoder(build_config(trained_on=None)).require_ground(height=128)
+        SparseAutoencoder(build_config(trained_on=None)).require_ground(Ground(height=128))
+
+
+# Precision
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_same_features_fire_under_autocast_and_after_half_precision_is_saved(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    sae, x = build_sae(architecture), torch.randn(64, 8, generator=torch.Generator().manual_seed(5))
+    plain, chosen = sae(x), sae.encode_features(x, [3, 7])
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = sae(x)
+        assert torch.equal(sae.encode_features(x, [3, 7]), chosen)
+    assert torch.equal(cast.acts, plain.acts)
+    torch.testing.assert_close(cast.x_hat, plain.x_hat)
+    half = sae.bfloat16()
+    half.save_pretrained(tmp_path)
+    again = SparseAutoencoder.from_pretrained(tmp_path)
+    assert torch.equal(again.encode(x) > 0, half.encode(x) > 0)
+    torch.testing.assert_close(again.encode(x), half.encode(x).float())
 
 
 # Files

@@ -200,12 +200,18 @@ def test_recipes_travel_in_png_and_json(tmp_path) -> None:
     (tmp_path / "one.json").write_text(recipes[1].to_json(), encoding="utf-8")
     assert load_recipes(tmp_path / "grid.png") == recipes
     assert load_recipes(tmp_path / "one.json") == recipes[1:]
+    (tmp_path / "one.json").rename(tmp_path / "renamed.txt")
+    (tmp_path / "grid.png").rename(tmp_path / "grid.jpg")
+    assert load_recipes(tmp_path / "renamed.txt") == recipes[1:]
+    assert load_recipes(tmp_path / "grid.jpg") == recipes
+    (tmp_path / "grid.jpg").rename(tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").tobytes() == picture.tobytes()
 
 
 def test_a_file_without_a_recipe_is_refused(tmp_path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     (tmp_path / "broken.png").write_bytes(b"not a picture")
-    for name in ("bare.png", "broken.png", "absent.png"):
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.jpg")
+    for name in ("bare.png", "broken.png", "absent.png", "picture.jpg"):
         with pytest.raises(FluxSaeError, match=name):
             load_recipes(tmp_path / name)

@@ -40,3 +40,11 @@ def test_pictures_that_are_not_square_are_judged_at_their_own_size(tiny_flux: Fl
     (found,) = denoising_errors(tiny_flux, [image], wide)
     assert found > 0
     assert denoising_errors(tiny_flux, [image.resize((32, 32))], SETTINGS) != [found]
+
+
+def test_the_error_is_taken_without_guidance(tiny_flux: FluxPipeline) -> None:
+    picture = Image.new("RGB", (32, 32), "red")
+    guided, strong = (
+        denoising_errors(tiny_flux, [picture], replace(SETTINGS, guidance_scale=scale)) for scale in (3.5, 50.0)
+    )
+    assert guided == strong

@@ -12,8 +12,7 @@ from torch import Tensor
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, block_hooks, capture, generate
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.flux.models import FluxIdentity
-from fluxsae.sae.config import SaeConfig, TrainedOn
+from fluxsae.sae.config import MISMATCHES, SaeConfig, TrainedOn
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import EditedCall, add_delta, edit_coefficient, edit_delta, edit_window, steer
 from fluxsae.steering.edits import HeatmapRegion, SteeringEdit
@@ -404,18 +403,22 @@ def test_lists_that_do_not_match_the_batch_are_refused(tiny_flux: FluxPipeline) 
 
 
 @pytest.mark.parametrize(
-    ("changes", "match"),
+    ("name", "changes", "match"),
     [
-        ({"n_tokens": 64, "height": 64, "width": 64}, "64 x 64 pixels"),
-        ({"guidance_scale": 1.0}, "guidance_scale 1"),
-        ({"flux_id": "black-forest-labs/FLUX.1-dev"}, "FLUX.1-dev"),
-        ({"hookpoint": "transformer_blocks.0.ff"}, "trained at transformer_blocks.0.ff"),
+        ("size", {"n_tokens": 64, "height": 64, "width": 64}, "32 x 32 pixels, not 64 x 64"),
+        # As many tokens, on another grid.
+        ("size", {"height": 16, "width": 64}, "32 x 32 pixels, not 16 x 64"),
+        ("guidance_scale", {"guidance_scale": 1.0}, "guidance_scale is 3.5, not 1"),
+        ("flux", {"flux_id": "black-forest-labs/FLUX.1-dev"}, "FLUX is tiny .* not black-forest-labs/FLUX.1-dev"),
+        ("adapters", {"adapters": ("adapter 0123456789ab",)}, "adapters are none, not adapter 0123456789ab"),
+        ("is_exact", {"is_exact": False}, "is_exact is True, not False"),
+        ("max_sequence_length", {"max_sequence_length": 512}, "max_sequence_length is 8, not 512"),
+        ("hookpoint", {"hookpoint": "transformer_blocks.0.ff"}, "SAE of transformer_blocks.0.ff"),
     ],
 )
-def test_an_sae_trained_elsewhere_is_refused_or_allowed_by_a_flag(
-    tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch, changes, match: str
-) -> None:
-    monkeypatch.setattr(tiny_flux, "identity", FluxIdentity("tiny", None), raising=False)
+def test_an_sae_trained_elsewhere_is_refused_or_allowed_by_name(name: str, changes, match: str) -> None:
+    tiny_flux = build_tiny_flux()
+    tiny_flux.transformer.register_to_config(_name_or_path="tiny")
     latents(
         tiny_flux,
         [SteeringEdit(DOUBLE, 0, "add", 2.0, steps=ALL)],
@@ -425,7 +428,8 @@ def test_an_sae_trained_elsewhere_is_refused_or_allowed_by_a_flag(
     edit = SteeringEdit(DOUBLE, 0, "add", 2.0, steps=ALL)
     refused(tiny_flux, [edit], match, saes=saes)
     refused(tiny_flux, [edit], match, saes=saes, settings=SETTINGS)
-    latents(tiny_flux, [edit], saes=saes, allow_mismatch=True)
+    refused(tiny_flux, [edit], match, saes=saes, allow_mismatch=[n for n in MISMATCHES if n != name])
+    latents(tiny_flux, [edit], saes=saes, allow_mismatch=[name])
 
 
 def test_a_schedule_without_the_trained_noise_levels_is_refused(tiny_flux: FluxPipeline) -> None:

@@ -196,3 +196,18 @@ def test_in_bfloat16_strength_0_of_the_last_batch_is_the_baseline_bit_for_bit() 
     variants = strength_variants(EDIT, [8.0, 2.0, -2.0, 0.0])
     found = run(pipe, variants, max_batch=4)
     assert torch.equal(found[-1].latents, found[0].latents)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("flux", {"flux_id": "user/other", "flux_weights": "0" * 64}), ("adapters", {"adapters": ("adapter 0",)})],
+)
+def test_a_recipe_of_another_flux_is_refused_or_allowed_by_name(name: str, changes: dict[str, object]) -> None:
+    pipe = build_tiny_flux()
+    pipe.transformer.register_to_config(_name_or_path="user/tiny")
+    recipe = run(pipe, VARIANTS[:1])[0].recipe
+    assert (recipe.flux_id, recipe.adapters) == ("user/tiny", ())
+    other = replace(recipe, **changes)
+    with pytest.raises(FluxSaeError, match=rf"The recipe was made elsewhere: .*allow what differs by name: {name} \("):
+        reproduce(pipe, SAES, other)
+    reproduce(pipe, SAES, other, allow_mismatch=[name])

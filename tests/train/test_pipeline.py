@@ -290,7 +290,9 @@ def test_scripts_say_which_stage_is_missing(tmp_path: Path) -> None:
 def test_a_run_of_another_flux_is_not_written_into(tiny_flux_folder: Path, prompts: Path, tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.save_info(RunInfo(flux_id="other", settings=GenerationSettings(), hookpoints=("transformer_blocks.1.ff",)))
-    with pytest.raises(FluxSaeError, match="is a run of something else: it has flux_id other"):
+    with pytest.raises(
+        FluxSaeError, match=r"is a run of something else: FLUX is tiny-flux .*, not other \(weights unknown\)"
+    ):
         collect.main(collect.CollectConfig(flux=str(tiny_flux_folder), run=tmp_path, prompts=prompts, n_images=2))
 
 

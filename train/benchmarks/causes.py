@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fluxsae.sae.config import MISMATCHES
 from train.benchmarks.options import CausesConfig
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ class _Work:
         seed = self.config.seed + image
         target = Target(self.place, feature, step)
         with _attention(self.pipe, self.place.block_index + 1) as attention:
-            found = explain(self.pipe, self.saes, target, prompt=prompt, seed=seed, limit=10_000, allow_mismatch=True)
+            asked: dict[str, Any] = {"prompt": prompt, "seed": seed, "limit": 10_000, "allow_mismatch": MISMATCHES}
+            found = explain(self.pipe, self.saes, target, **asked)
             weights = attention.of_words(prompt, self.pipe.tokenizer_2)
         words = [
             Pair(image, "word", effect.predicted, weights[effect.source.position], effect.measured or 0.0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxsae.activations.collection import CaptureRequest, ImagePlan, build_manifests, build_request, collect
-from fluxsae.flux import OutputType, capture, generate
+from fluxsae.flux import OutputType, capture, execution_device, generate
 from fluxsae.flux.hookpoints import HookPoint
 from train.benchmarks.options import CollectionConfig
 from train.benchmarks.steering import timed
@@ -63,7 +63,7 @@ def measure(pipe: Any, plan: ImagePlan, config: CollectionConfig) -> CollectionS
     """Times collection, generation with early exit, and whole generations of the same images, in turn."""
     settings = config.settings(pipe)
     request = build_request(pipe, [config.hookpoint], [config.step], settings=settings, batch_size=config.batch_size)
-    manifests = build_manifests(pipe, plan, request, flux_id=config.flux)
+    manifests = build_manifests(pipe, plan, request)
     place = request.hookpoints[0]
     sizes = []
 
@@ -78,7 +78,7 @@ def measure(pipe: Any, plan: ImagePlan, config: CollectionConfig) -> CollectionS
         "full": lambda: _generate(pipe, plan, request, stop_early=False, output_type="pil"),
         "denoised": lambda: _generate(pipe, plan, request, stop_early=False, output_type="latent"),
     }
-    seconds = timed(works, repeats=config.repeats, device=pipe.device)
+    seconds = timed(works, repeats=config.repeats, device=execution_device(pipe))
     n_steps, manifest = request.settings.num_inference_steps, manifests[place]
     return CollectionSpeed(
         collect_seconds=seconds["collect"],

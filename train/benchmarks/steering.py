@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-from fluxsae.flux import default_settings, denoise_to, generate, generate_from, hookpoint_width, load_flux
+from fluxsae.flux import (
+    default_settings,
+    denoise_to,
+    execution_device,
+    generate,
+    generate_from,
+    hookpoint_width,
+    load_flux,
+)
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.sae.config import SaeConfig
@@ -63,7 +71,7 @@ def main(config: SteeringConfig, *, pipe: Any = None) -> SteeringSpeed:
     settings = default_settings(pipe)
     settings = replace(settings, num_inference_steps=config.num_inference_steps or settings.num_inference_steps)
     place = HookPoint.parse(config.hookpoint)
-    sae = random_sae(hookpoint_width(pipe, place), config).to(pipe.device)
+    sae = random_sae(hookpoint_width(pipe, place), config).to(execution_device(pipe))
     speed = measure(pipe, {place: sae}, settings, config)
     print("\n".join(speed.lines()))
     return speed
@@ -105,7 +113,7 @@ def measure(
     edits = {mode: SteeringEdit(place, 0, mode, 1.0, steps=(0, n_steps)) for mode in ("add", "scale", "project_out")}
     works: dict[str, Callable[[], None]] = {"separate": separate, "swept": swept, "plain": lambda: one([])}
     works |= {mode: lambda edit=edit: one([edit]) for mode, edit in edits.items()}  # type: ignore[misc]
-    seconds = timed(works, repeats=config.repeats, device=pipe.device)
+    seconds = timed(works, repeats=config.repeats, device=execution_device(pipe))
     return SteeringSpeed(
         separate_seconds=seconds["separate"],
         sweep_seconds=seconds["swept"],

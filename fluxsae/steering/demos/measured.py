@@ -1,6 +1,6 @@
 """Sweeps with what each variant did, measured at a run's own limits; edits and grids in words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from PIL import Image
@@ -11,6 +11,7 @@ from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.grids import GridCell, GridRow
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.config import Mismatch
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.edits import SaeSource, SteeringEdit
 from fluxsae.steering.measurements import EditMeasurement, EditRecorder, TokenLimits, measure_edit
@@ -36,7 +37,7 @@ def measured_sweep(
     region_of: int | None = None,
     origin: Origin | None = None,
     max_batch: int | None = None,
-    allow_mismatch: bool = False,
+    allow_mismatch: Collection[Mismatch] = (),
     on_progress: OnProgress | None = None,
 ) -> tuple[list[Variant], list[EditMeasurement]]:
     """A sweep and what each variant did to the baseline: `baseline`, or the first variant, which is then unedited.

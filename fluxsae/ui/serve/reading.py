@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -88,9 +88,10 @@ def read_image(
     on_step: OnStep | None = None,
 ) -> Reading:
     """Makes the image and reads every hook point on the way, in one generation."""
-    from fluxsae.flux import capture, flux_identity, generate, schedule_sigmas, token_grid
+    from fluxsae.flux import capture, generate, schedule_sigmas, settings_ground, token_grid
 
-    _require_ground(flux_identity(pipe), saes, settings)
+    for name, sae in saes.items():
+        sae.require_ground(settings_ground(pipe, settings, name), allow_mismatch=["unknown"])
     sigmas = schedule_sigmas(pipe, settings)
     recorders = {name: _Recorder(sae, sigmas) for name, sae in saes.items()}
 
@@ -110,19 +111,6 @@ def read_image(
         maps={name: recorder.maps() for name, recorder in recorders.items()},
         unread=unread(pipe, prompt, settings),
     )
-
-
-def _require_ground(identity: Any, saes: Mapping[str, SparseAutoencoder], settings: GenerationSettings) -> None:
-    """Refuses autoencoders that were trained on another FLUX or on images of another size."""
-    for sae in saes.values():
-        if sae.config.trained_on is not None:
-            sae.require_ground(
-                flux_id=identity.flux_id,
-                flux_revision=identity.revision,
-                height=settings.height,
-                width=settings.width,
-                guidance_scale=settings.guidance_scale,
-            )
 
 
 class _Recorder:

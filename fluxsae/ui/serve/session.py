@@ -161,7 +161,8 @@ class Workbench:
         from fluxsae.flux import load_flux
 
         log.info("loading FLUX %s on %s", self.flux_source, self.device)
-        dtype = torch.float32 if self.is_miniature or self.device == "cpu" else torch.bfloat16
+        # As the run was made, where it says so: thresholds and card values belong to that rounding.
+        dtype = getattr(torch, self.info.dtype) if self.info.dtype else None
         revision = None if self.has_local_flux else self.info.flux_revision
         return load_flux(self.flux_source, revision=revision, device=self.device, dtype=dtype)
 
