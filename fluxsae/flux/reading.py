@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import diffusers
 import torch
 from PIL.Image import Image
 
@@ -30,7 +29,7 @@ Value = TypeVar("Value", str, int)
 
 @torch.no_grad()
 def read_picture(
-    pipe: diffusers.FluxPipeline,
+    pipe: Any,
     image: Image | Sequence[Image],
     *,
     prompt: str | Sequence[str] = "",
@@ -94,9 +93,7 @@ class _PassRecorder:
             raise StopGeneration
 
 
-def _sized_settings(
-    pipe: diffusers.FluxPipeline, pictures: Sequence[Image], settings: GenerationSettings | None
-) -> GenerationSettings:
+def _sized_settings(pipe: Any, pictures: Sequence[Image], settings: GenerationSettings | None) -> GenerationSettings:
     """The settings at the pictures' size; classifier-free guidance is off, since one pass has no negative prompt."""
     if not pictures:
         raise FluxSaeError("No pictures given. Pass at least one.")
@@ -127,7 +124,7 @@ def _spread(given: Value | Sequence[Value], count: int, name: str) -> list[Value
 
 
 def _check(
-    pipe: diffusers.FluxPipeline,
+    pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
     steps: Sequence[int],
