@@ -1,6 +1,6 @@
 """The language of the picture book: captions as people write them, and what a prompt asks for.
 
-Every form that the language knows is folded into one word of `vocabulary()`, by the tokenizer and by `read_prompt` alike.
+Every form that the language knows is folded into one word of `vocabulary()`, for the tokenizer as well.
 """
 
 import difflib

@@ -125,9 +125,7 @@ def sample_scene(rng: np.random.Generator, *, n_objects: int | None = None, held
     return Scene(tuple(objects), str(rng.choice(list(GROUNDS))))
 
 
-def _sample_object(
-    rng: np.random.Generator, *, position: str, held_out: bool | None, **attributes: str
-) -> SceneObject:
+def _sample_object(rng: np.random.Generator, *, position: str, held_out: bool | None, **attributes: str) -> SceneObject:
     while True:
         thing = place_object(rng, position=position, **attributes)
         if held_out is None or is_held_out(thing) == held_out:
@@ -213,22 +211,38 @@ def _paint(thing: SceneObject, paint: Paint, weight: Pixels) -> Float[np.ndarray
     return surface * SHADE if paint == "shade" else surface
 
 
-def _draw_object(pixels: Float[np.ndarray, "rows cols 3"], thing: SceneObject) -> None:
-    """Paints the object onto `pixels`, part by part, each with a darker rim."""
-    window = object_window(thing)
-    seen = pixels[window.rows, window.cols]
-    weight = texture_weight(thing.texture, window.dx, window.dy)
+def rim(distance: Pixels) -> Pixels:
+    """Brightness near an outline: it falls towards the edge."""
+    fall: Pixels = 1.0 - RIM * np.clip(1.0 + distance / RIM_WIDTH, 0, 1)
+    return fall
+
+
+def paint_object(
+    seen: Float[np.ndarray, "rows cols 3"],
+    thing: SceneObject,
+    window: Window,
+    *,
+    distances: Float[np.ndarray, "parts rows cols"],
+    weight: Pixels,
+) -> None:
+    """Paints the object onto `seen`, the pixels of its window, part by part; `weight` is that of its texture."""
     lit = light(thing, window.dx, window.dy)
-    for part, distance in zip(THINGS[thing.thing], part_distances(thing, window), strict=True):
+    for part, distance in zip(THINGS[thing.thing], distances, strict=True):
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
-        rim = 1.0 - RIM * np.clip(1.0 + distance / RIM_WIDTH, 0, 1)
-        seen += cover * (_paint(thing, part.paint, weight) * (lit * rim)[..., None] - seen)
+        seen += cover * (_paint(thing, part.paint, weight) * (lit * rim(distance))[..., None] - seen)
 
 
 def render_scene(scene: Scene) -> UInt8[np.ndarray, "rows cols 3"]:
     """The scene as RGB pixels."""
     pixels = ground_pixels(scene.background).copy()
     for thing in scene.objects:
-        _draw_object(pixels, thing)
+        window = object_window(thing)
+        paint_object(
+            pixels[window.rows, window.cols],
+            thing,
+            window,
+            distances=part_distances(thing, window),
+            weight=texture_weight(thing.texture, window.dx, window.dy),
+        )
     rounded: UInt8[np.ndarray, "rows cols 3"] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
     return rounded

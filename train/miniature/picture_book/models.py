@@ -1,4 +1,4 @@
-"""The picture book's tokenizer, and the parts of the miniature as the training begins: from weights that know scenes."""
+"""The picture book's tokenizer, and the parts with which its training begins: weights that know simpler scenes."""
 
 from pathlib import Path
 

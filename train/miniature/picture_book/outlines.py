@@ -3,6 +3,7 @@
 x runs to the right and y down, both from -1 to 1. Parts are listed in the order in which they are painted.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -65,7 +66,7 @@ def _line(*points: tuple[float, float], width: float) -> Outline:
 
     def distance(px: Pixels, py: Pixels) -> Pixels:
         found: Pixels = np.full(px.shape, np.inf)
-        for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
             side_x, side_y = x1 - x0, y1 - y0
             along = np.clip(((px - x0) * side_x + (py - y0) * side_y) / (side_x**2 + side_y**2), 0, 1)
             found = np.minimum(found, np.hypot(px - x0 - along * side_x, py - y0 - along * side_y))
@@ -161,10 +162,21 @@ THINGS: dict[str, tuple[Part, ...]] = {
         Part("pupil", _disc(-0.6, -0.09, 0.1), "ink"),
     ),
     "bird": (
-        Part("legs", _union(_line((-0.04, 0.5), (-0.04, 0.92), width=0.05), _line((0.22, 0.5), (0.22, 0.92), width=0.05)), "ochre"),
+        Part(
+            "legs",
+            _union(_line((-0.04, 0.5), (-0.04, 0.92), width=0.05), _line((0.22, 0.5), (0.22, 0.92), width=0.05)),
+            "ochre",
+        ),
         Part("tail", _polygon((0.4, 0.0), (0.94, -0.36), (0.92, 0.06), (0.5, 0.34), rounding=0.05)),
         Part("beak", _polygon((-0.7, -0.48), (-0.98, -0.28), (-0.68, -0.14), rounding=0.02), "ochre"),
-        Part("body", _union(_ellipse(0.06, 0.18, 0.58, 0.46), _disc(-0.38, -0.36, 0.4), _polygon((-0.7, -0.1), (0.0, -0.3), (0.2, 0.3), (-0.4, 0.4)))),
+        Part(
+            "body",
+            _union(
+                _ellipse(0.06, 0.18, 0.58, 0.46),
+                _disc(-0.38, -0.36, 0.4),
+                _polygon((-0.7, -0.1), (0.0, -0.3), (0.2, 0.3), (-0.4, 0.4)),
+            ),
+        ),
         Part("wing", _ellipse(0.2, 0.14, 0.4, 0.22, turn=0.25), "shade"),
         Part("eye", _disc(-0.46, -0.42, 0.16), "cream"),
         Part("pupil", _disc(-0.48, -0.41, 0.095), "ink"),
@@ -221,14 +233,24 @@ THINGS: dict[str, tuple[Part, ...]] = {
     ),
     "boat": (
         Part("mast", _line((-0.06, -0.92), (-0.06, 0.4), width=0.06), "wood"),
-        Part("sails", _union(_polygon((0.12, -0.78), (0.12, 0.12), (0.8, 0.12), rounding=0.05), _polygon((-0.24, -0.5), (-0.24, 0.12), (-0.68, 0.12), rounding=0.05)), "cream"),
+        Part(
+            "sails",
+            _union(
+                _polygon((0.12, -0.78), (0.12, 0.12), (0.8, 0.12), rounding=0.05),
+                _polygon((-0.24, -0.5), (-0.24, 0.12), (-0.68, 0.12), rounding=0.05),
+            ),
+            "cream",
+        ),
         Part("hull", _polygon((-0.92, 0.3), (0.92, 0.3), (0.58, 0.86), (-0.58, 0.86), rounding=0.06)),
     ),
     "star": (Part("star", _polygon(*_star_corners(), rounding=0.04)),),
     "heart": (
         Part(
             "heart",
-            _union(_mirrored(_disc(0.44, -0.32, 0.48)), _polygon((-0.8, -0.04), (0.0, 0.86), (0.8, -0.04), (0.0, -0.5), rounding=0.02)),
+            _union(
+                _mirrored(_disc(0.44, -0.32, 0.48)),
+                _polygon((-0.8, -0.04), (0.0, 0.86), (0.8, -0.04), (0.0, -0.5), rounding=0.02),
+            ),
         ),
     ),
     "circle": (Part("circle", _disc(0.0, 0.0, 0.9)),),
