@@ -3,10 +3,11 @@
 python -m train.miniature.picture_book                            train; resumes what lies in `checkpoints`
 python -m train.miniature.picture_book --action finish            let the rate fall, distil guidance, write `output`
 python -m train.miniature.picture_book --action export            write `output` from the averages as they are
+torchrun --nproc-per-node 2 -m train.miniature.picture_book       the same in two processes, each with its own batches
 python -m train.miniature.picture_book --action examine           examine `output`: 500 held-out prompts
 
 The flow stage runs at a constant rate until `flow_minutes` are over; a larger number prolongs it. While a file PAUSE
-lies in `checkpoints`, training waits. What `export` writes can be a later training's `start`.
+lies in `checkpoints`, training waits. What `export` writes can be a later training's `origin`.
 """
 
 import os
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fluxsae.miniature import miniature_path
+from fluxsae.sae.training.processes import Processes
 from train.miniature.autoencoder import encode_bank, train_autoencoder
 from train.miniature.bank import SceneBank, draw_bank
 from train.miniature.exam import format_tally, save_sheet
@@ -40,6 +42,7 @@ from train.miniature.picture_book.exam import (
 )
 from train.miniature.picture_book.models import build_book_tokenizer, load_autoencoder, load_generator
 from train.miniature.progress import Checkpoint, StageClock, save_tensors
+from train.processes import processes
 
 ENDLESS = 1_000_000
 """Steps of a stage that only the clock ends."""
@@ -53,7 +56,7 @@ class PictureBookConfig:
 
     action: Literal["train", "finish", "export", "examine"] = "train"
     """What to do."""
-    start: Path = field(default_factory=lambda: miniature_path("flux"))
+    origin: Path = field(default_factory=lambda: miniature_path("flux"))
     """Pipeline folder whose weights the training begins with."""
     checkpoints: Path = Path("runs/picture-book-training")
     """Folder of the checkpoints; training resumes from what lies there."""
@@ -70,7 +73,7 @@ class PictureBookConfig:
     guidance_minutes: float = 10.0
     """Length of the distillation of guidance."""
     batch_size: int = 64
-    """Scenes a step."""
+    """Scenes a step and process."""
     learning_rate: float = 2e-3
     """Of the flow stage; settling peaks at as much, guidance at a half."""
     true_guidance: float | None = None
@@ -95,7 +98,7 @@ class PausingClock(StageClock):
         """The steps that are left."""
         for step in super().ticks():
             began = time.monotonic()
-            while self.pause.exists():
+            while Processes.current().rank == 0 and self.pause.exists():
                 time.sleep(1.0)
             self.elapsed_before -= time.monotonic() - began
             yield step
@@ -120,7 +123,7 @@ def _draw(config: PictureBookConfig) -> SceneBank:
         config.scenes,
         seed=config.seed,
         device=torch.device(config.device),
-        workers=os.cpu_count() or 1,
+        workers=max(1, (os.cpu_count() or 1) // Processes.current().world_size),
         draw_chunk=draw_chunk,
         tokenizer=build_book_tokenizer(),
     )
@@ -134,16 +137,21 @@ def _train_autoencoder(config: PictureBookConfig, bank: SceneBank) -> tuple[Auto
     if encoded.exists():
         return load_autoencoder(config.checkpoints), load_file(encoded)["latents"].to(config.device)
     # In this layout a step takes half the time on a CPU.
-    autoencoder = load_autoencoder(config.start).to(bank.images.device, memory_format=torch.channels_last)
+    autoencoder = load_autoencoder(config.origin).to(bank.images.device, memory_format=torch.channels_last)
     if config.autoencoder_minutes > 0:
         if not Checkpoint(folder).is_finished:
             clock = _clock(config, "autoencoder", config.autoencoder_minutes)
-            train_autoencoder(bank, autoencoder, folder, clock, batch_size=16, seed=config.seed)
+            train_autoencoder(
+                bank, autoencoder, folder, clock, batch_size=24, batch_whole=3, window=40, seed=config.seed
+            )
         Checkpoint(folder).load_average(autoencoder)
-    latents = encode_bank(bank, autoencoder)
-    autoencoder.save_pretrained(config.checkpoints / "vae")
-    save_tensors({"latents": latents}, encoded)
-    return autoencoder, latents
+    peers = Processes.current()
+    if peers.rank == 0:
+        latents = encode_bank(bank, autoencoder)
+        autoencoder.save_pretrained(config.checkpoints / "vae")
+        save_tensors({"latents": latents}, encoded)
+    peers.wait()
+    return _train_autoencoder(config, bank)
 
 
 def _train_flow(
@@ -177,7 +185,7 @@ def train_picture_book(config: PictureBookConfig, *, finish: bool) -> None:
     torch.manual_seed(config.seed)
     bank = _draw(config)
     autoencoder, latents = _train_autoencoder(config, bank)
-    generator = load_generator(config.start).to(config.device)
+    generator = load_generator(config.origin).to(config.device)
     if not finish:
         _train_flow(config, bank, latents, generator, stage=("flow", config.flow_minutes, config.learning_rate))
         return
@@ -192,12 +200,13 @@ def train_picture_book(config: PictureBookConfig, *, finish: bool) -> None:
         build_objective=GuidanceDistillation,
     )
     balance_gates(generator, bank.captions[:CAPTIONS_OF_GATES, 0].long())
-    save_flux(_assemble(generator, autoencoder), config.output)
+    if Processes.current().rank == 0:
+        save_flux(_assemble(generator, autoencoder), config.output)
 
 
 def export_averages(config: PictureBookConfig) -> None:
     """Writes the pipeline of the averages that lie in `checkpoints`, guidance not distilled."""
-    generator = load_generator(config.start)
+    generator = load_generator(config.origin)
     Checkpoint(config.checkpoints / "flow").load_average(generator)
     save_flux(_assemble(generator, load_autoencoder(config.checkpoints)), config.output)
 
@@ -227,7 +236,8 @@ def main(config: PictureBookConfig) -> None:
     elif config.action == "export":
         export_averages(config)
     else:
-        train_picture_book(config, finish=config.action == "finish")
+        with processes():
+            train_picture_book(config, finish=config.action == "finish")
 
 
 if __name__ == "__main__":

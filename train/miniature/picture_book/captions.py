@@ -14,13 +14,6 @@ from train.miniature.picture_book.drawing import ATTRIBUTES, OF_OBJECTS, Scene, 
 from train.miniature.picture_book.grounds import GROUNDS, PLAIN
 
 GLUE = ("a", "an", "and", "on", "in", "at", "the", "two", "background", "thing")
-PLURALS = {
-    **{f"{thing}s": thing for thing in ATTRIBUTES["thing"] if thing not in ("fish", "butterfly")},
-    "fishes": "fish",
-    "butterflies": "butterfly",
-    "things": "thing",
-}
-"""Plural -> singular; only "two" may stand before a plural."""
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "cat": ("kitten", "kitty"),
     "dog": ("puppy", "doggy", "hound"),
@@ -55,6 +48,22 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "in": ("inside",),
 }
 """Word -> what people also write for it."""
+
+
+def plural(noun: str) -> str:
+    """Its plural as people write it."""
+    if noun.endswith("fish"):
+        return noun
+    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+
+
+PLURALS = {
+    plural(form): noun
+    for noun in (*ATTRIBUTES["thing"], "thing")
+    for form in (noun, *SYNONYMS.get(noun, ()))
+    if plural(form) != form
+}
+"""Plural -> the thing; only "two" may stand before a plural."""
 NEAR_MEANINGS: dict[str, tuple[str, ...]] = {
     "cat": ("lion", "tiger", "leopard", "fox", "mouse", "rabbit", "bunny"),
     "dog": ("horse", "cow", "pig", "sheep", "wolf", "bear", "elephant", "animal", "man", "woman", "person"),
@@ -99,7 +108,6 @@ def vocabulary() -> list[str]:
 def folds() -> list[tuple[str, str]]:
     """(pattern, what it is replaced by), in order: forms that the language knows, as words of its vocabulary."""
     known = [(form, word) for word, forms in SYNONYMS.items() for form in forms]
-    known += [(f"{form}s", word) for form, word in known if word in ATTRIBUTES["thing"]]
     known += list(PLURALS.items())
     known.sort(key=lambda pair: -len(pair[0]))
     return [*((pattern, " ") for pattern in FILLERS), *((rf"(?<!\w){form}(?!\w)", word) for form, word in known)]
@@ -129,11 +137,6 @@ def _phrase(thing: SceneObject, kept: set[str]) -> str:
     noun = thing.thing if "thing" in kept else "thing"
     place = f" {POSITION_PHRASES[thing.position]}" if "position" in kept else ""
     return _article(f"{_adjectives(thing, kept)} {noun}".strip()) + place
-
-
-def plural(thing: str) -> str:
-    """Its plural as captions write it."""
-    return {"fish": "fish", "butterfly": "butterflies"}.get(thing, f"{thing}s")
 
 
 def caption_scene(
@@ -171,17 +174,10 @@ def unknown_words(prompt: str) -> dict[str, str]:
     """
     known = set(vocabulary())
     found = {word: nearest_word(word) for word in _folded(prompt).split() if word not in known}
-    for phrase in re.split(r"\band\b|&", prompt.lower()):
-        words = _folded(phrase).split()
-        if "two" not in words:
-            singular = _plural_forms()
-            found |= {word: f"two {word}" for word in re.findall(r"\w+", phrase) if word in singular}
+    for phrase in re.split(rf"\b(?:and|{'|'.join(SYNONYMS['and'])})\b", prompt.lower()):
+        if "two" not in _folded(phrase).split():
+            found |= {word: f"two {word}" for word in re.findall(r"\w+", phrase) if word in PLURALS}
     return found
-
-
-def _plural_forms() -> set[str]:
-    forms = {f"{form}s" for word, forms in SYNONYMS.items() if word in ATTRIBUTES["thing"] for form in forms}
-    return forms | set(PLURALS)
 
 
 def nearest_word(word: str) -> str:
@@ -190,7 +186,7 @@ def nearest_word(word: str) -> str:
         if word in words or word.removesuffix("s") in words:
             return near
     forms = {form: name for name, forms in SYNONYMS.items() for form in forms}
-    forms |= PLURALS | {name: name for name in vocabulary() if name not in GLUE or len(name) > 3}
+    forms |= {name: name for name in vocabulary() if name not in GLUE or len(name) > 3}
     close = difflib.get_close_matches(word, forms, n=1, cutoff=0.0)
     return forms[close[0]]
 

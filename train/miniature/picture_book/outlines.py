@@ -236,8 +236,8 @@ THINGS: dict[str, tuple[Part, ...]] = {
         Part(
             "sails",
             _union(
-                _polygon((0.12, -0.78), (0.12, 0.12), (0.8, 0.12), rounding=0.05),
-                _polygon((-0.24, -0.5), (-0.24, 0.12), (-0.68, 0.12), rounding=0.05),
+                _polygon((0.04, -0.78), (0.04, 0.14), (0.78, 0.14), rounding=0.05),
+                _polygon((-0.16, -0.5), (-0.16, 0.14), (-0.66, 0.14), rounding=0.05),
             ),
             "cream",
         ),
