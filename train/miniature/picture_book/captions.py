@@ -82,7 +82,7 @@ NEAR_MEANINGS: dict[str, tuple[str, ...]] = {
     "brown": ("beige", "tan"),
     "yellow": ("gold", "golden"),
     "red": ("crimson", "scarlet"),
-    "pink": ("magenta"),
+    "pink": ("magenta",),
     "blue": ("navy", "indigo"),
     "green": ("lime", "olive"),
     "gray": ("silver",),

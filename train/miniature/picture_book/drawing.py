@@ -173,7 +173,8 @@ def part_mask(thing: SceneObject, part: str) -> Bool[np.ndarray, "rows cols"]:
     names = [known.name for known in THINGS[thing.thing]]
     if part not in names:
         raise FluxSaeError(f"part is {part!r}; a {thing.thing} has {', '.join(names)}")
-    return _topmost(thing) == names.index(part)
+    mask: Bool[np.ndarray, "rows cols"] = _topmost(thing) == names.index(part)
+    return mask
 
 
 def _topmost(thing: SceneObject) -> Int[np.ndarray, "rows cols"]:
@@ -188,13 +189,14 @@ def _topmost(thing: SceneObject) -> Int[np.ndarray, "rows cols"]:
 
 def texture_weight(texture: str, dx: Pixels, dy: Pixels) -> Pixels:
     """How much of the second tint each pixel shows, 0 to 1: stripes rise to the right, dots sit on a square lattice."""
+    weight: Pixels = np.zeros_like(dx)
     if texture == "striped":
         stripe = np.abs(((dx + dy) / np.sqrt(2) / TEXTURE_PERIOD + 0.25) % 1.0 - 0.5) * TEXTURE_PERIOD
-        return np.clip(TEXTURE_PERIOD / 4 - stripe + 0.5, 0, 1)
+        weight = np.clip(TEXTURE_PERIOD / 4 - stripe + 0.5, 0, 1)
     if texture == "dotted":
         lattice_x, lattice_y = ((d / TEXTURE_PERIOD + 0.5) % 1.0 - 0.5 for d in (dx, dy))
-        return np.clip(2.6 - np.hypot(lattice_x, lattice_y) * TEXTURE_PERIOD + 0.5, 0, 1)
-    return np.zeros_like(dx)
+        weight = np.clip(2.6 - np.hypot(lattice_x, lattice_y) * TEXTURE_PERIOD + 0.5, 0, 1)
+    return weight
 
 
 def light(thing: SceneObject, dx: Pixels, dy: Pixels) -> Pixels:

@@ -40,6 +40,8 @@ SMALLEST_OBJECT = 120
 """Pixels; the smallest drawn thing has 330."""
 WIDEST_OBJECT = 66
 """Pixels; the widest drawn thing has 60, so anything wider is two that touch."""
+SAME_THING = 30.0
+"""Pixels; pieces whose centres are nearer belong to one thing. Those of two things are 50 apart or more."""
 MOST_OBJECTS = 4
 CANDIDATES = 5
 """Things whose silhouettes are nearest and which are drawn for comparison."""
@@ -131,11 +133,20 @@ def _find_drawn(pixels: Picture, ground: str) -> tuple[Mask, Pixels]:
 
 
 def _find_objects(drawn: Mask) -> list[Mask]:
-    """The drawn pixels object by object, the largest first; what is a pixel or two apart belongs together."""
-    parts, count = ndimage.label(ndimage.binary_dilation(drawn), structure=np.ones((3, 3)))
-    masks = [half for index in range(1, count + 1) for half in _split_touching((parts == index) & drawn)]
-    masks = [mask for mask in masks if mask.sum() >= SMALLEST_OBJECT]
-    return sorted(masks, key=lambda mask: -int(mask.sum()))[:MOST_OBJECTS]
+    """The drawn pixels object by object, the largest first."""
+    parts, count = ndimage.label(drawn, structure=np.ones((3, 3)))
+    pieces = [half for index in range(1, count + 1) for half in _split_touching(parts == index)]
+    centres: list[tuple[float, float]] = []
+    masks: list[Mask] = []
+    for piece in sorted(pieces, key=lambda piece: -int(piece.sum())):
+        y, x = ndimage.center_of_mass(piece)
+        near = [index for index, (row, col) in enumerate(centres) if np.hypot(y - row, x - col) < SAME_THING]
+        if near:
+            masks[near[0]] = masks[near[0]] | piece
+        else:
+            centres.append((y, x))
+            masks.append(piece)
+    return [mask for mask in masks if mask.sum() >= SMALLEST_OBJECT][:MOST_OBJECTS]
 
 
 def _split_touching(mask: Mask) -> list[Mask]:
@@ -288,11 +299,12 @@ def _read_surface(
 def _shifts(texture: str) -> Float[np.ndarray, "shifts 2"]:
     """Shifts (x, y) of a pattern that cover its period, in pixels."""
     along = np.arange(0, TEXTURE_PERIOD, 1.5)
+    shifts: Float[np.ndarray, "shifts 2"] = np.zeros((1, 2))
     if texture == "striped":
-        return np.stack([along, along], axis=1) / np.sqrt(2)
+        shifts = np.stack([along, along], axis=1) / np.sqrt(2)
     if texture == "dotted":
-        return np.stack(np.meshgrid(along, along), axis=-1).reshape(-1, 2)
-    return np.zeros((1, 2))
+        shifts = np.stack(np.meshgrid(along, along), axis=-1).reshape(-1, 2)
+    return shifts
 
 
 def _shifted_weights(
