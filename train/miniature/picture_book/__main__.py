@@ -72,6 +72,8 @@ class PictureBookConfig:
     """Length of the stage after it, whose rate falls to zero."""
     guidance_minutes: float = 10.0
     """Length of the distillation of guidance."""
+    decoder_minutes: float = 15.0
+    """Length of the decoder's last refinement, its encoder as it is."""
     batch_size: int = 64
     """Scenes a step and process."""
     learning_rate: float = 2e-3
@@ -80,6 +82,8 @@ class PictureBookConfig:
     """With `examine`: ask for the empty prompt at every step too, for weights whose guidance is not distilled."""
     n_prompts: int = 500
     """With `examine`: prompts of the exam."""
+    n_scenes: int = 200
+    """With `examine`: held-out scenes on which the autoencoder is measured."""
     sheet: Path | None = None
     """With `examine`: write sheets of 64 exam prompts and of 50 first prompts here (png, `-first.png`)."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,18 +137,11 @@ def _draw(config: PictureBookConfig) -> SceneBank:
 
 def _train_autoencoder(config: PictureBookConfig, bank: SceneBank) -> tuple[AutoencoderTiny, torch.Tensor]:
     """The autoencoder, which then lies in `checkpoints` as in a pipeline folder, and the bank's latents."""
-    folder, encoded = config.checkpoints / "autoencoder", config.checkpoints / f"latents-{config.scenes}.safetensors"
+    encoded = config.checkpoints / f"latents-{config.scenes}.safetensors"
     if encoded.exists():
         return load_autoencoder(config.checkpoints), load_file(encoded)["latents"].to(config.device)
-    # In this layout a step takes half the time on a CPU.
-    autoencoder = load_autoencoder(config.origin).to(bank.images.device, memory_format=torch.channels_last)
-    if config.autoencoder_minutes > 0:
-        if not Checkpoint(folder).is_finished:
-            clock = _clock(config, "autoencoder", config.autoencoder_minutes)
-            train_autoencoder(
-                bank, autoencoder, folder, clock, batch_size=24, batch_whole=3, window=40, seed=config.seed
-            )
-        Checkpoint(folder).load_average(autoencoder)
+    autoencoder = load_autoencoder(config.origin).to(bank.images.device)
+    _train_windows(config, bank, autoencoder, stage=("autoencoder", config.autoencoder_minutes))
     peers = Processes.current()
     if peers.rank == 0:
         latents = encode_bank(bank, autoencoder)
@@ -152,6 +149,29 @@ def _train_autoencoder(config: PictureBookConfig, bank: SceneBank) -> tuple[Auto
         save_tensors({"latents": latents}, encoded)
     peers.wait()
     return _train_autoencoder(config, bank)
+
+
+def _train_windows(
+    config: PictureBookConfig, bank: SceneBank, autoencoder: AutoencoderTiny, *, stage: tuple[str, float]
+) -> None:
+    """One stage, given as name and minutes; leaves the averaged weights in `autoencoder`."""
+    name, minutes = stage
+    folder = config.checkpoints / name
+    # In this layout a step takes half the time on a CPU.
+    autoencoder.to(memory_format=torch.channels_last)
+    if minutes > 0 and not Checkpoint(folder).is_finished:
+        train_autoencoder(
+            bank,
+            autoencoder,
+            folder,
+            _clock(config, name, minutes),
+            batch_size=24,
+            batch_whole=3,
+            window=40,
+            seed=config.seed,
+        )
+    if minutes > 0:
+        Checkpoint(folder).load_average(autoencoder)
 
 
 def _train_flow(
@@ -199,6 +219,9 @@ def train_picture_book(config: PictureBookConfig, *, finish: bool) -> None:
         stage=("guidance", config.guidance_minutes, config.learning_rate / 2),
         build_objective=GuidanceDistillation,
     )
+    # The flow has learned this encoder's latents, so only what is seen of them may still change.
+    autoencoder.encoder.requires_grad_(False)
+    _train_windows(config, bank, autoencoder, stage=("decoder", config.decoder_minutes))
     balance_gates(generator, bank.captions[:CAPTIONS_OF_GATES, 0].long())
     if Processes.current().rank == 0:
         save_flux(_assemble(generator, autoencoder), config.output)
@@ -223,7 +246,7 @@ def examine(config: PictureBookConfig) -> None:
         save_sheet(paint(exam_prompts(64), list(range(64))), config.sheet)
         first = [prompt for prompt in FIRST_PROMPTS for _ in range(5)]
         save_sheet(paint(first, [*range(5)] * 10), config.sheet.with_stem(f"{config.sheet.stem}-first"), columns=10)
-    quality = held_out_psnr(pipe.vae)
+    quality = held_out_psnr(pipe.vae, n_scenes=config.n_scenes)
     print(f"autoencoder alone, whole held-out scenes: {quality.mean():.1f} dB, worst {quality.min():.1f}")
     if config.n_prompts:
         print(format_tally(take_exam(paint, n_prompts=config.n_prompts), ATTRIBUTES_OF_EXAM))

@@ -1,6 +1,6 @@
 """The picture book's training: where it begins, its clocks, its processes, its exam."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,12 @@ from train.miniature import progress
 from train.miniature.bank import draw_bank
 from train.miniature.exam import format_tally
 from train.miniature.models import TEXT_TOKENS
-from train.miniature.picture_book.__main__ import ConstantClock, PausingClock
+from train.miniature.picture_book.__main__ import ConstantClock, PausingClock, PictureBookConfig, main
 from train.miniature.picture_book.bank import draw_chunk
 from train.miniature.picture_book.captions import check_prompt, prompted_attributes
 from train.miniature.picture_book.drawing import SceneObject, is_held_out, render_scene, sample_scene
 from train.miniature.picture_book.exam import ATTRIBUTES_OF_EXAM, FIRST_PROMPTS, exam_prompts, take_exam
-from train.miniature.picture_book.models import build_book_tokenizer, load_generator
+from train.miniature.picture_book.models import build_book_tokenizer, load_autoencoder, load_generator
 from train.miniature.progress import Checkpoint, StageClock, average_gradients, batch_seed
 
 
@@ -164,3 +164,34 @@ def test_a_perfect_painter_passes_and_a_blank_one_fails() -> None:
     blank = take_exam(lambda prompts, seeds: [Image.new("RGB", (128, 128), "white")], n_prompts=1)
     assert not any(blank[1, name][0] for name in ("number", "thing", "colour", "texture"))
     assert "number" in format_tally(tally, ATTRIBUTES_OF_EXAM)
+
+
+def test_the_training_goes_from_its_origin_to_a_pipeline_that_can_be_examined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    moment = 1e-4
+    config = PictureBookConfig(
+        checkpoints=tmp_path / "checkpoints",
+        output=tmp_path / "flux",
+        scenes=4,
+        autoencoder_minutes=moment,
+        flow_minutes=moment,
+        settle_minutes=moment,
+        guidance_minutes=moment,
+        decoder_minutes=moment,
+        batch_size=2,
+        n_prompts=2,
+        n_scenes=2,
+        device="cpu",
+    )
+    main(config)
+    encoder = load_autoencoder(config.checkpoints).encoder.state_dict()
+    main(replace(config, action="export"))
+    assert (tmp_path / "flux" / "transformer" / "config.json").exists()
+    main(replace(config, action="finish"))
+    finished = load_autoencoder(config.output)
+    # Stored in half precision.
+    assert all(torch.allclose(value, encoder[name], atol=2e-3) for name, value in finished.encoder.state_dict().items())
+    main(replace(config, action="examine"))
+    assert "all prompted attributes of all prompts" in capsys.readouterr().out
