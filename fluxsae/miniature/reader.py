@@ -70,12 +70,12 @@ def read_scene(image: Image.Image | UInt8[np.ndarray, "height width 3"]) -> Scen
     Raises:
         FluxSaeError: not a picture of three colour channels with values 0 to 255.
     """
-    pixels = _pixels(image)
-    background, ground, margin = _read_background(pixels)
+    pixels = scene_pixels(image)
+    background, ground, sureness = _read_background(pixels)
     drawn, contrast = _find_drawn(pixels, ground)
     objects = [_read_object(pixels, mask, contrast) for mask in _find_objects(drawn)]
     confidence = min((thing.confidence for thing in objects), default=0.0)
-    return Scene(tuple(objects), background, min(confidence, margin))
+    return Scene(tuple(objects), background, min(confidence, sureness))
 
 
 def score_prompt(prompt: str, scene: Scene) -> list[tuple[Attribute, bool]]:
@@ -103,7 +103,7 @@ def _pair_objects(wanted: list[dict[str, str]], objects: tuple[SceneObject, ...]
     return paired
 
 
-def _pixels(image: Image.Image | np.ndarray) -> Float[np.ndarray, "rows cols 3"]:
+def scene_pixels(image: Image.Image | np.ndarray) -> Float[np.ndarray, "rows cols 3"]:
     """The picture as RGB floats 0 to 255 at the size of a scene."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -117,7 +117,7 @@ def _pixels(image: Image.Image | np.ndarray) -> Float[np.ndarray, "rows cols 3"]
     return np.asarray(image.convert("RGB"), dtype=np.float64)
 
 
-def _margin(distances: Float[np.ndarray, " candidates"]) -> float:
+def margin(distances: Float[np.ndarray, " candidates"]) -> float:
     """How far the second smallest distance lies above the smallest: 0 (equal) to 1 (the smallest is 0)."""
     best, second = np.partition(distances, 1)[:2]
     return float(1 - best / second) if second > 0 else 0.0
@@ -129,7 +129,7 @@ def _read_background(
     """The background's name, what it looks like everywhere, and the margin of the reading."""
     tone = np.median(pixels[_FRAME] / _GLOW[_FRAME][:, None], axis=0)
     distances = np.linalg.norm(np.array(list(BACKGROUNDS.values())) - tone, axis=1)
-    return list(BACKGROUNDS)[int(distances.argmin())], np.minimum(tone * _GLOW[..., None], 255), _margin(distances)
+    return list(BACKGROUNDS)[int(distances.argmin())], np.minimum(tone * _GLOW[..., None], 255), margin(distances)
 
 
 def _find_drawn(
@@ -209,7 +209,7 @@ def _read_object(pixels: Float[np.ndarray, "rows cols 3"], mask: Mask, cover: Pi
     x, y = x - template.x * radius, y - template.y * radius
     colour, texture, surface = _read_surface(pixels, SHAPES[best], x=x, y=y, radius=radius)
     places = np.array([np.hypot(x - place[0], y - place[1]) for place in POSITIONS.values()])
-    sureness = (_margin(distances), surface, _margin(places), min(1.0, abs(radius - SIZE_LIMIT) / 3))
+    sureness = (margin(distances), surface, margin(places), min(1.0, abs(radius - SIZE_LIMIT) / 3))
     return SceneObject(
         shape=SHAPES[best],
         colour=colour,
@@ -278,8 +278,8 @@ def _read_surface(
         weights = _texture_weights(texture, dx=dx, dy=dy)
         errors[:, column] = [_surface_error(seen, light, weights, object_tints(c, texture)) for c in COLOURS]
     colour, column = divmod(int(errors.argmin()), len(TEXTURES))
-    margin = min(_margin(errors.min(axis=1)), _margin(errors[colour]))
-    return list(COLOURS)[colour], TEXTURES[column], margin
+    sureness = min(margin(errors.min(axis=1)), margin(errors[colour]))
+    return list(COLOURS)[colour], TEXTURES[column], sureness
 
 
 def _surface_error(

@@ -8,22 +8,29 @@ from diffusers import AutoencoderTiny
 
 from fluxsae.miniature.scenes import IMAGE_SIZE
 from train.miniature.bank import SceneBank, to_unit_range
-from train.miniature.progress import Checkpoint, StageClock, start_average, update_average
+from train.miniature.progress import (
+    Checkpoint,
+    StageClock,
+    average_gradients,
+    batch_seed,
+    start_average,
+    update_average,
+)
 
 WINDOW = 64
-"""Side of the training windows, in pixels; the last fifth of the training sees whole images."""
+"""Side of the training windows, in pixels."""
 LATENT_NOISE = 0.05
 PEAK_LEARNING_RATE = 1.5e-3
 
 
-def _windows(bank: SceneBank, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-    """Windows around objects, (batch, 3, WINDOW, WINDOW) in [-1, 1]."""
+def _windows(bank: SceneBank, batch_size: int, side: int, generator: torch.Generator) -> torch.Tensor:
+    """Windows around objects, (batch, 3, side, side) in [-1, 1]."""
     device = bank.images.device
     scene = torch.randint(len(bank.images), (batch_size,), generator=generator, device=device)
     which = torch.randint(2, (batch_size,), generator=generator, device=device)
-    jitter = (torch.rand(batch_size, 2, generator=generator, device=device) - 0.5) * WINDOW
-    corner = (bank.centres[scene, which] + jitter - WINDOW / 2).round().long().clamp(0, IMAGE_SIZE - WINDOW)
-    offsets = torch.arange(WINDOW, device=device)
+    jitter = (torch.rand(batch_size, 2, generator=generator, device=device) - 0.5) * side
+    corner = (bank.centres[scene, which] + jitter - side / 2).round().long().clamp(0, IMAGE_SIZE - side)
+    offsets = torch.arange(side, device=device)
     rows, cols = corner[:, 1, None] + offsets, corner[:, 0, None] + offsets
     pixels = bank.images[scene[:, None, None], :, rows[:, :, None], cols[:, None, :]]
     return to_unit_range(pixels.permute(0, 3, 1, 2))
@@ -41,9 +48,20 @@ def encode_mean(autoencoder: AutoencoderTiny, images: torch.Tensor) -> torch.Ten
 
 
 def train_autoencoder(
-    bank: SceneBank, autoencoder: AutoencoderTiny, folder: Path, clock: StageClock, *, batch_size: int, seed: int
+    bank: SceneBank,
+    autoencoder: AutoencoderTiny,
+    folder: Path,
+    clock: StageClock,
+    *,
+    batch_size: int,
+    seed: int,
+    window: int = WINDOW,
+    batch_whole: int = 8,
 ) -> None:
-    """Train until the clock ends, resuming from `folder`; leaves the averaged weights in `autoencoder`."""
+    """Train until the clock ends, resuming from `folder`; leaves the averaged weights in `autoencoder`.
+
+    A step sees `batch_size` windows of `window` pixels a side; in the last fifth of the training `batch_whole` images.
+    """
     device, checkpoint = bank.images.device, Checkpoint(folder)
     average = start_average(autoencoder)
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.99))
@@ -52,9 +70,11 @@ def train_autoencoder(
     generator = torch.Generator(device)
     for step in clock.ticks():
         optimizer.param_groups[0]["lr"] = clock.learning_rate(PEAK_LEARNING_RATE, warmup=100)
-        generator.manual_seed(seed * 1_000_003 + step)
-        whole = clock.progress > 0.8
-        images = (_whole_images if whole else _windows)(bank, batch_size // 2 if whole else batch_size, generator)
+        generator.manual_seed(batch_seed(seed, step))
+        if clock.progress > 0.8:
+            images = _whole_images(bank, batch_whole, generator)
+        else:
+            images = _windows(bank, batch_size, window, generator)
         with torch.autocast(device.type, torch.bfloat16):
             latents = encode_mean(autoencoder, images)
             noise = torch.randn(latents.shape, generator=generator, device=device)
@@ -63,6 +83,7 @@ def train_autoencoder(
         loss = error.abs().mean() + 4 * error.square().mean() + 0.002 * latents.float().square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(autoencoder)
         torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
         optimizer.step()
         update_average(average, autoencoder, step, decay=0.998)

@@ -1,10 +1,12 @@
 """A bank of drawn scenes with captions, held in memory for training."""
 
 import multiprocessing
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from fluxsae.miniature.scenes import Scene, caption_scene, render_scene, sample_scene
 from train.miniature.models import build_tokenizer, tokenize
@@ -34,7 +36,13 @@ def _training_caption(scene: Scene, rng: np.random.Generator) -> str:
     return caption_scene(scene, rng, keep=keep, terse=rng.random() < 0.15)
 
 
-def _draw_chunk(task: tuple[int, int, int]) -> tuple[np.ndarray, list[str], np.ndarray]:
+ChunkTask = tuple[int, int, int]
+"""Seed, number of the chunk, scenes in it."""
+Chunk = tuple[np.ndarray, list[str], np.ndarray]
+"""Images, the captions of all scenes one after another, centres."""
+
+
+def _draw_chunk(task: ChunkTask) -> Chunk:
     seed, chunk, count = task
     rng = np.random.default_rng([seed, chunk])
     scenes = [sample_scene(rng, n_objects=1 + int(rng.random() < PAIRS), held_out=False) for _ in range(count)]
@@ -44,12 +52,23 @@ def _draw_chunk(task: tuple[int, int, int]) -> tuple[np.ndarray, list[str], np.n
     return images, captions, centres
 
 
-def draw_bank(n_scenes: int, *, seed: int, device: torch.device, workers: int) -> SceneBank:
-    """`n_scenes` training scenes; the same for the same seed, whatever the number of worker processes."""
+def draw_bank(
+    n_scenes: int,
+    *,
+    seed: int,
+    device: torch.device,
+    workers: int,
+    draw_chunk: Callable[[ChunkTask], Chunk] = _draw_chunk,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> SceneBank:
+    """`n_scenes` training scenes; the same for the same seed, whatever the number of worker processes.
+
+    `draw_chunk` and `tokenizer` are those of the world that is drawn.
+    """
     tasks = [(seed, chunk, min(CHUNK, n_scenes - chunk * CHUNK)) for chunk in range((n_scenes + CHUNK - 1) // CHUNK)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        parts = pool.map(_draw_chunk, tasks, chunksize=1)
-    tokens = tokenize(build_tokenizer(), [caption for _, captions, _ in parts for caption in captions])
+        parts = pool.map(draw_chunk, tasks, chunksize=1)
+    tokens = tokenize(tokenizer or build_tokenizer(), [caption for _, captions, _ in parts for caption in captions])
     images = torch.from_numpy(np.concatenate([images for images, _, _ in parts])).permute(0, 3, 1, 2).contiguous()
     return SceneBank(
         images=images.to(device),

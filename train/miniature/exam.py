@@ -1,6 +1,7 @@
 """How good the miniature is: prompts it never saw, read back by the scene reader."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,14 +61,14 @@ def held_out_psnr(pipe: FluxPipeline, *, n_scenes: int = 200, seed: int = 91_000
     return float(torch.cat([reconstruction_psnr(pipe.vae, part.to(device)) for part in pixels.split(25)]).mean())
 
 
-def format_tally(tally: Tally) -> str:
+def format_tally(tally: Tally, attributes: Sequence[str] = tuple(ATTRIBUTES)) -> str:
     """A table: one row an attribute, the share read back right for one and for two objects."""
 
     def share(answers: list[bool]) -> str:
         return f"{np.mean(answers):7.1%} of {len(answers):4d}" if answers else "          none"
 
     rows = [f"{'attribute':12s}  {'one object':>15s}  {'two objects':>15s}"]
-    rows += [f"{name:12s}  {share(tally[1, name]):>15s}  {share(tally[2, name]):>15s}" for name in ATTRIBUTES]
+    rows += [f"{name:12s}  {share(tally[1, name]):>15s}  {share(tally[2, name]):>15s}" for name in attributes]
     both = {n: [right for (count, _), answers in tally.items() if count == n for right in answers] for n in (1, 2)}
     rows.append(f"{'all':12s}  {share(both[1]):>15s}  {share(both[2]):>15s}")
     rows.append(f"all prompted attributes of all prompts: {share(both[1] + both[2])}")
@@ -76,7 +77,12 @@ def format_tally(tally: Tally) -> str:
 
 def sample_sheet(pipe: FluxPipeline, path: Path, *, n_images: int = 64, columns: int = 8) -> None:
     """A sheet of images of held-out prompts, row by row."""
-    images = [np.asarray(image) for image in _generate_all(pipe, exam_prompts(n_images), 16)]
-    rows = [np.concatenate(images[start : start + columns], axis=1) for start in range(0, n_images, columns)]
+    save_sheet(_generate_all(pipe, exam_prompts(n_images), 16), path, columns=columns)
+
+
+def save_sheet(images: Sequence[Image.Image], path: Path, *, columns: int = 8) -> None:
+    """One picture of all images, row by row; the last row has to be full."""
+    pixels = [np.asarray(image) for image in images]
+    rows = [np.concatenate(pixels[start : start + columns], axis=1) for start in range(0, len(pixels), columns)]
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(rows, axis=0)).save(path)

@@ -19,7 +19,14 @@ from torch import nn
 from train.miniature.bank import SceneBank
 from train.miniature.handover import Handover, draw_order
 from train.miniature.models import END_ID, TEXT_TOKENS
-from train.miniature.progress import Checkpoint, StageClock, start_average, update_average
+from train.miniature.progress import (
+    Checkpoint,
+    StageClock,
+    average_gradients,
+    batch_seed,
+    start_average,
+    update_average,
+)
 
 EMPTY_PROMPTS = 0.1
 """Share of training captions replaced by the empty prompt."""
@@ -214,11 +221,12 @@ def train_stage(
     for step in clock.ticks():
         muon.param_groups[0]["lr"] = clock.learning_rate(peak_learning_rate)
         adamw.param_groups[0]["lr"] = ADAMW_SHARE * muon.param_groups[0]["lr"]
-        generator.manual_seed(seed * 1_000_003 + step)
+        generator.manual_seed(batch_seed(seed, step))
         batch = draw_batch(bank, latents, batch_size, generator)
         with torch.autocast(device.type, torch.bfloat16):
             loss = objective(model, batch, generator)
         loss.backward()
+        average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

@@ -1,6 +1,7 @@
 """The miniature's parts, untrained: tokenizer, text encoders, transformer, autoencoder, CLIP."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,18 @@ CLIP_PREPROCESSING = {
 }
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that knows the captions' words, folds synonyms and ends every prompt with `[end]`."""
-    words = {word: index for index, word in enumerate([*SPECIAL, *vocabulary()])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
-    folds = [normalizers.Replace(Regex(rf"\b{word}\b"), known) for word, known in SYNONYMS.items()]
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), *folds])
+def build_tokenizer(
+    words: Sequence[str] = tuple(vocabulary()),
+    folds: Sequence[tuple[str, str]] = tuple((rf"\b{word}\b", known) for word, known in SYNONYMS.items()),
+) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that knows `words`, folds synonyms and ends every prompt with `[end]`.
+
+    `folds` are (pattern, what it is replaced by), in order.
+    """
+    ids = {word: index for index, word in enumerate([*SPECIAL, *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    replacing = [normalizers.Replace(Regex(pattern), known) for pattern, known in folds]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), *replacing])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, END_ID)])
     return PreTrainedTokenizerFast(
@@ -166,9 +173,11 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False)
 
 
-def assemble_pipeline(generator: nn.ModuleDict, autoencoder: AutoencoderTiny) -> FluxPipeline:
+def assemble_pipeline(
+    generator: nn.ModuleDict, autoencoder: AutoencoderTiny, *, tokenizer: PreTrainedTokenizerFast | None = None
+) -> FluxPipeline:
     """A FluxPipeline of the trained parts, in fp32."""
-    tokenizer = build_tokenizer()
+    tokenizer = tokenizer or build_tokenizer()
     return FluxPipeline(
         scheduler=build_scheduler(),
         vae=autoencoder,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fluxsae.files import read_json, save_tensors, write_json
+from fluxsae.sae.training.processes import Processes
 
 REPORT_EVERY_SECONDS = 10.0
 SAVE_EVERY_SECONDS = 60.0
@@ -20,7 +21,8 @@ SAVE_EVERY_SECONDS = 60.0
 class StageClock:
     """Counts a stage's steps; the stage ends at `steps`, or after `budget_seconds` where given.
 
-    The learning rate follows `progress`, so that a stage cut short by its budget still decays to zero.
+    The learning rate follows `progress`, so that a stage cut short by its budget still decays to zero. Of several
+    processes the first one's clock counts for all.
     """
 
     name: str
@@ -31,6 +33,7 @@ class StageClock:
 
     def __post_init__(self) -> None:
         self._started = self._reported = self._saved = time.monotonic()
+        self._agreed: float | None = None
 
     @property
     def elapsed(self) -> float:
@@ -40,6 +43,8 @@ class StageClock:
     @property
     def progress(self) -> float:
         """Share of the stage that is done, 0 to 1."""
+        if self._agreed is not None:
+            return self._agreed
         by_clock = self.elapsed / self.budget_seconds if self.budget_seconds else 0.0
         return min(1.0, max(self.step / self.steps, by_clock))
 
@@ -51,7 +56,13 @@ class StageClock:
 
     def ticks(self) -> Iterator[int]:
         """The steps that are left."""
-        while self.step < self.steps and self.progress < 1.0:
+        peers = Processes.current()
+        while True:
+            self._agreed = None
+            if peers.world_size > 1:
+                self._agreed = float(peers.broadcast_(torch.tensor([self.progress]).double(), source=0))
+            if self.step >= self.steps or self.progress >= 1.0:
+                return
             self.step += 1
             yield self.step - 1
 
@@ -65,6 +76,8 @@ class StageClock:
     def report(self, loss: torch.Tensor) -> None:
         """Print a line every few seconds; only then is the loss read back from the device."""
         now = time.monotonic()
+        if Processes.current().rank > 0:
+            return
         if now - self._reported < REPORT_EVERY_SECONDS and self.step < self.steps:
             return
         self._reported = now
@@ -100,7 +113,22 @@ class Checkpoint:
         *,
         finished: bool,
     ) -> None:
-        """Write everything that is needed to go on."""
+        """Write everything that is needed to go on; the first of several processes writes, all wait for the last."""
+        peers = Processes.current()
+        if peers.rank == 0:
+            self._write(model, average, optimizers, clock, finished=finished)
+        if finished:
+            peers.wait()
+
+    def _write(
+        self,
+        model: nn.Module,
+        average: dict[str, torch.Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+        clock: StageClock,
+        *,
+        finished: bool,
+    ) -> None:
         names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         memory = {
             f"{names[parameter]}|{key}": torch.as_tensor(value)
@@ -156,3 +184,20 @@ def update_average(average: dict[str, torch.Tensor], model: nn.Module, step: int
     """Move the average towards the weights; faster in the beginning."""
     rate = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.values()), list(model.parameters()), rate)
+
+
+def batch_seed(seed: int, step: int) -> int:
+    """The seed of one step's batch, another in every process."""
+    return seed * 1_000_003 + step + 7_919_000_011 * Processes.current().rank
+
+
+@torch.no_grad()
+def average_gradients(model: nn.Module) -> None:
+    """Replaces every gradient by its mean over the processes of a `torchrun`."""
+    peers = Processes.current()
+    if peers.world_size == 1:
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    mean = peers.sum_(torch.cat([gradient.flatten() for gradient in gradients])) / peers.world_size
+    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

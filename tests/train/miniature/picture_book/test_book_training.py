@@ -1,0 +1,197 @@
+"""The picture book's training: where it begins, its clocks, its processes, its exam."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
+from fluxsae.miniature import miniature_path
+from fluxsae.sae.training.processes import Processes
+from train.miniature import progress
+from train.miniature.bank import draw_bank
+from train.miniature.exam import format_tally
+from train.miniature.models import TEXT_TOKENS
+from train.miniature.picture_book.__main__ import ConstantClock, PausingClock, PictureBookConfig, main
+from train.miniature.picture_book.bank import draw_chunk
+from train.miniature.picture_book.captions import check_prompt, prompted_attributes
+from train.miniature.picture_book.drawing import SceneObject, is_held_out, render_scene, sample_scene
+from train.miniature.picture_book.exam import ATTRIBUTES_OF_EXAM, FIRST_PROMPTS, exam_prompts, take_exam
+from train.miniature.picture_book.models import build_book_tokenizer, load_autoencoder, load_generator
+from train.miniature.progress import Checkpoint, StageClock, average_gradients, batch_seed
+
+
+def test_the_training_begins_with_the_known_words_rows() -> None:
+    folder = miniature_path("flux")
+    generator = load_generator(folder)
+    before = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer").get_vocab()
+    now = build_book_tokenizer().get_vocab()
+    encoder = generator["text_encoder_2"].get_input_embeddings().weight
+    known = T5EncoderModel.from_pretrained(folder / "text_encoder_2", torch_dtype=torch.float32)
+    rows = known.get_input_embeddings().weight
+    for word in ("red", "striped", "star", "[end]", "left"):
+        assert torch.equal(encoder[now[word]], rows[before[word]])
+    assert torch.equal(encoder[now["thing"]], rows[before["shape"]])
+    fresh = encoder[now["cat"]]
+    assert not torch.isclose(rows, fresh).all(dim=1).any()
+    assert 0.5 < float(fresh.std() / rows.std()) < 2
+
+
+def test_a_bank_holds_captions_of_its_scenes() -> None:
+    bank = draw_bank(
+        6, seed=1, device=torch.device("cpu"), workers=1, draw_chunk=draw_chunk, tokenizer=build_book_tokenizer()
+    )
+    assert bank.images.shape == (6, 3, 128, 128)
+    assert bank.captions.shape == (6, 6, TEXT_TOKENS)
+    unknown = build_book_tokenizer().get_vocab()["[unknown]"]
+    assert not (bank.captions == unknown).any()
+    assert ((bank.centres > 20) & (bank.centres < 108)).all()
+
+
+def test_training_waits_while_the_pause_file_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pause = tmp_path / "PAUSE"
+    pause.touch()
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            pause.unlink()
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert list(PausingClock("flow", 2, None, pause=pause).ticks()) == [0, 1]
+    assert len(waits) == 3
+
+
+def test_a_constant_clock_keeps_its_rate_to_the_end() -> None:
+    clock = ConstantClock("flow", 1000, None, step=999)
+    assert clock.learning_rate(2e-3) == 2e-3
+    clock.step = 30
+    assert clock.learning_rate(2e-3) == pytest.approx(2e-4)  # 30 of 300 steps of warm-up
+
+
+@dataclass
+class OneOfTwo:
+    """The second of two processes, whose peer has gradients of one everywhere and a clock that is at its end."""
+
+    rank: int = 1
+    world_size: int = 2
+    waited: int = 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.add_(1.0)
+
+    def broadcast_(self, tensor: torch.Tensor, *, source: int) -> torch.Tensor:
+        assert source == 0
+        return tensor.fill_(1.0)
+
+    def wait(self) -> None:
+        self.waited += 1
+
+
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> OneOfTwo:
+    peer = OneOfTwo()
+    monkeypatch.setattr(progress.Processes, "current", classmethod(lambda _: peer))
+    return peer
+
+
+def test_gradients_are_averaged_over_the_processes(second: OneOfTwo) -> None:
+    model = nn.Linear(2, 1)
+    (3 * model(torch.ones(1, 2))).backward()
+    average_gradients(model)
+    # (3 + 1) / 2 = 2 for both weights and the bias
+    assert torch.equal(model.weight.grad, torch.full((1, 2), 2.0))
+    assert torch.equal(model.bias.grad, torch.full((1,), 2.0))
+
+
+def test_one_process_keeps_its_gradients() -> None:
+    model = nn.Linear(2, 1)
+    model(torch.ones(1, 2)).backward()
+    before = model.weight.grad.clone()
+    average_gradients(model)
+    assert torch.equal(model.weight.grad, before)
+
+
+def test_the_first_processs_clock_ends_the_stage_for_all(second: OneOfTwo) -> None:
+    assert list(StageClock("flow", 10, None).ticks()) == []
+
+
+def test_only_the_first_process_writes_and_all_wait_for_the_last_file(second: OneOfTwo, tmp_path: Path) -> None:
+    checkpoint, model = Checkpoint(tmp_path), nn.Linear(1, 1)
+    checkpoint.save(model, {}, [], StageClock("flow", 1, None), finished=False)
+    assert second.waited == 0
+    checkpoint.save(model, {}, [], StageClock("flow", 1, None), finished=True)
+    assert second.waited == 1
+    assert not checkpoint.exists
+
+
+def test_processes_draw_different_batches(second: OneOfTwo) -> None:
+    other = batch_seed(3, 5)
+    assert other != 3 * 1_000_003 + 5
+    assert Processes().rank == 0
+
+
+def test_exam_prompts_are_combinations_that_training_never_shows() -> None:
+    prompts = exam_prompts(40)
+    assert len(set(prompts)) == 40
+    assert prompts[:10] == exam_prompts(10)
+    for prompt in prompts:
+        check_prompt(prompt)
+        for wanted in prompted_attributes(prompt)[0]:
+            named = {name: wanted[name] for name in ("thing", "colour", "texture")}
+            assert is_held_out(SceneObject(**named, size="large", position="left", x=0, y=0, radius=1))
+
+
+def test_first_prompts_are_understood() -> None:
+    for prompt in FIRST_PROMPTS:
+        check_prompt(prompt)
+
+
+def test_a_perfect_painter_passes_and_a_blank_one_fails() -> None:
+    rng = np.random.default_rng(90_000)
+    scenes = [sample_scene(rng, n_objects=1, held_out=True)]
+
+    def paint(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        return [Image.fromarray(render_scene(scenes[0])) for _ in prompts]
+
+    tally = take_exam(paint, n_prompts=1)
+    assert all(all(answers) for answers in tally.values())
+    blank = take_exam(lambda prompts, seeds: [Image.new("RGB", (128, 128), "white")], n_prompts=1)
+    assert not any(blank[1, name][0] for name in ("number", "thing", "colour", "texture"))
+    assert "number" in format_tally(tally, ATTRIBUTES_OF_EXAM)
+
+
+def test_the_training_goes_from_its_origin_to_a_pipeline_that_can_be_examined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    moment = 1e-4
+    config = PictureBookConfig(
+        checkpoints=tmp_path / "checkpoints",
+        output=tmp_path / "flux",
+        scenes=4,
+        autoencoder_minutes=moment,
+        flow_minutes=moment,
+        settle_minutes=moment,
+        guidance_minutes=moment,
+        decoder_minutes=moment,
+        batch_size=2,
+        n_prompts=2,
+        n_scenes=2,
+        device="cpu",
+    )
+    main(config)
+    encoder = load_autoencoder(config.checkpoints).encoder.state_dict()
+    main(replace(config, action="export"))
+    assert (tmp_path / "flux" / "transformer" / "config.json").exists()
+    main(replace(config, action="finish"))
+    finished = load_autoencoder(config.output)
+    # Stored in half precision.
+    assert all(torch.allclose(value, encoder[name], atol=2e-3) for name, value in finished.encoder.state_dict().items())
+    main(replace(config, action="examine"))
+    assert "all prompted attributes of all prompts" in capsys.readouterr().out
