@@ -23,6 +23,7 @@ from diffusers import AutoencoderTiny, FluxPipeline
 from safetensors.torch import load_file
 from torch import nn
 
+from fluxsae.files import save_tensors
 from fluxsae.miniature import miniature_path
 from fluxsae.sae.training.processes import Processes
 from train.miniature.autoencoder import encode_bank, train_autoencoder
@@ -41,7 +42,7 @@ from train.miniature.picture_book.exam import (
     take_exam,
 )
 from train.miniature.picture_book.models import build_book_tokenizer, load_autoencoder, load_generator
-from train.miniature.progress import Checkpoint, StageClock, save_tensors
+from train.miniature.progress import Checkpoint, StageClock
 from train.processes import processes
 
 ENDLESS = 1_000_000
@@ -146,7 +147,7 @@ def _train_autoencoder(config: PictureBookConfig, bank: SceneBank) -> tuple[Auto
     if peers.rank == 0:
         latents = encode_bank(bank, autoencoder)
         autoencoder.save_pretrained(config.checkpoints / "vae")
-        save_tensors({"latents": latents}, encoded)
+        save_tensors(encoded, {"latents": latents})
     peers.wait()
     return _train_autoencoder(config, bank)
 
