@@ -2,7 +2,7 @@
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -345,7 +345,7 @@ class LiveImages:
             raise FluxSaeError(
                 f"Epoch {epoch} of {len(self._plan)} images would need more than {SEED_BLOCK} seeds. Use fewer epochs."
             )
-        plan, size = ImagePlan(self._plan.prompts, self._plan.first_seed + first), self._request.batch_size
+        plan, size = replace(self._plan, first_seed=self._plan.first_seed + first), self._request.batch_size
         ids = self._shards[shard]
         batches = [ids[start : start + size] for start in range(0, len(ids), size)]
         rank, world_size = (self._peers.rank, self._peers.world_size) if self._peers else (0, 1)
