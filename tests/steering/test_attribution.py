@@ -27,7 +27,9 @@ def feature(pipe: FluxPipeline) -> int:
 
 @pytest.fixture(scope="module")
 def found(pipe: FluxPipeline, feature: int) -> Explanation:
-    return explain(pipe, SAES, Target(SINGLE, feature, STEP), prompt=PROMPT, seed=SEED, limit=4, allow_mismatch=True)
+    return explain(
+        pipe, SAES, Target(SINGLE, feature, STEP), prompt=PROMPT, seed=SEED, limit=4, allow_mismatch=MISMATCHES
+    )
 
 
 def tokens(pipe: FluxPipeline, prompt: str = PROMPT, edits: tuple[SteeringEdit, ...] = (), *, place=SINGLE):
@@ -35,7 +37,7 @@ def tokens(pipe: FluxPipeline, prompt: str = PROMPT, edits: tuple[SteeringEdit, 
     snapshot = denoise_to(pipe, PROMPT, seeds=SEED, settings=SETTINGS, step=STEP)
     with (
         capture(pipe, [place], [STEP], stop_early=True) as captured,
-        steer(pipe, SAES, list(edits), allow_mismatch=True),
+        steer(pipe, SAES, list(edits), allow_mismatch=MISMATCHES),
     ):
         velocity(pipe, snapshot.latents, embed_prompts(pipe, [prompt], SETTINGS), step=STEP, settings=SETTINGS)
     return captured.get(place, STEP)
@@ -90,12 +92,14 @@ def test_features_and_what_is_not_reconstructed_add_up_to_gradient_times_tokens(
 
 
 def test_one_token_is_explained_by_its_own_pre_activation(pipe, feature) -> None:
-    found = explain(pipe, SAES, Target(SINGLE, feature, STEP, token=5), prompt=PROMPT, seed=SEED, allow_mismatch=True)
+    found = explain(
+        pipe, SAES, Target(SINGLE, feature, STEP, token=5), prompt=PROMPT, seed=SEED, allow_mismatch=MISMATCHES
+    )
     assert found.drive == pytest.approx(float(SAES[SINGLE].pre_acts(tokens(pipe))[0, 5, feature]), rel=1e-4)
 
 
 def test_an_explanation_of_the_earliest_hook_point_has_words_alone(pipe) -> None:
-    found = explain(pipe, SAES, Target(DOUBLE, 3, STEP), prompt=PROMPT, seed=SEED, allow_mismatch=True)
+    found = explain(pipe, SAES, Target(DOUBLE, 3, STEP), prompt=PROMPT, seed=SEED, allow_mismatch=MISMATCHES)
     assert found.features == ()
     assert len(found.words) == len(content_words(PROMPT))
 
@@ -123,4 +127,4 @@ def test_nothing_stays_behind(pipe, found) -> None:
 )
 def test_what_is_not_there_is_refused_before_any_model_work(pipe, target: Target, said: str) -> None:
     with pytest.raises(FluxSaeError, match=said):
-        explain(pipe, SAES, target, prompt=PROMPT, seed=SEED, allow_mismatch=True)
+        explain(pipe, SAES, target, prompt=PROMPT, seed=SEED, allow_mismatch=MISMATCHES)
