@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -104,3 +106,19 @@ def test_the_first_snippet_of_the_readme_runs_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "fluxsae").symlink_to(ROOT / "fluxsae")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "before.png").read_bytes() != (tmp_path / "after.png").read_bytes()
+
+
+def test_the_tutorial_runs_and_shows_its_pictures() -> None:
+    notebook = nbformat.read(ROOT / "docs" / "tutorial.ipynb", as_version=4)
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+    made = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    for outputs in (shown, made):
+        assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+
+
+def test_the_log_lists_each_of_its_entries_once() -> None:
+    entries = re.findall(r"^## (\d{4}-.*)$", TEXT["train/LOG.md"], re.MULTILINE)
+    listed = re.findall(r"^\| [\d-]+ \| \[[^]]+\]\(#([^)]*)\) \|", TEXT["train/LOG.md"], re.MULTILINE)
+    assert listed == [re.sub(r"[^\w\- ]", "", entry.lower()).replace(" ", "-") for entry in entries]

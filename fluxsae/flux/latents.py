@@ -94,6 +94,18 @@ def velocity(
     Raises:
         FluxSaeError: a step outside the schedule, or latents that do not fit the settings' size.
     """
+    return differentiable_velocity(pipe, latents, embeddings, step=step, settings=settings)
+
+
+def differentiable_velocity(
+    pipe: Any,
+    latents: Float[Tensor, "batch tokens channels"],
+    embeddings: Embeddings,
+    *,
+    step: int,
+    settings: GenerationSettings,
+) -> Float[Tensor, "batch tokens channels"]:
+    """As `velocity`, with a gradient to latents and embeddings wherever autograd is on."""
     check_step(step, settings)
     grid, device, dtype = build_grid(pipe, settings), pipe._execution_device, latents.dtype
     if latents.shape[1] != grid.n_tokens:
