@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from fluxsae.sae.training.processes import Processes
 from train.miniature import progress
 from train.miniature.bank import draw_bank
 from train.miniature.exam import format_tally
-from train.miniature.models import TEXT_TOKENS
+from train.miniature.models import TEXT_TOKENS, tokenize
 from train.miniature.picture_book.__main__ import ConstantClock, PausingClock, PictureBookConfig, main
 from train.miniature.picture_book.bank import draw_chunk
 from train.miniature.picture_book.captions import check_prompt, prompted_attributes
@@ -180,6 +181,7 @@ def test_the_training_goes_from_its_origin_to_a_pipeline_that_can_be_examined(
         settle_minutes=moment,
         guidance_minutes=moment,
         decoder_minutes=moment,
+        clip_minutes=moment,
         batch_size=2,
         n_prompts=2,
         n_scenes=2,
@@ -193,5 +195,7 @@ def test_the_training_goes_from_its_origin_to_a_pipeline_that_can_be_examined(
     finished = load_autoencoder(config.output)
     # Stored in half precision.
     assert all(torch.allclose(value, encoder[name], atol=2e-3) for name, value in finished.encoder.state_dict().items())
+    words = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'clip'}")(["two red cats"])
+    assert words[0, :4].tolist() == [*tokenize(build_book_tokenizer(), ["two red cat"])[0, :4]]
     main(replace(config, action="examine"))
     assert "all prompted attributes of all prompts" in capsys.readouterr().out
