@@ -89,7 +89,9 @@ def test_every_flag_of_a_command_is_one_of_its_script(page: str) -> None:
         )
         assert spec is not None
         assert spec.origin is not None
-        options = [ROOT / "train" / name for name in ("flux_options.py", "benchmarks/options.py")]
+        options = [
+            ROOT / "train" / name for name in ("flux_options.py", "recipes/__init__.py", "benchmarks/options.py")
+        ]
         sources = [Path(spec.origin), *Path(spec.origin).parent.glob("__main__.py"), *options]
         fields = " ".join(source.read_text() for source in sources)
         assert {flag for flag in flags if f"{flag.replace('-', '_')}:" not in fields} == set(), script

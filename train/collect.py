@@ -1,7 +1,7 @@
 """Collects activations: FLUX generates images or reads pictures, token rows of some hook points and steps go to disk.
 
     python -m train.collect --run runs/miniature
-    python -m train.collect --flux black-forest-labs/FLUX.1-dev --hookpoints layer5 layer15 --steps 13 --n-images 2000
+    python -m train.collect --flux black-forest-labs/FLUX.1-dev --hookpoints layer5 layer15 --steps 13 --images 2000
     python -m train.collect --pictures photos --run runs/photos     # one pass a picture and step, nothing generated
     torchrun --nproc-per-node 8 -m -- train.collect ...      # images are dealt to the processes
 
@@ -46,7 +46,7 @@ class CollectConfig(FluxOptions):
     """Hook points, such as layer15; left out, the run's own, or an early and a late double-stream block."""
     steps: tuple[int, ...] = ()
     """0-based steps of the schedule; left out, five spread over it."""
-    n_images: int = 320
+    images: int = 320
     """Images to generate, or at most so many pictures to read."""
     tokens_per_image: int | None = 512
     """Tokens kept of each image, step and hook point (all, where there are fewer)."""
@@ -107,7 +107,7 @@ def _outputs(config: CollectConfig) -> list[Path]:
 
 def stage_config(config: CollectConfig) -> dict[str, Any]:
     """The values that decide the result, for each hook point."""
-    deciding = ("n_images", "tokens_per_image", "images_per_shard", "held_out_every", "batch_size")
+    deciding = ("images", "tokens_per_image", "images_per_shard", "held_out_every", "batch_size")
     values = {name: getattr(config, name) for name in deciding}
     own = {**config.identity(), **values, "steps": [*config.steps]}
     names = [str(HookPoint.parse(name)) for name in config.hookpoints] or [UNNAMED]
@@ -118,7 +118,9 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
     from fluxsae.activations.collection import build_manifests, build_request, collect
 
     settings = config.settings(pipe)
-    hookpoints = [HookPoint.parse(name) for name in config.hookpoints] or default_hookpoints(pipe)
+    hookpoints = [HookPoint.parse(name) for name in config.hookpoints] or default_hookpoints(
+        len(pipe.transformer.transformer_blocks)
+    )
     request = build_request(
         pipe,
         hookpoints,
@@ -128,9 +130,7 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    plan = config.build_plan(
-        config.n_images, purpose="collect", settings=settings, held_out_every=config.held_out_every
-    )
+    plan = config.build_plan(config.images, purpose="collect", settings=settings, held_out_every=config.held_out_every)
     splits = describe_splits(plan, shared=config.share_prompts, purpose="collect", every=config.held_out_every)
     info = describe_run(pipe, request, plan, hookpoints=hookpoints, splits=splits)
     manifests = build_manifests(
@@ -141,7 +141,7 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
         held_out_every=config.held_out_every,
     )
     if peers.rank == 0:
-        report_pictures(plan, asked=config.n_images)
+        report_pictures(plan, asked=config.images)
         _make_room(config, run, manifests)
         save_run(run, info, force=config.force)
     peers.wait()

@@ -1,7 +1,9 @@
 """The one table of figures behind `python -m train.cost`: what each is, and where it comes from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from fluxsae.flux.settings import GenerationSettings
 
 Kind = Literal["measured", "published", "calculated"]
 
@@ -59,23 +61,61 @@ GPUS: dict[str, Gpu] = {
     "A10G": _gpu(24, 70, 600),
 }
 
-DEV_BYTES: dict[str, int] = {
+
+@dataclass(frozen=True)
+class Model:
+    """What of a FLUX decides its cost."""
+
+    n_double: int
+    n_single: int
+    d_model: int
+    patch: int
+    """Pixels of a token's side."""
+    bytes: dict[str, int]
+    """Weight files of each component."""
+    settings: GenerationSettings
+    """What it generates with unless told otherwise."""
+
+
+_FLUX1_BYTES = {
     "transformer": 23_803_000_000,
     "text_encoder": 246_000_000,
     "text_encoder_2": 9_525_000_000,
     "vae": 168_000_000,
 }
-"""Files of black-forest-labs/FLUX.1-dev in bfloat16 (published)."""
+_DEV = Model(19, 38, 3072, 16, _FLUX1_BYTES, GenerationSettings())
+MODELS: dict[str, Model] = {
+    "black-forest-labs/FLUX.1-dev": _DEV,
+    "black-forest-labs/FLUX.1-schnell": replace(
+        _DEV, settings=GenerationSettings(num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256)
+    ),
+}
+"""Blocks, widths, files in bfloat16 (published on the models' pages)."""
 
-N_DOUBLE, N_SINGLE, D_MODEL = 19, 38, 3072
-"""Blocks and width of FLUX.1 (published)."""
-
-T5_OPERATIONS_PER_TOKEN = Figure(9.4e9, "calculated", "2 operations for each of T5-XXL's 4.7 billion encoder weights")
+TEXT_OPERATIONS_PER_BYTE = Figure(1.0, "calculated", "2 operations a token for each weight of T5, 2 bytes each")
 DECODE_OPERATIONS_PER_PIXEL = Figure(9.9e6, "calculated", "convolutions of the decoder, 10.4 TFLOP at 1024 px")
 DECODE_SHARE = Figure(0.15, "calculated", "convolutions in bfloat16 reach about 15 % of the peak")
-CLIP_OPERATIONS_PER_IMAGE = Figure(1.62e11, "published", "ViT-L/14 at 224 px: 81 billion multiply-adds")
+CLIP_OPERATIONS_PER_IMAGE: dict[str, Figure] = {
+    "ViT-B-32": Figure(8.8e9, "published", "ViT-B/32 at 224 px: 4.4 billion multiply-adds"),
+    "ViT-L-14": Figure(1.62e11, "published", "ViT-L/14 at 224 px: 81 billion multiply-adds"),
+}
+OTHER_CLIP = Figure(1.62e11, "calculated", "taken for as large as ViT-L/14")
+CLIP_WIDTH = 768
+"""Width of an embedding, at most."""
 OFFLOAD_BYTES_PER_SECOND = Figure(2.0e10, "calculated", "PCIe 4.0 x16 at 20 of 32 GB/s, pinned or not")
 DISK_BYTES_PER_SECOND = Figure(2.0e9, "calculated", "a local NVMe drive read in large pieces")
 THUMBNAIL_BYTES = Figure(8_000, "calculated", "WebP of 256 px")
-HEATMAP_TOP_IMAGES = 16
-"""Token grids kept of each alive feature."""
+_REHEARSED = "two CPU cores, train/LOG.md, A rehearsal at true widths; longer where more images are scored"
+_MINIATURE = "the miniature's committed run"
+SECONDS_PER_FEATURE: dict[str, Figure] = {
+    "analyze": Figure(98 / 24_576, "measured", _REHEARSED),
+    "select": Figure(96 / 24_576, "measured", _REHEARSED),
+    "directions": Figure(782 / 24_576, "measured", _REHEARSED),
+}
+BYTES_PER_FEATURE: dict[str, Figure] = {
+    "analyze": Figure(0, "measured", "select writes the same file again"),
+    "select": Figure(0.573e6 / 1536, "measured", _MINIATURE),
+    "directions": Figure(0.228e6 / 1536, "measured", _MINIATURE),
+}
+RENDER_SECONDS = Figure(4.3 / 2, "measured", f"{_MINIATURE}, for each hook point")
+RENDER_BYTES = Figure(1.727e6 / 2, "measured", f"{_MINIATURE}, for each hook point")

@@ -1,9 +1,9 @@
 """Trains SAEs on collected activations, or straight from FLUX, and measures them on held-out images.
 
     python -m train.fit --run runs/miniature
-    python -m train.fit --run runs/dev --hookpoint layer15 --step 13 --arch topk --k 1200 --epochs 10
-    python -m train.fit --run runs/dev --hookpoint layer15 --step 13 --arch l1 --l1-coeff 1e-3
-    python -m train.fit --run runs/dev --hookpoint layer15 --k 32 64 128      # a sweep: one pass over the data
+    python -m train.fit --run runs/dev --hookpoints layer15 --steps 13 --arch topk --k 1200 --epochs 10
+    python -m train.fit --run runs/dev --hookpoints layer15 --steps 13 --arch l1 --l1-coeff 1e-3
+    python -m train.fit --run runs/dev --hookpoints layer15 --k 32 64 128      # a sweep: one pass over the data
     torchrun --nproc-per-node 2 --max-restarts 3 -m -- train.fit ...   # a process that dies is restarted and continues
 
 Stopped at any moment, the same command continues.
@@ -47,9 +47,9 @@ class FitConfig(TrainConfig, FluxOptions):
 
     run: Path = Path("runs/miniature")
     """Run folder with collected activations."""
-    hookpoint: tuple[str, ...] = ()
+    hookpoints: tuple[str, ...] = ()
     """Hook points; left out, all that were collected."""
-    step: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()
     """Collected steps to train on; left out, all of them."""
     arch: Architecture = "topk"
     """Architecture of the SAE."""
@@ -76,7 +76,7 @@ class FitConfig(TrainConfig, FluxOptions):
     """Folder of the shards; left out, `activations` in the run folder."""
     from_flux: bool = False
     """Take activations straight from FLUX, without the disk; the options of `train.collect` then apply."""
-    n_images: int = 320
+    images: int = 320
     """from_flux: images an epoch."""
     tokens_per_image: int | None = 512
     """from_flux: tokens kept of each image and step."""
@@ -142,12 +142,12 @@ def main(config: FitConfig, *, pipe: Any = None) -> StageResult:
 def _hookpoints(config: FitConfig, run: RunFolder, pipe: Any) -> list[HookPoint]:
     from fluxsae.activations.shards import find_folders
 
-    if config.hookpoint:
-        return [HookPoint.parse(name) for name in config.hookpoint]
+    if config.hookpoints:
+        return [HookPoint.parse(name) for name in config.hookpoints]
     if config.from_flux:
         from train.flux_options import default_hookpoints
 
-        return default_hookpoints(pipe)
+        return default_hookpoints(len(pipe.transformer.transformer_blocks))
     folder = _activations(config)
     found = [HookPoint.parse(path.name) for path in find_folders(folder)]
     if not found:
@@ -168,10 +168,10 @@ def _work_path(run: RunFolder, hookpoint: HookPoint) -> Path:
 def _stage_config(config: FitConfig, hookpoints: list[HookPoint]) -> dict[str, Any]:
     """The values that decide the SAEs, for each hook point."""
     irrelevant = {f.name for f in fields(FluxOptions)} - {"seed"} if not config.from_flux else {"device", "preset"}
-    irrelevant |= {"run", "hookpoint", "buffer_gb", "activations", "track", "push_to", "force"}
+    irrelevant |= {"run", "hookpoints", "buffer_gb", "activations", "track", "push_to", "force"}
     irrelevant |= {"log_every", "checkpoint_minutes"}
     if not config.from_flux:
-        irrelevant |= {"n_images", "tokens_per_image", "images_at_once"}
+        irrelevant |= {"images", "tokens_per_image", "images_at_once"}
     values = {name: value for name, value in asdict(config).items() if name not in irrelevant}
     own = {name: [*v] if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for name, v in values.items()}
     return {str(hookpoint): own for hookpoint in hookpoints}
@@ -279,7 +279,7 @@ def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Da
 
     folder = ShardFolder(_activations(config) / str(hookpoint))
     folder.check_complete(hookpoint=hookpoint)
-    steps = tuple(sorted(set(config.step))) or folder.manifest.steps
+    steps = tuple(sorted(set(config.steps))) or folder.manifest.steps
     source = mixing_buffer(
         folder,
         batch_size=config.batch_size,
@@ -307,13 +307,13 @@ def _from_flux(
     from train.flux_options import default_steps
 
     settings = config.settings(pipe)
-    steps = config.step or default_steps(settings)
+    steps = config.steps or default_steps(settings)
     request = build_request(
         pipe, hookpoints, steps, settings=settings, tokens_per_image=config.tokens_per_image,
         batch_size=config.images_at_once, seed=config.seed,
     )  # fmt: skip
     plan = config.build_plan(
-        config.n_images, purpose="collect", settings=settings, held_out_every=ActivationManifest.held_out_every
+        config.images, purpose="collect", settings=settings, held_out_every=ActivationManifest.held_out_every
     )
     splits = describe_splits(
         plan, shared=config.share_prompts, purpose="collect", every=ActivationManifest.held_out_every

@@ -172,12 +172,11 @@ def iter_captions(seed: int | str) -> Iterator[str]:
         yield caption_scene(sample_scene(rng), rng)
 
 
-def default_hookpoints(pipe: Any) -> list[HookPoint]:
-    """The `ff` of an early and a late double-stream block: layers 5 and 15 of FLUX.1's 19.
+def default_hookpoints(n_blocks: int) -> list[HookPoint]:
+    """The `ff` of an early and a late of `n_blocks` double-stream blocks: layers 5 and 15 of FLUX.1's 19.
 
     The miniature's bundled recipe names its own.
     """
-    n_blocks = len(pipe.transformer.transformer_blocks)
     return [HookPoint.parse(f"layer{n_blocks * block // 19}") for block in (5, 15)]
 
 

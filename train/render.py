@@ -1,7 +1,7 @@
 """Renders contact sheets, and single overlays, of the features of a run.
 
     python -m train.render --run runs/miniature --n-features 24
-    python -m train.render --run runs/miniature --hookpoint transformer_blocks.3 --features 7 12 --overlays pictures
+    python -m train.render --run runs/miniature --hookpoints transformer_blocks.3 --features 7 12 --overlays pictures
 
 Features that are named are drawn on a sheet of their own (chosen-NN.png).
 """
@@ -31,8 +31,8 @@ class RenderConfig:
 
     run: Path = Path("runs/miniature")
     """Run folder that was scored and analysed."""
-    hookpoint: str | None = None
-    """One hook point; all of the run's without it."""
+    hookpoints: tuple[str, ...] = ()
+    """Hook points; all of the run's without them."""
     features: tuple[int, ...] = ()
     """Features to show; without them the best ones by coherence and label."""
     n_features: int = 12
@@ -65,10 +65,10 @@ def main(config: RenderConfig) -> StageResult | None:
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    names = [str(h) for h in run.hookpoints()] if config.hookpoint is None else [config.hookpoint]
+    names = [*config.hookpoints] or [str(h) for h in run.hookpoints()]
     indices = [CardIndex(run, name) for name in names]
     chosen = [_chosen(index, config) for index in indices]
-    if config.features or config.hookpoint:
+    if config.features or config.hookpoints:
         _render(indices, chosen, config, name="chosen")
         return None
     return run_stage(

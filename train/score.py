@@ -1,6 +1,6 @@
 """Scores images: FLUX generates or reads them, the run's SAEs read along; S, sums, thumbnails and heatmaps are kept.
 
-    python -m train.score --run runs/miniature --n-images 1000
+    python -m train.score --run runs/miniature --images 1000
     python -m train.score --run runs/miniature --pictures photos
     torchrun --nproc-per-node 8 -m -- train.score ...
 
@@ -39,9 +39,9 @@ class ScoreConfig(FluxOptions):
     """Run folder with trained SAEs."""
     hookpoints: tuple[str, ...] = ()
     """Hook points; left out, all that have an SAE."""
-    step: int | None = None
-    """Score this step alone; left out, S is the maximum over the steps that each SAE was trained on."""
-    n_images: int = 1000
+    steps: tuple[int, ...] = ()
+    """S is the maximum over these steps; left out, over the steps that each SAE was trained on."""
+    images: int = 1000
     """Images to generate, or at most so many pictures to read."""
     batch_size: int = 8
     """Images generated together."""
@@ -102,7 +102,7 @@ def _outputs(run: RunFolder, hookpoints: list[HookPoint]) -> list[Path]:
 
 
 def _stage_config(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint]) -> dict[str, Any]:
-    names = ("step", "n_images", "batch_size", "images_per_part", "n_top", "thumbnail_side")
+    names = ("steps", "images", "batch_size", "images_per_part", "n_top", "thumbnail_side")
     digests = {str(hookpoint): _weights_digest(run, hookpoint) for hookpoint in hookpoints}
     return {**config.identity(), **{name: getattr(config, name) for name in names}, "saes": digests}
 
@@ -126,7 +126,7 @@ def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, 
     for hookpoint, sae in saes.items():
         sae.require_ground(settings_ground(pipe, settings, hookpoint), allow_mismatch=config.allow_mismatch)
     steps = {hookpoint: _steps(config, sae, sigmas) for hookpoint, sae in saes.items()}
-    plan = config.build_plan(config.n_images, purpose="score", settings=settings)
+    plan = config.build_plan(config.images, purpose="score", settings=settings)
     request = ScoreRequest(
         plan=plan,
         settings=settings,
@@ -147,7 +147,7 @@ def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, 
         all_steps = tuple(sorted({step for chosen in steps.values() for step in chosen}))
         capture = CaptureRequest(tuple(hookpoints), all_steps, settings)
         splits = describe_splits(plan, shared=config.share_prompts, purpose="score")
-        report_pictures(plan, asked=config.n_images)
+        report_pictures(plan, asked=config.images)
         save_run(run, describe_run(pipe, capture, plan, hookpoints=hookpoints, splits=splits))
         ScoreParts(run, request)
     peers.wait()
@@ -162,9 +162,10 @@ def _score(config: ScoreConfig, run: RunFolder, hookpoints: list[HookPoint], *, 
 def _steps(config: ScoreConfig, sae: SparseAutoencoder, sigmas: list[float]) -> tuple[int, ...]:
     from fluxsae.features.scoring import check_trained_step, trained_steps
 
-    if config.step is not None:
-        return (check_trained_step(sae, config.step, sigmas, allow_mismatch=config.allow_mismatch),)
-    return trained_steps(sae, sigmas)
+    if not config.steps:
+        return trained_steps(sae, sigmas)
+    asked = sorted(set(config.steps))
+    return tuple(check_trained_step(sae, step, sigmas, allow_mismatch=config.allow_mismatch) for step in asked)
 
 
 if __name__ == "__main__":

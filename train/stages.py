@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,29 @@ from typing import TYPE_CHECKING, Any
 from fluxsae.errors import FluxSaeError
 
 if TYPE_CHECKING:
-    from fluxsae.runs.folder import RunFolder
+    from fluxsae.runs.folder import RunFolder, StageRecord
     from fluxsae.sae.training.processes import Processes
 
 
 STAGES = ("collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos")
 """Every stage that `run.json` records, in order: a stage that is done again makes the later ones stale."""
+
+
+_RENAMED = {"n_images": "images", "hookpoint": "hookpoints", "step": "steps"}
+_RENAMED_IN = ("collect", "fit", "score", "render")
+
+
+def renamed(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a stage as older recipes and runs spell them, under the names of today."""
+    if stage not in _RENAMED_IN:
+        return dict(values)
+    return {_RENAMED.get(name, name): _listed(name, value) for name, value in values.items()}
+
+
+def _listed(name: str, value: Any) -> Any:
+    if name in ("hookpoint", "step") and not isinstance(value, list):
+        return [] if value is None else [value]
+    return value
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ def run_stage(
     config = json.loads(json.dumps(config, default=str))
     if peers.rank == 0:
         run.remove_leftovers()
-    record = run.load_info().stages.get(name) if run.exists() else None
+    record = _recorded(run, name, by_hookpoint=by_hookpoint)
     if record is not None and not force and all(path.exists() for path in outputs()):
         names = record.config.keys() & config.keys() if by_hookpoint else {**record.config, **config}
         differences = _differences(record.config, config, names=names)
@@ -84,6 +101,16 @@ def run_stage(
         print(f"{name}: done in {seconds:.0f} s, {megabytes:.1f} MB")
     peers.wait()
     return StageResult(name, "done", seconds, megabytes)
+
+
+def _recorded(run: RunFolder, name: str, *, by_hookpoint: bool) -> StageRecord | None:
+    record = run.load_info().stages.get(name) if run.exists() else None
+    if record is None:
+        return None
+    if not by_hookpoint:
+        return replace(record, config=renamed(name, record.config))
+    config = {place: renamed(name, own) if isinstance(own, Mapping) else own for place, own in record.config.items()}
+    return replace(record, config=config)
 
 
 _REMEDY = "Pass --force to do it again, or name another --run."

@@ -228,7 +228,7 @@ def test_render_writes_sheets_of_the_best_features_and_overlays(selected: Synthe
     sheets = [path.name for path in selected.run.sheets(HOOKPOINT) if path.name.startswith("features-")]
     assert sheets == ["features-01.png", "features-02.png"]
     chosen = train.render.RenderConfig(
-        run=selected.run.path, hookpoint=HOOKPOINT, features=(3,), overlays=tmp_path, scale="image"
+        run=selected.run.path, hookpoints=(HOOKPOINT,), features=(3,), overlays=tmp_path, scale="image"
     )
     train.render.main(chosen)
     pictures = sorted((tmp_path / HOOKPOINT).glob("feature-3-image-*.png"))

@@ -618,7 +618,7 @@ def write_collected_run(path: Path) -> Path:
 
 def test_fit_writes_an_sae_that_knows_its_ground_and_skips_what_is_complete(collected_run: Path) -> None:
     config = FitConfig(
-        run=collected_run, hookpoint=("layer3",), step=(6,), k=(3, 5), batch_size=64, epochs=3, device="cpu"
+        run=collected_run, hookpoints=("layer3",), steps=(6,), k=(3, 5), batch_size=64, epochs=3, device="cpu"
     )
     assert main(config).word == "done"
     sae = SparseAutoencoder.from_pretrained(collected_run, subfolder="sae/transformer_blocks.3.ff")
@@ -669,11 +669,11 @@ def test_fit_refuses_what_cannot_be_trained(collected_run: Path) -> None:
     with pytest.raises(FluxSaeError, match="k is 500"):
         main(replace(config, k=(500,)))
     with pytest.raises(FluxSaeError, match="13"):
-        main(replace(config, step=(13,)))
+        main(replace(config, steps=(13,)))
     with pytest.raises(FluxSaeError, match="l1 has no k"):
         main(replace(config, arch="l1", k=(5,)))
     with pytest.raises(FluxSaeError, match="collect"):
-        main(replace(config, hookpoint=("layer2",)))
+        main(replace(config, hookpoints=("layer2",)))
     with pytest.raises(FluxSaeError, match="no activations"):
         main(replace(config, run=collected_run.parent / "elsewhere"))
 

@@ -28,8 +28,8 @@ from train.pipeline import PipelineConfig, main
 from train.prompts import BUNDLED_PROMPTS
 
 OPTIONS = (
-    "collect.n_images=12", "collect.images_per_shard=5", "collect.batch_size=4", "fit.epochs=2", "fit.batch_size=64",
-    "fit.n_features=16", "fit.k=4", "score.n_images=8", "score.images_per_part=4", "score.batch_size=3",
+    "collect.images=12", "collect.images_per_shard=5", "collect.batch_size=4", "fit.epochs=2", "fit.batch_size=64",
+    "fit.n_features=16", "fit.k=4", "score.images=8", "score.images_per_part=4", "score.batch_size=3",
     "analyze.features.n_top_images=3", "render.n_features=1", "render.columns=2", "score.n_top=3",
 )  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_run_and_images_say_which_pictures_they_come_from(finished: PipelineConf
 
 
 def test_no_picture_is_in_two_splits(finished: PipelineConfig) -> None:
-    config = collecting.CollectConfig(pictures=finished.pictures, n_images=12)
+    config = collecting.CollectConfig(pictures=finished.pictures, images=12)
     settings = run_of(finished).load_info().settings
     collected = config.build_plan(12, purpose="collect", settings=settings, held_out_every=10)
     scored = config.build_plan(60, purpose="score", settings=settings)
@@ -104,7 +104,7 @@ def test_no_picture_is_in_two_splits(finished: PipelineConfig) -> None:
 
 def test_the_rows_are_those_of_a_read(finished: PipelineConfig, tiny_flux: FluxPipeline) -> None:
     run = run_of(finished)
-    config = collecting.CollectConfig(pictures=finished.pictures, n_images=12)
+    config = collecting.CollectConfig(pictures=finished.pictures, images=12)
     plan = config.build_plan(12, purpose="collect", settings=run.load_info().settings, held_out_every=10)
     assert plan.pictures is not None
     read = read_picture(
@@ -185,7 +185,7 @@ def test_what_is_scored_last_is_what_the_run_says(
     finished: PipelineConfig, tiny_flux_folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(run_of(finished).path, tmp_path / "run")
-    options = {"flux": str(tiny_flux_folder), "n_images": 3, "images_per_part": 4, "force": True}
+    options = {"flux": str(tiny_flux_folder), "images": 3, "images_per_part": 4, "force": True}
     scoring.main(scoring.ScoreConfig(run=tmp_path / "run", prompts=BUNDLED_PROMPTS, **options))
     info = RunFolder(tmp_path / "run").load_info()
     assert (info.source, info.pictures) == ("prompts", {})
@@ -203,7 +203,7 @@ def test_a_stopped_collection_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     config = collecting.CollectConfig(
         flux=str(tiny_flux_folder), run=tmp_path / "stopped", pictures=photos, hookpoints=("layer2",), steps=(1, 3),
-        n_images=12, images_per_shard=5, batch_size=4,
+        images=12, images_per_shard=5, batch_size=4,
     )  # fmt: skip
     turns = itertools.count()
 

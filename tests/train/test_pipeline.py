@@ -16,21 +16,13 @@ from fluxsae.runs.folder import RunFolder, RunInfo, StageRecord
 from fluxsae.sae.model import SparseAutoencoder
 from train import analyze, collect, score
 from train.flux_options import FluxOptions
-from train.pipeline import (
-    MINIATURE_RECIPE,
-    PIPELINE_STAGES,
-    PipelineConfig,
-    build_recipe,
-    build_stage_configs,
-    choose_stages,
-    main,
-    parse_arguments,
-)
+from train.pipeline import PipelineConfig, choose_stages, main, parse_arguments
+from train.recipes import PIPELINE_STAGES, RECIPES, build_recipe, build_stage_configs
 from train.stages import STAGES, StageResult, format_table, run_stage, start_over
 
 OPTIONS = (
-    "collect.n_images=12", "collect.images_per_shard=5", "collect.batch_size=4", "fit.epochs=2", "fit.batch_size=64",
-    "fit.n_features=48", "fit.k=4", "score.n_images=10", "score.images_per_part=4", "score.batch_size=4",
+    "collect.images=12", "collect.images_per_shard=5", "collect.batch_size=4", "fit.epochs=2", "fit.batch_size=64",
+    "fit.n_features=48", "fit.k=4", "score.images=10", "score.images_per_part=4", "score.batch_size=4",
     "analyze.features.n_top_images=3", "directions.perplexity=5",
 )  # fmt: skip
 
@@ -94,8 +86,8 @@ def test_a_second_time_everything_is_skipped_and_says_so(
 
 
 def test_other_options_for_a_complete_stage_are_refused_with_both_values(finished: PipelineConfig) -> None:
-    with pytest.raises(FluxSaeError, match=r"n_images was 10, now 11\. Pass --force"):
-        main(replace(finished, set=(*OPTIONS, "score.n_images=11"), only=("score",)))
+    with pytest.raises(FluxSaeError, match=r"images was 10, now 11\. Pass --force"):
+        main(replace(finished, set=(*OPTIONS, "score.images=11"), only=("score",)))
 
 
 def test_a_stage_done_again_makes_the_later_ones_run_again(finished: PipelineConfig) -> None:
@@ -108,7 +100,7 @@ def test_a_stage_done_again_makes_the_later_ones_run_again(finished: PipelineCon
 def test_the_saved_run_toml_gives_the_same_run(finished: PipelineConfig) -> None:
     assert finished.run is not None
     path = RunFolder(finished.run).toml_path
-    again = PipelineConfig.from_file(path, run=finished.run)
+    again = PipelineConfig.from_recipe(str(path), run=finished.run)
     assert set(words(main(again)).values()) == {"skipped"}
     assert tomllib.loads(path.read_text())["fit"]["k"] == 4
 
@@ -140,7 +132,7 @@ def test_scoring_with_an_sae_of_another_size_is_refused(finished: PipelineConfig
 
 def test_one_step_alone_can_be_scored_where_the_sae_was_trained(finished: PipelineConfig) -> None:
     with pytest.raises(FluxSaeError, match="steps go from 0 to 3"):
-        main(replace(finished, set=(*OPTIONS, "score.step=9"), only=("score",), force=True))
+        main(replace(finished, set=(*OPTIONS, "score.steps=9"), only=("score",), force=True))
 
 
 # Options
@@ -149,13 +141,13 @@ def test_one_step_alone_can_be_scored_where_the_sae_was_trained(finished: Pipeli
 def test_flags_override_the_file_and_set_overrides_its_tables(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('[flux]\nflux = "a/b"\nseed = 5\n[pipeline]\nsteps = [1]\n[fit]\nk = 8\nepochs = 3\n')
-    config = parse_arguments(["--config", str(path), "--seed", "0", "--set", "fit.k=16", "score.step=3"])
+    config = parse_arguments(["--recipe", str(path), "--seed", "0", "--set", "fit.k=16", "score.steps=3"])
     assert (config.flux, config.seed, config.steps) == ("a/b", 0, (1,))
     recipe = build_recipe(config)
     (fit,) = build_stage_configs("fit", recipe, RunFolder("r"))
     assert (fit.k, fit.epochs, fit.seed, fit.flux) == ((16,), 3, 0, "a/b")
     assert build_stage_configs("collect", recipe, RunFolder("r"))[0].steps == (1,)
-    assert build_stage_configs("score", recipe, RunFolder("r"))[0].step == 3
+    assert build_stage_configs("score", recipe, RunFolder("r"))[0].steps == (3,)
 
 
 def test_hook_points_may_have_saes_of_their_own(finished: PipelineConfig, tmp_path: Path) -> None:
@@ -165,10 +157,10 @@ def test_hook_points_may_have_saes_of_their_own(finished: PipelineConfig, tmp_pa
         shutil.copy(finished.run / name, tmp_path / "run")
     (tmp_path / "own.toml").write_text(
         '[pipeline]\nhookpoints = ["layer0", "layer2"]\n'
-        '[[fit]]\nhookpoint = ["layer0"]\narch = "batchtopk"\n[[fit]]\nhookpoint = ["layer2"]\narch = "topk"\n'
+        '[[fit]]\nhookpoints = ["layer0"]\narch = "batchtopk"\n[[fit]]\nhookpoints = ["layer2"]\narch = "topk"\n'
     )
-    config = PipelineConfig.from_file(
-        tmp_path / "own.toml", flux=finished.flux, prompts=finished.prompts, steps=finished.steps,
+    config = PipelineConfig.from_recipe(
+        str(tmp_path / "own.toml"), flux=finished.flux, prompts=finished.prompts, steps=finished.steps,
         set=OPTIONS, run=tmp_path / "run", only=("fit",),
     )  # fmt: skip
     assert [(result.name, result.word) for result in main(config)] == [("fit", "done")] * 2
@@ -179,27 +171,69 @@ def test_hook_points_may_have_saes_of_their_own(finished: PipelineConfig, tmp_pa
     assert set(record.config) == {"transformer_blocks.0.ff", "transformer_blocks.2.ff"}
     recipe = build_recipe(config)
     (tmp_path / "again.toml").write_text(recipe.to_toml())
-    again = build_recipe(PipelineConfig.from_file(tmp_path / "again.toml"))
+    again = build_recipe(PipelineConfig.from_recipe(str(tmp_path / "again.toml")))
     assert list(again.stages["fit"]) == list(recipe.stages["fit"])
 
 
-def test_the_bundled_recipe_is_valid() -> None:
-    config = parse_arguments(["--flux", "miniature"])
-    recipe = build_recipe(config)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_bundled_recipe_is_valid(name: str) -> None:
+    recipe = build_recipe(parse_arguments(["--recipe", name]))
     for stage in PIPELINE_STAGES:
         build_stage_configs(stage, recipe, RunFolder("r"))
-    assert PipelineConfig.from_file(MINIATURE_RECIPE).flux == "miniature"
     (collected,) = build_stage_configs("collect", recipe, RunFolder("r"))
-    fitted = [place for fit in build_stage_configs("fit", recipe, RunFolder("r")) for place in fit.hookpoint]
-    assert list(collected.hookpoints) == fitted
+    fitted = [place for fit in build_stage_configs("fit", recipe, RunFolder("r")) for place in fit.hookpoints]
+    assert fitted in ([], list(collected.hookpoints))
+
+
+def test_the_miniature_s_recipe_is_taken_without_asking() -> None:
+    asked, unasked = (build_recipe(parse_arguments(words)) for words in (["--recipe", "miniature"], []))
+    assert asked == unasked
+
+
+def test_an_unknown_recipe_is_refused_with_the_bundled_ones() -> None:
+    with pytest.raises(
+        FluxSaeError, match=r"no recipe flux-def. Bundled are flux-dev-evening, flux-dev, flux-schnell, mini"
+    ):
+        parse_arguments(["--recipe", "flux-def"])
+
+
+def test_a_recipe_of_before_opens_under_the_names_of_today(tmp_path: Path) -> None:
+    path = tmp_path / "old.toml"
+    path.write_text(
+        '[pipeline]\nhookpoints = ["layer0"]\n[collect]\nn_images = 7\n[[fit]]\nhookpoint = "layer0"\nstep = [1]\n'
+        '[score]\nstep = 3\nn_images = 5\n[render]\nhookpoint = "layer0"\n'
+    )
+    recipe = build_recipe(parse_arguments(["--recipe", str(path)]))
+    (collected,), (fitted,), (scored,), (rendered,) = (
+        build_stage_configs(stage, recipe, RunFolder("r")) for stage in ("collect", "fit", "score", "render")
+    )
+    assert (collected.images, scored.images, scored.steps) == (7, 5, (3,))
+    assert (fitted.hookpoints, fitted.steps, rendered.hookpoints) == (("layer0",), (1,), ("layer0",))
+    assert "n_images" not in recipe.to_toml()
+
+
+def test_a_stage_that_was_recorded_under_older_names_is_still_complete(
+    finished: PipelineConfig, tmp_path: Path
+) -> None:
+    assert finished.run is not None
+    shutil.copytree(finished.run, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    values = json.loads(run.info_path.read_text())
+    score_record = values["stages"]["score"]["config"]
+    score_record["n_images"], score_record["step"] = score_record.pop("images"), None
+    del score_record["steps"]
+    for own in values["stages"]["fit"]["config"].values():
+        own["step"] = own.pop("steps")
+    run.info_path.write_text(json.dumps(values))
+    assert set(words(main(replace(finished, run=run.path))).values()) == {"skipped"}
 
 
 @pytest.mark.parametrize(
     ("text", "flags"),
     [
-        ('[[fit]]\nhookpoint = ["layer0"]\n[[fit]]\nk = 4\n', ()),
-        ('[[fit]]\nhookpoint = ["layer0"]\n[[fit]]\nhookpoint = ["layer0", "layer2"]\n', ()),
-        ('[[fit]]\nhookpoint = ["layer0"]\n[[fit]]\nhookpoint = ["layer2"]\n', ("--hookpoints", "layer0", "layer1")),
+        ('[[fit]]\nhookpoints = ["layer0"]\n[[fit]]\nk = 4\n', ()),
+        ('[[fit]]\nhookpoints = ["layer0"]\n[[fit]]\nhookpoints = ["layer0", "layer2"]\n', ()),
+        ('[[fit]]\nhookpoints = ["layer0"]\n[[fit]]\nhookpoints = ["layer2"]\n', ("--hookpoints", "layer0", "layer1")),
     ],
 )
 def test_fits_that_do_not_share_out_the_hook_points_are_refused(
@@ -207,14 +241,14 @@ def test_fits_that_do_not_share_out_the_hook_points_are_refused(
 ) -> None:
     path = tmp_path / "run.toml"
     path.write_text('[pipeline]\nhookpoints = ["layer0", "layer2"]\n' + text)
-    config = parse_arguments(["--config", str(path), "--run", str(tmp_path / "run"), *flags])
+    config = parse_arguments(["--recipe", str(path), "--run", str(tmp_path / "run"), *flags])
     with pytest.raises(FluxSaeError, match="share out the hook points"):
         main(config)
     assert not (tmp_path / "run").exists()
 
 
 def test_other_hook_points_than_the_bundled_recipe_s_need_a_recipe_of_their_own(tmp_path: Path) -> None:
-    with pytest.raises(FluxSaeError, match=r"hook points are transformer_blocks\.2\.ff.*a --config of your own"):
+    with pytest.raises(FluxSaeError, match=r"hook points are transformer_blocks\.2\.ff.*a --recipe of your own"):
         main(parse_arguments(["--flux", "miniature", "--run", str(tmp_path / "run"), "--hookpoints", "layer2"]))
 
 
@@ -261,7 +295,7 @@ def test_wrong_options_are_refused_before_anything_runs(assignment: str, message
 def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(text)
     with pytest.raises(FluxSaeError, match=message):
-        PipelineConfig.from_file(tmp_path / "run.toml")
+        PipelineConfig.from_recipe(str(tmp_path / "run.toml"))
 
 
 def test_from_and_only_choose_the_stages() -> None:
@@ -293,7 +327,7 @@ def test_a_run_of_another_flux_is_not_written_into(tiny_flux_folder: Path, promp
     with pytest.raises(
         FluxSaeError, match=r"is a run of something else: FLUX is tiny-flux .*, not other \(weights unknown\)"
     ):
-        collect.main(collect.CollectConfig(flux=str(tiny_flux_folder), run=tmp_path, prompts=prompts, n_images=2))
+        collect.main(collect.CollectConfig(flux=str(tiny_flux_folder), run=tmp_path, prompts=prompts, images=2))
 
 
 def test_a_cached_flux_is_refused_unless_asked_for(tiny_flux_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

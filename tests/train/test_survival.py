@@ -24,7 +24,7 @@ _FORKS.set_forkserver_preload(["train.collect", "train.fit", "train.score", "flu
 def _collect(values: dict[str, Any]) -> None:
     from train import collect
 
-    options = {"n_images": 40, "images_per_shard": 4, "batch_size": 4, "steps": (1, 3)}
+    options = {"images": 40, "images_per_shard": 4, "batch_size": 4, "steps": (1, 3)}
     collect.main(collect.CollectConfig(**values, **options))
 
 
@@ -39,7 +39,7 @@ def _fit(values: dict[str, Any]) -> None:
 def _score(values: dict[str, Any]) -> None:
     from train import score
 
-    score.main(score.ScoreConfig(**values, n_images=40, images_per_part=4, batch_size=4, n_top=3))
+    score.main(score.ScoreConfig(**values, images=40, images_per_part=4, batch_size=4, n_top=3))
 
 
 STAGES: dict[str, Callable[[dict[str, Any]], None]] = {"collect": _collect, "fit": _fit, "score": _score}

@@ -42,14 +42,14 @@ def test_two_processes_collect_and_score_the_bytes_of_one(tiny_flux_folder: Path
     flux = ("--flux", tiny_flux_folder, "--prompts", prompts, "--device", "cpu", "--batch-size", 2)
     one, two = tmp_path / "one", tmp_path / "two"
     for run, processes in ((one, 1), (two, 2)):
-        options = ("--n-images", 14, "--images-per-shard", 3, "--steps", 1, 3)
+        options = ("--images", 14, "--images-per-shard", 3, "--steps", 1, 3)
         finish("collect", "--run", run, *flux, *options, processes=processes)
     assert contents(one) == contents(two)
     finish("fit", "--run", one, "--k", 4, "--epochs", 2, "--batch-size", 64, "--device", "cpu", processes=1)
     shutil.rmtree(two)
     shutil.copytree(one, two)
     for run, processes in ((one, 1), (two, 2)):
-        options = ("--n-images", 14, "--images-per-part", 3, "--n-top", 3)
+        options = ("--images", 14, "--images-per-part", 3, "--n-top", 3)
         finish("score", "--run", run, *flux, *options, processes=processes)
     assert contents(one) == contents(two)
     assert RunFolder(two).images_path.is_file()

@@ -66,7 +66,7 @@ def _parts(config: RehearsalConfig, folder: Path) -> Parts:
     flux, run, scale = folder / "flux", RunFolder(folder / "run"), SCALES[config.model]
     place = ("--run", run.path)
     opened = (*place, "--flux", flux)
-    images = ("--n-images", config.n_images, "--batch-size", 4)
+    images = ("--images", config.n_images, "--batch-size", 4)
     fit = ("--n-features", scale.n_features, "--k", scale.k, "--batch-size", 512, "--epochs", 4)
     programs: dict[str, tuple[str, tuple[object, ...]]] = {
         "build": ("train.benchmarks.rehearsal.models", ("--out", flux, "--model", config.model)),
