@@ -1,7 +1,7 @@
 """Embeds the scored images of a run with CLIP.
 
-python -m train.embed --run runs/miniature
-python -m train.embed --run runs/dev --model ViT-L-14/laion2b_s32b_b82k
+    python -m train.embed --run runs/miniature
+    python -m train.embed --run runs/dev --model ViT-L-14/laion2b_s32b_b82k
 
 Without --model, the CLIP that fits the run's images is taken.
 """

@@ -1,7 +1,8 @@
 """Why a feature fires: the share that each word of the prompt and each earlier feature has in it, at one step."""
 
+import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,12 +146,15 @@ def explain(
     settings: GenerationSettings | None = None,
     limit: int = 8,
     allow_mismatch: Collection[Mismatch] = (),
+    on_pass: Callable[[int, int], None] | None = None,
 ) -> Explanation:
     """The words and earlier features that drive a feature at one step of the image of (prompt, seed).
 
     Effects are predicted by gradient times activation, with each SAE's reconstruction error kept in place. Then every
     content word, and the `limit` features that are predicted to matter most, are really taken away for this one
     step, one at a time, and the change is measured. A word is taken away by encoding the prompt without it.
+
+    `on_pass(n, total)` is called after each pass, counted from 0, of `total` at most; it may raise to cancel.
 
     The gradient's memory grows with the blocks up to the target: about 0.9 GB a block for FLUX.1-dev at 1024 px.
 
@@ -161,13 +165,21 @@ def explain(
     saes = {HookPoint.parse(place): sae for place, sae in saes.items()}
     _check_target(pipe, saes, target, settings, limit=limit, allow_mismatch=allow_mismatch)
     words = content_words(prompt)
-    snapshot = denoise_to(pipe, prompt, seeds=seed, settings=settings, step=target.step)
+    room = _trials_at_once(pipe, settings)
+    passes = _PassCounter(on_pass, target.step + 1 + len(words) + math.ceil((len(words) + 1 + limit) / room))
+    snapshot = denoise_to(
+        pipe, prompt, seeds=seed, settings=settings, step=target.step, on_step=lambda step, n_steps: passes.tell()
+    )
     whole = _DifferentiatedPass(pipe, saes, target, snapshot)
+    passes.tell()
     without = [_without(pipe, prompt, word, settings) for word in words]
     alone = {target.hookpoint: saes[target.hookpoint]}
-    other_ends = [_DifferentiatedPass(pipe, alone, target, snapshot, text=gone) for gone in without]
+    other_ends = []
+    for gone in without:
+        other_ends.append(_DifferentiatedPass(pipe, alone, target, snapshot, text=gone))
+        passes.tell()
     features = whole.strongest_features(limit)
-    trials = _Trials(pipe, saes, target, snapshot, allow_mismatch=allow_mismatch)
+    trials = _Trials(pipe, saes, target, snapshot, allow_mismatch=allow_mismatch, passes=passes)
     empty = embed_prompts(pipe, [" "], settings)
     measured = trials.measure(
         [*((each, None) for each in without), (empty, None), *((None, source) for source in features)],
@@ -256,6 +268,24 @@ def _token_span(tokenizer: Any, prompt: str, word: Word) -> tuple[int, int]:
 
 def _count(tokenizer: Any, prompt: str) -> int:
     return len(tokenizer(prompt)["input_ids"])
+
+
+def _trials_at_once(pipe: FluxPipeline, settings: GenerationSettings) -> int:
+    """Trials of one batch, beside the whole image."""
+    return max(2, batch_within_memory(pipe, settings)) - 1
+
+
+class _PassCounter:
+    """Tells of every pass that is done."""
+
+    def __init__(self, on_pass: Callable[[int, int], None] | None, total: int) -> None:
+        self._on_pass, self._total, self._done = on_pass, total, 0
+
+    def tell(self) -> None:
+        """One more is done."""
+        if self._on_pass is not None:
+            self._on_pass(self._done, self._total)
+        self._done += 1
 
 
 class _DifferentiatedPass:
@@ -362,8 +392,10 @@ class _Trials:
         snapshot: Snapshot,
         *,
         allow_mismatch: Collection[Mismatch],
+        passes: _PassCounter,
     ) -> None:
         self._pipe, self._saes, self._target, self._snapshot = pipe, saes, target, snapshot
+        self._passes = passes
         self._allow_mismatch = allow_mismatch
         self.baseline = float("nan")
 
@@ -374,13 +406,13 @@ class _Trials:
         watched: Sequence[tuple[HookPoint, int]],
     ) -> list[_Trial]:
         """What the drive loses, and which share of the watched features' summed acts, in each trial."""
-        room = max(2, batch_within_memory(self._pipe, self._snapshot.settings)) - 1
-        size = min(room, len(trials))
+        size = min(_trials_at_once(self._pipe, self._snapshot.settings), len(trials))
         found: list[_Trial] = []
         for start in range(0, len(trials), size):
             batch = list(trials[start : start + size])
             padded = [(None, None), *batch, *[(None, None)] * (size - len(batch))]
             found += self._measure_batch(padded, watched)[: len(batch)]
+            self._passes.tell()
         return found
 
     @torch.no_grad()

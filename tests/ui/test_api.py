@@ -18,7 +18,9 @@ from fluxsae.runs.folder import RunFolder
 from fluxsae.steering.edits import Recipe, SteeringEdit
 from fluxsae.ui.kit.snippets import tool_name
 
-ENDPOINTS = {"/heatmap", "/features_at", "/search_features", "/feature", "/directions", "/steer", "/sweep"}
+ENDPOINTS = {
+    "/heatmap", "/features_at", "/explain", "/search_features", "/feature", "/directions", "/steer", "/sweep",
+}  # fmt: skip
 PROMPT = "a large red circle on a black background"
 REFUSALS = (ValidationError, AppError)
 
@@ -77,6 +79,7 @@ def test_an_argument_is_called_required_where_a_call_without_it_is_refused(clien
     assert required == {
         "/heatmap": {"prompt"},
         "/features_at": {"prompt", "row", "column"},
+        "/explain": {"prompt", "feature"},
         "/search_features": set(),
         "/feature": {"feature"},
         "/directions": {"feature"},
@@ -117,6 +120,20 @@ def test_features_at_a_patch_are_features_of_the_image(client: Client) -> None:
     assert features
     everything = {feature["feature"] for feature in client.predict(prompt=PROMPT, limit=100, api_name="/heatmap")[1]}
     assert {feature["feature"] for feature in features[:3]} <= everything
+
+
+def test_explain_gives_words_and_named_earlier_features_by_effect(client: Client, place: str) -> None:
+    features = client.predict(prompt=PROMPT, limit=20, api_name="/heatmap")[1]
+    red = next(feature["feature"] for feature in features if feature["label"] == "red")
+    found = client.predict(prompt=PROMPT, feature=red, limit=3, api_name="/explain")
+    assert (found["hookpoint"], found["feature"], found["label"], found["row"]) == (place, red, "red", None)
+    shares = {word["word"]: word["share"] for word in found["words"]}
+    assert next(iter(shares)) == "red"
+    assert shares["red"] == pytest.approx(found["words"][0]["measured"] / found["drive"])
+    assert len(found["features"]) == 3
+    assert all(each["hookpoint"] != place and "label" in each for each in found["features"])
+    at_patch = client.predict(prompt=PROMPT, feature=red, step=6, row=4, column=4, limit=1, api_name="/explain")
+    assert (at_patch["step"], at_patch["row"], at_patch["column"]) == (6, 4, 4)
 
 
 def test_search_finds_by_number_label_and_words(client: Client, place: str, best: dict[str, Any]) -> None:
@@ -188,6 +205,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("/heatmap", {"prompt": PROMPT, "step": 99}, "step is 99; give a whole number from 0 to"),
     ("/features_at", {"prompt": PROMPT, "row": 8, "column": 0}, "row is 8; give a whole number from 0 to 7"),
     ("/features_at", {"prompt": PROMPT, "row": None, "column": 0}, "row is None"),
+    ("/explain", {"prompt": PROMPT, "feature": 1, "row": 3}, "row is 3 and column is None; give both"),
+    ("/explain", {"prompt": PROMPT, "feature": 10**9}, "feature is 1000000000; give a whole number"),
     ("/search_features", {"query": "x" * 500}, "query has 500 characters"),
     ("/feature", {"feature": -3}, "feature is -3; give a whole number from 0 to"),
     ("/feature", {"feature": "../../run.json"}, "feature is '../../run.json'"),

@@ -13,6 +13,7 @@ from fluxsae.ui.serve.arguments import Limits
 from fluxsae.ui.serve.guard import validator
 from fluxsae.ui.serve.schemas import (
     DirectionsRequest,
+    ExplainRequest,
     FeatureRequest,
     FeaturesAtRequest,
     HeatmapRequest,
@@ -38,6 +39,9 @@ SWEEP = {
 }  # fmt: skip
 
 
+EXPLAIN = {**HEATMAP, "feature": 3, "row": None, "column": None}
+
+
 GOOD: list[tuple[type[Request], dict[str, Any]]] = [
     (HeatmapRequest, HEATMAP),
     (FeaturesAtRequest, {**HEATMAP, "row": 15, "column": 0}),
@@ -46,6 +50,8 @@ GOOD: list[tuple[type[Request], dict[str, Any]]] = [
     (DirectionsRequest, {"hookpoint": EARLY, "feature": 63, "n_neighbours": 12}),
     (SteerRequest, {"prompt": "a circle", "edits": [EDIT], "seed": 0, "num_inference_steps": 20}),
     (SweepRequest, SWEEP),
+    (ExplainRequest, EXPLAIN),
+    (ExplainRequest, {**EXPLAIN, "row": 0, "column": 15, "step": 3}),
 ]
 
 
@@ -110,6 +116,11 @@ def test_a_refusal_names_field_value_and_allowed_range(field: str, value: Any, w
         (SteerRequest, {**GOOD[5][1], "edits": [{**EDIT, "feature": 128}]}, "edits[0].feature is 128"),
         (SteerRequest, {**GOOD[5][1], "edits": [{**EDIT, "hookpoint": "layer2"}]}, "edits[0].hookpoint is"),
         (SteerRequest, {**GOOD[5][1], "edits": [EDIT] * 1000}, "1000 edits"),
+        (ExplainRequest, {**EXPLAIN, "row": 3}, "row is 3 and column is None; give both for one patch, or neither"),
+        (ExplainRequest, {**EXPLAIN, "column": 3}, "row is None and column is 3; give both"),
+        (ExplainRequest, {**EXPLAIN, "row": 16, "column": 3}, "row is 16; give a whole number from 0 to 15, or null"),
+        (ExplainRequest, {**EXPLAIN, "limit": 33}, "limit is 33; give a whole number from 1 to 32"),
+        (ExplainRequest, {**EXPLAIN, "step": 20}, "step is 20; give a whole number from 0 to 19, or null"),
         (HeatmapRequest, {**HEATMAP, "surprise": 1}, "surprise is not an argument of this endpoint"),
     ],
 )

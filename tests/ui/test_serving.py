@@ -113,13 +113,46 @@ def test_the_cache_keeps_the_latest_within_its_bound() -> None:
 def test_visitors_share_flux_and_the_share_comes_back() -> None:
     now = [0.0]
     limits = VisitorLimits(2, clock=lambda: now[0])
-    limits.take("ann")
-    limits.take("ann")
+    limits.take("ann", 2)
     limits.take("bob")
+    limits.check("bob")
     with pytest.raises(FluxSaeError, match="You can continue in 600 s"):
-        limits.take("ann")
+        limits.check("ann")
     now[0] = WINDOW + 1
-    limits.take("ann")
+    limits.check("ann")
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A job of some passes, refused where it says so."""
+
+    n_passes: int
+    n_pictures: int = 0
+    refusal: str = ""
+
+    @property
+    def n_bytes(self) -> int:
+        return 1
+
+    def run(self, bench: Any, on_step: Callable[[int, int], None]) -> "Sized":
+        if self.refusal:
+            raise FluxSaeError(self.refusal)
+        return self
+
+
+def test_what_is_made_counts_by_its_passes_and_what_is_kept_or_refused_does_not(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "visitors", VisitorLimits(4))
+    steps = bench.limits.default_steps
+    with pytest.raises(FluxSaeError, match="no such step"):
+        list(bench.cached(Sized(100 * steps, refusal="no such step")))
+    for _ in range(3):
+        list(bench.cached(Sized(3 * steps)))  # counts as three images, once
+    list(bench.cached(Sized(1)))
+    with pytest.raises(FluxSaeError, match="You made 4 images in ten minutes"):
+        list(bench.cached(Sized(2)))
+    assert list(bench.cached(Sized(1))) == [Done(Sized(1))]
 
 
 def test_the_miniatures_words_are_told_and_anothers_are_not(bench: Workbench, tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from fluxsae.steering.edits import SteeringEdit
 from fluxsae.ui.serve import session, zero
 from fluxsae.ui.serve.guard import guarded
 from fluxsae.ui.serve.lane import Done, StepDone
-from fluxsae.ui.serve.schemas import DirectionsRequest
+from fluxsae.ui.serve.schemas import DirectionsRequest, ExplainRequest
 from fluxsae.ui.serve.session import ReadJob, Workbench
 from fluxsae.ui.tabs.directions.desk import DirectionsDesk
+from fluxsae.ui.tabs.heatmap.why import ExplainJob
 from fluxsae.ui.tabs.steer.job import SteerJob
 from fluxsae.ui.tabs.steer.swap import SwapJob
 
@@ -132,6 +133,16 @@ def test_an_image_is_made_in_another_process_and_is_the_one_of_this_process(benc
     assert found.image.tobytes() == expected.image.tobytes()
     for name, maps in expected.maps.items():
         np.testing.assert_array_equal(found.maps[name].values, maps.values)
+
+
+def test_an_explanation_is_made_in_another_process_and_is_the_one_of_this_process(bench: Workbench) -> None:
+    request = ExplainRequest.parse(bench.limits, prompt=PROMPT, feature=504, limit=2)
+    plain, job = Workbench(RunFolder(miniature_path("run")), source="embedded"), ExplainJob(request)
+    passes: list[tuple[int, int]] = []
+    expected, found = job.run(plain, lambda *of: passes.append(of)), value(bench, job)
+    assert found.explanation.to_dict() == expected.explanation.to_dict()
+    assert [n for n, _ in passes] == list(range(passes[0][1]))
+    assert b"torch" not in pickle.dumps(found), "results hold no tensors"
 
 
 def test_a_refusal_keeps_its_words(bench: Workbench) -> None:

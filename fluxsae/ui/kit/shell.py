@@ -13,7 +13,6 @@ from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.guard import guarded
 from fluxsae.ui.serve.lane import Done, StepDone
 from fluxsae.ui.serve.schemas import Request
-from fluxsae.ui.serve.visitors import VisitorLimits
 
 IDLE: Final[Mapping[str, Any]] = {"state": "idle"}
 QUIET: Final[Mapping[str, Any]] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -47,15 +46,13 @@ def with_progress(events: Iterable[StepDone | Done[Any]], *, makes: str, n: int 
             yield IDLE, *(event.value if n > 1 else (event.value,))
 
 
-def making(
-    ask: Callable[..., Iterable[Any]], visitors: VisitorLimits, *, makes: str, n: int = 1
-) -> Callable[..., Iterator[tuple[Any, ...]]]:
-    """What FLUX makes when the page asks: guarded, counted against the visitor's share, with progress."""
+def making(ask: Callable[..., Iterable[Any]], *, makes: str, n: int = 1) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    """What FLUX makes when the page asks: guarded, with progress."""
 
     def make(*values: Any) -> Iterator[tuple[Any, ...]]:
         yield from with_progress(ask(*values), makes=makes, n=n)
 
-    return guarded(make, visitors)
+    return guarded(make)
 
 
 def end_at_idle(running: Any, status: gr.HTML) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo, WithJsonSchema
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
@@ -22,6 +22,7 @@ MAX_JSON_CHARACTERS = 400_000
 MAX_SEED = 2**32 - 1
 MAX_RESULTS = 100
 MAX_STRENGTHS = 9
+MAX_TRIED = 32
 WHOLE_NUMBERS = {"type": "array", "items": {"type": "integer"}}
 WINDOW: tuple[list[Any], str] = (
     [WHOLE_NUMBERS, "null"],
@@ -196,6 +197,13 @@ def _check_strengths(value: Any, info: ValidationInfo) -> tuple[float, ...]:
     return tuple(float(strength) for strength in strengths)
 
 
+def _check_pair(column: int | None, info: ValidationInfo) -> int | None:
+    row = info.data.get("row", column)  # a row that was refused is told by itself
+    if (row is None) != (column is None):
+        raise ValueError(f"row is {row} and column is {column}; give both for one patch, or neither.")
+    return column
+
+
 def _check_mode(value: Any, info: ValidationInfo) -> str:
     if not isinstance(value, str) or value not in MODES:
         raise _refuse(info, value, f"one of {', '.join(MODES)}")
@@ -274,6 +282,16 @@ Step = Annotated[
     _whole(0, lambda info: info.data.get("num_inference_steps", 1) - 1, optional=True),
     _schema(["integer", "null"], "Denoising step to look at, from 0; null: the steps the SAE was trained on."),
 ]
+OneStep = Annotated[
+    int | None,
+    _whole(0, lambda info: info.data.get("num_inference_steps", 1) - 1, optional=True),
+    _schema(["integer", "null"], "Denoising step to explain, from 0; null: the first that the SAE was trained on."),
+]
+TriedFeatures = Annotated[
+    int,
+    _whole(1, lambda info: MAX_TRIED),
+    _schema("integer", f"How many earlier features are taken away and measured, 1 to {MAX_TRIED}."),
+]
 Limit = Annotated[
     int, _whole(1, lambda info: MAX_RESULTS), _schema("integer", f"How many results, 1 to {MAX_RESULTS}.")
 ]
@@ -287,6 +305,17 @@ Row = Annotated[
 ]
 Column = Annotated[
     int, _whole(0, lambda info: _limits(info).cols - 1), _schema("integer", "Column of the patch, from the left.")
+]
+PatchRow = Annotated[
+    int | None,
+    _whole(0, lambda info: _limits(info).rows - 1, optional=True),
+    _schema(["integer", "null"], "Row of one patch, from the top, from 0; null, as the column: the whole image."),
+]
+PatchColumn = Annotated[
+    int | None,
+    _whole(0, lambda info: _limits(info).cols - 1, optional=True),
+    AfterValidator(_check_pair),
+    _schema(["integer", "null"], "Column of that patch, from the left, from 0; null, as the row: the whole image."),
 ]
 Mode = Annotated[str, BeforeValidator(_check_mode), _schema("string", f"How to edit: {', '.join(MODES)}.")]
 Strengths = Annotated[

@@ -51,7 +51,7 @@ def add_endpoint(schema: type[Request], answer: Callable[[Any], Any], bench: Wor
     arguments = endpoint_arguments(schema, bench)
     gr.on(
         triggers=[],
-        fn=guarded(_handler(schema, answer, bench, signature), bench.visitors if uses_flux else None),
+        fn=guarded(_handler(schema, answer, bench, signature)),
         inputs=[
             Api(None if parameter.default is ... else parameter.default, arguments[name], name)
             for name, parameter in signature.parameters.items()

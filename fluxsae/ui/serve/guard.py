@@ -15,9 +15,13 @@ from gradio.context import LocalContext
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.serve.arguments import Limits
 from fluxsae.ui.serve.schemas import Request, RequestError
-from fluxsae.ui.serve.visitors import VisitorLimits
 
 log = logging.getLogger("fluxsae.app")
+
+
+def current_visitor() -> str:
+    """Who made the request that is being answered."""
+    return visitor_of(LocalContext.request.get(None))
 
 
 def visitor_of(request: gr.Request | None) -> str:
@@ -46,18 +50,13 @@ def _gradio_error(text: str, *, title: str) -> BaseException:
     return error
 
 
-def guarded(handler: Callable[..., Any], visitors: VisitorLimits | None = None) -> Callable[..., Any]:
-    """The handler, with every exception turned into what a visitor may see. Generators stay generators.
-
-    With `visitors` each call counts against the visitor's share of FLUX.
-    """
+def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """The handler, with every exception turned into what a visitor may see. Generators stay generators."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
         def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
             try:
-                if visitors is not None:
-                    visitors.take(visitor_of(LocalContext.request.get(None)))
                 yield from handler(*args, **kwargs)
             except Exception as error:
                 raise as_gradio_error(error) from error

@@ -23,6 +23,9 @@ from fluxsae.ui.serve.arguments import (
     Limits,
     Mode,
     OfRun,
+    OneStep,
+    PatchColumn,
+    PatchRow,
     Prompt,
     Query,
     RegionField,
@@ -31,6 +34,7 @@ from fluxsae.ui.serve.arguments import (
     Step,
     Steps,
     Strengths,
+    TriedFeatures,
     Window,
     shortened,
 )
@@ -166,6 +170,30 @@ class FeaturesAtRequest(PictureRequest):
     row: Row
     column: Column
     limit: Limit = 8
+
+
+class ExplainRequest(PictureRequest):
+    """Measures which words of the prompt and which earlier features make a feature fire, at one step."""
+
+    endpoint = "explain"
+    results = (
+        Result(
+            "explanation",
+            "json",
+            "Words and earlier features by effect, as shares of the feature's drive: each was taken away for this step "
+            "alone, and the drive measured anew. The drive is the pre-activation at the patch, or the sum of the "
+            "positive ones over the image.",
+        ),
+    )
+    prompt: Prompt
+    hookpoint: HookPointPath = RUN_HOOKPOINT
+    feature: Feature
+    seed: Seed = 0
+    num_inference_steps: Steps = RUN_STEPS
+    step: OneStep = None
+    row: PatchRow = None
+    column: PatchColumn = None
+    limit: TriedFeatures = 8
 
 
 class SearchRequest(Request):

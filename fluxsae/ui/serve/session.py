@@ -24,7 +24,8 @@ from fluxsae.runs.folder import RunFolder, library_versions
 from fluxsae.runs.tables import ImageTable
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.ui.serve.arguments import Limits
-from fluxsae.ui.serve.lane import Done, FluxLane, OnStep, StepDone
+from fluxsae.ui.serve.guard import current_visitor
+from fluxsae.ui.serve.lane import Done, FluxLane, Job, OnStep, StepDone
 from fluxsae.ui.serve.reading import Reading, read_image
 from fluxsae.ui.serve.visitors import VisitorLimits
 
@@ -252,15 +253,28 @@ class Workbench:
         return found
 
     def cached(self, job: Any) -> Iterator[StepDone | Done[Any]]:
-        """The steps and result of a job (hashable data), or only its result where that is still kept."""
+        """The steps and result of a job (hashable data), or only its result where that is still kept.
+
+        What is made counts against the visitor's share, from its first step on: nothing that is kept or refused does.
+        """
         found = self.cache.get(job)
         if found is not None:
             yield Done(found)
             return
+        visitor = current_visitor()
+        self.visitors.check(visitor)
+        is_counted = False
         for event in self.lane.stream(job, self):
+            if not is_counted:
+                self.visitors.take(visitor, self.images_of(job))
+                is_counted = True
             if isinstance(event, Done):
                 self.cache.put(job, event.value, n_bytes=event.value.n_bytes)
             yield event
+
+    def images_of(self, job: Job) -> int:
+        """How many images a job counts as: those it makes, or as many as its passes would make if those are more."""
+        return max(1, job.n_pictures, round(job.n_passes / self.limits.default_steps))
 
     def load_models(self) -> None:
         """FLUX and the autoencoders, ready to use."""

@@ -38,25 +38,33 @@ class VisitorLimits:
             raise FluxSaeError(f"FLUXSAE_VISITOR_LIMIT is {text!r}; give a whole number, 0 for no limit.")
         return cls(int(text))
 
-    def take(self, visitor: str) -> None:
-        """Counts one generation of a visitor.
+    def check(self, visitor: str) -> None:
+        """Refuses a visitor who has used up the share.
 
         Raises:
-            FluxSaeError: the visitor has used up the share; the message says when it goes on.
+            FluxSaeError: the share is used up; the message says when it goes on.
         """
         if self.limit == 0:
             return
         now = self._clock()
         with self._lock:
             self._forget(now)
-            times = self._times.setdefault(visitor, deque())
+            times = self._times.get(visitor, ())
             if len(times) >= self.limit:
                 wait = max(1, round(times[0] + WINDOW - now))
                 raise FluxSaeError(
-                    f"You made {len(times)} images in ten minutes, the most that one visitor may make here. "
+                    f"You made {len(times)} images in ten minutes; one visitor may make {self.limit} here. "
                     f"You can continue in {wait} s. On your own machine there is no limit."
                 )
-            times.append(now)
+
+    def take(self, visitor: str, images: int = 1) -> None:
+        """Counts images, or work that takes as long, of a visitor."""
+        if self.limit == 0:
+            return
+        now = self._clock()
+        with self._lock:
+            self._forget(now)
+            self._times.setdefault(visitor, deque()).extend([now] * images)
 
     def _forget(self, now: float) -> None:
         for visitor in [who for who, times in self._times.items() if not times or times[-1] < now - WINDOW]:

@@ -61,7 +61,7 @@ def build_gallery_tab(desk: GalleryDesk, shell: Shell, tab: gr.Tab) -> None:
 
     gallery.expand(guarded(more), [shown, *inputs], [gallery, shown], **QUIET)
     asking = page.submit(
-        guarded(why, bench.visitors),
+        guarded(why),
         None,
         [status, silence],
         **in_lane(status),

@@ -12,9 +12,10 @@ from fluxsae.ui.kit.snippets import snippets
 from fluxsae.ui.serve.arguments import MAX_RESULTS
 from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.reading import Reading
-from fluxsae.ui.serve.schemas import FeaturesAtRequest, HeatmapRequest
+from fluxsae.ui.serve.schemas import ExplainRequest, FeaturesAtRequest, HeatmapRequest
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.heatmap.lab import diff, example_lab, features_json, fired_chip, lab, overlays, with_alike
+from fluxsae.ui.tabs.heatmap.why import ExplainJob, explanation_json
 
 SHOWN = 10
 """Cards beside the image."""
@@ -32,12 +33,13 @@ class HeatmapDesk(Desk):
         self.example_seed = example["seed"] if example else 0
 
     def answers(self) -> Answers:
-        """/heatmap and /features_at."""
+        """/heatmap, /features_at and /explain."""
         return {
             HeatmapRequest: self.heatmap,
             FeaturesAtRequest: lambda request: then(
                 self.features_at(request), lambda found: features_json(self.bench.cards[request.hookpoint], found)
             ),
+            ExplainRequest: self.explain,
         }
 
     def example(self, hookpoint: str) -> dict[str, Any] | None:
@@ -138,6 +140,13 @@ class HeatmapDesk(Desk):
             )
 
         return then(self.bench.read(*request.picture), answer)
+
+    def explain(self, request: ExplainRequest) -> Events[dict[str, Any]]:
+        """Steps, then words and earlier features by effect."""
+        return then(
+            self.bench.cached(ExplainJob(request)),
+            lambda found: explanation_json(found.explanation, request, self.bench),
+        )
 
     def _lab(self, reading: Reading, hookpoint: str, pinned: int | None = None) -> dict[str, Any]:
         page = lab(reading, self.bench.cards[hookpoint], limit=SHOWN, pinned=pinned)

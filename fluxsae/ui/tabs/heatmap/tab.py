@@ -71,8 +71,8 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
     def ask(values: Any, place: gr.EventData) -> Iterator[Any]:
         yield from with_progress(desk.patch(values, place._data), makes="heatmap-patch")
 
-    show = making(desk.show, bench.visitors, makes="heatmap-lab", n=3)
-    compare = making(desk.compare, bench.visitors, makes="heatmap-diff")
+    show = making(desk.show, makes="heatmap-lab", n=3)
+    compare = making(desk.compare, makes="heatmap-diff")
     asked, shown = [prompt, hookpoint, seed, steps], [status, lab, patch, current]
     lane = in_lane(status)
     running = gr.on(
@@ -100,7 +100,7 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
         **QUIET,
     )
     asking = lab.submit(
-        guarded(ask, bench.visitors),
+        guarded(ask),
         current,
         [status, patch],
         **{**lane, "show_progress": "hidden", "trigger_mode": EACH["trigger_mode"]},

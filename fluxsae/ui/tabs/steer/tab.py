@@ -73,9 +73,9 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
     def begin(starter: gr.EventData) -> Any:
         return desk.begin(starter._data)
 
-    turn = making(desk.turn, bench.visitors, makes="steer-result")
-    compare = making(desk.strip, bench.visitors, makes="steer-strip")
-    swap = making(desk.swap, bench.visitors, makes="steer-result", n=4)
+    turn = making(desk.turn, makes="steer-result")
+    compare = making(desk.strip, makes="steer-strip")
+    swap = making(desk.swap, makes="steer-result", n=4)
     lane = in_lane(status)
     latest = {**lane, "trigger_mode": "always_last"}  # what is asked while another is made is made next
     runs = [
