@@ -49,7 +49,7 @@ class VisitorLimits:
         now = self._clock()
         with self._lock:
             self._forget(now)
-            times = self._times.get(visitor, ())
+            times = self._times.get(visitor, deque())
             if len(times) >= self.limit:
                 wait = max(1, round(times[0] + WINDOW - now))
                 raise FluxSaeError(
