@@ -199,7 +199,7 @@ def tiny_run(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     config = SaeConfig(architecture="topk", d_model=32, n_features=64, k=4, trained_on=ground)
     SparseAutoencoder(config).save_pretrained(run.sae_path("layer1"))
     options = train.score.ScoreConfig(
-        run=folder, flux=str(tiny_flux_folder), prompts=prompts, n_images=4, height=32, width=48, device="cpu"
+        run=folder, flux=str(tiny_flux_folder), prompts=prompts, images=4, height=32, width=48, device="cpu"
     )
     train.score.main(options)
     train.analyze.main(train.analyze.AnalyzeConfig(run=folder))

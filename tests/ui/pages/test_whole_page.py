@@ -64,7 +64,7 @@ def test_a_feature_goes_from_the_heatmap_to_its_page_and_to_the_sliders(visit: O
 def test_the_about_tab_has_code_for_every_endpoint(visit: Open, served: page_server.Page) -> None:
     page = visit()
     go_to(page, "About")
-    expect(page.locator("fs-endpoints .fs-endpoint")).to_have_count(7)
+    expect(page.locator("fs-endpoints .fs-endpoint")).to_have_count(8)
     page.locator("fs-endpoints summary").first.click()
     expect(page.locator("fs-endpoints pre").first).to_contain_text(served.url)
 
