@@ -256,6 +256,10 @@ def test_why_answers_for_a_patch_by_keyboard_and_leads_to_earlier_features(visit
     panel = page.locator("fs-lab .fs-why")
     expect(panel).to_contain_text("the patch in row 4, column 4")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.wait_for_function(  # told where it is seen: below the image, which stays
+        "document.querySelector('.fs-why').getBoundingClientRect().top >= "
+        "document.querySelector('.fs-stage').getBoundingClientRect().bottom"
+    )
     link = panel.locator(".fs-link").first
     feature = link.locator(".fs-num").inner_text().removeprefix("#")
     link.click()
