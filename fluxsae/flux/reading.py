@@ -68,8 +68,8 @@ def read_picture(
                 x_t = (1 - captured.sigma(step)) * x0 + captured.sigma(step) * noise.float()
                 try:
                     velocity(pipe, x_t.to(noise.dtype), embeddings, step=step, settings=settings)
-                except StopGeneration:
-                    if recorder.unseen:  # somebody else's end of the run
+                except StopGeneration as stopped:
+                    if stopped is not recorder.stop:  # somebody else's end of the run
                         raise
     finally:
         free_after_abort(pipe)
@@ -82,6 +82,7 @@ class _PassRecorder:
     def __init__(self, captured: Captured, sink: Callable[[BlockCall], object] | None) -> None:
         self.captured, self.sink = captured, sink
         self.unseen: set[HookPoint] = set()
+        self.stop = StopGeneration()
 
     def on_block(self, call: BlockCall) -> None:
         if self.sink is not None:
@@ -90,7 +91,7 @@ class _PassRecorder:
             self.captured.keep(call)
         self.unseen.discard(call.hookpoint)
         if not self.unseen:
-            raise StopGeneration
+            raise self.stop
 
 
 def _sized_settings(pipe: Any, pictures: Sequence[Image], settings: GenerationSettings | None) -> GenerationSettings:

@@ -59,7 +59,8 @@ def check_ground(
 
 def check_names(names: Collection[str]) -> None:
     """Raises a FluxSaeError for what names no difference."""
-    unknown = sorted(set(names) - set(MISMATCHES)) if not isinstance(names, str | bool) else [names]
+    is_list = not isinstance(names, str | bool)  # before, True allowed everything
+    unknown = sorted(set(names) - set(MISMATCHES)) if is_list else [names]
     if unknown:
         raise FluxSaeError(
             f"allow_mismatch={', '.join(map(str, unknown))!r}: allowed is a list of {', '.join(MISMATCHES)}."

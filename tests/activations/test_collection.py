@@ -506,7 +506,7 @@ def test_collection_leaves_a_bad_image_out_and_counts_it(
     assert [shard.left_out for shard in folder.shards] == [(), (11,)]
     assert [image_id for image_id, *_ in folder.iter_images("train")] == [*range(9), 10, *range(12, 19)]
     assert DiskReader(folder).n_rows() == [9 * 16, 8 * 16]
-    assert torch.cat([*DiskReader(folder).pieces([0, 1], epoch=0)]).any(dim=1).all()
+    assert DiskReader(folder).rows([0, 1], torch.arange(17 * 16), epoch=0).any(dim=1).all()
     # The same command again finds it done, and still counts what is missing.
     assert collect(tiny_flux, plan, request, folders=folders, manifests=manifests) == 1
 

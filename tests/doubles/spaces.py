@@ -22,6 +22,7 @@ PATIENCE: Final = 60.0
 """Seconds without any result after which a call is given up, as no real one is."""
 
 _fork = get_context("fork")
+_workers: list["_Worker"] = []
 requested: list[int] = []
 """Seconds that were asked for, call by call."""
 
@@ -54,6 +55,7 @@ class _Worker:
         self.calls, self.results, self.stop = _fork.SimpleQueue(), _fork.Queue(), _fork.Event()
         self.process = _fork.Process(target=self._serve, args=(os.getpid(),), daemon=True)
         self.process.start()
+        _workers.append(self)
 
     def run(self, args: tuple[Any, ...]) -> Iterator[Any]:
         self.calls.put(args)
@@ -89,6 +91,14 @@ class _Worker:
                 self.results.put(("value", value))
         except Exception as error:
             self.results.put(("fault", type(error).__name__))
+
+
+def end_workers() -> None:
+    """Ends every process, since they hold what was open when they were forked, such as a browser's pipe."""
+    while _workers:
+        process = _workers.pop().process
+        process.kill()
+        process.join()
 
 
 def _error(title: str, words: str) -> BaseException:

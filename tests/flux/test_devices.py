@@ -7,6 +7,7 @@ from tiny_flux import SETTINGS, build_tiny_flux
 
 from fluxsae.flux import execution_device
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.presets import Machine
 from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.metrics import fvu, to_float64
 from fluxsae.sae.model import SparseAutoencoder
@@ -37,7 +38,7 @@ def test_an_offloaded_pipeline_says_where_it_computes(offloaded, tiny_flux) -> N
 
 def test_batch_sizes_and_recipes_follow_the_device_that_computes(offloaded, monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(sweeps, "free_memory", lambda device: asked.append(device) or 10**9)
+    monkeypatch.setattr(sweeps, "measure_machine", lambda device: asked.append(device) or Machine(device, 10**9, 10**9))
     sweeps.batch_within_memory(offloaded, SETTINGS)
     assert asked == [META]
     recipe = sweeps._recipe(offloaded, None, prompt="a", seed=0, settings=SETTINGS, batch=((),), shared_steps=0)

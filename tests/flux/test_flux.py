@@ -175,7 +175,7 @@ def test_width_is_that_of_the_residual_stream_but_for_the_wide_projection(tiny_f
 
 def test_shapes_are_checked_while_the_tests_run():
     with pytest.raises(TypeCheckError):
-        HookPoint.parse("layer1").join(torch.zeros(1, 4, 2), torch.zeros(4, 2), 0)
+        decode_latents(None, torch.zeros(4, 2), SETTINGS)
 
 
 # The step clock

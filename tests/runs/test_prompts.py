@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import prompts_without_words
 from fluxsae.features.labels import caption_terms
+from fluxsae.features.silencing import prompts_without_words
 from fluxsae.features.vocabulary import has_name, in_place
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.prompts import (

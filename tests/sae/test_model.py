@@ -156,6 +156,9 @@ def test_use_elsewhere_is_refused_or_shown() -> None:
     assert set(sae.require_ground(elsewhere, allow_mismatch=["size", "guidance_scale"])) == {"size", "guidance_scale"}
     with pytest.raises(FluxSaeError, match="allow_mismatch='everything': allowed is a list of flux, "):
         sae.require_ground(elsewhere, allow_mismatch=["everything"])  # type: ignore[list-item]
+    for wrong in ("size", True):
+        with pytest.raises(FluxSaeError, match=f"allow_mismatch='{wrong}': allowed is a list of flux, "):
+            sae.require_ground(elsewhere, allow_mismatch=wrong)  # type: ignore[arg-type]
     with pytest.raises(FluxSaeError, match="does not say"):
         SparseAutoencoder(build_config(trained_on=None)).require_ground(Ground(height=128))
 

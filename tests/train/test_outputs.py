@@ -30,6 +30,6 @@ def test_a_missing_folder_is_made_and_one_that_cannot_be_is_refused(tmp_path: Pa
     [(heatmap, heatmap.HeatmapConfig(prompt="a red star")), (steer, steer.SteerConfig(prompt="a red star"))],
 )
 def test_scripts_refuse_the_path_before_any_work(script, config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "RunFolder", lambda path: pytest.fail("work began"))
+    monkeypatch.setattr("fluxsae.runs.folder.RunFolder", lambda path: pytest.fail("work began"))
     with pytest.raises(FluxSaeError, match="--out"):
         script.main(replace(config, out=Path("picture.jpg")))

@@ -130,7 +130,7 @@ def test_scores_are_those_of_a_read(finished: PipelineConfig, tiny_flux: FluxPip
         tiny_flux, plan.pictures.picture(5), prompt=row.prompt, hookpoints=["layer2"], steps=[1, 3], seeds=row.seed
     )
     expected = torch.stack([sae.encode(read.get("layer2", step))[0].amax(0) for step in (1, 3)]).amax(0)
-    kept = ScoreMatrix.load(run.scores_path("layer2")).tensor()[5]
+    kept = ScoreMatrix.load(run.scores_path("layer2")).stored()[5]
     torch.testing.assert_close(kept.float(), expected.detach().float(), rtol=2e-2, atol=2e-2)
 
 
@@ -226,10 +226,10 @@ def test_ranks_read_a_share_of_the_pictures_each(
     config = collecting.CollectConfig(pictures=finished.pictures)
     plan = config.build_plan(12, purpose="collect", settings=run.load_info().settings, held_out_every=10)
     request = build_request(tiny_flux, ["layer2"], [1], settings=run.load_info().settings, batch_size=4)
-    manifests = build_manifests(tiny_flux, plan, request, flux_id="tiny", images_per_shard=5)
+    manifests = build_manifests(tiny_flux, plan, request, images_per_shard=5)
     monkeypatch.setattr(
         "fluxsae.activations.collection.capture_rows",
-        lambda pipe, plan, ids, request: read.extend(ids) or capture_rows(pipe, plan, ids, request),
+        lambda pipe, plan, ids, request, **how: read.extend(ids) or capture_rows(pipe, plan, ids, request, **how),
     )
     for rank in (0, 1):
         folders = dict.fromkeys(manifests, tmp_path / "shards")

@@ -59,7 +59,7 @@ def test_a_program_is_timed_from_outside_and_its_failure_is_told() -> None:
     timing = timed_program("help", "json.tool", ["--help"])
     assert timing.seconds > 0
     assert timing.peak_gb is not None
-    assert 0.001 < timing.peak_gb < 1
+    assert timing.peak_gb > 0.001
     with pytest.raises(FluxSaeError, match="wrong ended with 2"):
         timed_program("wrong", "json.tool", ["--no-such-option"])
 

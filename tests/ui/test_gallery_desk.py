@@ -8,7 +8,7 @@ import pytest
 from desk_data import LATE, maps_of, reading
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import prompts_without_words
+from fluxsae.features.silencing import prompts_without_words
 from fluxsae.ui.serve.lane import Done, StepDone
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.gallery.desk import GalleryDesk

@@ -72,6 +72,7 @@ def bench(loads: Path) -> Iterator[Workbench]:
         zero.serve(bench)
         bench.is_served_by = os.getpid()
         yield bench
+    spaces.end_workers()
 
 
 def note(log: Path, word: str) -> None:

@@ -7,10 +7,18 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
 
 from train.miniature.bank import SceneBank, to_unit_range
 from train.miniature.models import CLIP_CONFIG, CLIP_PREPROCESSING, build_tokenizer
-from train.miniature.progress import Checkpoint, StageClock, start_average, update_average
+from train.miniature.progress import (
+    Checkpoint,
+    StageClock,
+    average_gradients,
+    batch_seed,
+    start_average,
+    update_average,
+)
 
 PEAK_LEARNING_RATE = 1e-3
 
@@ -45,7 +53,7 @@ def train_clip(bank: SceneBank, clip: CLIP, folder: Path, clock: StageClock, *, 
     generator = torch.Generator(device)
     for step in clock.ticks():
         optimizer.param_groups[0]["lr"] = clock.learning_rate(PEAK_LEARNING_RATE)
-        generator.manual_seed(seed * 1_000_003 + step)
+        generator.manual_seed(batch_seed(seed, step))
         scene = torch.randint(len(bank.images), (batch_size,), generator=generator, device=device)
         variant = torch.randint(bank.captions.shape[1], (batch_size,), generator=generator, device=device)
         images = _augment(to_unit_range(bank.images[scene]), generator)
@@ -53,6 +61,7 @@ def train_clip(bank: SceneBank, clip: CLIP, folder: Path, clock: StageClock, *, 
             loss = contrastive_loss(clip, images, bank.captions[scene, variant].long())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(clip)
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
@@ -65,11 +74,11 @@ def train_clip(bank: SceneBank, clip: CLIP, folder: Path, clock: StageClock, *, 
     checkpoint.load_average(clip)
 
 
-def save_clip(clip: CLIP, folder: Path) -> None:
+def save_clip(clip: CLIP, folder: Path, *, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
     """Write the folder that `open_clip` loads as `local-dir:`; weights in fp16."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": CLIP_PREPROCESSING}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {name: tensor.detach().cpu().half().contiguous() for name, tensor in clip.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
-    build_tokenizer().save_pretrained(folder)
+    (tokenizer or build_tokenizer()).save_pretrained(folder)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
-from pydantic_core import ErrorDetails
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
@@ -126,7 +125,7 @@ class PictureRequest(Request):
         return self.prompt, self.seed, self.num_inference_steps
 
 
-def _message(item: ErrorDetails) -> str:
+def _message(item: Mapping[str, Any]) -> str:
     name = shortened(str(item["loc"][0])).strip("'")
     match item["type"]:
         case "value_error":

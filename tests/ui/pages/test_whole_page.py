@@ -39,7 +39,9 @@ def test_what_is_refused_is_told_once(visit: Open, tmp_path: Path) -> None:
     go_to(page, "Steer")
     (tmp_path / "recipe.json").write_text("{}")
     page.locator("input[type=file]").first.set_input_files(tmp_path / "recipe.json")
-    expect(page.locator(told)).to_contain_text("recipe.json is no recipe of fluxsae: recipe lacks schema_version")
+    expect(page.locator(told)).to_contain_text(
+        "recipe.json is no recipe of fluxsae: {} is no recipe of schema_version 1"
+    )
     page = visit()
     go_to(page, "Gallery")
     page.locator("#gallery-query textarea").fill("x" * 3000)

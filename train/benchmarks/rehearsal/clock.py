@@ -20,7 +20,8 @@ class Timing:
     name: str
     seconds: float
     peak_gb: float | None = None
-    """Most memory that its process held at a time, 10^9 bytes; None for a part of a process."""
+    """Most memory that its process held at a time, 10^9 bytes, at least what its parent held when it was started; None
+    for a part of a process."""
     note: str = ""
 
 

@@ -28,10 +28,11 @@ from fluxsae.miniature import miniature_path
 from fluxsae.sae.training.processes import Processes
 from train.miniature.autoencoder import encode_bank, train_autoencoder
 from train.miniature.bank import SceneBank, draw_bank
+from train.miniature.contrast import save_clip, train_clip
 from train.miniature.exam import format_tally, save_sheet
 from train.miniature.flow import GuidanceDistillation, HandoverLoss, train_stage
 from train.miniature.gates import balance_gates
-from train.miniature.models import assemble_pipeline, save_flux
+from train.miniature.models import assemble_pipeline, build_clip, save_flux
 from train.miniature.picture_book.bank import draw_chunk
 from train.miniature.picture_book.exam import (
     ATTRIBUTES_OF_EXAM,
@@ -62,7 +63,7 @@ class PictureBookConfig:
     checkpoints: Path = Path("runs/picture-book-training")
     """Folder of the checkpoints; training resumes from what lies there."""
     output: Path = Path("runs/picture-book/flux")
-    """Pipeline folder that is written or examined."""
+    """Pipeline folder that is written or examined; `finish` writes the CLIP into the folder `clip` beside it."""
     scenes: int = 12_000
     """Size of the bank of drawn scenes."""
     autoencoder_minutes: float = 12.0
@@ -75,6 +76,8 @@ class PictureBookConfig:
     """Length of the distillation of guidance."""
     decoder_minutes: float = 15.0
     """Length of the decoder's last refinement, its encoder as it is."""
+    clip_minutes: float = 15.0
+    """Length of the CLIP's training, which comes last."""
     batch_size: int = 64
     """Scenes a step and process."""
     learning_rate: float = 2e-3
@@ -226,6 +229,18 @@ def train_picture_book(config: PictureBookConfig, *, finish: bool) -> None:
     balance_gates(generator, bank.captions[:CAPTIONS_OF_GATES, 0].long())
     if Processes.current().rank == 0:
         save_flux(_assemble(generator, autoencoder), config.output)
+    _train_clip(config, bank)
+
+
+def _train_clip(config: PictureBookConfig, bank: SceneBank) -> None:
+    """The CLIP that knows the picture book's words; written beside `output`."""
+    clip, folder = build_clip().to(config.device), config.checkpoints / "clip"
+    if not Checkpoint(folder).is_finished:
+        clock = _clock(config, "clip", config.clip_minutes)
+        train_clip(bank, clip, folder, clock, batch_size=2 * config.batch_size, seed=config.seed)
+    Checkpoint(folder).load_average(clip)
+    if Processes.current().rank == 0:
+        save_clip(clip, config.output.parent / "clip", tokenizer=build_book_tokenizer())
 
 
 def export_averages(config: PictureBookConfig) -> None:

@@ -10,10 +10,10 @@ from train.miniature.picture_book.reader import read_scene, score_prompt
 
 
 def test_true_renders_are_read_back() -> None:
-    # 0.995 of the attributes are asked for; 60 scenes hold some 500, so that two may be wrong.
+    # 0.995 of the attributes are asked for; 24 scenes hold some 200, so that one may be wrong.
     rng = np.random.default_rng(0)
     wrong = 0
-    for _ in range(60):
+    for _ in range(24):
         scene = sample_scene(rng, held_out=None)
         read = read_scene(render_scene(scene))
         order = {thing.position: thing for thing in read.objects}
@@ -21,7 +21,7 @@ def test_true_renders_are_read_back() -> None:
         for thing in scene.objects:
             found = order.get(thing.position)
             wrong += sum(found is None or getattr(found, name) != getattr(thing, name) for name in OF_OBJECTS)
-    assert wrong <= 2
+    assert wrong <= 1
 
 
 @pytest.mark.parametrize("ground", ATTRIBUTES["background"])

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from fluxsae.sae.training.processes import Processes
 from train.miniature import progress
 from train.miniature.bank import draw_bank
 from train.miniature.exam import format_tally
-from train.miniature.models import TEXT_TOKENS
+from train.miniature.models import TEXT_TOKENS, tokenize
 from train.miniature.picture_book.__main__ import ConstantClock, PausingClock, PictureBookConfig, main
 from train.miniature.picture_book.bank import draw_chunk
 from train.miniature.picture_book.captions import check_prompt, prompted_attributes
@@ -30,9 +31,9 @@ def test_the_training_begins_with_the_known_words_rows() -> None:
     generator = load_generator(folder)
     before = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer").get_vocab()
     now = build_book_tokenizer().get_vocab()
-    encoder = generator["text_encoder_2"].get_input_embeddings().weight
+    encoder = generator["text_encoder_2"].get_input_embeddings().weight.detach()
     known = T5EncoderModel.from_pretrained(folder / "text_encoder_2", torch_dtype=torch.float32)
-    rows = known.get_input_embeddings().weight
+    rows = known.get_input_embeddings().weight.detach()
     for word in ("red", "striped", "star", "[end]", "left"):
         assert torch.equal(encoder[now[word]], rows[before[word]])
     assert torch.equal(encoder[now["thing"]], rows[before["shape"]])
@@ -180,6 +181,7 @@ def test_the_training_goes_from_its_origin_to_a_pipeline_that_can_be_examined(
         settle_minutes=moment,
         guidance_minutes=moment,
         decoder_minutes=moment,
+        clip_minutes=moment,
         batch_size=2,
         n_prompts=2,
         n_scenes=2,
@@ -193,5 +195,7 @@ def test_the_training_goes_from_its_origin_to_a_pipeline_that_can_be_examined(
     finished = load_autoencoder(config.output)
     # Stored in half precision.
     assert all(torch.allclose(value, encoder[name], atol=2e-3) for name, value in finished.encoder.state_dict().items())
+    words = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'clip'}")(["two red cats"])
+    assert words[0, :4].tolist() == [*tokenize(build_book_tokenizer(), ["two red cat"])[0, :4]]
     main(replace(config, action="examine"))
     assert "all prompted attributes of all prompts" in capsys.readouterr().out
