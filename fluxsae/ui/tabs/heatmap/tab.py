@@ -72,7 +72,7 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
     def ask(values: Any, place: gr.EventData) -> Iterator[Any]:
         yield from with_progress(desk.patch(values, place._data), makes="heatmap-patch")
 
-    def explain(values: Any, asked: gr.EventData) -> Iterator[Any]:
+    def ask_why(values: Any, asked: gr.EventData) -> Iterator[Any]:
         yield from with_progress(desk.why(values, asked._data), makes="heatmap-why", counts="Pass")
 
     show = making(desk.show, makes="heatmap-lab", n=3)
@@ -109,7 +109,7 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
         [status, patch],
         **{**lane, "show_progress": "hidden", "trigger_mode": EACH["trigger_mode"]},
     )
-    explaining = lab.apply(guarded(explain), current, [status, why], trigger_mode="always_last", **lane)
+    explaining = lab.apply(guarded(ask_why), current, [status, why], trigger_mode="always_last", **lane)
     shell.remember(lab, diff)
     shell.open_on(lab.edit, "steer")
     shell.open_on(lab.expand, "gallery")
