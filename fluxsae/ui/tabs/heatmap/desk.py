@@ -18,6 +18,8 @@ from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.heatmap.lab import diff, example_lab, features_json, fired_chip, lab, overlays, with_alike
 from fluxsae.ui.tabs.heatmap.why import ExplainJob, explanation_json
 
+LEAST_DRIVE = 0.05
+"""Share of its maximum in the run from which a feature counts as firing where it is explained."""
 SHOWN = 10
 """Cards beside the image."""
 PATCH_SHOWN = 6
@@ -180,6 +182,8 @@ class HeatmapDesk(Desk):
             **found,
             "at": time.monotonic(),  # asked again, it is told again
             "asked_step": request.step,
+            # below, shares of next to nothing would be told as hundreds of percent
+            "fires": found["drive"] >= LEAST_DRIVE * float(cards[request.hookpoint].max_acts[request.feature]),
             "features": [
                 {**views.chip(cards[each["hookpoint"]], each["feature"]), "share": each["share"]}
                 for each in found["features"]

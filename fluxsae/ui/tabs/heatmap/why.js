@@ -25,14 +25,12 @@ FS.why = (root, data) => {
   });
   const list = (title, lines, none) => [
     FS.el("h3", { class: "fs-h", text: title }),
-    lines.length
-      ? FS.el("ol", { class: "fs-rank" }, lines)
-      : FS.el("p", { class: "fs-quiet", text: none }),
+    lines.length ? FS.el("ol", { class: "fs-rank" }, lines) : FS.el("p", { class: "fs-quiet", text: none }),
   ];
   const where = data.row === null ? "the whole image" : `the patch in row ${data.row}, column ${data.column}`;
   const step = `step ${data.step + 1} of ${data.num_inference_steps}, at noise level ${data.sigma.toFixed(2)}`;
   const left = FS.percent(data.without_prompt / data.drive);
-  const found = data.drive > 0
+  const found = data.fires
     ? [
       FS.el("p", {
         class: "fs-quiet",
@@ -41,7 +39,8 @@ FS.why = (root, data) => {
       }),
       ...list("Words of the prompt", words, "The prompt has no word to take away."),
       FS.el("p", {
-        text: `Without any word at this step, ${left} is left. That part comes from the image as it was before this step.`,
+        text:
+          `Without any word at this step, ${left} is left. That part comes from the image as it was before this step.`,
       }),
       ...list(
         "Earlier features",
@@ -61,9 +60,10 @@ FS.why = (root, data) => {
     ]
     : [
       FS.el("p", {
-        text: `The feature does not fire at ${where} at this step (${step}), so nothing made it fire. Choose another step${
-          data.row === null ? "" : " or patch"
-        }.`,
+        text:
+          `The feature does not fire at ${where} at this step (${step}), so nothing made it fire. Choose another step${
+            data.row === null ? "" : " or patch"
+          }.`,
       }),
     ];
   return FS.el(
@@ -91,5 +91,5 @@ FS.define("fs-why", (_root, data) => {
   if (!lab || !lab.tellWhy) return;
   lab.tellWhy(data);
   const [strongest] = data.words;
-  if (strongest && data.drive > 0) FS.say(`The word with most effect: ${strongest.word}, ${signed(strongest.share)}`);
+  if (strongest && data.fires) FS.say(`The word with most effect: ${strongest.word}, ${signed(strongest.share)}`);
 });
