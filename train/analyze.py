@@ -7,6 +7,7 @@ Reads S and the sums of `train.score`; needs no FLUX.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +38,7 @@ def main(config: AnalyzeConfig) -> StageResult:
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.scores_path(hookpoint).is_file()]
+    hookpoints = [hookpoint for hookpoint in run.sae_names() if run.scores_path(hookpoint).is_file()]
     if not hookpoints:
         raise FluxSaeError(f"{run.path} has no scores. Score images first: python -m train.score --run {run.path}")
     return run_stage(
@@ -50,7 +51,7 @@ def main(config: AnalyzeConfig) -> StageResult:
     )
 
 
-def _analyze(config: AnalyzeConfig, run: RunFolder, hookpoints: list[HookPoint]) -> None:
+def _analyze(config: AnalyzeConfig, run: RunFolder, hookpoints: Sequence[HookPoint]) -> None:
     from fluxsae.features.analysis import class_counts, describe_features
     from fluxsae.features.scores import FeatureStats, ScoreMatrix
 

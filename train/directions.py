@@ -8,6 +8,7 @@ python -m train.directions --run runs/miniature
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -49,7 +50,7 @@ def main(config: DirectionsConfig) -> StageResult:
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.has_sae(hookpoint)]
+    hookpoints = [hookpoint for hookpoint in run.sae_names() if run.has_sae(hookpoint)]
     if not hookpoints:
         raise FluxSaeError(f"{run.path} has no trained SAE; run train.fit first")
     return run_stage(
@@ -62,7 +63,7 @@ def main(config: DirectionsConfig) -> StageResult:
     )
 
 
-def _write_all(run: RunFolder, hookpoints: list[HookPoint], config: DirectionsConfig) -> None:
+def _write_all(run: RunFolder, hookpoints: Sequence[HookPoint], config: DirectionsConfig) -> None:
     for hookpoint in hookpoints:
         _write_directions(run, hookpoint, config)
     described = [h for h in hookpoints if run.features_path(h).is_file() and run.scores_path(h).is_file()]

@@ -58,7 +58,8 @@ def main(config: FindDemosConfig) -> StageResult:
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    places = [run.check_hookpoint(name) for name in config.hookpoints] or run.hookpoints()
+    described = [name for name in run.sae_names() if run.features_path(name).is_file()]
+    places: list[HookPoint] = [run.check_sae(name) for name in config.hookpoints] or [*described]
     features = {place: choose_features(run, place, config.features, config.n_features) for place in places}
     asked = {**asdict(config.search), "swap": asdict(config.swap), "distance": config.distance}
     asked["features"] = {str(place): list(chosen) for place, chosen in features.items()}

@@ -65,7 +65,7 @@ def main(config: RenderConfig) -> StageResult | None:
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    names = [*config.hookpoints] or [str(h) for h in run.hookpoints()]
+    names = [*config.hookpoints] or [str(name) for name in run.sae_names() if run.features_path(name).is_file()]
     indices = [CardIndex(run, name) for name in names]
     chosen = [_chosen(index, config) for index in indices]
     if config.features or config.hookpoints:

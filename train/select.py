@@ -57,7 +57,7 @@ def main(config: SelectConfig, *, labellers: Sequence[Labeller] = ()) -> StageRe
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.features_path(hookpoint).is_file()]
+    hookpoints = [hookpoint for hookpoint in run.sae_names() if run.features_path(hookpoint).is_file()]
     if not hookpoints or not run.embeddings_path.is_file():
         raise FluxSaeError(f"{run.path} is not analysed or not embedded; run train.analyze and train.embed first")
     settings = {
@@ -77,7 +77,9 @@ def main(config: SelectConfig, *, labellers: Sequence[Labeller] = ()) -> StageRe
     )
 
 
-def _select_all(run: RunFolder, hookpoints: list[HookPoint], config: SelectConfig, others: Sequence[Labeller]) -> None:
+def _select_all(
+    run: RunFolder, hookpoints: Sequence[HookPoint], config: SelectConfig, others: Sequence[Labeller]
+) -> None:
     labellers = [*others, *_labellers(run, config)]
     for hookpoint in hookpoints:
         _select(run, hookpoint, labellers, config)

@@ -131,7 +131,7 @@ class CardIndex:
         """
         self.run = run
         self.info = run.load_info()
-        self.hookpoint = run.check_hookpoint(hookpoint)
+        self.hookpoint = run.check_sae(hookpoint)
         self.features = run.load_features(self.hookpoint)
         self.images = run.load_images()
         self.labels: list[str | None] = self._column("label")

@@ -78,7 +78,7 @@ def build_card(run: RunFolder, repo_id: str, *, revision: str | None = None, tab
     sections = [
         _front_matter(info, tables_repo),
         _introduction(info, repo_id),
-        *(_hookpoint_section(run, hookpoint) for hookpoint in run.hookpoints()),
+        *(_hookpoint_section(run, hookpoint) for hookpoint in run.sae_names()),
         _usage(run, repo_id, revision),
         _tables(tables_repo),
         _terms(info),
@@ -292,8 +292,8 @@ def _cell(text: str) -> str:
 
 
 def _usage(run: RunFolder, repo_id: str, revision: str | None) -> str:
-    hookpoints = run.hookpoints()
-    subfolder = run.sae_subfolder(hookpoints[-1]) if hookpoints else "sae"
+    shown = run.default_sae() if run.hookpoints() else None
+    subfolder = run.sae_subfolder(shown) if shown else "sae"
     pin, at = (f', revision="{revision}"', f"@{revision}") if revision else ("", "")
     return f"""\
 ## Use
@@ -303,7 +303,7 @@ from fluxsae import SparseAutoencoder, pull_run
 
 sae = SparseAutoencoder.from_pretrained("{repo_id}", subfolder="{subfolder}"{pin})
 run = pull_run("{repo_id}"{pin})    # everything here, checked by its hashes
-print(run.load_features("{hookpoints[-1] if hookpoints else ""}")[0])
+print(run.load_features("{shown or ""}")[0])
 ```
 
 Browse it in a page on your machine, with the source of fluxsae: `FLUXSAE_RUN={repo_id}{at} make app`. Check a copy:

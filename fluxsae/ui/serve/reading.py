@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from fluxsae.features.firing import SparseMaps
-from fluxsae.flux.hookpoints import HookPoint, TokenGrid
+from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.names import SaeName
 from fluxsae.sae.acts import SparseActs
 from fluxsae.sae.config import TrainedOn
 from fluxsae.sae.model import SparseAutoencoder
@@ -91,7 +92,7 @@ def read_image(
     from fluxsae.flux import capture, generate, schedule_sigmas, settings_ground, token_grid
 
     for name, sae in saes.items():
-        sae.require_ground(settings_ground(pipe, settings, name), allow_mismatch=["unknown"])
+        sae.require_ground(settings_ground(pipe, settings, SaeName.parse(name)), allow_mismatch=["unknown"])
     sigmas = schedule_sigmas(pipe, settings)
     recorders = {name: _Recorder(sae, sigmas) for name, sae in saes.items()}
 
@@ -99,7 +100,7 @@ def read_image(
         recorders[str(call.hookpoint)].take(call)
 
     steps = sorted({step for recorder in recorders.values() for step in recorder.steps})
-    with capture(pipe, [HookPoint.parse(name) for name in saes], steps=steps, sink=sink):
+    with capture(pipe, [SaeName.parse(name) for name in saes], steps=steps, sink=sink):
         images = generate(pipe, prompt, seeds=seed, settings=settings, on_step=on_step)
     assert isinstance(images, list)
     return Reading(

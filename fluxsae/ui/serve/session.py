@@ -21,6 +21,7 @@ from fluxsae.miniature import miniature_path
 from fluxsae.miniature.scenes import ATTRIBUTES
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance, load_distance, load_embedder
 from fluxsae.runs.folder import RunFolder, library_versions
+from fluxsae.runs.names import SaeName
 from fluxsae.runs.tables import ImageTable
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.ui.serve.arguments import Limits
@@ -94,6 +95,12 @@ class ReadJob:
         )
 
 
+def described_saes(run: RunFolder) -> list[SaeName]:
+    """The SAEs that can be shown: one that was trained or adopted and not scored yet has no features to show."""
+    names = run.sae_names()
+    return [name for name in names if run.features_path(name).is_file()] or names
+
+
 class Workbench:
     """One run opened for visitors. Browsing reads the run folder only; FLUX is loaded by the first generation."""
 
@@ -102,7 +109,7 @@ class Workbench:
         self.source = source or str(run.path)
         self.notice = notice
         self.info = run.load_info()
-        self.hookpoints = [str(hookpoint) for hookpoint in run.hookpoints()]
+        self.hookpoints = [str(name) for name in described_saes(run)]
         self.cards: dict[str, CardIndex] = {name: CardIndex(run, name) for name in self.hookpoints}
         self.limits = Limits(
             hookpoints={name: len(cards) for name, cards in self.cards.items()},
@@ -133,13 +140,15 @@ class Workbench:
 
     def word(self, hookpoint: str) -> str:
         """A hook point in words: "early", "middle", "late", or its block number where there are more."""
-        words = WORDS.get(len(self.hookpoints))
-        place = self.hookpoints.index(hookpoint)
-        return words[place] if words else f"block {HookPoint.parse(hookpoint).block_index}"
+        name = SaeName.parse(hookpoint)
+        places = sorted({SaeName.parse(other).place for other in self.hookpoints})
+        words = WORDS.get(len(places))
+        word = words[places.index(name.place)] if words else f"block {name.block_index}"
+        return f"{word}, {name.variant}" if name.variant else word
 
     def hookpoint_choices(self) -> list[tuple[str, str]]:
         """Hook points in words with their path, for menus."""
-        return [(f"{self.word(name)} (block {HookPoint.parse(name).block_index})", name) for name in self.hookpoints]
+        return [(f"{self.word(name)} (block {SaeName.parse(name).block_index})", name) for name in self.hookpoints]
 
     @property
     def example_edit(self) -> dict[str, Any]:
@@ -230,7 +239,8 @@ class Workbench:
         """What clean tokens look like at each hook point, where the run has measured it."""
         from fluxsae.steering.demos import load_limits
 
-        limits = {place: load_limits(self.run, place) for place in self.run.hookpoints()}
+        places: Iterator[HookPoint] = map(SaeName.parse, self.hookpoints)
+        limits = {place: load_limits(self.run, place) for place in places}
         return {place: found for place, found in limits.items() if found is not None}
 
     @functools.cached_property

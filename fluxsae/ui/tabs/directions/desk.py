@@ -11,7 +11,6 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex
 from fluxsae.features.directions import nearest_features
 from fluxsae.features.layers import LayerComparison
-from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.pictures.heatmaps import feature_colour, names_colour
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk
@@ -137,7 +136,7 @@ class DirectionsDesk(Desk):
 
     def _comparison(self, left: str, right: str) -> LayerComparison:
         run = self.bench.run
-        if not run.comparison_path(HookPoint.parse(left), HookPoint.parse(right)).is_file():
+        if not run.comparison_path(left, right).is_file():
             raise FluxSaeError("These hook points were not compared yet; run `python -m train.compare_layers`.")
         return LayerComparison.from_tensors(run.load_comparison(left, right))
 
