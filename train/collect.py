@@ -11,7 +11,7 @@ Stopped at any moment, the same command continues and ends with the same bytes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 UNNAMED = "early and late"
 """What stands in run.json for hook points that were left out."""
+GROWS = ("images",)
+"""What may be asked for anew in a larger number: the stage then adds to what is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +76,18 @@ def main(config: CollectConfig, *, open_flux: Callable[[], Any] | None = None) -
             run,
             "collect",
             stage_config(config),
-            lambda: _collect(config, run, peers, (open_flux or config.open)()),
-            outputs=lambda: _outputs(config),
+            lambda todo: _collect(_only(config, todo), run, peers, (open_flux or config.open)()),
+            outputs=lambda asked: _outputs(_only(config, asked)),
             force=config.force,
-            by_hookpoint=True,
+            by_name=True,
+            grows=GROWS,
             processes=peers,
         )
+
+
+def _only(config: CollectConfig, names: Sequence[str]) -> CollectConfig:
+    """The config for some of its hook points."""
+    return config if UNNAMED in names else replace(config, hookpoints=tuple(names))
 
 
 def _as_collected(config: CollectConfig, info: RunInfo) -> CollectConfig:
@@ -191,7 +199,7 @@ def describe_run(
     request: CaptureRequest,
     plan: ImagePlan,
     *,
-    hookpoints: list[HookPoint],
+    hookpoints: Sequence[HookPoint],
     splits: dict[str, Any] | None = None,
 ) -> RunInfo:
     """`run.json` for what is about to be generated."""
@@ -204,7 +212,7 @@ def describe_run(
         flux_id=identity.flux_id,
         flux_revision=identity.revision,
         settings=request.settings,
-        hookpoints=tuple(str(hookpoint) for hookpoint in sorted(hookpoints)),
+        hookpoints=tuple(str(place) for place in sorted({hookpoint.place for hookpoint in hookpoints})),
         steps=request.steps,
         sigmas=tuple(sigmas[step] for step in request.steps),
         rows=grid.rows,
@@ -241,14 +249,31 @@ def save_run(run: RunFolder, info: RunInfo, *, force: bool = False) -> None:
             raise FluxSaeError(
                 f"{run.path} is a run of something else: {'; '.join(differing)}. Name another --run folder."
             )
-        hookpoints = sorted({*map(HookPoint.parse, present.hookpoints), *map(HookPoint.parse, info.hookpoints)})
-        info = replace(
-            info,
-            hookpoints=tuple(map(str, hookpoints)),
-            splits=present.splits | info.splits,
-            stages={} if differing else present.stages,
-        )
+        info = info if differing else _joined(present, info)
     run.save_info(info)
+
+
+def _joined(present: RunInfo, info: RunInfo) -> RunInfo:
+    """The record of a run to which a stage adds hook points or steps."""
+    hookpoints = sorted({*map(HookPoint.parse, present.hookpoints), *map(HookPoint.parse, info.hookpoints)})
+    steps = dict(sorted({**_sigmas(present), **_sigmas(info)}.items()))
+    # The images of a run are those that were scored: collecting at one more hook point does not change them.
+    images = present if "score" in present.splits and "score" not in info.splits else info
+    return replace(
+        info,
+        hookpoints=tuple(map(str, hookpoints)),
+        steps=tuple(steps),
+        sigmas=tuple(steps.values()),
+        prompts_hash=images.prompts_hash,
+        source=images.source,
+        pictures=images.pictures,
+        splits=present.splits | info.splits,
+        stages=present.stages,
+    )
+
+
+def _sigmas(info: RunInfo) -> dict[int, float]:
+    return dict(zip(info.steps, info.sigmas, strict=True))
 
 
 if __name__ == "__main__":

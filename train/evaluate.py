@@ -15,6 +15,7 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.laboratory.config import EvaluationConfig
 from fluxsae.sae.config import Mismatch
 from train.command import Bars, start
+from train.fit import report_variants
 from train.flux_options import open_flux
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def main(config: EvaluateConfig, *, pipe: Any = None) -> dict[HookPoint, Evaluat
         print(f"\n{hookpoint}\n{'=' * len(str(hookpoint))}")
         print("\n\n".join(_sections(evaluation)))
         print(f"\nwritten to {run.metrics_path(hookpoint)}")
+    for place in sorted({name.place for name in found}):
+        report_variants(run, place)
     return found
 
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.config import SelectionConfig
-from fluxsae.flux.hookpoints import HookPoint
 from train.command import start
 from train.prompts import BUNDLED_PROMPTS
 from train.stages import StageResult, run_stage
@@ -57,8 +56,8 @@ def main(config: SelectConfig, *, labellers: Sequence[Labeller] = ()) -> StageRe
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    hookpoints = [hookpoint for hookpoint in run.sae_names() if run.features_path(hookpoint).is_file()]
-    if not hookpoints or not run.embeddings_path.is_file():
+    names = [name for name in run.sae_names() if run.features_path(name).is_file()]
+    if not names or not run.embeddings_path.is_file():
         raise FluxSaeError(f"{run.path} is not analysed or not embedded; run train.analyze and train.embed first")
     settings = {
         **asdict(config.selection),
@@ -70,19 +69,18 @@ def main(config: SelectConfig, *, labellers: Sequence[Labeller] = ()) -> StageRe
     return run_stage(
         run,
         "select",
-        settings,
-        lambda: _select_all(run, hookpoints, config, labellers),
-        outputs=lambda: [run.features_path(hookpoint) for hookpoint in hookpoints],
+        dict.fromkeys(map(str, names), settings),
+        lambda todo: _select_all(run, todo, config, labellers),
+        outputs=lambda asked: [run.features_path(name) for name in asked],
         force=config.force,
+        by_name=True,
     )
 
 
-def _select_all(
-    run: RunFolder, hookpoints: Sequence[HookPoint], config: SelectConfig, others: Sequence[Labeller]
-) -> None:
+def _select_all(run: RunFolder, names: Sequence[str], config: SelectConfig, others: Sequence[Labeller]) -> None:
     labellers = [*others, *_labellers(run, config)]
-    for hookpoint in hookpoints:
-        _select(run, hookpoint, labellers, config)
+    for name in names:
+        _select(run, name, labellers, config)
 
 
 def _labellers(run: RunFolder, config: SelectConfig) -> list[Labeller]:
@@ -126,7 +124,7 @@ def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
     return phrases
 
 
-def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], config: SelectConfig) -> None:
+def _select(run: RunFolder, hookpoint: str, labellers: list[Labeller], config: SelectConfig) -> None:
     from fluxsae.features.labels import CaptionLabeller, combined_label
     from fluxsae.features.scores import ScoreMatrix
     from fluxsae.features.selection import (
@@ -160,7 +158,7 @@ def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], con
         "clip_phrases": [[label.text for label in labels[-1]] for labels in named],
         "silent_images": silent,
     }
-    run.save_features(hookpoint, run.load_features(hookpoint).with_columns(columns))
+    run.save_features(hookpoint, run.load_features(hookpoint, given=False).with_columns(columns))
     _report(hookpoint, judged, best, config.selection.max_q)
 
 
@@ -187,7 +185,7 @@ def _coherence_columns(judged: FeatureCoherence, max_q: float) -> dict[str, list
     }
 
 
-def _report(hookpoint: HookPoint, judged: FeatureCoherence, best: list[Label | None], max_q: float) -> None:
+def _report(hookpoint: str, judged: FeatureCoherence, best: list[Label | None], max_q: float) -> None:
     from fluxsae.features.selection import select_features
 
     sure = np.array([label.confidence if label else np.nan for label in best])

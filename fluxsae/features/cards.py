@@ -83,6 +83,8 @@ class FeatureCard:
     """0: always the same place, 1: everywhere alike."""
     alignment: float | None
     """Cosine of what it reads and what it writes."""
+    label_by: str | None = None
+    """"person" where somebody gave the label (labels.csv)."""
     caption_words: tuple[str, ...] = ()
     """Words of the captions enriched in its top images, the strongest first."""
     clip_phrases: tuple[str, ...] = ()
@@ -148,6 +150,7 @@ class CardIndex:
             feature=feature,
             label=row.label,
             label_confidence=row.label_confidence,
+            label_by=row.label_by,
             feature_class=row.feature_class,
             density=row.density,
             image_density=row.image_density,

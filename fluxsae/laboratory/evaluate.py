@@ -234,5 +234,5 @@ class _Work:
     def _labels(self, hookpoint: HookPoint) -> list[str | None] | None:
         if not self.run.features_path(hookpoint).is_file():
             return None
-        features = self.run.load_features(hookpoint)
+        features = self.run.load_features(hookpoint, given=False)  # names that were found are what is judged
         return list(features.column("label")) if "label" in features else None

@@ -202,7 +202,7 @@ def _hookpoint_section(run: RunFolder, hookpoint: HookPoint) -> str:
     parts = [f"## `{hookpoint}`", _facts(run, hookpoint)]
     path = run.features_path(hookpoint)
     if path.is_file():
-        parts.append(_features(FeatureTable.load(path)))
+        parts.append(_features(run.load_features(hookpoint)))
     # features on their images are worth most, then grids and maps
     sheets = sorted(run.sheets(hookpoint), key=lambda sheet: (not sheet.stem.startswith("features"), sheet.stem))
     parts += [
@@ -280,8 +280,15 @@ def _best_features(table: FeatureTable) -> list[tuple[int, str, str, str]]:
     coherences = table.column("coherence").astype(np.float64)  # NaN where there is none
     order = np.argsort(-coherences, kind="stable")
     known = [int(f) for f in order if labels[f] and np.isfinite(coherences[f])]
+    by = table.column("label_by") if "label_by" in table else [None] * len(table)
+    named = {f: f"{labels[f]}, named by a {by[f]}" if by[f] else str(labels[f]) for f in known[:_MOST_FEATURES]}
     return [
-        (f, str(labels[f]), f"{coherences[f]:.2f}", f"{float(densities[f]):.2%} of tokens")
+        (
+            f,
+            named[f],
+            f"{coherences[f]:.2f}",
+            f"{float(densities[f]):.2%} of tokens",
+        )
         for f in known[:_MOST_FEATURES]
     ]
 

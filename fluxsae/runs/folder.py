@@ -23,6 +23,7 @@ from fluxsae.runs.tables import (
     ImageRow,
     ImageTable,
     load_directions,
+    load_given_labels,
     load_lines,
     write_images,
 )
@@ -356,9 +357,23 @@ class RunFolder:
         """features.parquet, one row a feature."""
         return self.path / "features" / str(SaeName.parse(hookpoint)) / "features.parquet"
 
-    def load_features(self, hookpoint: HookPoint | str) -> FeatureTable:
-        """The features of a hook point."""
-        return FeatureTable.load(self.features_path(hookpoint))
+    @property
+    def labels_path(self) -> Path:
+        """labels.csv, names that people gave: columns hookpoint (or hookpoint@variant), feature, label."""
+        return self.path / "labels.csv"
+
+    def load_features(self, hookpoint: HookPoint | str, *, given: bool = True) -> FeatureTable:
+        """The features of an SAE; with `given`, names of labels.csv stand in place of those that were found.
+
+        Raises:
+            FluxSaeError: no features, or a line of labels.csv that cannot be read or names no feature of this run.
+        """
+        table = FeatureTable.load(self.features_path(hookpoint))
+        if not given or not self.labels_path.is_file():
+            return table
+        names = [str(name) for name in self.sae_names()]
+        labels = load_given_labels(self.labels_path, names)
+        return table.with_given_labels(labels.get(str(SaeName.parse(hookpoint)), {}), self.labels_path.name)
 
     def save_features(self, hookpoint: HookPoint | str, table: FeatureTable) -> None:
         """Writes the features of a hook point."""

@@ -348,7 +348,7 @@ def test_a_stage_whose_files_were_deleted_runs_again(tmp_path: Path) -> None:
     output = tmp_path / "out.txt"
 
     def run_it() -> str:
-        return run_stage(run, "fit", {"k": (1, 2)}, output.touch, outputs=lambda: [output]).word
+        return run_stage(run, "fit", {"k": (1, 2)}, lambda _: output.touch(), outputs=lambda _: [output]).word
 
     assert [run_it(), run_it()] == ["done", "skipped"]
     output.unlink()
@@ -361,11 +361,10 @@ def test_a_stage_stopped_at_its_second_hook_point_is_not_mistaken_for_one_of_oth
     first, second = tmp_path / "first", tmp_path / "second"
 
     def run_it(name: str, output: Path, value: int = 1, *, work: object = None) -> str:
-        return run_stage(
-            run, "fit", {name: value}, work or output.touch, outputs=lambda: [output], by_hookpoint=True  # type: ignore[arg-type]
-        ).word  # fmt: skip
+        act = work or (lambda _: output.touch())
+        return run_stage(run, "fit", {name: {"k": value}}, act, outputs=lambda _: [output], by_name=True).word  # type: ignore[arg-type]
 
-    def write_and_die() -> None:
+    def write_and_die(_: list[str]) -> None:
         second.touch()
         raise KeyboardInterrupt
 
@@ -373,7 +372,7 @@ def test_a_stage_stopped_at_its_second_hook_point_is_not_mistaken_for_one_of_oth
     with pytest.raises(KeyboardInterrupt):
         run_it("b", second, work=write_and_die)
     assert [run_it("b", second), run_it("a", first), run_it("b", second)] == ["done", "skipped", "skipped"]
-    with pytest.raises(FluxSaeError, match="b was 1, now 2"):
+    with pytest.raises(FluxSaeError, match="fit is complete at b with other settings: k was 1, now 2"):
         run_it("b", second, 2)
     start_over(run, "fit", ["b"])
     assert [run_it("a", first), run_it("b", second)] == ["skipped", "done"]

@@ -26,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from fluxsae.checked import describe
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.names import SaeName
 from train import analyze, collect, directions, embed, find_demos, fit, render, score, select
 from train.flux_options import FluxOptions
 from train.stages import renamed
@@ -159,13 +160,15 @@ def _check_fits(fits: Sequence[Mapping[str, Any]], hookpoints: Sequence[str]) ->
     """Refuses several [[fit]] that do not share out the run's hook points, before anything runs."""
     if len(fits) < 2:
         return
-    named = [str(HookPoint.parse(place)) for fit in fits for place in _listed(fit.get("hookpoints", ()))]
-    wanted = [str(HookPoint.parse(place)) for place in hookpoints]
-    if not all(fit.get("hookpoints") for fit in fits) or sorted(named) != sorted(wanted):
+    named = [SaeName.parse(name) for fit in fits for name in _listed(fit.get("hookpoints", ()))]
+    wanted = sorted(map(HookPoint.parse, hookpoints))
+    is_shared_out = len({*named}) == len(named) and sorted({name.place for name in named}) == wanted
+    if not all(fit.get("hookpoints") for fit in fits) or not is_shared_out:
         raise FluxSaeError(
-            f"The [[fit]] tables are for {', '.join(named) or 'no hook point'}, and the run's hook points are "
-            f"{', '.join(wanted) or 'not given'}. Several [[fit]] share out the hook points that [pipeline] lists, "
-            "each with hookpoints = [...]; for others give a --recipe of your own with one [fit]."
+            f"The [[fit]] tables are for {', '.join(map(str, named)) or 'no hook point'}; the run's hook points are "
+            f"{', '.join(map(str, wanted)) or 'not given'}. Several [[fit]] share out the hook points that [pipeline] "
+            "lists, each with hookpoints = [...], several SAEs at one hook point as hookpoint@variant; for others give "
+            "a --recipe of your own with one [fit]."
         )
 
 
