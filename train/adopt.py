@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.sae.config import Architecture, TrainedOn
-from fluxsae.sae.foreign import Tool
+from fluxsae.sae.config import Architecture, Tool, TrainedOn
 from train.command import start
 from train.stages import StageResult, run_stage
 

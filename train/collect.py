@@ -23,7 +23,7 @@ from fluxsae.runs.prompts import wanted_splits
 from train.command import Bars, start
 from train.flux_options import FluxOptions, Purpose, default_hookpoints, default_steps
 from train.processes import processes
-from train.stages import StageResult, run_stage, start_over
+from train.stages import StageResult, renamed, run_stage, start_over
 
 if TYPE_CHECKING:
     from fluxsae.activations.collection import CaptureRequest, ImagePlan
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 UNNAMED = "early and late"
 """What stands in run.json for hook points that were left out."""
+DEFAULT_IMAGES = 320
+"""Images of a run that has none yet."""
 GROWS = ("images",)
 """What may be asked for anew in a larger number: the stage then adds to what is there."""
 
@@ -48,8 +50,8 @@ class CollectConfig(FluxOptions):
     """Hook points, such as layer15; left out, the run's own, or an early and a late double-stream block."""
     steps: tuple[int, ...] = ()
     """0-based steps of the schedule; left out, five spread over it."""
-    images: int = 320
-    """Images to generate, or at most so many pictures to read."""
+    images: int | None = None
+    """Images to generate, or at most so many pictures to read; left out, those that were collected, or 320."""
     tokens_per_image: int | None = 512
     """Tokens kept of each image, step and hook point (all, where there are fewer)."""
     batch_size: int = 8
@@ -69,8 +71,9 @@ def main(config: CollectConfig, *, open_flux: Callable[[], Any] | None = None) -
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    if not config.hookpoints and run.exists():
+    if run.exists():
         config = _as_collected(config, run.load_info())
+    config = replace(config, images=config.images or DEFAULT_IMAGES)
     with processes() as peers:
         return run_stage(
             run,
@@ -91,11 +94,14 @@ def _only(config: CollectConfig, names: Sequence[str]) -> CollectConfig:
 
 
 def _as_collected(config: CollectConfig, info: RunInfo) -> CollectConfig:
-    """The hook points that were named when this run was collected."""
+    """The hook points that were named when this run was collected, and its number of images, where none are asked."""
     record = info.stages.get("collect")
-    if record is None or UNNAMED in record.config:
+    if record is None:
         return config
-    return replace(config, hookpoints=info.hookpoints)
+    counts = [renamed("collect", own).get("images") or 0 for own in record.config.values()]
+    images = config.images or max(counts, default=None)
+    hookpoints = config.hookpoints or (() if UNNAMED in record.config else info.hookpoints)
+    return replace(config, hookpoints=hookpoints, images=images)
 
 
 def activations_path(config: CollectConfig) -> Path:
@@ -138,6 +144,7 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
         batch_size=config.batch_size,
         seed=config.seed,
     )
+    assert config.images is not None
     plan = config.build_plan(config.images, purpose="collect", settings=settings, held_out_every=config.held_out_every)
     splits = describe_splits(plan, shared=config.share_prompts, purpose="collect", every=config.held_out_every)
     info = describe_run(pipe, request, plan, hookpoints=hookpoints, splits=splits)

@@ -20,6 +20,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.names import SaeName
+from train import collect, score
 from train import cost_constants as constants
 from train.collect import CollectConfig
 from train.command import start
@@ -29,7 +30,7 @@ from train.fit import FitConfig, build_sae_configs
 from train.flux_options import default_hookpoints, default_steps
 from train.recipes import RecipeOptions, build_recipe, build_stage_configs, parse_recipe_options
 from train.render import RenderConfig
-from train.score import DEFAULT_IMAGES, ScoreConfig
+from train.score import ScoreConfig
 
 if TYPE_CHECKING:
     from fluxsae.activations.shards import ActivationManifest
@@ -131,6 +132,16 @@ class Plan:
         return plan
 
     @property
+    def n_collected(self) -> int:
+        """Images whose activations are collected."""
+        return self.collect.images or collect.DEFAULT_IMAGES
+
+    @property
+    def n_scored(self) -> int:
+        """Images that are scored."""
+        return self.score.images or score.DEFAULT_IMAGES
+
+    @property
     def hookpoints(self) -> tuple[HookPoint, ...]:
         """Where activations are collected."""
         named = [HookPoint.parse(name) for name in self.collect.hookpoints]
@@ -172,7 +183,7 @@ class Plan:
                 tokens_per_image=min(
                     self.n_tokens(hookpoint), self.collect.tokens_per_image or self.n_tokens(hookpoint)
                 ),
-                n_images=self.collect.images,
+                n_images=self.n_collected,
                 images_per_shard=self.collect.images_per_shard,
                 prompts_hash="",
                 seed=self.collect.seed,
@@ -267,8 +278,8 @@ def _flux_stages(plan: Plan, machine: Machine) -> Iterator[Stage]:
     fixed = machine.text_seconds(plan) + (moved if preset == "offload" else 0.0)
     step = machine.step_seconds(plan)
 
-    n_scored = _n_scored(plan)
-    collected = plan.collect.images * (fixed + _steps_run(plan) * step)
+    n_scored = plan.n_scored
+    collected = plan.n_collected * (fixed + _steps_run(plan) * step)
     memory = weights + _further_images(plan, plan.collect.batch_size)
     disk = sum(manifest.bytes_on_disk for manifest in plan.manifests.values())
     yield Stage("collect", collected, memory, disk, note)
@@ -288,13 +299,9 @@ def _flux_stages(plan: Plan, machine: Machine) -> Iterator[Stage]:
     yield Stage("score", n_scored * scored, memory, score_disk, f"{note}; disk is an upper bound")
 
 
-def _n_scored(plan: Plan) -> int:
-    return plan.score.images or DEFAULT_IMAGES
-
-
 def _later_stages(plan: Plan, machine: Machine) -> Iterator[Stage]:
     figure = clip_figure(plan)
-    n_scored = _n_scored(plan)
+    n_scored = plan.n_scored
     embedded = n_scored * machine.seconds(figure.value, machine.gpu.step_share.value)
     yield Stage("embed", embedded, 2e9, n_scored * constants.CLIP_WIDTH * 4)
     n_features = sum(sae.n_features for fit in plan.trained for sae in fit.saes)
@@ -451,9 +458,9 @@ def _size(size: float) -> str:
 def describe(plan: Plan) -> str:
     """What the recipe makes: images, and a line for each SAE."""
     collected = (
-        f"{plan.collect.flux}: {plan.collect.images:,} images of {plan.settings.width} x {plan.settings.height} px "
+        f"{plan.collect.flux}: {plan.n_collected:,} images of {plan.settings.width} x {plan.settings.height} px "
         f"collected, steps {', '.join(map(str, plan.steps))} of {plan.settings.num_inference_steps}; "
-        f"{_n_scored(plan):,} scored"
+        f"{plan.n_scored:,} scored"
     )
     return "\n".join([collected, *(_describe_sae(fit, sae) for fit in plan.trained for sae in fit.saes)])
 

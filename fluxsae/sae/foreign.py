@@ -7,13 +7,13 @@ plain `.pt`:   acts = relu(W_enc (x - pre_bias) + b_enc), or the top k of it;   
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.sae.config import Architecture
+from fluxsae.sae.config import Architecture, Tool
 from fluxsae.sae.interop import (
     build_sae,
     from_dictionary_learning,
@@ -24,7 +24,6 @@ from fluxsae.sae.interop import (
 )
 from fluxsae.sae.model import SparseAutoencoder
 
-Tool = Literal["saelens", "sparsify", "dictionary_learning", "overcomplete", "plain"]
 _FILES: dict[Tool, tuple[str, ...]] = {
     "saelens": ("cfg.json", "sae_weights.safetensors"),
     "sparsify": ("cfg.json", "sae.safetensors"),

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.sae.foreign import Told, Tool, find_tool, read_foreign
+from fluxsae.sae.config import Tool
+from fluxsae.sae.foreign import Told, find_tool, read_foreign
 
 D, F, K = 12, 40, 5
 ROWS = nn.functional.normalize(torch.randn(F, D, generator=torch.Generator().manual_seed(0)), dim=1)
@@ -168,7 +169,7 @@ REFUSED = {
         checkpoint(overcomplete(**{"encoder.mlp_blocks.0.0.weight": W_ENC})), "more than an encoder of one", False,
     ),
     "long rows": (checkpoint(overcomplete(**{"dictionary._weights": 3 * ROWS})), "norms from 3 to 3", False),
-    "two biases": (checkpoint(plain({"k": K}, decoder__bias=B_DEC)), "needs either pre_bias or decoder.bias", False),
+    "two biases": (checkpoint(plain({"k": K}, decoder__bias=B_DEC)), "needs pre_bias or decoder.bias", False),
     "rows that decide who wins": (
         checkpoint(plain({"k": K}, decoder__weight=(ROWS * SCALING[:, None]).T.contiguous())), "compete in topk", False,
     ),

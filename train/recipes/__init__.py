@@ -87,6 +87,7 @@ class RecipeOptions(FluxOptions):
 
 
 Options = TypeVar("Options", bound=RecipeOptions)
+Config = TypeVar("Config")
 
 
 def parse_recipe_options(kind: type[Options], arguments: Sequence[str], description: str | None) -> Options:
@@ -230,8 +231,33 @@ def build_stage_configs(stage: StageName, recipe: Recipe, run: RunFolder, *, for
     return [_stage_config(stage, own, recipe, run, force=force) for own in recipe.stages.get(stage, [{}])]
 
 
-def _stage_config(stage: StageName, own: Mapping[str, Any], recipe: Recipe, run: RunFolder, *, force: bool) -> Any:
-    kind = _CONFIGS[stage]
+def run_defaults(kind: type[Config], run: RunFolder) -> list[Config]:
+    """What a stage's script does for this run where an option is left out: as its run.toml says, a config each table.
+
+    More images than the recipe's, once they were made, stay.
+    """
+    stage = next((name for name, known in _CONFIGS.items() if known.__name__ == kind.__name__), None)
+    if stage is None or not run.toml_path.is_file():
+        return []
+    recipe = build_recipe(RecipeOptions.from_recipe(str(run.toml_path)))
+    made = run.exists() and stage in run.load_info().stages
+    tables = [
+        {name: value for name, value in table.items() if not (made and name == "images")}
+        for table in recipe.stages.get(stage, [{}])
+    ]
+    return [_stage_config(stage, table, recipe, run, force=False, kind=kind) for table in tables]
+
+
+def _stage_config(
+    stage: StageName,
+    own: Mapping[str, Any],
+    recipe: Recipe,
+    run: RunFolder,
+    *,
+    force: bool,
+    kind: type[Any] | None = None,
+) -> Any:
+    kind = kind or _CONFIGS[stage]
     shared: dict[str, Any] = {"run": str(run.path), "force": force}
     names = {field.name for field in fields(kind)}
     shared |= {name: value for name, value in recipe.flux.items() if name in names and _is_shared(kind, name, value)}
