@@ -3,6 +3,7 @@
     python -m train.adopt path/to/sae --run runs/dev --hookpoint layer15@theirs \\
         --flux black-forest-labs/FLUX.1-dev --steps 13 --height 1024 --width 1024
     python -m train.adopt sae_best.pt --run runs/dev --hookpoint layer15@old --arch topk --k 64 ...
+    python -m train.adopt activations.npy --run runs/dev --hookpoint layer15 --sigmas 0.87 ...   # for train.fit
 
 It is measured on the run's held-out activations, which shows whether it was read right and belongs there; then score
 it: python -m train.score --run runs/dev --hookpoints layer15@theirs. No file that can run code is opened.
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.sae.config import Architecture, Tool, TrainedOn
 from train.command import start
 from train.stages import StageResult, run_stage
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from fluxsae.runs.names import SaeName
     from fluxsae.sae.model import SparseAutoencoder
 
+FLUX_PATCH = 16
+"""Pixels a token, on a side, of FLUX.1 and FLUX.2."""
 WORST_FVU = 0.9
 """An SAE that leaves more of the variance unexplained was read wrongly, or was trained on something else."""
 
@@ -41,7 +45,7 @@ class AdoptConfig:
     """Which SAE, where it belongs, and what its files do not say."""
 
     source: tyro.conf.Positional[Path]
-    """Folder that the other tool wrote, or a .pt file."""
+    """Folder that the other tool wrote, or a .pt file; or activations, .npy of one row a token."""
     run: Path = Path("runs/miniature")
     """Run folder with activations of that hook point (`train.collect`; a few images are enough)."""
     hookpoint: str
@@ -58,6 +62,10 @@ class AdoptConfig:
     """Width of the images that it was trained on, pixels."""
     guidance_scale: float | None = None
     """Distilled guidance of those images; left out, the run's."""
+    sigmas: tuple[float, ...] = ()
+    """.npy: noise level of each of the steps, where the run does not say it."""
+    num_inference_steps: int | None = None
+    """.npy for a run that does not exist yet: steps of the schedule."""
     arch: Architecture | None = None
     """Architecture, where the files do not say it: l1, topk or batchtopk."""
     k: int | None = None
@@ -76,7 +84,18 @@ def main(config: AdoptConfig) -> StageResult:
     from fluxsae.runs.names import SaeName
 
     run, name = RunFolder(config.run), SaeName.parse(config.hookpoint)
-    _check_asked(config, run, name)
+    _check_asked(config, run)
+    if config.source.suffix == ".npy":
+        return run_stage(
+            run,
+            "collect",
+            {str(name.place): {**_stage_config(config), "sigmas": [*config.sigmas]}},
+            lambda _: _adopt_activations(config, run, name.place),
+            outputs=lambda places: [path for place in places for path in _shards(run, place)],
+            force=config.force,
+            by_name=True,
+        )
+    _check_name(config, run, name)
     return run_stage(
         run,
         "fit",
@@ -88,14 +107,18 @@ def main(config: AdoptConfig) -> StageResult:
     )
 
 
-def _check_asked(config: AdoptConfig, run: RunFolder, name: SaeName) -> None:
-    """Asks for what no file says, and refuses a name that is taken."""
+def _check_asked(config: AdoptConfig, run: RunFolder) -> None:
+    """Asks for what no file says."""
     unsaid = [f"--{option}" for option in ("flux", "steps", "height", "width") if not getattr(config, option)]
     if unsaid:
         raise FluxSaeError(
             f"The files do not say what the SAE was trained on; give {', '.join(unsaid)} as whoever trained it says. "
-            f"This run: {_facts(run)}."
+            f"This run: {_facts(run) if run.exists() else 'none yet'}."
         )
+
+
+def _check_name(config: AdoptConfig, run: RunFolder, name: SaeName) -> None:
+    """Refuses a name that is taken."""
     record = run.load_info().stages.get("fit")
     is_adopted = record is not None and "adopted" in record.config.get(str(name), {})
     if run.has_sae(name) and not is_adopted and not config.force:
@@ -199,6 +222,52 @@ def _grounded(
         adapters=info.adapters,
     )
     return sae.with_trained_on(ground)
+
+
+def _shards(run: RunFolder, place: str) -> list[Path]:
+    from fluxsae.activations.shards import expected_files
+
+    return expected_files(run.activations_folder(place))
+
+
+def _adopt_activations(config: AdoptConfig, run: RunFolder, place: HookPoint) -> None:
+    from fluxsae.activations.foreign import adopt_rows
+    from fluxsae.flux.settings import GenerationSettings
+    from fluxsae.runs.folder import RunInfo, library_versions
+
+    assert config.flux is not None
+    assert config.height is not None
+    assert config.width is not None
+    steps = tuple(sorted(set(config.steps)))
+    if run.exists():
+        info = run.load_info()
+        if config.flux != info.flux_id:
+            raise FluxSaeError(f"The activations are of {config.flux}, but this is a run of {info.flux_id}.")
+    elif config.num_inference_steps is None:
+        raise FluxSaeError("There is no run yet; give --num-inference-steps, the steps of the schedule.")
+    else:
+        settings = GenerationSettings(
+            height=config.height, width=config.width, num_inference_steps=config.num_inference_steps
+        )
+        info = RunInfo(flux_id=config.flux, settings=settings, hookpoints=(), versions=library_versions())
+    known = dict(zip(info.steps, info.sigmas, strict=True)) | dict(zip(steps, config.sigmas, strict=False))
+    if any(step not in known for step in steps):
+        raise FluxSaeError(f"The noise levels of steps {[*steps]} are not known; give --sigmas, one for each of them.")
+    settings = replace(info.settings, height=config.height, width=config.width)
+    if config.guidance_scale is not None:
+        settings = replace(settings, guidance_scale=config.guidance_scale)
+    n_tokens = settings.max_sequence_length
+    if place.stream == "image":
+        patch = info.settings.height // info.rows if info.rows else FLUX_PATCH
+        n_tokens = TokenGrid.from_size(settings.height, settings.width, patch=patch).n_tokens
+    n_images = adopt_rows(
+        config.source, run.activations_folder(place), hookpoint=place, flux_id=config.flux, settings=settings,
+        sigmas={step: known[step] for step in steps}, n_tokens=n_tokens, digest=_digest(config.source),
+    )  # fmt: skip
+    places = sorted({HookPoint.parse(name) for name in info.hookpoints} | {place})
+    known = dict(sorted(known.items()))
+    run.save_info(replace(info, hookpoints=tuple(map(str, places)), steps=tuple(known), sigmas=tuple(known.values())))
+    print(f"{place}: activations of {n_images} images at steps {', '.join(map(str, steps))}; train.fit can use them")
 
 
 if __name__ == "__main__":

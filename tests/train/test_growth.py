@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -326,3 +327,24 @@ def test_a_wrong_reading_is_noticed_by_its_fvu(grown: Stages, tmp_path: Path) ->
         adopt.main(adopted(grown, tmp_path / "sae.pt"))
     assert not grown.run.has_sae(f"{PLACE}@theirs")
     assert adopt.main(adopted(grown, tmp_path / "sae.pt", allow_bad_fit=True)).word == "done"
+
+
+def test_activations_that_another_script_wrote_train_an_sae(grown: Stages, tmp_path: Path) -> None:
+    """The rows of this run, written as such a script writes them, give the SAE that this run trains on them."""
+    folder = ShardFolder(grown.run.activations_folder(PLACE))
+    rows = torch.cat([tokens.flatten(0, 1) for _, tokens, _ in folder.iter_images("all")]).float().numpy()
+    np.save(tmp_path / "flux_activations_layer0.npy", rows)
+    for name in ("fresh", "other"):
+        RunFolder(tmp_path / name).save_info(replace(grown.run.load_info(), stages={}))
+    source = tmp_path / "flux_activations_layer0.npy"
+    config = adopted(grown, source, run=tmp_path / "fresh", hookpoint="layer0")
+    assert adopt.main(config).word == "done"
+    made = ShardFolder(RunFolder(tmp_path / "fresh").activations_folder(PLACE))
+    for (_, mine, _), (_, theirs, _) in zip(made.iter_images("all"), folder.iter_images("all"), strict=True):
+        assert torch.equal(mine, theirs)
+    assert fit.main(FitConfig(run=tmp_path / "fresh", batch_size=32, epochs=1, n_features=(48,), k=(4,))).word == "done"
+    with pytest.raises(FluxSaeError, match="no whole number of images of 3 steps"):
+        adopt.main(replace(config, run=tmp_path / "other", steps=(0, 1, 3), sigmas=(1.0, 0.8, 0.3)))
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(FluxSaeError, match=r"no \.npy file of plain numbers"):
+        adopt.main(replace(config, source=tmp_path / "objects.npy", run=tmp_path / "other"))
