@@ -344,7 +344,9 @@ def collect(
     return len(left_out)
 
 
-def _added(writer: ShardWriter, index: int, new: Rows, first: int) -> Rows:
+def _added(
+    writer: ShardWriter, index: int, new: Rows, first: int
+) -> tuple[BFloat16[Tensor, "all steps tokens d_model"], Int[Tensor, "all steps tokens"]]:
     """A shard's rows: those that are there, and behind them the new ones, which begin with its image number `first`."""
     n_present = writer.n_present(index)
     if not n_present:

@@ -11,6 +11,8 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 
+_HELD_OUT_EVERY = 10
+
 
 def adopt_rows(
     path: str | Path,
@@ -43,6 +45,7 @@ def adopt_rows(
         hookpoint=str(hookpoint), d_model=rows.shape[1], flux_id=flux_id, flux_revision=None, settings=settings,
         steps=tuple(sigmas), sigmas=tuple(sigmas.values()), n_tokens=n_tokens, tokens_per_image=n_tokens,
         n_images=n_images, images_per_shard=images_per_shard, prompts_hash=digest, seed=0,
+        held_out_every=0 if n_images == 1 else min(_HELD_OUT_EVERY, n_images),
     )  # fmt: skip
     images = rows.reshape(n_images, len(sigmas), n_tokens, rows.shape[1])
     writer = ShardWriter(folder, manifest)
@@ -59,7 +62,7 @@ def adopt_rows(
 def _table(path: Path) -> np.ndarray:
     """The file as a memory map; never a pickled object."""
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
         raise FluxSaeError(f"{path} is no .npy file of plain numbers ({error}).") from error
     if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.floating):

@@ -115,10 +115,18 @@ def cross_table(folder: Path, pictures: Sequence[Image.Image], captions: Sequenc
         picture.save(folder / "pictures" / f"{number:05d}.png")
         (folder / "pictures" / f"{number:05d}.txt").write_text(caption)
     (folder / "captions.txt").write_text("\n".join(captions))
-    sources = {"pictures": {"pictures": folder / "pictures"}, "generations": {"prompts": folder / "captions.txt"}}
+    sources: dict[str, dict[str, Path]] = {
+        "pictures": {"pictures": folder / "pictures"},
+        "generations": {"prompts": folder / "captions.txt"},
+    }
     saes, rows = {}, {}
     for name, source in sources.items():
-        shared = {"run": folder / name, "hookpoints": (config.hookpoint,), "steps": (config.step,), **source}
+        shared: dict[str, Any] = {
+            "run": folder / name,
+            "hookpoints": (config.hookpoint,),
+            "steps": (config.step,),
+            **source,
+        }
         collect.main(collect.CollectConfig(**shared, images=config.n_collected, batch_size=config.batch_size))
         fit.main(fit.FitConfig(**shared, n_features=(512,), k=(10,), epochs=config.epochs, lr=3e-3, batch_size=512))
         run = RunFolder(folder / name)
