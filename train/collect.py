@@ -53,11 +53,11 @@ class CollectConfig(FluxOptions):
     batch_size: int = 8
     """Images generated together."""
     images_per_shard: int = 32
-    """Images in one file."""
+    """Images in one shard (a file of activations)."""
     held_out_every: int = 10
     """Every n-th image is held out for evaluation."""
     activations: Path | None = None
-    """Folder for the shards; left out, `activations` in the run folder."""
+    """Folder for the shards (files of activations); left out, `activations` in the run folder."""
     force: bool = False
     """Delete what was collected with other settings and start anew."""
 

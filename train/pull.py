@@ -28,7 +28,7 @@ class PullConfig:
     into: Path
     """The folder to make; it appears when everything has arrived."""
     hookpoints: tuple[str, ...] = ()
-    """Only these hook points; all when none is given."""
+    """Only these hook points; left out, all."""
     part: Part = "all"
     """browse leaves out what only scoring and steering need: SAE weights and S."""
     overwrite: bool = False
