@@ -1,6 +1,7 @@
 """The contract of every endpoint, against a served page: gradio_client, plain HTTP and MCP."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
