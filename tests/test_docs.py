@@ -1,6 +1,7 @@
 """What the README says is so: its commands exist, its snippets run, its pictures are there."""
 
 import ast
+import importlib
 import importlib.util
 import re
 import tomllib
@@ -10,6 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from fluxsae.errors import MAKERS
 from fluxsae.sae import SaeConfig, SparseAutoencoder
 from fluxsae.sae.interop import to_sparsify
 
@@ -65,6 +67,16 @@ def test_every_mark_that_contributing_names_is_one_of_the_tests() -> None:
     (line,) = re.findall(r"^- Mark a test (.*) if it", TEXT["CONTRIBUTING.md"], re.MULTILINE)
     marks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
     assert set(re.findall(r"`(\w+)`", line)) == {mark.partition(":")[0] for mark in marks}
+
+
+def test_messages_of_the_library_name_its_own_call_before_a_script() -> None:
+    for script, call in MAKERS.items():
+        module, _, name = call.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), name))
+        assert importlib.util.find_spec(f"train.{script}")
+    sources = {path: path.read_text() for path in (ROOT / "fluxsae").rglob("*.py")}
+    named = re.compile(r'^.*["\'`]\S*.*(?:[Rr]un|with|again) `?(?:python -m )?train\.\w+.*$', re.MULTILINE)
+    assert {path.name: found for path, text in sources.items() if (found := named.findall(text))} == {}
 
 
 @pytest.mark.parametrize("page", TEXT)

@@ -23,6 +23,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.sae.config import KINDS, Architecture, SaeConfig, TrainedOn
 from fluxsae.sae.training.config import TrainConfig
+from train.collect import activations_path
 from train.command import Bars, start
 from train.flux_options import FluxOptions
 from train.processes import processes
@@ -154,17 +155,11 @@ def _hookpoints(config: FitConfig, run: RunFolder, pipe: Any) -> list[HookPoint]
         from train.flux_options import default_hookpoints
 
         return default_hookpoints(len(pipe.transformer.transformer_blocks))
-    folder = _activations(config)
+    folder = activations_path(config.run, config.activations)
     found = [HookPoint.parse(path.name) for path in find_folders(folder)]
     if not found:
         raise FluxSaeError(f"{folder} holds no activations. Run `python -m train.collect --run {run.path}` first.")
     return found
-
-
-def _activations(config: FitConfig) -> Path:
-    from fluxsae.runs.folder import RunFolder
-
-    return config.activations or RunFolder(config.run).activations_path
 
 
 def _work_path(run: RunFolder, hookpoint: HookPoint) -> Path:
@@ -283,7 +278,7 @@ def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Da
     from fluxsae.activations.mixing import mixing_buffer
     from fluxsae.activations.shards import ShardFolder
 
-    folder = ShardFolder(_activations(config) / str(hookpoint))
+    folder = ShardFolder(activations_path(config.run, config.activations) / str(hookpoint))
     folder.check_complete(hookpoint=hookpoint)
     steps = tuple(sorted(set(config.steps))) or folder.manifest.steps
     source = mixing_buffer(

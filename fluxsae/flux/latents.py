@@ -135,7 +135,7 @@ def differentiable_velocity(
 def token_places(grid: TokenGrid) -> Float[Tensor, "tokens 3"]:
     """What FLUX's rotary embedding takes of each image token: 0, its row and its column."""
     rows, cols = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.cols), indexing="ij")
-    return rearrange([torch.zeros_like(rows), rows, cols], "axis row col -> (row col) axis").float()
+    return rearrange([torch.zeros_like(rows), rows, cols], "part row col -> (row col) part").float()
 
 
 def pack(latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens packed"]:

@@ -37,7 +37,7 @@ from fluxsae.flux import (
 )
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.hooks import step_clock
-from fluxsae.flux.latents import token_places, pack, unpack
+from fluxsae.flux.latents import pack, token_places, unpack
 from fluxsae.miniature import miniature_path
 
 PROMPTS = ["a red circle", "a small blue star"]
