@@ -404,7 +404,7 @@ def _tracker(config: FitConfig, name: str) -> Callable[[Mapping[str, Any], int],
         import trackio
     except ImportError as error:
         raise FluxSaeError(
-            "--track needs trackio. Install it (.venv/bin/python -m pip install trackio), or leave --track out."
+            "--track needs trackio. Install it (python -m pip install trackio), or leave --track out."
         ) from error
     tracked = trackio.init(project=config.track, name=name, config={"arch": config.arch, "k": list(config.k)})
 

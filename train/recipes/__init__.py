@@ -238,7 +238,8 @@ def _stage_config(stage: StageName, own: Mapping[str, Any], recipe: Recipe, run:
     kind = SCRIPTS[stage].options
     shared: dict[str, Any] = {"run": str(run.path), "force": force}
     names = {field.name for field in fields(kind)}
-    shared |= {name: value for name, value in recipe.flux.items() if name in names and _is_shared(kind, name, value)}
+    runs_flux = issubclass(kind, FluxOptions)  # elsewhere a seed or device goes to a stage only where it was given
+    shared |= {name: value for name, value in recipe.flux.items() if name in names and (runs_flux or value is not None)}
     if stage == "collect":
         shared |= {name: recipe.pipeline[name] for name in ("hookpoints", "steps")}
     clash = sorted(set(own) & set(shared))
@@ -247,11 +248,6 @@ def _stage_config(stage: StageName, own: Mapping[str, Any], recipe: Recipe, run:
             f"{stage}.{clash[0]} belongs to all stages. Give it as a flag, or under [flux] or [pipeline]."
         )
     return kind(**_converted(kind, {**shared, **own}, where=stage))
-
-
-def _is_shared(kind: type[Any], name: str, value: Any) -> bool:
-    """Whether a flag of FLUX goes to a stage: always where FLUX is run; elsewhere a seed or device that was given."""
-    return issubclass(kind, FluxOptions) or value is not None
 
 
 def _converted(kind: type[Any], values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
