@@ -12,21 +12,10 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.statistics import HISTOGRAM_EDGES, PLACE_SIDE, FeatureStats, coarse_cells
+from fluxsae.features.statistics import FeatureStats, coarse_cells
 from fluxsae.files import load_tensors, map_array, mapped_tensors, read_header, release_pages
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.sae.acts import SparseActs
-
-__all__ = [
-    "HISTOGRAM_EDGES",
-    "PLACE_SIDE",
-    "FeatureStats",
-    "ScoreAccumulator",
-    "ScoreMatrix",
-    "TopImages",
-    "max_over_tokens",
-    "merge_score_files",
-]
 
 
 @dataclass(frozen=True)

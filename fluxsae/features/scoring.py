@@ -15,7 +15,8 @@ from torch import Tensor
 from fluxsae.activations.collection import ImagePlan, OnImages, check_finite
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.familiarity import image_fvu, summarise_fvu
-from fluxsae.features.scores import FeatureStats, ScoreAccumulator, ScoreMatrix, merge_score_files
+from fluxsae.features.scores import ScoreAccumulator, ScoreMatrix, merge_score_files
+from fluxsae.features.statistics import FeatureStats
 from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
 from fluxsae.files import load_tensors, read_json, remove_leftovers, save_tensors, write_json
 from fluxsae.flux import BlockCall, capture, generate, nearest_step, read_picture, token_grid

@@ -13,14 +13,13 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.features.analysis import class_counts, describe_features, find_companions, find_families
 from fluxsae.features.config import AnalysisConfig
 from fluxsae.features.scores import (
-    HISTOGRAM_EDGES,
-    FeatureStats,
     ScoreAccumulator,
     ScoreMatrix,
     TopImages,
     max_over_tokens,
     merge_score_files,
 )
+from fluxsae.features.statistics import HISTOGRAM_EDGES, FeatureStats
 from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
 from fluxsae.files import load_tensors, save_tensors
 from fluxsae.flux.hookpoints import TokenGrid

@@ -16,7 +16,8 @@ import torch
 
 from fluxsae.features.analysis import describe_features
 from fluxsae.features.config import AnalysisConfig
-from fluxsae.features.scores import FeatureStats, ScoreAccumulator, ScoreMatrix, merge_score_files
+from fluxsae.features.scores import ScoreAccumulator, ScoreMatrix, merge_score_files
+from fluxsae.features.statistics import FeatureStats
 from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
 from fluxsae.files import load_tensors, save_tensors
 from fluxsae.flux.hookpoints import TokenGrid
