@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_flux2 import D_MODEL, N_DOUBLE, N_TEXT, SETTINGS, build_tiny_flux2
+from tiny_flux2 import D_MODEL, N_TEXT, SETTINGS, build_tiny_flux2
 
 from fluxsae import FluxSaeError, SteeringEdit, capture, generate, load_flux, read_picture, steer
 from fluxsae.flux import (
@@ -144,7 +145,7 @@ def test_with_classifier_free_guidance_each_step_is_seen_twice_the_prompts_own_p
 
 
 def test_settings_that_a_distilled_model_cannot_run_are_refused(klein, base):
-    with pytest.raises(FluxSaeError, match="true_cfg_scale=2: .*Set true_cfg_scale=1"):
+    with pytest.raises(FluxSaeError, match=r"true_cfg_scale=2: .*Set true_cfg_scale=1"):
         generate(klein, PROMPTS[0], seeds=0, settings=GUIDED)
     guided = build_tiny_flux2(guidance_embeds=True, is_distilled=False)
     with pytest.raises(FluxSaeError, match="true_cfg_scale=2"):
@@ -286,30 +287,24 @@ def test_edits_act_on_their_image_of_a_batch_and_at_zero_change_no_bit(klein, na
     assert not np.allclose(steered[1], plain[1], atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["layer1", "transformer_blocks.0.attn", "single_transformer_blocks.1.attn"])
+# Not a double block's attn: the block's own ff answers to the edit, too.
+@pytest.mark.parametrize("name", ["layer1", "transformer_blocks.1.ff_context", "single_transformer_blocks.1.attn"])
 def test_an_edits_size_is_measured_behind_the_gate(klein, name):
     """The stream behind the block moves by the gated edit: the same number, measured from two runs."""
     place = HookPoint.parse(name)
-    block = HookPoint(place.block_kind, place.block_index, "")
+    block = HookPoint(place.block_kind, place.block_index, "", place.stream)
     saes, edits = {place: build_sae()}, [SteeringEdit(place, 3, "add", 2.0, steps=(0, 1))]
     recorder = EditRecorder(klein, saes, [[], edits])
     streams = []
-    for variant in ([], edits):
-        with capture(klein, [block], [0]) as captured:
-            with (
-                recorder.watch(),
-                steer(
-                    klein,
-                    saes,
-                    [variant or [replace(edits[0], strength=0.0)]],
-                    on_edit=lambda call: recorder.record(call, len(streams)),
-                ),
-            ):
-                generate(klein, PROMPTS[0], seeds=1, settings=replace(SETTINGS, num_inference_steps=1))
+    for first, variant in enumerate([[replace(edits[0], strength=0.0)], edits]):
+        with (
+            capture(klein, [block], [0]) as captured,
+            recorder.watch(),
+            steer(klein, saes, variant, on_edit=partial(recorder.record, first=first)),
+        ):
+            generate(klein, PROMPTS[0], seeds=1, settings=replace(SETTINGS, num_inference_steps=1))
         streams.append(captured.get(block, 0)[0])
     clean, steered = streams
-    if place.submodule == "attn" and place.block_kind == "double":
-        return  # the block's ff answers to the edit, so only the other two move the stream by it alone
     expected = ((steered - clean).norm(dim=-1) / clean.norm(dim=-1)).mean()
     assert recorder.recorded[1].relative_sizes == [pytest.approx(float(expected), rel=1e-3)]
 
@@ -326,4 +321,4 @@ def test_an_explanation_names_the_prompts_words(klein):
     assert {effect.source.text for effect in found.words} == {"red", "circle"}
     assert found.drive > 0
     assert all(effect.measured is not None and effect.predicted != 0 for effect in found.words)
-    assert N_DOUBLE == 2 and list(found.explained) == [HookPoint.parse("layer1")]
+    assert list(found.explained) == [HookPoint.parse("layer1")]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from train.flux_options import FluxOptions
 
-Model = Literal["flux1-dev", "tiny"]
+Model = Literal["flux1-dev", "flux2-klein", "tiny"]
 GROUPS = ("steps", "early-exit", "sweep", "training", "ends", "determinism", "batches", "compiled")
 
 
