@@ -234,16 +234,14 @@ class Machine:
         """One step of one image (at 1024 px and 512 text tokens FLUX.1: 74 TFLOP, FLUX.2 klein 4B: 35)."""
         width, n = plan.model.d_model, plan.grid.n_tokens + plan.settings.max_sequence_length
         blocks = plan.model.n_double + plan.model.n_single
-        return self.seconds(
-            blocks * (plan.model.block_operations * width**2 * n + 4 * n**2 * width), self.step_share.value
-        )
+        one_block = plan.model.block_operations * width**2 * n + 4 * n**2 * width
+        return self.seconds(blocks * one_block, self.step_share.value)
 
     def text_seconds(self, plan: Plan) -> float:
-        """The text encoder on one prompt."""
-        per_token = constants.TEXT_OPERATIONS_PER_BYTE.value * max(
-            size for part, size in plan.model.bytes.items() if part.startswith("text_encoder")
-        )
-        return self.seconds(per_token * plan.settings.max_sequence_length, self.gpu.step_share.value)
+        """The large text encoder on one prompt."""
+        size = max(size for part, size in plan.model.bytes.items() if part.startswith("text_encoder"))
+        operations = constants.TEXT_OPERATIONS_PER_BYTE.value * size * plan.settings.max_sequence_length
+        return self.seconds(operations, self.gpu.step_share.value)
 
     def decode_seconds(self, plan: Plan) -> float:
         """The decoder on one image."""

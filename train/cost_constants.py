@@ -103,11 +103,9 @@ MODELS: dict[str, Model] = {
         BLOCK_OPERATIONS["Flux2Transformer2DModel"],
     ),
 }
-"""Blocks, widths, files in bfloat16 (published on the models' pages; klein's files calculated from its configuration)."""
+"""Blocks, widths, files in bfloat16 (published on the models' pages; klein's files from its configuration)."""
 
-TEXT_OPERATIONS_PER_BYTE = Figure(
-    1.0, "calculated", "2 operations a token for each weight of T5 or Qwen3, 2 bytes each"
-)
+TEXT_OPERATIONS_PER_BYTE = Figure(1.0, "calculated", "2 operations a token for each weight of 2 bytes")
 DECODE_OPERATIONS_PER_PIXEL = Figure(9.9e6, "calculated", "convolutions of the decoder, 10.4 TFLOP at 1024 px")
 DECODE_SHARE = Figure(0.15, "calculated", "convolutions in bfloat16 reach about 15 % of the peak")
 CLIP_OPERATIONS_PER_IMAGE: dict[str, Figure] = {
