@@ -239,12 +239,12 @@ def test_a_read_equals_the_pass_that_the_pipeline_itself_makes_there(klein, step
 def test_tokens_of_a_reference_image_are_not_image_tokens(klein):
     seen = []
     with block_hooks(klein, {HookPoint.parse("single_transformer_blocks.0"): seen.append}):
-        klein(PROMPTS[0], image=picture(width=32), num_inference_steps=1)
+        klein(prompt=PROMPTS[0], image=picture(width=32), num_inference_steps=1)
     assert seen[0].tokens.shape[1] == 24
 
 
 def test_a_plain_call_makes_what_generate_makes(klein):
-    (plain,) = klein(PROMPTS[0], generator=torch.Generator().manual_seed(3)).images
+    (plain,) = klein(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(3)).images
     (ours,) = generate(klein, PROMPTS[0], seeds=3)
     assert plain.size == (48, 32)
     assert np.array_equal(plain, ours)
