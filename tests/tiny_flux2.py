@@ -1,6 +1,7 @@
 """A random FLUX.2 klein of real classes that needs no download: for tests that ask how, not how well."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from tiny_flux import WORDS, build_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from fluxsae.flux import Flux2KleinPipeline
+from fluxsae.flux import Flux2KleinPipeline, Flux2Pipeline
 from fluxsae.flux.settings import GenerationSettings
 
 N_DOUBLE, N_SINGLE, D_MODEL, N_TEXT, PATCH = 2, 3, 32, 12, 8
@@ -16,8 +17,9 @@ SETTINGS = GenerationSettings(
     height=32, width=48, num_inference_steps=4, guidance_scale=0.0, max_sequence_length=N_TEXT
 )
 TEMPLATE = "user {{ messages[0]['content'] }}{% if add_generation_prompt %} assistant{% endif %}"
-N_LAYERS = 28
-"""klein's prompt embeddings are the hidden states 9, 18 and 27."""
+DEV_TEMPLATE = "{% for message in messages %}{{ message['content'][0]['text'] }} {% endfor %}"
+N_LAYERS = 31
+"""klein's prompt embeddings are the hidden states 9, 18 and 27, dev's 10, 20 and 30."""
 
 
 def build_chat_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
@@ -67,5 +69,17 @@ def build_tiny_flux2(seed: int = 0, *, is_distilled: bool = True, **transformer:
             is_distilled=is_distilled,
         )
     pipe.generation_settings = SETTINGS
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def build_tiny_flux2_dev() -> Flux2Pipeline:
+    """The same with distilled guidance, in dev's pipeline: another chat message, other layers of the text encoder."""
+    parts = build_tiny_flux2(guidance_embeds=True).components
+    parts.pop("is_distilled", None)
+    parts["tokenizer"].chat_template = DEV_TEMPLATE
+    pipe = Flux2Pipeline(**parts)
+    pipe.system_message = "the"
+    pipe.generation_settings = replace(SETTINGS, guidance_scale=4.0)
     pipe.set_progress_bar_config(disable=True)
     return pipe

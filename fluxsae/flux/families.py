@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 
 import diffusers
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -303,21 +303,31 @@ class Flux2(Family):
         return float(compute_empirical_mu(image_seq_len=n_tokens, num_steps=n_steps))
 
     def tokenizer(self, pipe: Any) -> Any:
-        """Of the language model."""
-        return pipe.tokenizer
+        """Of the language model; dev's pipeline holds it inside a processor."""
+        return getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
 
     def token_spans(self, pipe: Any, prompt: str) -> list[tuple[int, int]]:
         """The prompt stands inside a chat message, whose other tokens count, too."""
-        message = [{"role": "user", "content": prompt}]
-        text = pipe.tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        start = text.find(prompt)
-        spans = ((first - start, behind - start) for first, behind in _spans(pipe.tokenizer, text))
+        text = self._message(pipe, prompt)
+        other = self._message(pipe, ("+" if prompt.startswith("-") else "-") + prompt)
+        start = next(at for at, (own, changed) in enumerate(zip(text, other, strict=False)) if own != changed)
+        spans = ((first - start, behind - start) for first, behind in _spans(self.tokenizer(pipe), text))
         return [
             (max(0, first), min(len(prompt), behind)) if first < len(prompt) and behind > 0 else (0, 0)
             for first, behind in spans
         ]
+
+    def _message(self, pipe: Any, prompt: str) -> str:
+        """The chat message that the pipeline makes of a prompt."""
+        system = getattr(pipe, "system_message", None)  # dev's alone
+        if system is None:
+            message, options = [{"role": "user", "content": prompt}], {"enable_thinking": False}
+        else:
+            (message,), options = format_input([prompt], system_message=system), {}
+        text: str = pipe.tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=system is None, **options
+        )
+        return text
 
     def embed(self, pipe: Any, prompts: Sequence[str], settings: GenerationSettings) -> Embeddings:
         """Three layers of the language model beside each other; no pooled embedding."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_flux2 import D_MODEL, N_TEXT, SETTINGS, build_tiny_flux2
+from tiny_flux2 import D_MODEL, N_TEXT, SETTINGS, build_tiny_flux2, build_tiny_flux2_dev
 
 from fluxsae import FluxSaeError, SteeringEdit, capture, generate, load_flux, read_picture, steer
 from fluxsae.flux import (
@@ -270,8 +270,26 @@ def test_text_tokens_are_found_in_the_prompt_inside_the_chat_message(klein):
     prompt = "a red circle"
     spans = family_of(klein).token_spans(klein, prompt)
     assert [prompt[start:stop] for start, stop in spans] == ["", "", "a", "red", "circle", "", ""]
+    assert family_of(klein).token_spans(klein, "user") == [(0, 0), (0, 0), (0, 4), (0, 0), (0, 0)]
     assert unread_tokens(klein, prompt, SETTINGS) == 0
     assert unread_tokens(klein, " ".join(["red"] * 10), SETTINGS) == 2
+
+
+def test_flux2_dev_goes_through_its_own_pipeline_with_distilled_guidance():
+    dev = build_tiny_flux2_dev()
+    settings = default_settings(dev)
+    whole = pixels(dev, settings=settings)
+    assert not np.array_equal(whole, pixels(dev, settings=replace(settings, guidance_scale=1.0)))
+    snapshot = denoise_to(dev, PROMPTS, seeds=[1, 2], settings=settings, step=2)
+    assert np.array_equal(generate_from(dev, snapshot, output_type="np"), whole)
+    with capture(dev, ["layer1"], [0], stop_early=True) as expected:
+        generate(dev, PROMPTS[0], seeds=5, settings=settings)
+    read = read_picture(dev, picture(), prompt=PROMPTS[0], hookpoints=["layer1"], steps=[0], seeds=5)
+    torch.testing.assert_close(read.get("layer1", 0), expected.get("layer1", 0), rtol=1e-4, atol=1e-5)
+    assert settings_ground(dev, settings, "layer1").guidance_scale == 4.0
+    assert [PROMPTS[0][start:stop] for start, stop in family_of(dev).token_spans(dev, PROMPTS[0])] == [
+        "", "", "a", "red", "circle", ""
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["layer1", "transformer_blocks.0.attn", "single_transformer_blocks.1.attn"])
