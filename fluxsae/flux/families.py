@@ -78,6 +78,10 @@ class Family(ABC):
         """Raises a FluxSaeError for settings that this model cannot run."""
 
     @abstractmethod
+    def check_call(self, inputs: Mapping[str, Any]) -> None:
+        """Raises a FluxSaeError for a call of the transformer whose tokens are not laid out as `layouts` say."""
+
+    @abstractmethod
     def mu(self, pipe: Any, *, n_tokens: int, n_steps: int) -> float:
         """The shift of the schedule's noise levels."""
 
@@ -174,6 +178,9 @@ class Flux1(Family):
 
     def check(self, pipe: Any, settings: GenerationSettings) -> None:
         """Runs them all."""
+
+    def check_call(self, inputs: Mapping[str, Any]) -> None:
+        """Every call is laid out so."""
 
     def mu(self, pipe: Any, *, n_tokens: int, n_steps: int) -> float:
         """Linear in the image's tokens, as `calculate_shift` of diffusers' FluxPipeline has it."""
@@ -293,6 +300,14 @@ class Flux2(Family):
             raise FluxSaeError(
                 f"true_cfg_scale={settings.true_cfg_scale:g}: this FLUX.2 takes no classifier-free guidance and no "
                 "negative prompt. Set true_cfg_scale=1, or use a base model such as FLUX.2-klein-base-4B."
+            )
+
+    def check_call(self, inputs: Mapping[str, Any]) -> None:
+        """With a key-value cache, reference images stand before the image itself."""
+        if inputs.get("kv_cache_mode") is not None:
+            raise FluxSaeError(
+                "This call keeps keys and values of reference images (Flux2KleinKVPipeline), whose tokens then stand "
+                "before the image's own. Hooks need Flux2KleinPipeline, which takes reference images without a cache."
             )
 
     def _is_distilled(self, pipe: Any) -> bool:

@@ -235,12 +235,14 @@ def block_hooks(
     check_channels(getattr(pipe.transformer, "config", {}))
     _refuse_step_cache(pipe.transformer)
 
+    modules, family = {hookpoint: find_module(pipe, hookpoint) for hookpoint in handlers}, family_of(pipe)
+
     def before_blocks(call: TransformerCall) -> None:
         _refuse_step_cache(pipe.transformer)  # one may also be enabled while hooks are open
+        family.check_call(call.inputs)
         if on_call is not None:
             on_call(call)
 
-    modules, family = {hookpoint: find_module(pipe, hookpoint) for hookpoint in handlers}, family_of(pipe)
     with ExitStack() as stack:
         now = stack.enter_context(step_clock(pipe, before_blocks))
         for block_path in sorted({hookpoint.block_path for hookpoint in handlers}):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -241,6 +242,14 @@ def test_tokens_of_a_reference_image_are_not_image_tokens(klein):
     with block_hooks(klein, {HookPoint.parse("single_transformer_blocks.0"): seen.append}):
         klein(prompt=PROMPTS[0], image=picture(width=32), num_inference_steps=1)
     assert seen[0].tokens.shape[1] == 24
+
+
+def test_a_cache_of_reference_images_is_refused_while_hooks_are_open(klein):
+    cached = diffusers.Flux2KleinKVPipeline(**klein.components)
+    cached.set_progress_bar_config(disable=True)
+    arguments = {"prompt": PROMPTS[0], "image": picture(width=32), "height": 32, "width": 48, "num_inference_steps": 2}
+    with pytest.raises(FluxSaeError, match="Hooks need Flux2KleinPipeline"), capture(cached, ["layer0"]):
+        cached(**arguments, max_sequence_length=N_TEXT)
 
 
 def test_a_plain_call_makes_what_generate_makes(klein):
