@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import BFloat16, Int
+from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from fluxsae.activations.mixing import MixingBuffer
@@ -385,6 +385,8 @@ class LiveImages:
         every = held_out_every
         ids = [i for i in range(len(plan)) if not every or i % every != every - 1]
         self._shards = [ids[start : start + images_per_shard] for start in range(0, len(ids), images_per_shard)]
+        sigmas = schedule_sigmas(pipe, request.settings)
+        self._sigmas = torch.tensor([sigmas[step] for step in request.steps])
         self._waiting: OrderedDict[tuple[int, int, HookPoint], Tensor] = OrderedDict()
         self._waiting_bytes = waiting_bytes
 
@@ -395,6 +397,10 @@ class LiveImages:
     def n_rows(self, hookpoint: HookPoint) -> list[int]:
         """Rows of each shard; held-out images are never generated."""
         return [len(shard) * self._rows_per_image(hookpoint) for shard in self._shards]
+
+    def image_sigmas(self, hookpoint: HookPoint) -> Float[Tensor, " rows_of_image"]:
+        """The noise level of each of a hook point's rows of an image."""
+        return self._sigmas.repeat_interleave(self._rows_per_image(hookpoint) // len(self._sigmas))
 
     def take(self, hookpoint: HookPoint, shard: int, *, epoch: int) -> BFloat16[Tensor, "rows d_model"]:
         """A hook point's rows of a shard's images.
@@ -451,6 +457,7 @@ class LiveReader:
     def __init__(self, images: LiveImages, hookpoint: HookPoint) -> None:
         self._images, self._hookpoint = images, hookpoint
         self.d_model = images.d_model(hookpoint)
+        self.image_sigmas = images.image_sigmas(hookpoint)
 
     def n_rows(self) -> list[int]:
         """Rows of each shard."""

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
-from jaxtyping import BFloat16, Int
+from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from fluxsae.activations.shards import ActivationManifest, ActivationShard, ShardFolder, ShardWriter, Split
@@ -39,6 +39,8 @@ class RowReader(Protocol):
     d_model: int
     reads_ahead: bool
     """Whether the next shards may be loaded in another thread while the last ones are in use."""
+    image_sigmas: Float[Tensor, " rows_of_image"]
+    """The noise level of each row of an image; shards hold whole images, with their rows in the same order."""
 
     def n_rows(self) -> list[int]:
         """Rows of each shard."""
@@ -62,6 +64,8 @@ class DiskReader:
         self.d_model = folder.manifest.d_model
         self._split: Split = split
         self._steps = _positions(folder.manifest.steps, steps)
+        sigmas = torch.tensor(folder.manifest.sigmas)[self._steps]
+        self.image_sigmas = sigmas.repeat_interleave(folder.manifest.tokens_per_image)
 
     def n_rows(self) -> list[int]:
         """Rows of each shard that belong to the split."""
@@ -191,6 +195,16 @@ class MixingBuffer:
                 pending.append(rows[order[start:]])
                 n_pending += len(order) - start
             del rows  # before the next ones are made
+
+    def sigmas(self, epoch: int, *, cursor: int = 0) -> Iterator[Float[Tensor, " rows"]]:
+        """The noise level of each row of the batches that `batches` gives."""
+        of_image, pending = self._reader.image_sigmas, torch.empty(0)
+        for _, own in self._parts(epoch, cursor):
+            *whole, pending = torch.cat([pending, of_image[own % len(of_image)]]).split(self._share)
+            yield from whole
+            if len(pending) == self._share:
+                yield pending
+                pending = pending[:0]
 
     def _parts(self, epoch: int, cursor: int) -> Iterator[tuple[tuple[int, ...], Int[Tensor, " own"]]]:
         """Each group that has rows for this process from a batch on, and those rows in the order they are used in."""

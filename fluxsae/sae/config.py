@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field
@@ -34,6 +35,7 @@ Size = Annotated[int, Field(ge=1, le=1 << 30)]
 Weight = Annotated[float, Field(ge=0)]
 
 _NEEDS_K: frozenset[Architecture] = frozenset({"topk", "batchtopk", "matryoshka"})
+_ADDED = ("sigma_table",)
 _HAS_THRESHOLD: frozenset[Architecture] = frozenset({"batchtopk", "matryoshka", "jumprelu"})
 
 
@@ -111,6 +113,8 @@ class SaeConfig:
     """A feature is dead when it fired on none of this many tokens."""
     prefixes: Annotated[tuple[int, ...], FromList] = ()
     """matryoshka: nested dictionary sizes, rising, the last one n_features; () = eighths doubling."""
+    sigma_table: Annotated[tuple[Weight, ...], FromList] = ()
+    """Noise levels, rising, at which the encoder's input has a scale and a shift of its own; () = a plain SAE."""
     trained_on: Annotated[TrainedOn, from_object(TrainedOn)] | None = None
     """The training ground; None = unknown."""
 
@@ -122,6 +126,8 @@ class SaeConfig:
             if (value is None and is_needed) or (value is not None and not 1 <= value <= self.n_features):
                 raise FluxSaeError(f"{name} is {value}. It must be a whole number from 1 to {self.n_features}.")
         self._check_prefixes()
+        if any(low >= high for low, high in pairwise(self.sigma_table)):
+            raise FluxSaeError(f"sigma_table is {self.sigma_table}. It must hold rising noise levels, each once.")
 
     def _check_prefixes(self) -> None:
         if not self.prefixes:
@@ -147,6 +153,11 @@ class SaeConfig:
         return self.architecture in _HAS_THRESHOLD
 
     @property
+    def is_sigma_conditioned(self) -> bool:
+        """Whether the encoder has to be given the noise level of what it reads."""
+        return bool(self.sigma_table)
+
+    @property
     def expansion_factor(self) -> float:
         """n_features / d_model."""
         return self.n_features / self.d_model
@@ -160,11 +171,15 @@ class SaeConfig:
         }  # fmt: skip
         if self.has_threshold:
             shapes["threshold"] = column if self.architecture == "jumprelu" else ()
+        if self.sigma_table:
+            shapes |= dict.fromkeys(("sigma_scale", "sigma_shift"), (len(self.sigma_table), self.d_model))
         return shapes
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values, with the schema version."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        values = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        # Not written where empty: versions that know no tables go on reading plain SAEs.
+        return {name: value for name, value in values.items() if name not in _ADDED or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -182,7 +197,7 @@ class SaeConfig:
                 f"schema_version is {version}, written by a newer fluxsae; this one reads up to {SCHEMA_VERSION}. "
                 "Upgrade fluxsae."
             )
-        missing = [field.name for field in fields(cls) if field.name not in values]
+        missing = [field.name for field in fields(cls) if field.name not in values and field.name not in _ADDED]
         if missing:
             raise FluxSaeError(f"The SAE's config lacks {', '.join(missing)}. Write it again with `save_pretrained`.")
         return cls(**values)
