@@ -163,9 +163,9 @@ class SparseAutoencoder(nn.Module):
         known_low, known_high = self._readable_sigmas()
         if not known_low <= low <= high <= known_high:
             raise FluxSaeError(
-                f"sigma is {low:.3f}{'' if low == high else f' to {high:.3f}'}. This SAE can be read at {known_low:.3f} "
-                f"to {known_high:.3f} (its sigma_table, and its tolerance beyond). Use steps whose noise level lies "
-                "there, or train it on more steps."
+                f"sigma is {low:.3f}{'' if low == high else f' to {high:.3f}'}. This SAE reads {known_low:.3f} to "
+                f"{known_high:.3f}: its sigma_table and its tolerance beyond. Use steps whose noise level lies there, "
+                "or train it on more steps."
             )
 
     def nearest_sigma(self, sigma: float) -> float:
@@ -202,9 +202,7 @@ class SparseAutoencoder(nn.Module):
         """Acts of all features, >= 0, for activations in raw FLUX units."""
         return self._by_chunk(x, sigma, lambda rows, level: self.activate(self.pre_acts(rows, sigma=level)))
 
-    def encode_sparse(
-        self, x: Float[Tensor, "*batch d_model"], *, sigma: float | Tensor | None = None
-    ) -> SparseActs:
+    def encode_sparse(self, x: Float[Tensor, "*batch d_model"], *, sigma: float | Tensor | None = None) -> SparseActs:
         """The same acts as `encode`, without the silent ones; the acts of all features are held for a chunk alone."""
         parts = [self._fired(self.pre_acts(rows, sigma=level)) for rows, level in self._chunks(x, sigma)]
         return SparseActs.joined(parts, (*x.shape[:-1], self.config.n_features))

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Float
 
 from fluxsae.activations.mixing import mixing_buffer

@@ -4,7 +4,7 @@ With H[n] = dL/dx~_hat[n] the gradients are
     dL/dacts[n, f]  = <H[n], W_dec[f]> + penalty          dL/dW_dec[f] = sum_n acts[n, f] H[n]
     dL/dpre[n, f]   = dL/dacts[n, f] where f is active    dL/dW_enc[f] = sum_n dL/dpre[n, f] (x'[n] - b_dec)
     dL/dx'[n]       = sum_f dL/dpre[n, f] W_enc[f]        dL/dsigma_scale = x~ dL/dx', dL/dsigma_shift = dL/dx', summed
-x' is what the encoder reads: x~, or with a table over noise levels x~ sigma_scale + sigma_shift, row by row of the table.
+x' is what the encoder reads: x~, or with tables over noise levels x~ sigma_scale + sigma_shift, of each token's level.
 The matryoshka loss is the mean over nested dictionaries, so H depends on the segment between two sizes that f lies in.
 Both weight gradients are given a block of features at a time: the optimiser uses a block while it is in the cache.
 """
@@ -94,7 +94,7 @@ def batch_gradients(
     situation: Situation,
     sigmas: Float[Tensor, " tokens"] | None = None,
 ) -> BatchGradients:
-    """Loss and gradients of this process's tokens of a batch; `sigmas` are their noise levels, for an SAE with tables."""
+    """Loss and gradients of this process's tokens of a batch; an SAE with a `sigma_table` needs their noise levels."""
     with torch.no_grad():
         centred = sae.encoder_input(x_tilde, sigmas) - sae.b_dec
         pre_acts = _pre_acts(sae, centred, situation)

@@ -64,8 +64,8 @@ class HeldOut:
         """Counts in an image's token rows; an SAE with a `sigma_table` needs their noise levels."""
         self._n_images += 1
         levels = repeat(None) if sigmas is None else sigmas.split(_ROWS_AT_ONCE)
-        for rows, level in zip(tokens.split(_ROWS_AT_ONCE), levels, strict=False):
-            rows = rows.to(self.sae.W_enc.device).float()
+        own = tokens.to(self.sae.W_enc.device).float()
+        for rows, level in zip(own.split(_ROWS_AT_ONCE), levels, strict=False):
             acts = self.sae.encode_sparse(rows, sigma=level)
             self._sums.update(rows, self.sae.decode_sparse(acts))
             self._firing.update(acts)

@@ -127,7 +127,7 @@ class _Recorder:
     def take(self, call: "BlockCall") -> None:
         """Keeps the image's sparse activations at this step."""
         if call.step in self.steps and call.is_conditional:
-            self.acts[call.step] = self.sae.encode_sparse(call.tokens[0])
+            self.acts[call.step] = self.sae.encode_sparse(call.tokens[0], sigma=call.sigma)
 
     def maps(self) -> SparseMaps:
         """Everything kept."""
