@@ -385,8 +385,6 @@ class LiveImages:
         every = held_out_every
         ids = [i for i in range(len(plan)) if not every or i % every != every - 1]
         self._shards = [ids[start : start + images_per_shard] for start in range(0, len(ids), images_per_shard)]
-        sigmas = schedule_sigmas(pipe, request.settings)
-        self._sigmas = torch.tensor([sigmas[step] for step in request.steps])
         self._waiting: OrderedDict[tuple[int, int, HookPoint], Tensor] = OrderedDict()
         self._waiting_bytes = waiting_bytes
 
@@ -400,7 +398,8 @@ class LiveImages:
 
     def image_sigmas(self, hookpoint: HookPoint) -> Float[Tensor, " rows_of_image"]:
         """The noise level of each of a hook point's rows of an image."""
-        return self._sigmas.repeat_interleave(self._rows_per_image(hookpoint) // len(self._sigmas))
+        sigmas = torch.tensor(schedule_sigmas(self._pipe, self._request.settings))[list(self._request.steps)]
+        return sigmas.repeat_interleave(self._rows_per_image(hookpoint) // len(sigmas))
 
     def take(self, hookpoint: HookPoint, shard: int, *, epoch: int) -> BFloat16[Tensor, "rows d_model"]:
         """A hook point's rows of a shard's images.
@@ -457,11 +456,14 @@ class LiveReader:
     def __init__(self, images: LiveImages, hookpoint: HookPoint) -> None:
         self._images, self._hookpoint = images, hookpoint
         self.d_model = images.d_model(hookpoint)
-        self.image_sigmas = images.image_sigmas(hookpoint)
 
     def n_rows(self) -> list[int]:
         """Rows of each shard."""
         return self._images.n_rows(self._hookpoint)
+
+    def image_sigmas(self) -> Float[Tensor, " rows_of_image"]:
+        """The noise level of each row of an image."""
+        return self._images.image_sigmas(self._hookpoint)
 
     def rows(
         self, shards: Sequence[int], wanted: Int[Tensor, " wanted"], *, epoch: int

@@ -39,11 +39,12 @@ class RowReader(Protocol):
     d_model: int
     reads_ahead: bool
     """Whether the next shards may be loaded in another thread while the last ones are in use."""
-    image_sigmas: Float[Tensor, " rows_of_image"]
-    """The noise level of each row of an image; shards hold whole images, with their rows in the same order."""
 
     def n_rows(self) -> list[int]:
         """Rows of each shard."""
+
+    def image_sigmas(self) -> Float[Tensor, " rows_of_image"]:
+        """The noise level of each row of an image; shards hold whole images, with their rows in the same order."""
 
     def rows(
         self, shards: Sequence[int], wanted: Int[Tensor, " wanted"], *, epoch: int
@@ -64,8 +65,6 @@ class DiskReader:
         self.d_model = folder.manifest.d_model
         self._split: Split = split
         self._steps = _positions(folder.manifest.steps, steps)
-        sigmas = torch.tensor(folder.manifest.sigmas)[self._steps]
-        self.image_sigmas = sigmas.repeat_interleave(folder.manifest.tokens_per_image)
 
     def n_rows(self) -> list[int]:
         """Rows of each shard that belong to the split."""
@@ -87,6 +86,11 @@ class DiskReader:
                 torch.index_select(stored, 0, self._stored(shard)[wanted[place:stop] - first], out=rows[place:stop])
             first, place = first + counts[shard], stop
         return rows
+
+    def image_sigmas(self) -> Float[Tensor, " rows_of_image"]:
+        """The noise level of each row of an image."""
+        manifest = self.folder.manifest
+        return torch.tensor(manifest.sigmas)[self._steps].repeat_interleave(manifest.tokens_per_image)
 
     def _stored(self, shard: int) -> Int[Tensor, " rows"]:
         """Which of a shard's stored rows belong to the split and the steps, in order."""
@@ -198,7 +202,7 @@ class MixingBuffer:
 
     def sigmas(self, epoch: int, *, cursor: int = 0) -> Iterator[Float[Tensor, " rows"]]:
         """The noise level of each row of the batches that `batches` gives."""
-        of_image, pending = self._reader.image_sigmas, torch.empty(0)
+        of_image, pending = self._reader.image_sigmas(), torch.empty(0)
         for _, own in self._parts(epoch, cursor):
             *whole, pending = torch.cat([pending, of_image[own % len(of_image)]]).split(self._share)
             yield from whole
