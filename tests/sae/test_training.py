@@ -122,7 +122,7 @@ class _Jump(torch.autograd.Function):
 def reference_loss(
     sae: SparseAutoencoder, x_tilde: Tensor, dead: Tensor | None, places: Tensor | None = None
 ) -> Tensor:
-    """The loss of DESIGN's formulas, dense and differentiable, term by term; `places`: tokens by levels of the table."""
+    """The loss of DESIGN's formulas, dense and differentiable, by term; `places`: tokens by levels of a table."""
     config = sae.config
     read = x_tilde if places is None else x_tilde * (places @ sae.sigma_scale) + places @ sae.sigma_shift
     pre = (read - sae.b_dec) @ sae.W_enc.T + sae.b_enc
