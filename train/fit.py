@@ -172,6 +172,8 @@ def _stage_config(config: FitConfig, hookpoints: list[HookPoint]) -> dict[str, A
     irrelevant = {f.name for f in fields(FluxOptions)} - {"seed"} if not config.from_flux else {"device", "preset"}
     irrelevant |= {"run", "hookpoints", "buffer_gb", "activations", "track", "push_to", "force"}
     irrelevant |= {"log_every", "checkpoint_minutes"}
+    if not config.sigma_conditioned:  # fits of before this option stay complete
+        irrelevant |= {"sigma_conditioned"}
     if not config.from_flux:
         irrelevant |= {"images", "tokens_per_image", "images_at_once"}
     values = {name: value for name, value in asdict(config).items() if name not in irrelevant}
@@ -277,10 +279,7 @@ def build_sae_configs(config: FitConfig, source: Source, trained_on: TrainedOn |
 
 
 def _sigma_table(config: FitConfig, trained_on: TrainedOn | None) -> tuple[float, ...]:
-    if not config.sigma_conditioned:
-        return ()
-    assert trained_on is not None
-    return tuple(sorted(set(trained_on.sigmas)))
+    return tuple(sorted(set(trained_on.sigmas))) if config.sigma_conditioned and trained_on is not None else ()
 
 
 def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Data:

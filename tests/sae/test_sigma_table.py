@@ -1,19 +1,23 @@
 """One dictionary for all noise levels: tables over sigmas in the model, its files, its training and its uses."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from test_mixing import MANIFEST, write_all
 from test_model import GROUND, build_config
 from test_steering import ALL, DOUBLE, latents, random_sae
-from test_training import D_MODEL, MemorySource, sae_config, sparse_rows
+from test_training import D_MODEL, MemorySource, sae_config, sparse_rows, write_collected_run
 from torch import Tensor
 
+from fluxsae.activations.mixing import mixing_buffer
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, capture
 from fluxsae.miniature import miniature_path
+from fluxsae.runs.folder import RunFolder
 from fluxsae.sae.config import ARCHITECTURES, Architecture, SaeConfig
 from fluxsae.sae.metrics import fvu
 from fluxsae.sae.model import SparseAutoencoder
@@ -22,6 +26,7 @@ from fluxsae.sae.training import HeldOut, TrainConfig, train
 from fluxsae.steering.apply import EditedCall, edit_delta
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.steering.measurements import norm_and_residual
+from train.fit import FitConfig, main
 
 TABLE = (0.25, 0.5, 1.0)
 
@@ -211,6 +216,33 @@ def test_the_table_of_a_plain_neighbour_is_never_asked_for() -> None:
     train({"a": sae_config()}, source, TrainConfig())
     with pytest.raises(AssertionError, match="asks for no noise levels"):
         train({"a": sae_config(), "b": sae_config(sigma_table=TABLE)}, source, TrainConfig())
+
+
+def test_fit_gives_the_table_the_noise_levels_of_its_steps(tmp_path: Path) -> None:
+    run = write_collected_run(tmp_path / "run")
+    config = FitConfig(run=run, sigma_conditioned=True, k=(3,), batch_size=64, epochs=2, device="cpu")
+    assert main(config).word == "done"
+    sae = SparseAutoencoder.from_pretrained(run, subfolder="sae/transformer_blocks.3.ff")
+    assert sae.config.sigma_table == (0.7, 0.9)
+    assert not torch.equal(sae.sigma_shift[0], sae.sigma_shift[1]), "learned from each level's own rows"
+    assert RunFolder(run).load_metrics("layer3")["n_tokens"] == 4 * 2 * 16
+    with pytest.raises(FluxSaeError, match="other settings"):
+        main(replace(config, sigma_conditioned=False))
+
+
+@pytest.mark.parametrize("buffer_rows", [40, 90, 10_000])
+def test_noise_levels_come_in_the_order_of_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffer_rows: int
+) -> None:
+    monkeypatch.setattr("fluxsae.activations.mixing._FEWEST_SHUFFLE_BYTES", 1)
+    folder = write_all(tmp_path / "acts")  # rows that hold the position of their step
+    for steps, rank, cursor in itertools.product((None, MANIFEST.steps[1:]), (0, 1), (0, 3)):
+        options = {"batch_size": 10, "steps": steps, "rank": rank, "world_size": 2, "buffer_bytes": buffer_rows * 8}
+        buffer = mixing_buffer(folder, **options)
+        rows, levels = (list(each(1, cursor=cursor)) for each in (buffer.batches, buffer.sigmas))
+        assert len(rows) == len(levels) == buffer.n_batches - cursor
+        of_step = torch.tensor(MANIFEST.sigmas)
+        assert all(torch.equal(of_step[x[:, 1].long()], sigmas) for x, sigmas in zip(rows, levels, strict=True))
 
 
 def test_held_out_images_are_read_at_their_noise_levels() -> None:

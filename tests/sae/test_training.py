@@ -574,9 +574,10 @@ from fluxsae.sae.training import Processes, TrainConfig, train
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 peers = Processes.current()
-configs = {{a: sae_config(a, dead_after_tokens=150) for a in ("topk", "matryoshka", "l1")}}
+configs = {{a: sae_config(a, dead_after_tokens=150, sigma_table=(0.2, 0.8)) for a in ("topk", "matryoshka", "l1")}}
 config = TrainConfig(lr=1e-3, precision="float32", resample_every=3)
-saes = train(configs, MemorySource(sparse_rows(320), processes=peers), config, processes=peers).saes
+source = MemorySource(sparse_rows(320), processes=peers, levels=torch.linspace(0.2, 0.8, 320))
+saes = train(configs, source, config, processes=peers).saes
 if peers.rank == 0:
     torch.save({{name: sae.state_dict() for name, sae in saes.items()}}, {out!r})
 dist.destroy_process_group()
@@ -601,9 +602,10 @@ def test_two_processes_train_what_one_process_trains(tmp_path: Path) -> None:
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     together = torch.load(out, weights_only=True)
     architectures: tuple[Architecture, ...] = ("topk", "matryoshka", "l1")
-    configs = {a: sae_config(a, dead_after_tokens=150) for a in architectures}
+    configs = {a: sae_config(a, dead_after_tokens=150, sigma_table=(0.2, 0.8)) for a in architectures}
     config = TrainConfig(lr=1e-3, precision="float32", resample_every=3)
-    alone = train(configs, MemorySource(sparse_rows(320)), config).saes
+    source = MemorySource(sparse_rows(320), levels=torch.linspace(0.2, 0.8, 320))
+    alone = train(configs, source, config).saes
     for architecture in architectures:
         for name, tensor in alone[architecture].state_dict().items():
             torch.testing.assert_close(
