@@ -37,6 +37,7 @@ WEIGHTS_NAME = "model.safetensors"
 
 _FEW_FEATURES = 8
 _SIGMA_TOLERANCE = 0.05  # of tables whose SAE does not say what it was trained on
+_ROUNDING = 1e-6  # schedules hold their noise levels in fp32
 
 
 class SaeOutput(NamedTuple):
@@ -159,9 +160,10 @@ class SparseAutoencoder(nn.Module):
                 f"This SAE reads each noise level in its own way (sigma_table, {len(table)} levels from {table[0]:.3f} "
                 f"to {table[-1]:.3f}). Give that of the activations: encode(x, sigma=captured.sigma(step))."
             )
-        low, high = (float(each) for each in torch.as_tensor(sigma).aminmax())
+        values = sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64)
+        low, high = (float(each) for each in values.aminmax())
         known_low, known_high = self._readable_sigmas()
-        if not known_low <= low <= high <= known_high:
+        if not known_low - _ROUNDING <= low <= high <= known_high + _ROUNDING:
             raise FluxSaeError(
                 f"sigma is {low:.3f}{'' if low == high else f' to {high:.3f}'}. This SAE reads {known_low:.3f} to "
                 f"{known_high:.3f}: its sigma_table and its tolerance beyond. Use steps whose noise level lies there, "
