@@ -196,7 +196,7 @@ class SigmasConfig:
     """Images whose activations are collected; every tenth is held out."""
     hookpoint: str = "transformer_blocks.3"
     """Where."""
-    steps: tuple[int, ...] = tuple(range(0, 20, 2))
+    steps: tuple[int, ...] = tuple(range(20))
     """Steps of the schedule of 20."""
     n_features: int = 512
     """Features of each SAE."""
@@ -208,7 +208,7 @@ class SigmasConfig:
     """Rows in a batch, all steps together."""
     lr: float = 3e-3
     """Learning rate."""
-    flow_images: int = 48
+    flow_images: int = 24
     """Drawn scenes for splice error and velocity FVU; 0 leaves them out."""
     seed: int = 0
     """Of images, weights and order."""
