@@ -79,10 +79,14 @@ class TokenLimits:
 def norm_and_residual(
     x: Float[Tensor, "*batch d_model"], sae: SparseAutoencoder, *, sigma: float | None = None
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """||x|| and ||x - x_hat|| of each token, raw FLUX units; computed in chunks of tokens."""
+    """||x|| and ||x - x_hat|| of each token, raw FLUX units; computed in chunks of tokens.
+
+    At a noise level beyond an SAE's `sigma_table` the table's end is taken.
+    """
+    level = None if sigma is None else sae.nearest_sigma(sigma)
     rows: Tensor = x.reshape(-1, x.shape[-1])
     pairs = [
-        _norm_and_residual(part.float(), sae, sigma)
+        _norm_and_residual(part.float(), sae, level)
         for part in rows.split(tokens_at_once(sae.config.n_features, x.device))
     ]
     norms, residuals = (torch.cat(parts).reshape(x.shape[:-1]) for parts in zip(*pairs, strict=True))
@@ -275,7 +279,8 @@ class EditRecorder:
     def _keep_clean_acts(self, call: BlockCall) -> None:
         edits = itertools.chain.from_iterable(self.variants)
         features = sorted({edit.feature for edit in edits if edit.hookpoint == call.hookpoint})
-        acts = self.saes[call.hookpoint].encode_features(call.tokens[0], features, sigma=call.sigma).amax(dim=0)
+        sae = self.saes[call.hookpoint]
+        acts = sae.encode_features(call.tokens[0], features, sigma=sae.nearest_sigma(call.sigma)).amax(dim=0)
         for feature, value in zip(features, acts.tolist(), strict=True):
             self._clean_acts[call.hookpoint, feature, call.step] = value
 

@@ -9,23 +9,24 @@ import pytest
 import torch
 from test_mixing import MANIFEST, write_all
 from test_model import GROUND, build_config
-from test_steering import ALL, DOUBLE, latents, random_sae
+from test_steering import ALL, DOUBLE, latents, random_sae, trained_on
 from test_training import D_MODEL, MemorySource, sae_config, sparse_rows, write_collected_run
+from tiny_flux import SETTINGS
 from torch import Tensor
 
 from fluxsae.activations.mixing import mixing_buffer
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import FluxPipeline, capture
+from fluxsae.flux import FluxPipeline, capture, generate, schedule_sigmas
 from fluxsae.miniature import miniature_path
 from fluxsae.runs.folder import RunFolder
-from fluxsae.sae.config import ARCHITECTURES, Architecture, SaeConfig
+from fluxsae.sae.config import ARCHITECTURES, MISMATCHES, Architecture, SaeConfig
 from fluxsae.sae.metrics import fvu
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.sigma_table import table_places
 from fluxsae.sae.training import HeldOut, TrainConfig, train
-from fluxsae.steering.apply import EditedCall, edit_delta
+from fluxsae.steering.apply import EditedCall, edit_delta, steer
 from fluxsae.steering.edits import SteeringEdit
-from fluxsae.steering.measurements import norm_and_residual
+from fluxsae.steering.measurements import EditRecorder, norm_and_residual
 from train.fit import FitConfig, main
 
 TABLE = (0.25, 0.5, 1.0)
@@ -274,6 +275,24 @@ def test_an_edit_acts_by_the_acts_of_its_step(tiny_flux: FluxPipeline) -> None:
         assert not torch.allclose(each.delta, other), "another noise level gives other acts"
         _, residual = norm_and_residual(each.call.tokens, sae, sigma=each.call.sigma)
         assert torch.isfinite(residual).all()
+
+
+def test_a_measured_edit_of_two_steps_needs_no_table_of_the_others(tiny_flux: FluxPipeline) -> None:
+    sigmas = schedule_sigmas(tiny_flux, SETTINGS)
+    ground = trained_on(hookpoint=str(DOUBLE), sigmas=(sigmas[1], sigmas[2]))
+    sae = with_table(random_sae(), table=(sigmas[2], sigmas[1]), seed=3).with_trained_on(ground)
+    edit = SteeringEdit(DOUBLE, 3, "add", 2.0)
+    recorder = EditRecorder(tiny_flux, {DOUBLE: sae}, [[], [edit]])
+    options = {"settings": SETTINGS, "output_type": "latent"}
+    with (
+        recorder.watch(),
+        steer(
+            tiny_flux, {DOUBLE: sae}, [[], [edit]], allow_mismatch=MISMATCHES,
+            on_edit=lambda edited: recorder.record(edited, 0),
+        ),
+    ):  # fmt: skip
+        generate(tiny_flux, ["a red circle"] * 2, seeds=[0, 0], **options)
+    assert recorder.recorded[1].n_edited == 2 * 16, "two steps of four"
 
 
 def test_an_edit_far_outside_the_table_is_refused_before_a_block_runs(tiny_flux: FluxPipeline) -> None:
