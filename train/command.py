@@ -44,8 +44,7 @@ def start(
         warnings.simplefilter("ignore")
     try:
         if isinstance(options, type):
-            hint = "With -v other packages show their warnings and progress, and errors their traceback."
-            parse = partial(tyro.cli, options, args=words, description=f"{description}\n\n{hint}")
+            parse = partial(tyro.cli, options, args=words, description=described(description))
             results = [main(config) for config in _configs(options, words, parse)]
             return results[-1]
         return main(options(words))
@@ -86,6 +85,11 @@ def _shared_out(defaults: Sequence[Any], asked: Sequence[Any], parse: Callable[.
         if own:
             found.append(replace(config, hookpoints=tuple(own)))
     return [*found, *([replace(parse(), hookpoints=tuple(map(str, sorted(left))))] if left else [])]
+
+
+def described(text: str | None) -> str:
+    """A script's description for its help, with the flag that all scripts have."""
+    return f"{text}\n\n    -v    other packages show their warnings and progress, and errors their traceback"
 
 
 class Bars:

@@ -72,7 +72,8 @@ def main(config: ScoreConfig, *, open_flux: Callable[[], Any] | None = None) -> 
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    config = replace(config, images=config.images or _n_scored(run) or DEFAULT_IMAGES)
+    images = (_n_scored(run) or DEFAULT_IMAGES) if config.images is None else config.images
+    config = replace(config, images=images)
     hookpoints = _hookpoints(config, run)
     check_push(config.push_to)
     with processes() as peers:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fluxsae.errors import FluxSaeError
 
@@ -16,13 +16,21 @@ if TYPE_CHECKING:
     from fluxsae.sae.training.processes import Processes
 
 
-STAGES = ("collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos")
-"""Every stage that `run.json` records, in order: a stage that is done again makes the later ones stale."""
+StageName = Literal["collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+"""Every stage, in order: a stage that is done again makes the later ones stale. A new stage is a name here, a script
+beside this file, and a line in `SCRIPTS` of `train/recipes/`."""
 
+_NEEDS = {
+    "analyze": ("score",),
+    "embed": ("score",),
+    "select": ("analyze", "embed"),
+    "render": ("analyze",),
+    "demos": ("analyze",),
+}
+"""Stages whose files a stage reads, all with a script of the same name."""
 
 _RENAMED = {"n_images": "images", "hookpoint": "hookpoints", "step": "steps"}
-_LISTED = {"fit": ("n_features",)}
-"""Options that were one value and are a list now."""
 _RENAMED_IN = ("collect", "fit", "score", "render")
 
 
@@ -30,7 +38,7 @@ def renamed(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a stage as older recipes and runs spell them, under the names of today."""
     if stage not in _RENAMED_IN:
         return dict(values)
-    listed = ("hookpoint", "step", *_LISTED.get(stage, ()))
+    listed = ("hookpoint", "step")
     return {_RENAMED.get(name, name): _listed(value) if name in listed else value for name, value in values.items()}
 
 
@@ -69,7 +77,7 @@ def run_stage(
     what is recorded: the stage then adds to what is there. The first process keeps the record.
 
     Raises:
-        FluxSaeError: the stage is complete with another config and `force` is off.
+        FluxSaeError: the stage is complete with another config and `force` is off, or one it needs is out of date.
     """
     from fluxsae.runs.folder import StageRecord
     from fluxsae.sae.training.processes import Processes
@@ -90,6 +98,7 @@ def run_stage(
         if peers.rank == 0:
             print(f"{name}: complete, skipped ({record.seconds:.0f} s, {record.megabytes:.1f} MB when it ran)")
         return StageResult(name, "skipped", record.seconds, record.megabytes)
+    _check_needs(run, name, todo if by_name else [])
     peers.wait()
     start = time.perf_counter()
     work(todo if by_name else [])
@@ -135,6 +144,20 @@ def _is_larger(new: Any, old: Any) -> bool:
     return isinstance(new, int) and isinstance(old, int) and new > old
 
 
+def _check_needs(run: RunFolder, name: str, entries: Sequence[str]) -> None:
+    """Refuses files of a stage that is out of date; a run without records of earlier stages was made by other means."""
+    recorded = run.load_info().stages if run.exists() else {}
+    for needed in _NEEDS.get(name, ()):
+        is_begun = any(stage in recorded for stage in STAGES[: list[str](STAGES).index(needed)])
+        record = _recorded(run, needed, by_name=needed in _BY_NAME)
+        missing = record is None or (needed in _BY_NAME and not {*entries} <= record.config.keys())
+        if is_begun and missing:
+            raise FluxSaeError(
+                f"{name} needs {needed}, which is not complete in {run.path}: it was stopped, or an earlier stage was "
+                f"run again after it. Run `python -m train.{needed} --run {run.path}` first."
+            )
+
+
 def _recorded(run: RunFolder, name: str, *, by_name: bool) -> StageRecord | None:
     record = run.load_info().stages.get(name) if run.exists() else None
     if record is None:
@@ -147,7 +170,12 @@ def _recorded(run: RunFolder, name: str, *, by_name: bool) -> StageRecord | None
 def _entries(run: RunFolder, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's config by hook point or SAE; runs of before variants had one config for all of their hook points."""
     if all(isinstance(own, Mapping) for own in config.values()):
-        return {entry: renamed(name, own) for entry, own in config.items()}
+        # A number of features was one value before sweeps took several.
+        one_value = {"n_features"} if name == "fit" else set()
+        return {
+            entry: {key: _listed(value) if key in one_value else value for key, value in renamed(name, own).items()}
+            for entry, own in config.items()
+        }
     own_keys = _PER_ENTRY.get(name, {})
     shared = renamed(name, {key: value for key, value in config.items() if key not in own_keys})
     names = next((list(config[key]) for key in own_keys), run.load_info().hookpoints)
@@ -183,7 +211,7 @@ def forget_later(run: RunFolder, name: str, entries: Iterable[str] | None = None
     What a stage makes for all of them together (the images' embeddings) stays where entries are given.
     """
     info, gone = run.load_info(), None if entries is None else set(entries)
-    later = [stage for stage in STAGES[STAGES.index(name) + 1 :] if stage in info.stages]
+    later = [stage for stage in STAGES[list[str](STAGES).index(name) + 1 :] if stage in info.stages]
     if gone is None:
         run.save_info(info.without_stages(later))
         return

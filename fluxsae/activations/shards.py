@@ -20,7 +20,7 @@ import torch
 from jaxtyping import BFloat16, Int
 from torch import Tensor
 
-from fluxsae.errors import FluxSaeError, check_positive
+from fluxsae.errors import FluxSaeError, check_positive, maker
 from fluxsae.files import (
     check_free_space,
     load_tensors,
@@ -113,6 +113,8 @@ class ActivationManifest:
             for name, value in mine.items()
             if other.get(name) != value and name not in ("n_images", "prompts_hash", "earlier")
         ]
+        if present.n_images == self.n_images and present.prompts_hash != self.prompts_hash:
+            differing.append(f"prompts_hash {present.prompts_hash} instead of {self.prompts_hash}")
         if present.n_images > self.n_images:
             differing.append(f"{present.n_images} images, more than {self.n_images}")
         if differing:
@@ -179,9 +181,7 @@ class ActivationShard:
             FluxSaeError: with the remedy.
         """
         if not self.path.is_file():
-            raise FluxSaeError(
-                f"{self.path} is missing. Start the same `python -m train.collect` again; it fills gaps."
-            )
+            raise FluxSaeError(f"{self.path} is missing. Fill the gap with the same settings: {maker('collect')}.")
         header = read_header(self.path)
         for name, expected in self._metadata().items():
             known = (expected, *self.manifest.earlier) if name == "dataset" else (expected,)
@@ -258,7 +258,7 @@ class ShardFolder:
         self.path = Path(path)
         if not (self.path / _MANIFEST).is_file():
             raise FluxSaeError(
-                f"{self.path} holds no activations. Run `python -m train.collect`, or name their folder."
+                f"{self.path} holds no activations. Name their folder, or collect some: {maker('collect')}."
             )
         self.manifest = ActivationManifest.from_dict(read_json(self.path / _MANIFEST))
 

@@ -193,6 +193,9 @@ def _state(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], M
 def _refuse_others(tensors: Mapping[str, Tensor], known: set[str], path: Path, *, kind: str) -> None:
     others = sorted(set(tensors) - known)
     if any(name.startswith(("time_mlp", "mod_linear")) for name in others):
-        raise FluxSaeError(f"{path} is conditioned on the timestep ({', '.join(others)}), which cannot be read yet.")
+        raise FluxSaeError(
+            f"{path} is conditioned on the timestep ({', '.join(others)}). Read its tensors with "
+            "fluxsae.sae.interop.from_timestep_conditioned."
+        )
     if others:
         raise FluxSaeError(f"{path} holds {', '.join(others)}, so it is more than {kind}, and would be read wrongly.")
