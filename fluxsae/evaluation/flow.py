@@ -117,7 +117,7 @@ def own_images(pipe: AnyFlux, images: ImageSet, *, settings: GenerationSettings,
 
 def splice(sae: SparseAutoencoder) -> BlockHandler:
     """A handler that puts the reconstruction in place of the tokens."""
-    return lambda call: sae.reconstruct(call.tokens)
+    return lambda call: sae.reconstruct(call.tokens, sigma=call.sigma)
 
 
 def splice_mean(mean: Float[Tensor, " d_model"]) -> BlockHandler:

@@ -138,6 +138,24 @@ _BLOCKS: Final[dict[tuple[BlockKind, Submodule], Layout]] = {
 """What the families share."""
 
 
+def token_places(grid: TokenGrid) -> Float[Tensor, "tokens 3"]:
+    """What FLUX's rotary embedding takes of each image token: 0, its row and its column."""
+    rows, cols = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.cols), indexing="ij")
+    return rearrange([torch.zeros_like(rows), rows, cols], "part row col -> (row col) part").float()
+
+
+def pack_cells(latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens packed"]:
+    """Latents as the transformer takes them: a token for each 2 x 2 of them."""
+    return rearrange(latents, "b c (row i) (col j) -> b (row col) (c i j)", i=2, j=2)
+
+
+def unpack_cells(
+    latents: Float[Tensor, "batch tokens packed"], grid: TokenGrid
+) -> Float[Tensor, "batch channels height width"]:
+    """Packed latents as the autoencoder takes them."""
+    return rearrange(latents, "b (row col) (c i j) -> b c (row i) (col j)", row=grid.rows, i=2, j=2)
+
+
 class Flux1(Family):
     """FLUX.1: dev, schnell, Krea, Kontext. CLIP and T5 read the prompt."""
 
@@ -242,22 +260,17 @@ class Flux1(Family):
             "pooled_projections": embeddings.pooled,
             "encoder_hidden_states": embeddings.prompt,
             "txt_ids": torch.zeros(embeddings.prompt.shape[1], 3, device=device, dtype=dtype),
-            "img_ids": pipe._prepare_latent_image_ids(len(latents), grid.rows, grid.cols, device, dtype),
+            "img_ids": token_places(grid).to(device, dtype),
         }
 
     def pack(self, pipe: Any, encoded: Any) -> Latents:
         """The mode, where the autoencoder is variational, shifted and scaled; a token is 2 x 2 cells."""
         raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        latents = (raw - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-        packed: Tensor = pipe._pack_latents(latents, *latents.shape)
-        return packed
+        return pack_cells((raw - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)
 
     def unpack(self, pipe: Any, packed: Latents, grid: TokenGrid) -> Tensor:
         """Inverse of `pack`."""
-        patch = 2 * pipe.vae_scale_factor
-        unpacked = pipe._unpack_latents(packed, grid.rows * patch, grid.cols * patch, pipe.vae_scale_factor)
-        cells: Tensor = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-        return cells
+        return unpack_cells(packed, grid) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
 
 
 class Flux2(Family):

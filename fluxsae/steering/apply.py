@@ -85,17 +85,19 @@ def edit_delta(
     x: Float[Tensor, "batch tokens d_model"],
     *,
     acts: Float[Tensor, "batch tokens"] | None = None,
+    sigma: float | None = None,
     direction: Float[Tensor, " d_model"] | None = None,
 ) -> Float[Tensor, "batch tokens d_model"]:
     """What one edit adds to raw FLUX tokens `x`, fp32, window left aside.
 
-    `acts` are the feature's exact acts at `x` where already known. A unit `direction` is written in place of the
-    decoder row; how much of it is still read from the feature, so that a control has the edit's own norm.
+    `acts` are the feature's exact acts at `x` where already known; otherwise an SAE with a `sigma_table` needs `sigma`.
+    A unit `direction` is written in place of the decoder row; how much of it is still read from the feature, so that a
+    control has the edit's own norm.
     """
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     u = _unit_row(sae, edit.feature, values)
     if acts is None and _needs_acts(edit):
-        acts = sae.encode_features(x, [edit.feature])[..., 0]
+        acts = sae.encode_features(x, [edit.feature], sigma=sigma)[..., 0]
     z = values.new_zeros(values.shape[:-1]) if acts is None else acts.to(values)
     projection = (values - sae.input_mean.to(values)) @ u if edit.mode == "project_out" else z
     reference = float(sae.reference_acts[edit.feature])
@@ -246,7 +248,7 @@ class _SteeredHookpoint:
         for place, tokens in enumerate(call.tokens.split(1)):
             item = 0 if self.is_flat else place
             active = [edit for edit in self.per_item[item] if _is_active(edit, self.sae, call)]
-            delta = self._summed_delta(tokens.to(dtype), active, item, place)
+            delta = self._summed_delta(tokens.to(dtype), active, item, place, sigma=call.sigma)
             edited[place : place + 1] = add_delta(tokens, delta)
             if deltas is not None:
                 deltas[place : place + 1] = delta
@@ -254,10 +256,11 @@ class _SteeredHookpoint:
             self.on_edit(EditedCall(call, deltas, edited))
         return edited
 
-    def _summed_delta(self, x: Tensor, edits: list[SteeringEdit], item: int, place: int) -> Tensor:
+    def _summed_delta(self, x: Tensor, edits: list[SteeringEdit], item: int, place: int, *, sigma: float) -> Tensor:
         delta = torch.zeros_like(x)
         features = sorted({feature for edit in edits for feature in _read_features(edit)})
-        acts = dict(zip(features, self.sae.encode_features(x, features).unbind(-1), strict=True)) if features else {}
+        found = self.sae.encode_features(x, features, sigma=sigma) if features else x[..., :0]
+        acts = dict(zip(features, found.unbind(-1), strict=True))
         for edit in edits:
             direction = None if self.direction_of is None else self.direction_of(edit, item)
             change = edit_delta(edit, self.sae, x, acts=acts.get(edit.feature), direction=direction)
@@ -380,7 +383,9 @@ def _check_facts(
     allow_mismatch: Collection[Mismatch],
 ) -> None:
     for edit in itertools.chain.from_iterable(per_item):
-        edit_window(edit, saes[edit.hookpoint], facts.sigmas)
+        start, stop = edit_window(edit, saes[edit.hookpoint], facts.sigmas)
+        for sigma in facts.sigmas[start:stop]:
+            saes[edit.hookpoint].check_sigma(sigma)
         _check_region(edit, facts.grid)
     # An SAE without a record is let in: its edits already have to say in which steps they act.
     for hookpoint, ground in facts.grounds.items():

@@ -51,9 +51,12 @@ class Target:
     step: int
     token: int | None = None
 
-    def drive(self, sae: SparseAutoencoder, x: Float[Tensor, "batch tokens d_model"]) -> Float[Tensor, " batch"]:
+    def drive(
+        self, sae: SparseAutoencoder, x: Float[Tensor, "batch tokens d_model"], *, sigma: float
+    ) -> Float[Tensor, " batch"]:
         """The feature's drive for each image, in SAE activation units."""
-        pre_acts = (sae.normalise(x) - sae.b_dec) @ sae.W_enc[self.feature] + sae.b_enc[self.feature]
+        read = sae.encoder_input(sae.normalise(x), sigma) - sae.b_dec
+        pre_acts = read @ sae.W_enc[self.feature] + sae.b_enc[self.feature]
         return pre_acts.relu().sum(dim=1) if self.token is None else pre_acts[:, self.token]
 
 
@@ -296,6 +299,7 @@ class _DifferentiatedPass:
             given.prompt.detach().clone().requires_grad_(), given.pooled.detach().clone().requires_grad_()
         )
         seen: dict[HookPoint, Tensor] = {}
+        sigma = schedule_sigmas(pipe, snapshot.settings)[target.step]
         stop = StopGeneration()
 
         def keep(call: BlockCall) -> Tensor:
@@ -315,12 +319,12 @@ class _DifferentiatedPass:
                 if stopped is not stop:
                     raise
                 free_after_abort(pipe)
-            drive = target.drive(saes[target.hookpoint], seen.pop(target.hookpoint)).sum()
+            drive = target.drive(saes[target.hookpoint], seen.pop(target.hookpoint), sigma=sigma).sum()
             sources = (self.text.prompt, self.text.pooled, *seen.values())
             gradients = torch.autograd.grad(drive, sources, allow_unused=True)
         self._of_text = gradients[:2]
         self._acts = {
-            place: _SourceActs(saes[place], x.detach(), gradient)
+            place: _SourceActs(saes[place], x.detach(), gradient, sigma)
             for (place, x), gradient in zip(seen.items(), gradients[2:], strict=True)
             if gradient is not None
         }
@@ -355,11 +359,12 @@ class _SourceActs:
     sae: SparseAutoencoder
     x: Float[Tensor, "1 tokens d_model"]
     gradient: Float[Tensor, "1 tokens d_model"]
+    sigma: float
 
     @torch.no_grad()
     def effects(self) -> Float[Tensor, " n_features"]:
         """Gradient times activation of every feature, summed over the tokens."""
-        acts = self.sae.encode_sparse(self.x[0])
+        acts = self.sae.encode_sparse(self.x[0], sigma=self.sigma)
         gradient = self.gradient[0].to(self.sae.compute_dtype) * self.sae.input_scale
         W_dec = self.sae.W_dec.to(self.sae.compute_dtype)
         slopes = pair_products(gradient.contiguous(), acts.tokens, W_dec, acts.features)
@@ -368,7 +373,7 @@ class _SourceActs:
     @torch.no_grad()
     def error_effect(self) -> float:
         """Gradient times what the SAE does not reconstruct."""
-        missing = self.x.float() - self.sae.reconstruct(self.x)
+        missing = self.x.float() - self.sae.reconstruct(self.x, sigma=self.sigma)
         return float((self.gradient.float() * missing).sum())
 
 
@@ -432,11 +437,15 @@ class _Trials:
         ):
             latents = self._snapshot.latents.expand(len(batch), -1, -1)
             velocity(self._pipe, latents, embeddings, step=target.step, settings=self._snapshot.settings)
-        drives = target.drive(self._saes[target.hookpoint], captured.get(target.hookpoint, target.step)).tolist()
+        sigma = captured.sigma(target.step)
+        x = captured.get(target.hookpoint, target.step)
+        drives = target.drive(self._saes[target.hookpoint], x, sigma=sigma).tolist()
         self.baseline = drives[0]
         sums = {
-            source: self._saes[source[0]].encode_features(captured.get(source[0], target.step), [source[1]]).sum((1, 2))
-            for source in watched
+            (place, feature): self._saes[place]
+            .encode_features(captured.get(place, target.step), [feature], sigma=sigma)
+            .sum((1, 2))
+            for place, feature in watched
         }
         return [
             _Trial(drives[0] - drive, {source: _share_lost(each, at) for source, each in sums.items()})

@@ -21,7 +21,7 @@ from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.sae.acts import tokens_at_once
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import EditedCall
-from fluxsae.steering.edits import IDENTITY, SteeringEdit
+from fluxsae.steering.edits import SteeringEdit
 from fluxsae.steering.sweeps import batch_within_memory
 
 QUANTILE: Final = 0.995
@@ -70,25 +70,30 @@ class TokenLimits:
     ) -> Bool[Tensor, "*batch"]:
         """Whether each token is out of distribution at this noise level (the nearest recorded one)."""
         place = min(range(len(self.sigmas)), key=lambda index: abs(self.sigmas[index] - sigma))
-        norms, residuals = norm_and_residual(x, sae)
+        norms, residuals = norm_and_residual(x, sae, sigma=sigma)
         is_odd_size = (norms < self.norm_low[place]) | (norms > self.norm_high[place])
         return is_odd_size | (residuals > self.residual_high[place])
 
 
 def norm_and_residual(
-    x: Float[Tensor, "*batch d_model"], sae: SparseAutoencoder
+    x: Float[Tensor, "*batch d_model"], sae: SparseAutoencoder, *, sigma: float | None = None
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """||x|| and ||x - x_hat|| of each token, raw FLUX units; computed in chunks of tokens."""
+    """||x|| and ||x - x_hat|| of each token, raw FLUX units; computed in chunks of tokens.
+
+    At a noise level beyond an SAE's `sigma_table` the table's end is taken.
+    """
+    level = None if sigma is None else sae.nearest_sigma(sigma)
     rows: Tensor = x.reshape(-1, x.shape[-1])
     pairs = [
-        _norm_and_residual(part.float(), sae) for part in rows.split(tokens_at_once(sae.config.n_features, x.device))
+        _norm_and_residual(part.float(), sae, level)
+        for part in rows.split(tokens_at_once(sae.config.n_features, x.device))
     ]
     norms, residuals = (torch.cat(parts).reshape(x.shape[:-1]) for parts in zip(*pairs, strict=True))
     return norms, residuals
 
 
-def _norm_and_residual(values: Tensor, sae: SparseAutoencoder) -> tuple[Tensor, Tensor]:
-    return values.norm(dim=-1), (values - sae.reconstruct(values)).norm(dim=-1)
+def _norm_and_residual(values: Tensor, sae: SparseAutoencoder, sigma: float | None) -> tuple[Tensor, Tensor]:
+    return values.norm(dim=-1), (values - sae.reconstruct(values, sigma=sigma)).norm(dim=-1)
 
 
 def limits_of(samples: Mapping[float, Float[Tensor, "tokens 2"]], *, quantile: float = QUANTILE) -> TokenLimits:
@@ -121,7 +126,7 @@ def measure_token_limits(
     samples: dict[float, list[Tensor]] = {}
 
     def keep(call: BlockCall) -> None:
-        pair = torch.stack(norm_and_residual(call.tokens, sae), dim=-1)
+        pair = torch.stack(norm_and_residual(call.tokens, sae, sigma=call.sigma), dim=-1)
         samples.setdefault(call.sigma, []).append(pair.reshape(-1, 2).cpu())
 
     size = batch_within_memory(pipe, settings)
@@ -252,7 +257,8 @@ class EditRecorder:
         if call.hookpoint in self.limits:
             return self.limits[call.hookpoint]
         if first == 0:
-            clean = torch.stack(norm_and_residual(call.tokens[0], self.saes[call.hookpoint]), dim=-1)
+            sae = self.saes[call.hookpoint]
+            clean = torch.stack(norm_and_residual(call.tokens[0], sae, sigma=call.sigma), dim=-1)
             self._own_limits[call.hookpoint, call.step] = limits_of({call.sigma: clean})
         return self._own_limits[call.hookpoint, call.step]
 
@@ -264,12 +270,14 @@ class EditRecorder:
             reference = float(sae.reference_acts[feature]) or 1.0
             if self.has_baseline:
                 mine.acts_before.append(self._clean_acts[call.hookpoint, feature, call.step] / reference)
-            mine.acts_after.append(float(sae.encode_features(edited.edited[item], [feature]).max()) / reference)
+            acts = sae.encode_features(edited.edited[item], [feature], sigma=call.sigma)
+            mine.acts_after.append(float(acts.max()) / reference)
 
     def _keep_clean_acts(self, call: BlockCall) -> None:
         edits = itertools.chain.from_iterable(self.variants)
         features = sorted({edit.feature for edit in edits if edit.hookpoint == call.hookpoint})
-        acts = self.saes[call.hookpoint].encode_features(call.tokens[0], features).amax(dim=0)
+        sae = self.saes[call.hookpoint]
+        acts = sae.encode_features(call.tokens[0], features, sigma=sae.nearest_sigma(call.sigma)).amax(dim=0)
         for feature, value in zip(features, acts.tolist(), strict=True):
             self._clean_acts[call.hookpoint, feature, call.step] = value
 
@@ -351,29 +359,6 @@ def region_pixels(
         return torch.full((height, width), bool(tokens.any()))
     cells = tokens.reshape(1, 1, grid.rows, grid.cols).float()
     return interpolate(cells, size=(height, width), mode="nearest")[0, 0] > 0
-
-
-def safe_range(
-    mode: str, strengths: Sequence[float], measurements: Sequence[EditMeasurement]
-) -> tuple[float, float] | None:
-    """The unbroken range of strengths around the mode's identity that are safe.
-
-    Only strengths that were measured count. A mode without an identity (`clamp`) starts at its smallest strength.
-    None where not even the nearest measured strength is safe.
-    """
-    identity = IDENTITY[mode]
-    centre = min(strengths) if identity is None else identity
-    points = sorted(zip(strengths, measurements, strict=True), key=lambda point: abs(point[0] - centre))
-    bounds = {-1: centre, 1: centre}
-    found = False
-    for side in bounds:
-        for strength, measurement in points:
-            if (strength - centre) * side < 0:
-                continue
-            if not measurement.is_safe:
-                break
-            bounds[side], found = strength, True
-    return (bounds[-1], bounds[1]) if found else None
 
 
 def random_directions(d_model: int, n: int, *, seed: int) -> Float[Tensor, "n d_model"]:

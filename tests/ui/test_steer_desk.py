@@ -22,8 +22,8 @@ from fluxsae.ui.serve.lane import Done
 from fluxsae.ui.serve.schemas import SteerRequest, SweepRequest
 from fluxsae.ui.serve.session import Workbench, open_workbench
 from fluxsae.ui.tabs.steer.desk import STRIP, SteerDesk
+from fluxsae.ui.tabs.steer.feature_sliders import Sliders
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob
-from fluxsae.ui.tabs.steer.sliders import Sliders
 from fluxsae.ui.tabs.steer.words import even_notches, safe_turns, share_seen, where_it_changed
 
 

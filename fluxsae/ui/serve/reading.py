@@ -119,7 +119,7 @@ class _Recorder:
     def __init__(self, sae: SparseAutoencoder, sigmas: Sequence[float]) -> None:
         self.sae, self.sigmas = sae, sigmas
         ground = sae.config.trained_on
-        everywhere = list(range(len(sigmas)))
+        everywhere = [step for step, sigma in enumerate(sigmas) if sae.nearest_sigma(sigma) == sigma]
         self.steps, self.own = (everywhere, everywhere) if ground is None else readable_steps(sigmas, ground)
         self.acts: dict[int, SparseActs] = {}
 
@@ -127,7 +127,7 @@ class _Recorder:
     def take(self, call: "BlockCall") -> None:
         """Keeps the image's sparse activations at this step."""
         if call.step in self.steps and call.is_conditional:
-            self.acts[call.step] = self.sae.encode_sparse(call.tokens[0])
+            self.acts[call.step] = self.sae.encode_sparse(call.tokens[0], sigma=call.sigma)
 
     def maps(self) -> SparseMaps:
         """Everything kept."""

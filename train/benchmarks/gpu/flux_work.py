@@ -124,7 +124,7 @@ def measure_steps(bench: FluxBench) -> None:
 
     def scored() -> None:
         def score(call: BlockCall) -> None:
-            max_over_tokens(sae.encode_sparse(call.tokens))
+            max_over_tokens(sae.encode_sparse(call.tokens, sigma=call.sigma))
 
         with capture(bench.pipe, [scale.first], sink=score):
             bench.run(n_steps)
