@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fluxsae.features.cards import CardIndex
-    from fluxsae.flux import Captured, FluxPipeline
+    from fluxsae.flux import AnyFlux, Captured
     from fluxsae.sae.model import SparseAutoencoder
 
 
@@ -104,7 +104,7 @@ def main(config: HeatmapConfig) -> None:
 class _Reader:
     """Generates images and reads their activations at one hook point."""
 
-    def __init__(self, pipe: FluxPipeline, sae: SparseAutoencoder, index: CardIndex, config: HeatmapConfig) -> None:
+    def __init__(self, pipe: AnyFlux, sae: SparseAutoencoder, index: CardIndex, config: HeatmapConfig) -> None:
         from fluxsae.features.scoring import check_trained_step, trained_steps
         from fluxsae.flux import schedule_sigmas, settings_ground
 

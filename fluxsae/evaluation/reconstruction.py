@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fluxsae.evaluation.intervals import Estimate, Weights, bootstrap_weights, interval, weighted_mean
 from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
-from fluxsae.flux import FluxPipeline, schedule_sigmas
+from fluxsae.flux import AnyFlux, schedule_sigmas
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.sae.metrics import FiringSums, density_histogram, to_float64
@@ -95,7 +95,7 @@ class ImageSums:
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: dict[HookPoint, SparseAutoencoder],
     images: ImageSet,
     steps: dict[HookPoint, list[int]],
@@ -165,7 +165,7 @@ class TransferCell:
 
 @torch.no_grad()
 def transfer_table(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: dict[HookPoint, SparseAutoencoder],
     images: ImageSet,
     *,

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from fluxsae.evaluation.intervals import Estimate, auc_table, interval, weighted_mean
 from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
-from fluxsae.flux import FluxPipeline, schedule_sigmas, token_grid
+from fluxsae.flux import AnyFlux, schedule_sigmas, token_grid
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.concept_report import (
@@ -107,7 +107,7 @@ class _Gathered:
 
 @torch.no_grad()
 def evaluate_concepts(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: Mapping[HookPoint, SparseAutoencoder],
     images: ImageSet,
     steps: Mapping[HookPoint, Sequence[int]],
@@ -192,7 +192,7 @@ def _best(table: Float[np.ndarray, "concepts candidates"]) -> Int[np.ndarray, " 
 
 
 def _gather_maps(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     images: ImageSet,
     steps: Mapping[HookPoint, Sequence[int]],
     gathered: Mapping[HookPoint, _Gathered],

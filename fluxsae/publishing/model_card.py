@@ -66,7 +66,8 @@ def licence_of(flux_id: str) -> Licence:
     name = flux_id.lower()
     if "flux.1" in name and "schnell" not in name:
         return _DEV
-    return _APACHE if "schnell" in name or "miniature" in name else _OTHER
+    is_open = any(word in name for word in ("schnell", "miniature", "flux.2-klein-4b", "flux.2-klein-base-4b"))
+    return _APACHE if is_open else _OTHER
 
 
 def build_card(run: RunFolder, repo_id: str, *, revision: str | None = None, tables_repo: str | None = None) -> str:

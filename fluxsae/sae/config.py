@@ -34,8 +34,6 @@ SCHEMA_VERSION = 1
 Size = Annotated[int, Field(ge=1, le=1 << 30)]
 Weight = Annotated[float, Field(ge=0)]
 
-_ADDED = ("sigma_table",)
-
 
 class Kind(NamedTuple):
     """What sets an architecture apart, beside its formulas."""
@@ -55,6 +53,7 @@ KINDS: dict[Architecture, Kind] = {
     "jumprelu": Kind(threshold="per feature"),
     "matryoshka": Kind(needs_k=True, threshold="shared", selects_over_batch=True),
 }
+_ADDED = ("sigma_table",)
 
 
 @checked(kw_only=True)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.labels import STOP_WORDS
 from fluxsae.flux import (
+    AnyFlux,
     BlockCall,
-    FluxPipeline,
     block_hooks,
     capture,
     default_settings,
@@ -23,10 +23,11 @@ from fluxsae.flux import (
     schedule_sigmas,
     token_grid,
 )
+from fluxsae.flux.families import Embeddings, family_of
 from fluxsae.flux.generation import denoise_to
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.hooks import StopGeneration, free_after_abort
-from fluxsae.flux.latents import Embeddings, Snapshot, differentiable_velocity, velocity
+from fluxsae.flux.latents import Snapshot, differentiable_velocity, velocity
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.sae.config import Mismatch
 from fluxsae.sae.kernels import pair_products
@@ -140,7 +141,7 @@ class Explanation:
 
 
 def explain(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: Saes,
     target: Target,
     *,
@@ -227,7 +228,7 @@ def _largest_first(effects: Iterable[Effect]) -> tuple[Effect, ...]:
 
 
 def _check_target(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: Saes,
     target: Target,
     settings: GenerationSettings,
@@ -245,16 +246,17 @@ def _check_target(
     check_edits(pipe, saes, [edit], settings=settings, allow_mismatch=allow_mismatch)
 
 
-def _without(pipe: FluxPipeline, prompt: str, word: Word, settings: GenerationSettings) -> Embeddings:
+def _without(pipe: AnyFlux, prompt: str, word: Word, settings: GenerationSettings) -> Embeddings:
     """The embeddings of a prompt without one word, laid out so that the other words keep their places.
 
-    FLUX gives all text tokens the same position, so their order does not matter to it; equal places are only needed
-    to compare them with the whole prompt's.
+    FLUX.1 gives all text tokens the same position, so there equal places are only needed to compare them with the
+    whole prompt's; in FLUX.2 a token's place counts.
     """
     left = " ".join((prompt[: word.start] + prompt[word.stop :]).split()) or " "
     found = embed_prompts(pipe, [left], settings)
-    first, behind = _token_span(pipe.tokenizer_2, prompt, word)
-    n_gone = _count(pipe.tokenizer_2, prompt) - _count(pipe.tokenizer_2, left)
+    whole, rest = (family_of(pipe).token_spans(pipe, text) for text in (prompt, left))
+    first, behind = _tokens_of(word, whole)
+    n_gone = len(whole) - len(rest)
     if n_gone != behind - first:  # the tokenizer splits the other words anew, so their places cannot be matched
         return found
     tail = found.prompt.shape[1] - n_gone
@@ -262,18 +264,13 @@ def _without(pipe: FluxPipeline, prompt: str, word: Word, settings: GenerationSe
     return replace(found, prompt=found.prompt[:, order])
 
 
-def _token_span(tokenizer: Any, prompt: str, word: Word) -> tuple[int, int]:
+def _tokens_of(word: Word, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The places [first, behind) of a word's tokens."""
-    offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-    own = [at for at, (start, stop) in enumerate(offsets) if start < word.stop and stop > word.start]
+    own = [at for at, (start, stop) in enumerate(spans) if start < word.stop and stop > word.start]
     return (own[0], own[-1] + 1) if own else (0, 0)
 
 
-def _count(tokenizer: Any, prompt: str) -> int:
-    return len(tokenizer(prompt)["input_ids"])
-
-
-def _trials_at_once(pipe: FluxPipeline, settings: GenerationSettings) -> int:
+def _trials_at_once(pipe: AnyFlux, settings: GenerationSettings) -> int:
     """Trials of one batch, beside the whole image."""
     return max(2, batch_within_memory(pipe, settings)) - 1
 
@@ -295,7 +292,7 @@ class _DifferentiatedPass:
     """One pass of the transformer up to the target, with the gradient of its drive to everything before it."""
 
     def __init__(
-        self, pipe: FluxPipeline, saes: Saes, target: Target, snapshot: Snapshot, *, text: Embeddings | None = None
+        self, pipe: AnyFlux, saes: Saes, target: Target, snapshot: Snapshot, *, text: Embeddings | None = None
     ) -> None:
         given = text or snapshot.embeddings
         self.text = Embeddings(
@@ -391,7 +388,7 @@ class _Trials:
 
     def __init__(
         self,
-        pipe: FluxPipeline,
+        pipe: AnyFlux,
         saes: Saes,
         target: Target,
         snapshot: Snapshot,

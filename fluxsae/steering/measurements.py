@@ -14,8 +14,8 @@ from torch.nn.functional import interpolate, normalize
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import BlockCall, block_hooks, capture, default_settings, generate
+from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
-from fluxsae.flux.hooks import find_module
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.sae.acts import tokens_at_once
@@ -39,7 +39,6 @@ SAFE_UP_TO: Final = {
     "denoising_error_ratio": MAX_DENOISING_ERROR_RATIO,
 }
 """Every bound of what is called safe, by the name of the measurement."""
-_ADDED_DIRECTLY: Final = ("", "ff", "ff_context", "attn", "proj_out")
 
 
 @dataclass(frozen=True)
@@ -227,15 +226,13 @@ class EditRecorder:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """While open, the block's gates and the residual stream behind it are seen; hooks are gone afterwards."""
-        added = [place for place in self.hookpoints if place.submodule in _ADDED_DIRECTLY]
-        streams = {_block_output(place): place for place in added if place.submodule}
+        family = family_of(self.pipe)
+        gates = {place: gate for place in self.hookpoints if (gate := family.gate(self.pipe, place)) is not None}
         with ExitStack() as stack:
-            for place in added:
-                if place.submodule:
-                    module, index = _gate_source(self.pipe, place)
-                    handle = module.register_forward_hook(self._gate_hook(place, index))
-                    stack.callback(handle.remove)
-            stack.enter_context(block_hooks(self.pipe, {where: self._compare for where in streams}))
+            for place, (module, read) in gates.items():
+                stack.callback(module.register_forward_hook(self._gate_hook(place, read)).remove)
+            streams = {_block_output(place): self._compare for place in gates}
+            stack.enter_context(block_hooks(self.pipe, streams))
             yield
 
     @torch.no_grad()
@@ -305,9 +302,9 @@ class EditRecorder:
             shares = delta.norm(dim=-1) / stream.norm(dim=-1).clamp_min(1e-12)
             self.recorded[variant].relative_sizes.append(float(shares[is_edited].mean()))
 
-    def _gate_hook(self, place: HookPoint, index: int) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
-            self._gates[place] = output[index]
+    def _gate_hook(self, place: HookPoint, read: Callable[[Any], Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self._gates[place] = read(output)
 
         return keep
 
@@ -384,17 +381,6 @@ def random_features(sae: SparseAutoencoder, feature: int, n: int, *, seed: int) 
 
 def _block_output(place: HookPoint) -> HookPoint:
     return HookPoint(place.block_kind, place.block_index, "", place.stream)
-
-
-def _gate_source(pipe: Any, place: HookPoint) -> tuple[Any, int]:
-    """The modulation module of the hook point's block, and where in its output the gate stands.
-
-    norm1 and norm1_context give (x, gate_msa, shift_mlp, scale_mlp, gate_mlp); a single-stream block's norm (x, gate).
-    """
-    block: Any = find_module(pipe, HookPoint(place.block_kind, place.block_index, ""))
-    if place.block_kind == "single":
-        return block.norm, 1
-    return (block.norm1_context if place.stream == "text" else block.norm1), (1 if place.submodule == "attn" else 4)
 
 
 def _clip_changes(

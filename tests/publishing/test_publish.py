@@ -383,6 +383,8 @@ def test_the_card_of_an_sae_with_a_table_says_that_it_needs_the_noise_level(run:
         ("black-forest-labs/FLUX.1-Krea-dev", "flux-1-dev-non-commercial-license", "Non-Commercial License"),
         ("black-forest-labs/FLUX.1-schnell", "apache-2.0", "Apache License 2.0"),
         ("miniature", "apache-2.0", "Apache License 2.0"),
+        ("black-forest-labs/FLUX.2-klein-4B", "apache-2.0", "Apache License 2.0"),
+        ("black-forest-labs/FLUX.2-klein-9B", "other", "the terms of that model"),
         ("someone/flow", "other", "the terms of that model"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from train.flux_options import FluxOptions
 
-Model = Literal["flux1-dev", "tiny"]
+Model = Literal["flux1-dev", "flux2-klein", "tiny"]
 GROUPS = ("steps", "early-exit", "sweep", "training", "ends", "determinism", "batches", "compiled")
 
 
@@ -26,6 +26,22 @@ class CausesConfig:
     """Run folder of the miniature; left out, the embedded one."""
     draws: int = 2000
     """Bootstrap draws, over images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionsConfig:
+    """How much to measure."""
+
+    pictures: int = 12
+    """Pictures of each concept that show it, and as many that do not; half of them choose the level."""
+    above: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0)
+    """Levels to choose from: multiples of a feature's usual activation."""
+    seed: int = 3_000_000
+    """Of scenes and noise."""
+    run: Path | None = None
+    """Run folder of the miniature; without it the embedded one."""
+    draws: int = 2000
+    """Bootstrap draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +237,7 @@ class SigmasConfig:
 CONFIGS: dict[str, type[Any]] = {
     "causes": CausesConfig,
     "collection": CollectionConfig,
+    "conditions": ConditionsConfig,
     "feeding": FeedingConfig,
     "gpu": GpuConfig,
     "memory": MemoryConfig,

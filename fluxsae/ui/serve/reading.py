@@ -16,7 +16,7 @@ from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.ui.serve.lane import OnStep
 
 if TYPE_CHECKING:
-    from fluxsae.flux import BlockCall, FluxPipeline
+    from fluxsae.flux import AnyFlux, BlockCall
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Unread:
 NOTHING = Unread()
 
 
-def unread(pipe: "FluxPipeline", prompt: str, settings: GenerationSettings) -> Unread:
+def unread(pipe: "AnyFlux", prompt: str, settings: GenerationSettings) -> Unread:
     """What FLUX does not take of a prompt at these settings."""
     from fluxsae.flux import unknown_words, unread_tokens
 
@@ -79,7 +79,7 @@ def readable_steps(sigmas: Sequence[float], ground: TrainedOn) -> tuple[list[int
 
 
 def read_image(
-    pipe: "FluxPipeline",
+    pipe: "AnyFlux",
     saes: Mapping[str, SparseAutoencoder],
     *,
     prompt: str,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fluxsae.features.scores import max_over_tokens
 from fluxsae.flux import (
+    AnyFlux,
     BlockCall,
     Embeddings,
-    FluxPipeline,
     capture,
     compile_blocks,
     decode_latents,
@@ -48,7 +48,7 @@ _SWEEP_STEPS = 8
 class FluxBench:
     """The pipeline on the bench."""
 
-    pipe: FluxPipeline
+    pipe: AnyFlux
     desk: Desk
 
     @property
