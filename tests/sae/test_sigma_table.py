@@ -25,6 +25,7 @@ from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.sigma_table import table_places
 from fluxsae.sae.training import HeldOut, TrainConfig, train
 from fluxsae.steering.apply import EditedCall, edit_delta, steer
+from fluxsae.steering.attribution import Target
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.steering.measurements import EditRecorder, norm_and_residual
 from train.fit import FitConfig, main
@@ -276,6 +277,14 @@ def test_an_edit_acts_by_the_acts_of_its_step(tiny_flux: FluxPipeline) -> None:
         assert not torch.allclose(each.delta, other), "another noise level gives other acts"
         _, residual = norm_and_residual(each.call.tokens, sae, sigma=each.call.sigma)
         assert torch.isfinite(residual).all()
+
+
+def test_a_feature_s_drive_is_that_of_its_noise_level() -> None:
+    sae, x = with_table(plain_sae(), seed=3), tokens(2, 5)
+    expected = sae.pre_acts(x, sigma=0.4)[..., 3].relu().sum(1)
+    torch.testing.assert_close(Target(DOUBLE, 3, 1).drive(sae, x, sigma=0.4), expected)
+    with pytest.raises(FluxSaeError, match="sigma_table"):
+        Target(DOUBLE, 3, 1).drive(sae, x)
 
 
 def test_a_measured_edit_of_two_steps_needs_no_table_of_the_others(tiny_flux: FluxPipeline) -> None:
