@@ -1,6 +1,7 @@
 """What an edit did: to the picture, to the feature, and to the tokens that go on through FLUX."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,29 +17,18 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux import BlockCall, block_hooks, capture, default_settings, generate
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.hooks import find_module
+from fluxsae.features.silencing import prompts_without_words
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.sae.acts import tokens_at_once
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import EditedCall
 from fluxsae.steering.edits import IDENTITY, SteeringEdit
+from fluxsae.steering.naturalness import FALSE_ALARMS, NaturalRange, calibrated_range, denoising_errors
 from fluxsae.steering.sweeps import batch_within_memory
 
 QUANTILE: Final = 0.995
 """Clean tokens beyond this quantile of norm or residual count as out of distribution, by definition."""
-MAX_OUT_OF_DISTRIBUTION: Final = 0.1
-"""Share of edited tokens out of distribution up to which a strength is called safe."""
-MAX_DENOISING_ERROR_RATIO: Final = 1.5
-"""FLUX's error on the steered picture over that on the baseline up to which a strength is called safe.
-
-Of 223 pictures of the miniature, judged by eye, 12 % of the sound and 93 % of the broken ones lie beyond this bound or
-the one above; the one above alone tells 7 % and 43 %. The bound was chosen on these pictures.
-"""
-SAFE_UP_TO: Final = {
-    "out_of_distribution": MAX_OUT_OF_DISTRIBUTION,
-    "denoising_error_ratio": MAX_DENOISING_ERROR_RATIO,
-}
-"""Every bound of what is called safe, by the name of the measurement."""
 _ADDED_DIRECTLY: Final = ("", "ff", "ff_context", "attn", "proj_out")
 
 
@@ -55,6 +45,8 @@ class TokenLimits:
     norm_high: tuple[float, ...]
     residual_high: tuple[float, ...]
     quantile: float = QUANTILE
+    natural: NaturalRange = NaturalRange()
+    """Up to where a picture edited at this hook point looks natural."""
 
     def to_dict(self) -> dict[str, Any]:
         """The limits as JSON values."""
@@ -62,9 +54,10 @@ class TokenLimits:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
-        columns = {name: tuple(map(float, value)) for name, value in values.items() if name != "quantile"}
-        return cls(**columns, quantile=float(values["quantile"]))
+        """Inverse of `to_dict`; limits of before the calibration have its defaults."""
+        columns = {name: tuple(map(float, value)) for name, value in values.items() if isinstance(value, list | tuple)}
+        natural = NaturalRange(**values.get("natural", {}))
+        return cls(**columns, quantile=float(values["quantile"]), natural=natural)
 
     def is_outside(
         self, x: Float[Tensor, "*batch d_model"], sae: SparseAutoencoder, *, sigma: float
@@ -133,6 +126,55 @@ def measure_token_limits(
     return limits_of({sigma: torch.cat(parts) for sigma, parts in samples.items()}, quantile=quantile)
 
 
+@torch.no_grad()
+def measure_natural_range(
+    pipe: Any,
+    sae: SparseAutoencoder,
+    hookpoint: HookPoint,
+    limits: TokenLimits,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: GenerationSettings | None = None,
+    false_alarms: float = FALSE_ALARMS,
+) -> NaturalRange:
+    """The bounds at this rate of false alarms, from unedited pictures alone.
+
+    As an edited picture is compared with the one before, FLUX's own picture of each prompt without one of its words,
+    drawn in turn, is compared with that of the whole prompt at the same seed. Prompts of one word are passed over.
+    """
+    settings = settings or default_settings(pipe)
+    pairs = list(_without_one_word(prompts, seeds))
+    if not pairs:
+        raise FluxSaeError("No prompt has a word to leave out; give prompts of several words.")
+    shares, errors = [], list[list[float]]()
+    size = batch_within_memory(pipe, settings)
+    for start in range(0, len(pairs), size):
+        whole, less, own = zip(*pairs[start : start + size], strict=True)
+        before = generate(pipe, list(whole), seeds=list(own), settings=settings)
+        outside: list[Tensor] = []
+
+        def keep(call: BlockCall, outside: list[Tensor] = outside) -> None:
+            if any(math.isclose(call.sigma, sigma, rel_tol=1e-4) for sigma in limits.sigmas):
+                outside.append(limits.is_outside(call.tokens, sae, sigma=call.sigma).float().mean(dim=-1).cpu())
+
+        with capture(pipe, [hookpoint], None, sink=keep):
+            after = generate(pipe, list(less), seeds=list(own), settings=settings)
+        shares += torch.stack(outside).mean(dim=0).tolist()
+        errors += [denoising_errors(pipe, pictures, settings) for pictures in zip(before, after, strict=True)]
+    return calibrated_range(shares, [_ratio(*pair) for pair in errors], false_alarms=false_alarms)
+
+
+def _without_one_word(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, str, int]]:
+    """Each prompt, the same without its first, second, ... word in turn, and its seed."""
+    for turn, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        try:
+            others = list(prompts_without_words(prompt).values())
+        except FluxSaeError:
+            continue
+        yield prompt, others[turn % len(others)], seed
+
+
 @dataclass(frozen=True)
 class EditMeasurement:
     """What one variant of a sweep did, against the sweep's unedited baseline."""
@@ -163,12 +205,13 @@ class EditMeasurement:
     denoising_error_ratio: float | None = None
     """How badly FLUX, without a prompt, denoises the steered picture laid under noise, over the same of the baseline:
     about 1 where FLUX could have painted it, more where the picture broke; None where it was not measured."""
+    natural: NaturalRange = NaturalRange()
+    """Up to where a picture looks natural: the bounds of the run."""
 
     @property
-    def is_safe(self) -> bool:
-        """Whether the edited tokens stayed in distribution, and the picture one that FLUX could have painted."""
-        is_odd = self.denoising_error_ratio is not None and self.denoising_error_ratio > MAX_DENOISING_ERROR_RATIO
-        return self.out_of_distribution <= MAX_OUT_OF_DISTRIBUTION and not is_odd
+    def looks_natural(self) -> bool:
+        """Whether the edited tokens and the picture stay within what the run's own unedited pictures show."""
+        return self.natural.holds(self.out_of_distribution, self.denoising_error_ratio)
 
     def to_dict(self) -> dict[str, Any]:
         """The measurement as JSON values."""
@@ -185,6 +228,7 @@ class RecordedEdit:
     relative_sizes: list[float] = field(default_factory=list)
     acts_after: list[float] = field(default_factory=list)
     acts_before: list[float] = field(default_factory=list)
+    natural: NaturalRange = NaturalRange()
 
 
 class EditRecorder:
@@ -212,12 +256,17 @@ class EditRecorder:
                 "The first variant must be the unedited baseline (an empty list of edits), or limits of clean tokens "
                 "must be given for every hook point."
             )
-        self.recorded = [RecordedEdit() for _ in variants]
+        self.recorded = [RecordedEdit(natural=self._natural(edits)) for edits in variants]
         self._own_limits: dict[tuple[HookPoint, int], TokenLimits] = {}
         self._clean_acts: dict[tuple[HookPoint, int, int], float] = {}
         self._gates: dict[HookPoint, Tensor] = {}
         self._waiting: dict[HookPoint, tuple[int, Tensor]] = {}
         """First variant and delta of the edited calls whose block has not ended."""
+
+    def _natural(self, edits: Sequence[SteeringEdit]) -> NaturalRange:
+        """The widest of the ranges of the hook points that are edited."""
+        ranges = [self.limits[place].natural for place in {edit.hookpoint for edit in edits} if place in self.limits]
+        return max(ranges, key=lambda found: found.out_of_distribution, default=NaturalRange())
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -339,6 +388,7 @@ def measure_edit(
         relative_size=_mean(recorded.relative_sizes),
         edited_share=float(touched.float().mean()),
         denoising_error_ratio=None if denoising_errors is None else _ratio(*denoising_errors),
+        natural=recorded.natural,
     )
 
 
@@ -356,13 +406,13 @@ def region_pixels(
     return interpolate(cells, size=(height, width), mode="nearest")[0, 0] > 0
 
 
-def safe_range(
+def natural_range(
     mode: str, strengths: Sequence[float], measurements: Sequence[EditMeasurement]
 ) -> tuple[float, float] | None:
-    """The unbroken range of strengths around the mode's identity that are safe.
+    """The unbroken range of strengths around the mode's identity whose pictures look natural.
 
     Only strengths that were measured count. A mode without an identity (`clamp`) starts at its smallest strength.
-    None where not even the nearest measured strength is safe.
+    None where not even that of the nearest measured strength does.
     """
     identity = IDENTITY[mode]
     centre = min(strengths) if identity is None else identity
@@ -373,7 +423,7 @@ def safe_range(
         for strength, measurement in points:
             if (strength - centre) * side < 0:
                 continue
-            if not measurement.is_safe:
+            if not measurement.looks_natural:
                 break
             bounds[side], found = strength, True
     return (bounds[-1], bounds[1]) if found else None

@@ -281,7 +281,7 @@ class SteerDesk(Desk):
             "notices": [
                 *views.notices(steered.unread, before),
                 *words.unread_notice(swap, self.names),
-                *words.unsafe_notice(request.edits, steered),
+                *words.unnatural_notice(request.edits, steered),
                 *words.faint_notice(request.edits, steered),
             ],
             **self.frame(SteerRequest, {**request.model_dump(exclude={"edits"}), "edits": edits}, tab="steer"),
@@ -290,16 +290,16 @@ class SteerDesk(Desk):
 
 def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: Steered) -> dict[str, Any]:
     measurements = steered.measurements[1:]
-    sound = [measured is not None and measured["is_safe"] for measured in measurements]
-    safe = words.safe_turns(list(zip(STRIP, sound, strict=True)))
-    low, high = safe or (0.0, 0.0)
+    sound = [measured is not None and measured["looks_natural"] for measured in measurements]
+    natural = words.natural_turns(list(zip(STRIP, sound, strict=True)))
+    low, high = natural or (0.0, 0.0)
     cells = [
         {
             "image": views.image_url(image),
             "words": words.edit_words(slider, edit),
             "short": words.short_words(edit),
             "measurement": measured,
-            "safe": low <= turn <= high,
+            "natural": low <= turn <= high,
         }
         for turn, edit, image, measured in zip(STRIP, edits, steered.images[1:], measurements, strict=True)
     ]
@@ -308,10 +308,10 @@ def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: St
         **{key: slider[key] for key in shown},
         "picture": _picture_of(steered.recipes[0]),
         "cells": cells,
-        "safe": safe,
+        "natural": natural,
     }
 
 
 def _picture_of(recipe: Recipe) -> list[Any]:
-    """What an unedited picture is made of: a safe range holds for it alone."""
+    """What an unedited picture is made of: a natural range holds for it alone."""
     return [recipe.prompt, recipe.seed, recipe.settings.num_inference_steps]
