@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.silencing import prompts_without_words
 from fluxsae.flux import BlockCall, block_hooks, capture, default_settings, generate
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.hooks import find_module
-from fluxsae.features.silencing import prompts_without_words
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.sae.acts import tokens_at_once
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import EditedCall
 from fluxsae.steering.edits import IDENTITY, SteeringEdit
-from fluxsae.steering.naturalness import FALSE_ALARMS, NaturalRange, calibrated_range, denoising_errors
+from fluxsae.steering.naturalness import NaturalRange, denoising_errors
 from fluxsae.steering.sweeps import batch_within_memory
 
 QUANTILE: Final = 0.995
@@ -45,7 +45,7 @@ class TokenLimits:
     norm_high: tuple[float, ...]
     residual_high: tuple[float, ...]
     quantile: float = QUANTILE
-    natural: NaturalRange = NaturalRange()
+    natural: NaturalRange = field(default_factory=NaturalRange)
     """Up to where a picture edited at this hook point looks natural."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def measure_token_limits(
 
 
 @torch.no_grad()
-def measure_natural_range(
+def measure_unedited(
     pipe: Any,
     sae: SparseAutoencoder,
     hookpoint: HookPoint,
@@ -136,33 +136,35 @@ def measure_natural_range(
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: GenerationSettings | None = None,
-    false_alarms: float = FALSE_ALARMS,
-) -> NaturalRange:
-    """The bounds at this rate of false alarms, from unedited pictures alone.
+) -> list[tuple[float, float]]:
+    """Share of odd tokens and ratio of denoising errors of pictures that nobody edited.
 
     As an edited picture is compared with the one before, FLUX's own picture of each prompt without one of its words,
     drawn in turn, is compared with that of the whole prompt at the same seed. Prompts of one word are passed over.
+
+    Raises:
+        FluxSaeError: no prompt has a word to leave out.
     """
     settings = settings or default_settings(pipe)
     pairs = list(_without_one_word(prompts, seeds))
     if not pairs:
         raise FluxSaeError("No prompt has a word to leave out; give prompts of several words.")
-    shares, errors = [], list[list[float]]()
-    size = batch_within_memory(pipe, settings)
+    found, size = list[tuple[float, float]](), batch_within_memory(pipe, settings)
     for start in range(0, len(pairs), size):
         whole, less, own = zip(*pairs[start : start + size], strict=True)
-        before = generate(pipe, list(whole), seeds=list(own), settings=settings)
         outside: list[Tensor] = []
 
         def keep(call: BlockCall, outside: list[Tensor] = outside) -> None:
             if any(math.isclose(call.sigma, sigma, rel_tol=1e-4) for sigma in limits.sigmas):
                 outside.append(limits.is_outside(call.tokens, sae, sigma=call.sigma).float().mean(dim=-1).cpu())
 
+        before = generate(pipe, list(whole), seeds=list(own), settings=settings)
         with capture(pipe, [hookpoint], None, sink=keep):
             after = generate(pipe, list(less), seeds=list(own), settings=settings)
-        shares += torch.stack(outside).mean(dim=0).tolist()
-        errors += [denoising_errors(pipe, pictures, settings) for pictures in zip(before, after, strict=True)]
-    return calibrated_range(shares, [_ratio(*pair) for pair in errors], false_alarms=false_alarms)
+        shares = torch.stack(outside).mean(dim=0).tolist()
+        errors = zip(*(denoising_errors(pipe, pictures, settings) for pictures in (before, after)), strict=True)
+        found += [(share, _ratio(*pair)) for share, pair in zip(shares, errors, strict=True)]
+    return found
 
 
 def _without_one_word(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, str, int]]:
@@ -205,7 +207,7 @@ class EditMeasurement:
     denoising_error_ratio: float | None = None
     """How badly FLUX, without a prompt, denoises the steered picture laid under noise, over the same of the baseline:
     about 1 where FLUX could have painted it, more where the picture broke; None where it was not measured."""
-    natural: NaturalRange = NaturalRange()
+    natural: NaturalRange = field(default_factory=NaturalRange)
     """Up to where a picture looks natural: the bounds of the run."""
 
     @property
@@ -228,7 +230,7 @@ class RecordedEdit:
     relative_sizes: list[float] = field(default_factory=list)
     acts_after: list[float] = field(default_factory=list)
     acts_before: list[float] = field(default_factory=list)
-    natural: NaturalRange = NaturalRange()
+    natural: NaturalRange = field(default_factory=NaturalRange)
 
 
 class EditRecorder:

@@ -41,18 +41,16 @@ class NaturalRange:
         return out_of_distribution <= self.out_of_distribution and not is_odd
 
 
-def calibrated_range(
-    shares: Sequence[float], ratios: Sequence[float], *, false_alarms: float = FALSE_ALARMS
-) -> NaturalRange:
-    """The bounds that at most `false_alarms` of further unedited pictures exceed, from these measurements of some.
+def calibrated_range(measured: Sequence[tuple[float, float]], *, false_alarms: float = FALSE_ALARMS) -> NaturalRange:
+    """The bounds that at most `false_alarms` of further unedited pictures exceed, from shares and ratios of some.
 
     Each measurement has half of the rate. A bound is the smallest measured value that a further picture of the kind
     stays below so often (Vovk, Gammerman & Shafer 2005); with fewer than 2 / rate - 1 pictures it is the largest, and
     the rate that is told is then what so many pictures allow.
     """
-    n = len(shares)
+    n = len(measured)
     rank = min(n, math.ceil((n + 1) * (1 - false_alarms / 2) - 1e-9))
-    bounds = [sorted(values)[rank - 1] for values in (shares, ratios)]
+    bounds = [sorted(values)[rank - 1] for values in zip(*measured, strict=True)]
     return NaturalRange(*bounds, false_alarms=max(false_alarms, 2 * (1 - rank / (n + 1))), n_pictures=n)
 
 

@@ -19,11 +19,11 @@ from fluxsae.steering.measurements import (
     limits_of,
     measure_edit,
     measure_token_limits,
+    natural_range,
     norm_and_residual,
     random_directions,
     random_features,
     region_pixels,
-    safe_range,
 )
 from fluxsae.steering.sweeps import strength_variants, sweep
 
@@ -196,13 +196,13 @@ def measurement(out_of_distribution: float, denoising_error_ratio: float | None 
     ("share", "ratio", "expected"),
     [(0.1, None, True), (0.1, 1.5, True), (0.0, 1.6, False), (0.2, 1.0, False), (0.2, None, False)],
 )
-def test_safe_is_what_stays_in_distribution_and_looks_like_flux(share, ratio, expected) -> None:
-    assert measurement(share, ratio).is_safe is expected
+def test_natural_is_what_stays_in_distribution_and_looks_like_flux(share, ratio, expected) -> None:
+    assert measurement(share, ratio).looks_natural is expected
 
 
-def test_a_broken_picture_ends_the_safe_range_though_its_tokens_are_usual() -> None:
+def test_a_broken_picture_ends_the_natural_range_though_its_tokens_are_usual() -> None:
     found = [measurement(0.0, ratio) for ratio in (1.0, 1.2, 4.8)]
-    assert safe_range("add", [0.0, 0.3, 0.6], found) == (0.0, 0.3)
+    assert natural_range("add", [0.0, 0.3, 0.6], found) == (0.0, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,8 @@ def test_a_broken_picture_ends_the_safe_range_though_its_tokens_are_usual() -> N
         ("clamp", [0, 1, 2], [0.0, 0.0, 0.9], (0, 1)),
     ],
 )
-def test_the_safe_range_is_unbroken_around_the_identity(mode, strengths, shares, expected) -> None:
-    assert safe_range(mode, strengths, [measurement(share) for share in shares]) == expected
+def test_the_natural_range_is_unbroken_around_the_identity(mode, strengths, shares, expected) -> None:
+    assert natural_range(mode, strengths, [measurement(share) for share in shares]) == expected
 
 
 def test_controls_have_unit_norm_and_are_not_the_feature_itself() -> None:

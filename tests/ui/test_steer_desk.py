@@ -15,7 +15,7 @@ from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.grids import join_pictures
 from fluxsae.steering.demos import DemoConfig
 from fluxsae.steering.edits import Recipe, SteeringEdit
-from fluxsae.steering.measurements import MAX_OUT_OF_DISTRIBUTION
+from fluxsae.steering.naturalness import NaturalRange
 from fluxsae.ui.kit.links import decode_view
 from fluxsae.ui.serve.lane import Done
 from fluxsae.ui.serve.schemas import (
@@ -194,7 +194,7 @@ def test_a_broken_picture_is_not_called_safe_though_its_tokens_are_usual() -> No
     *_, done = SteerDesk(bench).sweep(request)
     _, (little, much) = done.value
     assert little["looks_natural"]
-    assert much["out_of_distribution"] <= MAX_OUT_OF_DISTRIBUTION
+    assert much["out_of_distribution"] <= NaturalRange().out_of_distribution
     assert not much["looks_natural"]
 
 

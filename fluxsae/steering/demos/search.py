@@ -28,7 +28,8 @@ from fluxsae.steering.demos.config import DemoConfig
 from fluxsae.steering.demos.measured import LIMITS_KEY, load_limits, measured_sweep, run_origin
 from fluxsae.steering.demos.swaps import addable
 from fluxsae.steering.edits import Recipe, SteeringEdit
-from fluxsae.steering.measurements import EditMeasurement, TokenLimits, measure_natural_range, measure_token_limits
+from fluxsae.steering.measurements import EditMeasurement, TokenLimits, measure_token_limits, measure_unedited
+from fluxsae.steering.naturalness import calibrated_range
 from fluxsae.steering.sweeps import Variant, first_edited_step
 
 _log = logging.getLogger(__name__)
@@ -310,7 +311,7 @@ class _Search:
         )
         count = min(self.config.n_natural_images, len(self.images))
         rows = [self.images[image_id] for image_id in range(count)]
-        natural = measure_natural_range(
+        unedited = measure_unedited(
             self.pipe,
             self.sae,
             self.place,
@@ -319,7 +320,7 @@ class _Search:
             seeds=[row.seed for row in rows],
             settings=self.settings,
         )
-        limits = replace(limits, natural=natural)
+        limits = replace(limits, natural=calibrated_range(unedited))
         self.run.update_metrics(self.place, {LIMITS_KEY: limits.to_dict()})
         return limits
 

@@ -29,7 +29,8 @@ class SwapScore:
     """How well a picture shows one name in place of another; CLIP cosines, and the run's perceptual measure."""
 
     score: float
-    """The smaller of `gone` and `come`, times 1 - `collateral`; 0 where the picture does not look natural, or another name is read."""
+    """The smaller of `gone` and `come`, times 1 - `collateral`; 0 where the picture does not look natural, or where
+    another name is read."""
     gone: float
     """How much farther the picture came from its prompt, or from the old name alone if the prompt does not have it."""
     come: float

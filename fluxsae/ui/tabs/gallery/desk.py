@@ -214,7 +214,9 @@ def sentence(card: FeatureCard) -> str:
 def where_words(card: FeatureCard) -> str:
     """Where a feature fires, in plain words: beside what it is named after, or else in the image."""
     if card.label and card.place is not None:
-        often = f" (in {_share(card.place_share)} of other images)" if card.place_share and card.place != "varies" else ""
+        often = (
+            f" (in {_share(card.place_share)} of other images)" if card.place_share and card.place != "varies" else ""
+        )
         return f"It goes with images of “{card.label}” and fires {PLACES[card.place]}{often}"
     if card.patch_share is None or card.centre_share is None or card.border_share is None:
         return ""
