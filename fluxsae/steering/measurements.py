@@ -141,14 +141,9 @@ def measure_unedited(
 
     As an edited picture is compared with the one before, FLUX's own picture of each prompt without one of its words,
     drawn in turn, is compared with that of the whole prompt at the same seed. Prompts of one word are passed over.
-
-    Raises:
-        FluxSaeError: no prompt has a word to leave out.
     """
     settings = settings or default_settings(pipe)
     pairs = list(_without_one_word(prompts, seeds))
-    if not pairs:
-        raise FluxSaeError("No prompt has a word to leave out; give prompts of several words.")
     found, size = list[tuple[float, float]](), batch_within_memory(pipe, settings)
     for start in range(0, len(pairs), size):
         whole, less, own = zip(*pairs[start : start + size], strict=True)

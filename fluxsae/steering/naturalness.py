@@ -46,8 +46,10 @@ def calibrated_range(measured: Sequence[tuple[float, float]], *, false_alarms: f
 
     Each measurement has half of the rate. A bound is the smallest measured value that a further picture of the kind
     stays below so often (Vovk, Gammerman & Shafer 2005); with fewer than 2 / rate - 1 pictures it is the largest, and
-    the rate that is told is then what so many pictures allow.
+    the rate that is told is then what so many pictures allow. Without any, nothing is calibrated.
     """
+    if not measured:
+        return NaturalRange()
     n = len(measured)
     rank = min(n, math.ceil((n + 1) * (1 - false_alarms / 2) - 1e-9))
     bounds = [sorted(values)[rank - 1] for values in zip(*measured, strict=True)]

@@ -1,4 +1,4 @@
-"""How often `looks_natural` is wrong: on pictures nobody edited, and on edited ones that the reader judges (`-m bench`)."""
+"""How often `looks_natural` is wrong: on unedited pictures, and on edited ones that the reader judges (`-m bench`)."""
 
 from dataclasses import dataclass, replace
 

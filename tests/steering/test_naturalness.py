@@ -58,6 +58,7 @@ def test_bounds_are_the_values_that_a_further_picture_stays_below_so_often() -> 
     assert found == NaturalRange(96, 9.6, false_alarms=0.06, n_pictures=99)
     few = calibrated_range([(0.3, 1.0), (0.1, 2.0)], false_alarms=0.06)
     assert (few.out_of_distribution, few.denoising_error_ratio) == (0.3, 2.0)
+    assert calibrated_range([]) == NaturalRange()
     assert few.false_alarms == pytest.approx(2 / 3)  # two pictures allow no lower rate: 1 of 3 a measurement
 
 
