@@ -20,6 +20,9 @@ from train.command import start
 from train.prompts import BUNDLED_PROMPTS
 from train.stages import StageResult, run_stage
 
+RANDOM_FEATURES = 256
+"""Features that are shuffled to find how many would get a name by chance."""
+
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
@@ -146,7 +149,7 @@ def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
 def _select(
     run: RunFolder, hookpoint: HookPoint, checker: NameChecker, scenes: dict[int, Scene], config: SelectConfig
 ) -> None:
-    from fluxsae.features.naming import kept_names, name_columns
+    from fluxsae.features.naming import kept_names, name_columns, random_named
     from fluxsae.features.scores import ScoreMatrix
     from fluxsae.features.selection import (
         feature_coherence,
@@ -167,6 +170,8 @@ def _select(
         top = top_unique(column, groups, n=n_top)
         silent.append(nearest_silent_images(column, embeddings, top, n=config.n_silent).tolist())
     names = kept_names(checks, max_q=config.selection.max_q)
+    alive = [scores[:, f].float() for f in np.flatnonzero([name is not None for name in checks])[:RANDOM_FEATURES]]
+    by_chance = random_named(checker, alive, names, seed=config.selection.seed)
     if scenes:
         names = [_placed(name, matrix, f, scenes, checker.held_out) for f, name in enumerate(names)]
     columns = {
@@ -178,6 +183,7 @@ def _select(
     }
     run.save_features(hookpoint, run.load_features(hookpoint).with_columns(columns))
     _report(hookpoint, judged, names, config.selection.max_q)
+    print(f"  of {len(alive)} of these features with their images shuffled, {by_chance:.1%} would get a name")
 
 
 def _placed(

@@ -240,12 +240,12 @@ class CardIndex:
         return [*varied(coherent, self.labels), *(feature for feature in ranked if not is_coherent[feature])]
 
     def named(self) -> dict[str, list[int]]:
-        """The features of each label, best ranked first, whose label is trusted at least by half."""
+        """The features of each label, best ranked first, whose label is trusted at least by half at their strongest."""
         found: dict[str, list[int]] = {}
         for feature in self.ranked:
-            row = self.features[feature]
-            if row.label and (row.label_confidence or 0.0) >= 0.5 and row.max_act > 0:
-                found.setdefault(row.label, []).append(feature)
+            label = self.labels[feature]
+            if label and self._label_curves[feature, -1] >= 0.5 and self.max_acts[feature] > 0:
+                found.setdefault(label, []).append(feature)
         return found
 
     def label_confidence_at(

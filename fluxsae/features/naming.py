@@ -172,6 +172,24 @@ def kept_names(checks: Sequence[NameCheck | None], *, max_q: float) -> list[Name
     return [None if check is None or q > max_q else replace(check, q_value=q) for check, q in judged]
 
 
+def random_named(
+    checker: NameChecker,
+    columns: Sequence[Float[Tensor, " images"]],
+    names: Sequence[NameCheck | None],
+    *,
+    seed: int,
+) -> float:
+    """Share of random features that would get a name beside those that have one: `columns` with their images shuffled.
+
+    NaN without columns.
+    """
+    bar = max((name.p_value for name in names if name is not None), default=-1.0)
+    rng = np.random.default_rng(seed)
+    shuffled = [column[rng.permutation(len(column))] for column in columns]
+    found = [checker.check(column, checker.propose(column)) for column in shuffled]
+    return float(np.mean([name is not None and name.p_value <= bar for name in found])) if found else float("nan")
+
+
 def measured_name(
     label: Label,
     p_value: float,

@@ -18,6 +18,7 @@ from fluxsae.features.naming import (
     measured_name,
     name_columns,
     precision_curve,
+    random_named,
     strength_levels,
 )
 
@@ -110,6 +111,8 @@ def test_shuffled_features_get_no_name(with_captions: bool) -> None:
     planted = [shuffled_world.planted(i % 4, purity=1.0, rng=rng) for i in range(40)]
     shuffled = [rng.permutation(column) for column in planted for _ in range(5)]
     assert sum(name is not None for name in shuffled_world.named(shuffled)) <= 1
+    columns = [torch.tensor(column, dtype=torch.float32) for column in planted]
+    assert random_named(shuffled_world.checker, columns, shuffled_world.named(planted), seed=0) <= 0.05
     among_true = shuffled_world.named([*planted, *shuffled])
     assert sum(name is not None for name in among_true[:40]) == 40
     assert sum(name is not None for name in among_true[40:]) <= binom.ppf(0.99, len(shuffled), 0.05)

@@ -7,6 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
 
 from fluxsae.evaluation.intervals import bootstrap_weights, interval
@@ -153,24 +154,21 @@ def test_random_features_get_no_name(captions: str) -> None:
     scores = ScoreMatrix.load(RUN.scores_path(RUN.hookpoints()[-1])).stored()[: len(prompts)]
     columns = list(iter_columns(scores))
     rows = [column[rng.permutation(len(prompts))] for column in columns]
-    assert named_share(checker, rows, f"{captions}: shuffled rows") <= RANDOM_NAMED
-    among = checker, [*columns, *rows]
-    together = kept_names([checker.check(each, checker.propose(each)) for each in among[1]], max_q=0.05)
-    found = np.mean([name is not None for name in together[len(columns) :]])
-    print(f"{captions}: shuffled rows among the run's features: {found:.3f}")
+    assert named_share(checker, rows, f"\n\n{captions}: shuffled rows") <= RANDOM_NAMED
+    together = kept_names([checker.check(each, checker.propose(each)) for each in [*columns, *rows]], max_q=0.05)
+    found = float(np.mean([name is not None for name in together[len(columns) :]]))
+    print(f"{captions}: shuffled rows beside the run's features: {found:.3f}")
     assert found <= RANDOM_NAMED
 
 
-def untrained_clip(pictures: list, phrases: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def untrained_clip(pictures: list[Image.Image], phrases: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors of pictures and phrases by a CLIP with random weights."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model, _, preprocess = open_clip.create_model_and_transforms("ViT-S-32-alt", pretrained=None)
         model.eval()
-        texts = [
-            model.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(phrases[i : i + 64]))
-            for i in range(0, len(phrases), 64)
-        ]
+        tokenizer = open_clip.get_tokenizer("ViT-S-32-alt")
+        texts = [model.encode_text(tokenizer(phrases[i : i + 64])) for i in range(0, len(phrases), 64)]
         images = [
             model.encode_image(torch.stack([preprocess(each) for each in pictures[i : i + 32]]))
             for i in range(0, len(pictures), 32)
