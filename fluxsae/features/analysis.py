@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.config import AnalysisConfig
-from fluxsae.features.scores import HISTOGRAM_EDGES, PLACE_SIDE, FeatureStats, ScoreMatrix, TopImages
+from fluxsae.features.scores import ScoreMatrix, TopImages
+from fluxsae.features.statistics import HISTOGRAM_EDGES, PLACE_SIDE, FeatureStats
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.runs.tables import FeatureRow, FeatureTable
 

@@ -24,7 +24,8 @@ FS.panels = (pictures, names, words = []) =>
   );
 // Natural ranges that strips have found, for the image on screen alone: another prompt or seed has others.
 FS.natural = { picture: null, ranges: new Map() };
-FS.naturalKey = (edit) => JSON.stringify([edit.hookpoint, edit.feature, edit.steps || null, edit.region || null]);
+FS.naturalKey = (edit) =>
+  JSON.stringify([edit.hookpoint, edit.feature, edit.steps || null, edit.region || null, edit.when || null]);
 FS.naturalOf = (picture) => {
   if (JSON.stringify(FS.natural.picture) !== JSON.stringify(picture)) FS.natural = { picture, ranges: new Map() };
   return FS.natural.ranges;
@@ -50,9 +51,15 @@ FS.define("fs-edits", (root, data) => {
       natural
         ? FS.el("span", {
           class: "fs-natural",
-          style: { left: `${(natural[0] + 1) * 50}%`, width: `${(natural[1] - natural[0]) * 50}%` },
+          style: {
+            left: `${(natural.range[0] + 1) * 50}%`,
+            width: `${(natural.range[1] - natural.range[0]) * 50}%`,
+          },
         })
         : null,
+      ...(natural ? natural.notches : []).map((turn) =>
+        FS.el("span", { class: "fs-notch", style: { left: `${(turn + 1) * 50}%` } })
+      ),
       FS.el("span", { class: "fs-middle" }),
     );
   };
@@ -70,7 +77,8 @@ FS.define("fs-edits", (root, data) => {
     });
     slider.setAttribute("aria-valuetext", words.textContent);
     slider.addEventListener("input", () => {
-      edit.turn = Math.abs(Number(slider.value)) < 0.03 ? 0 : Number(slider.value);
+      const turn = Number(slider.value), near = (at) => Math.abs(turn - at) < 0.03;
+      edit.turn = [0, ...(natural ? natural.notches : [])].find(near) ?? turn;
       words.textContent = FS.turnWords(edit.turn, data);
       slider.setAttribute("aria-valuetext", words.textContent);
     });
@@ -127,7 +135,7 @@ FS.define("fs-edits", (root, data) => {
       FS.el("p", {
         class: "fs-quiet fs-hint",
         text: natural
-          ? "The band marks where this image looks natural, as measured by “Compare strengths”."
+          ? "The band marks where this image looks natural; its notches are equal steps of measured change."
           : "“Compare strengths” below measures how far the image looks natural.",
       }),
       FS.el(
@@ -154,6 +162,19 @@ FS.define("fs-edits", (root, data) => {
               changed(true);
             },
           }),
+        ),
+        FS.el(
+          "label",
+          { class: "fs-row fs-tight fs-quiet" },
+          FS.el("input", {
+            type: "checkbox",
+            checked: Boolean(edit.when),
+            onchange: (event) => {
+              edit.when = event.target.checked ? edit.present : null;
+              changed(true);
+            },
+          }),
+          FS.el("span", { text: `Only in images that show ${FS.title(edit)}; others stay as they are` }),
         ),
         FS.el("p", {
           class: "fs-quiet fs-hint",
@@ -241,6 +262,7 @@ FS.define("fs-edits", (root, data) => {
                   edit.turn = 0;
                   edit.steps = null;
                   edit.region = null;
+                  edit.when = null;
                 });
                 changed(true);
               },
@@ -666,7 +688,7 @@ FS.isStripOf = (strip, result) =>
 
 FS.define("fs-strip", (root, data) => {
   const ranges = FS.naturalOf(data.picture);
-  if (data.natural) ranges.set(FS.naturalKey(data), data.natural);
+  if (data.natural) ranges.set(FS.naturalKey(data), { range: data.natural, notches: data.notches });
   else ranges.delete(FS.naturalKey(data));
   const editor = document.querySelector("fs-edits"), most = data.cells[0].measurement.natural;
   if (editor && editor.redraw) editor.redraw();
