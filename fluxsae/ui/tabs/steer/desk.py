@@ -286,7 +286,7 @@ class SteerDesk(Desk):
             "notices": [
                 *views.notices(steered.unread, before),
                 *words.unread_notice(swap, self.names),
-                *words.unsafe_notice(request.edits, steered),
+                *words.unnatural_notice(request.edits, steered),
                 *words.faint_notice(request.edits, steered),
             ],
             **self.frame(SteerRequest, {**request.model_dump(exclude={"edits"}), "edits": edits}, tab="steer"),
@@ -295,9 +295,9 @@ class SteerDesk(Desk):
 
 def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: Steered) -> dict[str, Any]:
     measurements = steered.measurements[1:]
-    sound = [measured is not None and measured["is_safe"] for measured in measurements]
-    safe = words.safe_turns(list(zip(STRIP, sound, strict=True)))
-    low, high = safe or (0.0, 0.0)
+    sound = [measured is not None and measured["looks_natural"] for measured in measurements]
+    natural = words.natural_turns(list(zip(STRIP, sound, strict=True)))
+    low, high = natural or (0.0, 0.0)
     changes = [
         (turn, measured["distance"]) for turn, measured in zip(STRIP, measurements, strict=True) if measured is not None
     ]
@@ -307,7 +307,7 @@ def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: St
             "words": words.edit_words(slider, edit),
             "short": words.short_words(edit),
             "measurement": measured,
-            "safe": low <= turn <= high,
+            "natural": low <= turn <= high,
         }
         for turn, edit, image, measured in zip(STRIP, edits, steered.images[1:], measurements, strict=True)
     ]
@@ -316,11 +316,11 @@ def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: St
         **{key: slider[key] for key in shown},
         "picture": _picture_of(steered.recipes[0]),
         "cells": cells,
-        "safe": safe,
-        "notches": words.even_notches(changes, safe) if safe else [],
+        "natural": natural,
+        "notches": words.even_notches(changes, natural) if natural else [],
     }
 
 
 def _picture_of(recipe: Recipe) -> list[Any]:
-    """What an unedited picture is made of: a safe range holds for it alone."""
+    """What an unedited picture is made of: a natural range holds for it alone."""
     return [recipe.prompt, recipe.seed, recipe.settings.num_inference_steps]
