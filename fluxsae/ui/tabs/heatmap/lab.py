@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from PIL import Image
 
 from fluxsae.features.cards import CardIndex, varied
 from fluxsae.features.firing import (
+    CONFIDENCE,
     Fired,
     SparseMaps,
     best_example,
@@ -32,6 +33,37 @@ PER_PATCH = 4
 def features_json(cards: CardIndex, features: Sequence[Fired]) -> list[dict[str, Any]]:
     """Ranked features as the endpoints give them."""
     return [{**views.summary(cards, each.feature), **asdict(each)} for each in features]
+
+
+def doubted(features: Sequence[Fired], reading: Reading) -> list[Fired]:
+    """The features without sure names, where a visitor's picture is unlike the run's own or may be."""
+    if reading.picture is None or (reading.familiarity is not None and not _is_unlike(reading)):
+        return list(features)
+    most = 0.0 if _is_unlike(reading) else CONFIDENCE["sure"] - 0.01
+    return [
+        each
+        if each.label_confidence_here is None
+        else replace(each, label_confidence_here=min(most, each.label_confidence_here))
+        for each in features
+    ]
+
+
+def _is_unlike(reading: Reading) -> bool:
+    return reading.strangest is not None and reading.strangest.is_unlike
+
+
+def given_notices(reading: Reading) -> list[str]:
+    """What a visitor should know of the picture that was given."""
+    found, strangest = views.notices(reading.unread, None), reading.strangest
+    if strangest is None:
+        found.append("This run does not say how well it describes its own images, so no name is called sure here.")
+    elif strangest.is_unlike:
+        found.append(
+            "This picture is unlike anything this FLUX knows, so every name here is a guess. The features describe it "
+            f"worse than 99 of 100 of the run's own images (unexplained share {strangest.fvu:.2g}, theirs is up to "
+            f"{strangest.limit:.2g})."
+        )
+    return found
 
 
 def fired_chip(cards: CardIndex, feature: Fired) -> dict[str, Any]:
@@ -74,6 +106,7 @@ def lab(reading: Reading, cards: CardIndex, *, limit: int, pinned: int | None = 
     features = with_alike(ranked_features(maps, cards, step=None, limit=MAX_RESULTS), limit, cards.labels)
     if pinned is not None and pinned not in {each.feature for each in features}:
         features = [fired(cards, pinned, float(maps.acts(pinned, None).max())), *features]
+    features = doubted(features, reading)
     count = Counter(cards.labels[int(feature)] for feature in np.flatnonzero(maps.peaks(None)))
     return {
         "kind": "live",
@@ -95,7 +128,10 @@ def lab(reading: Reading, cards: CardIndex, *, limit: int, pinned: int | None = 
             for f in features
         ],
         **_patches(cards, *_telling_patches(maps, cards)),
-        "notices": views.notices(reading.unread, reading.image),
+        "previews": {str(step): views.webp_url(preview) for step, preview in reading.previews.items()},
+        "picture": reading.picture and reading.picture.digest,
+        "changed": list(reading.picture.notes) if reading.picture else [],
+        "notices": views.notices(reading.unread, reading.image) if reading.picture is None else given_notices(reading),
         "selected": first_thing([each.feature for each in features], cards) if pinned is None else pinned,
     }
 
@@ -122,6 +158,8 @@ def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
         "sigmas": [],
         "features": [{**fired_chip(cards, f), "maps": views.base64_text(planes[f.feature])} for f in shown],
         **_patches(cards, *_strongest_patches(planes)),
+        "previews": {},
+        "picture": None,
         "notices": [],
         "selected": first_thing(features, cards),
     }

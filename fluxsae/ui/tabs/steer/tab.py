@@ -97,7 +97,7 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
     shell.follow(follow, [], [prompt, seed, steps, found])
     arrived = shell.open_link("steer", desk.linked, asked)
     runs.append(arrived.submit(turn, asked, [status, result], **lane))
-    swapped = [prompt, seed, steps, old, new]
+    swapped = [prompt, seed, steps, old, new, edits]
     swapping = swap_go.click(swap, swapped, [status, *asked], **latest)
     runs += [swapping, swapping.success(turn, asked, [status, result], **lane)]
     stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
