@@ -93,8 +93,8 @@ def notices(unread: Unread, image: Image.Image | None) -> list[str]:
     if unread.words:
         words = ", ".join(map(_with_known_word, unread.words[:8]))
         found.append(
-            f"The miniature does not know {words}, so the image ignores it. Use its shapes, colours, textures, "
-            "sizes, positions and backgrounds: “a large red striped circle on the left on a black background”."
+            f"The miniature does not know {words}, so the image ignores it. Use the words that are offered under the "
+            "prompt."
         )
     if unread.tokens:
         found.append(f"The prompt is too long: FLUX did not read its last {unread.tokens} words and signs (tokens).")

@@ -18,7 +18,7 @@ from fluxsae.features.cards import CardIndex
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature import miniature_path
-from fluxsae.miniature.scenes import ATTRIBUTES
+from fluxsae.miniature.scenes import ATTRIBUTES, PLACES
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance, load_distance, load_embedder
 from fluxsae.runs.folder import RunFolder, library_versions
 from fluxsae.runs.tables import ImageTable
@@ -231,12 +231,11 @@ class Workbench:
         return self.cards[self.limits.default_hookpoint].images
 
     @property
-    def vocabulary(self) -> str:
-        """The words that the miniature knows, kind by kind; empty for a FLUX that reads any."""
-        if not self.is_miniature:
-            return ""
-        kinds = ("shape", "colour", "texture", "size", "position", "background")
-        return "It knows: " + "; ".join(" ".join(ATTRIBUTES[kind]) for kind in kinds) + " background"
+    def vocabulary(self) -> dict[str, dict[str, str]]:
+        """The words that the miniature knows, by kind, each with how a prompt says it; none for a FLUX that reads any."""
+        phrases = {**PLACES, **{word: f"on a {word} background" for word in ATTRIBUTES["background"]}}
+        kinds = ATTRIBUTES if self.is_miniature else {}
+        return {kind: {word: phrases.get(word, word) for word in words} for kind, words in kinds.items()}
 
     @functools.cached_property
     def preview_colours(self) -> Any:

@@ -29,6 +29,7 @@ from fluxsae.ui.tabs.heatmap.lab import (
     features_json,
     fired_chip,
     lab,
+    opening_lab,
     overlays,
     with_alike,
 )
@@ -42,6 +43,8 @@ PATCH_SHOWN = 6
 """Lines about a patch, each of another label as far as there are."""
 LEAST_FOLLOWED = 0.25
 """Share of its maximum from which a feature goes on being shown while an image is painted."""
+NEW_SEEDS = 1_000_000
+"""Seeds that another prompt is given one of."""
 N_SAMPLES = 4
 """Pictures of the run that are offered to read."""
 
@@ -68,7 +71,8 @@ class HeatmapDesk(Desk):
 
     def example(self, hookpoint: str) -> dict[str, Any] | None:
         """The ready example, from the run folder."""
-        example = example_lab(self.bench.cards[hookpoint], limit=SHOWN)
+        cards = self.bench.cards[hookpoint]
+        example = opening_lab(self.bench.run, cards) or example_lab(cards, limit=SHOWN)
         return example and {**example, **self._frame(_values(example))}
 
     def example_request(self) -> dict[str, Any]:
@@ -98,15 +102,21 @@ class HeatmapDesk(Desk):
         row = random.randrange(len(images))
         return images.prompts[row], images.seeds[row], self.limits.default_steps
 
+    def seed_for(self, prompt: Any, seed: Any, is_pinned: Any, values: Mapping[str, Any]) -> Any:
+        """The seed to paint with: another one for another prompt, unless it was pinned or just typed."""
+        is_other = isinstance(prompt, str) and " ".join(prompt.split()) != values["prompt"]
+        return random.randrange(NEW_SEEDS) if is_other and not is_pinned and seed == values["seed"] else seed
+
     def show(
         self, prompt: Any, hookpoint: Any, seed: Any, steps: Any, selection: Any = None
     ) -> Events[tuple[Any, None, dict[str, Any]]]:
         """Steps, then the page's data for a prompt, no patch, and the values that the data was made of."""
         values = {"prompt": prompt, "hookpoint": hookpoint, "seed": seed, "num_inference_steps": steps}
         request = HeatmapRequest.parse(self.limits, **values)
+        values |= {"prompt": request.prompt, "picture": None}
         return then(
             self.bench.read(*request.made_from, has_previews=True),
-            lambda reading: (self._lab(reading, request.hookpoint), None, {**values, "picture": None}),
+            lambda reading: (self._lab(reading, request.hookpoint), None, values),
             see=self._watcher(request.hookpoint, selection),
         )
 

@@ -1,5 +1,7 @@
 """What the Heatmap tab draws: an image with its features, a ready example from the run, and two images compared."""
 
+import base64
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex, varied
 from fluxsae.features.firing import (
     CONFIDENCE,
@@ -21,10 +24,14 @@ from fluxsae.features.firing import (
     shares_of_maximum,
     telling,
 )
+from fluxsae.pictures.grids import split_pictures
 from fluxsae.pictures.heatmaps import feature_colour, overlay, token_heatmap
+from fluxsae.runs.folder import RunFolder
 from fluxsae.ui.kit import views
 from fluxsae.ui.serve.arguments import MAX_RESULTS
 from fluxsae.ui.serve.reading import Reading
+
+log = logging.getLogger("fluxsae.app")
 
 PER_PATCH = 4
 """Features of a patch that the page knows without asking the server."""
@@ -145,11 +152,41 @@ def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
     heat = {feature: cards.heatmaps(feature)[image_id] for feature in features}
     planes = {feature: views.byte_map(heat[feature].ravel(), 1.0) for feature in features}
     shown = [fired(cards, f, float(heat[f].max()) * cards.features[f].max_act) for f in features]
+    return _example(cards, planes, shown, image=views.webp_url(row.thumbnail), prompt=row.prompt, seed=row.seed)
+
+
+def opening_lab(run: RunFolder, cards: CardIndex) -> dict[str, Any] | None:
+    """What the page opens on, recorded with the run's demos: a swap at rising strength, and its image's features."""
+    try:
+        opening = run.load_opening(cards.hookpoint)
+        if opening is None:
+            return None
+        turns, prompt, seed = list(map(float, opening["turns"])), str(opening["prompt"]), int(opening["seed"])
+        with Image.open(run.demo_image_path(cards.hookpoint, "opening")) as strip:
+            pictures = [views.image_url(one) for one in split_pictures(strip.convert("RGB"), len(turns))]
+        n_tokens = cards.info.rows * cards.info.cols
+        planes = {
+            int(each["feature"]): np.frombuffer(base64.b64decode(each["map"]), dtype=np.uint8).reshape(n_tokens)
+            for each in opening["features"]
+        }
+        words = {"old": str(opening["label"]), "new": str(opening["new_label"])}
+        shown = [fired(cards, f, float(plane.max()) / 255 * cards.features[f].max_act) for f, plane in planes.items()]
+    except (KeyError, TypeError, ValueError, OSError, FluxSaeError) as error:
+        log.warning("the opening of %s is passed over: %s", cards.hookpoint, error)
+        return None
+    page = _example(cards, planes, shown, image=pictures[0], prompt=prompt, seed=seed)
+    return {**page, "opening": {"pictures": pictures, "turns": turns, **words}, "selected": None}
+
+
+def _example(
+    cards: CardIndex, planes: Mapping[int, np.ndarray], shown: Sequence[Fired], *, image: str, prompt: str, seed: int
+) -> dict[str, Any]:
+    """A page of what the run folder has: an image with the maps of some features, as bytes."""
     return {
         "kind": "example",
-        "image": views.webp_url(row.thumbnail),
-        "prompt": row.prompt,
-        "seed": row.seed,
+        "image": image,
+        "prompt": prompt,
+        "seed": seed,
         "num_inference_steps": cards.info.settings.num_inference_steps,
         "hookpoint": str(cards.hookpoint),
         "rows": cards.info.rows,
@@ -161,7 +198,7 @@ def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
         "previews": {},
         "picture": None,
         "notices": [],
-        "selected": first_thing(features, cards),
+        "selected": first_thing([each.feature for each in shown], cards),
     }
 
 

@@ -242,9 +242,7 @@ class SteerDesk(Desk):
     def _kinds(self) -> NameKinds:
         return NameKinds(self.bench.images.prompts, self.names)
 
-    def _request(
-        self, prompt: Any, seed: Any, steps: Any, edits: Sequence[SteeringEdit], page: Any
-    ) -> SteerRequest:
+    def _request(self, prompt: Any, seed: Any, steps: Any, edits: Sequence[SteeringEdit], page: Any) -> SteerRequest:
         asked = {"prompt": prompt, "seed": seed, "num_inference_steps": steps, "edits": [e.to_dict() for e in edits]}
         given = _given(page)
         if given:
@@ -322,7 +320,7 @@ class SteerDesk(Desk):
         if request.picture is None or steered.first_step is None:
             return None
         return (
-            f"Before is your picture, covered with {request.change:.0%} noise and painted on by FLUX without the edits, "
+            f"Before is your picture, covered with {100 * request.change:.0f} % noise and painted on by FLUX without the edits, "
             f"from step {steered.first_step + 1} of {request.num_inference_steps}."
         )
 
