@@ -61,7 +61,8 @@ def fit_colours(pipe: Any, pictures: Sequence[Image.Image]) -> Colours:
     wanted = rearrange(torch.from_numpy(pixels).float() / 255, "b (r p) (c q) k -> (b r c) (p q k)", p=2, q=2)
     known = _with_one(rearrange(latents, "b t c -> (b t) c"))
     eye = torch.eye(known.shape[1]) * RIDGE * len(known)
-    return torch.linalg.solve(known.T @ known + eye, known.T @ wanted)
+    colours: Tensor = torch.linalg.solve(known.T @ known + eye, known.T @ wanted)
+    return colours
 
 
 @torch.no_grad()

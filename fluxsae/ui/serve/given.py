@@ -1,4 +1,4 @@
-"""A visitor's own picture: checked, made RGB and of the run's size. It is never kept as a file, nor beyond the visit."""
+"""A visitor's own picture: checked, made RGB and of the run's size, never kept as a file nor beyond the visit."""
 
 import base64
 import binascii

@@ -163,7 +163,7 @@ class HeatmapRequest(PictureRequest):
 
 
 class ReadPictureRequest(Request):
-    """Reads your own picture with FLUX, without painting it, ranks the features that fire, and shows where each does."""
+    """Reads your own picture with FLUX, without painting: ranks the features that fire and shows where each does."""
 
     endpoint = "read_picture"
     uses_flux = True

@@ -232,14 +232,14 @@ class Workbench:
 
     @property
     def vocabulary(self) -> dict[str, dict[str, str]]:
-        """The words that the miniature knows, by kind, each with how a prompt says it; none for a FLUX that reads any."""
+        """The words that the miniature knows, by kind, each as a prompt says it; none for a FLUX that reads any."""
         phrases = {**PLACES, **{word: f"on a {word} background" for word in ATTRIBUTES["background"]}}
         kinds = ATTRIBUTES if self.is_miniature else {}
         return {kind: {word: phrases.get(word, word) for word in words} for kind, words in kinds.items()}
 
     @functools.cached_property
     def preview_colours(self) -> Any:
-        """How previews are coloured where the autoencoder is slow: fitted to images of the run; None where it is not."""
+        """Colours of previews where the autoencoder is slow, fitted to images of the run; None where it is not."""
         from fluxsae.flux import fit_colours, is_quick_to_decode
         from fluxsae.pictures.sources import fit_picture
 

@@ -51,24 +51,7 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
         js_on_load=mount(select="select", patch="submit", steer="edit", page="expand", why="apply"),
         elem_id="heatmap-lab",
     )
-    with gr.Row(elem_classes="fs-settings", elem_id="heatmap-settings"):
-        hookpoint = gr.Radio(
-            bench.hookpoint_choices(),
-            value=bench.limits.default_hookpoint,
-            label="Where to look",
-            elem_id="heatmap-hook",
-        )
-        seed = gr.Number(desk.example_seed, label="Seed", precision=0, min_width=110)
-        pinned = gr.Checkbox(
-            False,
-            label="Keep this seed",
-            info="Else a new prompt gets a new one.",
-            min_width=170,
-            elem_id="heatmap-pin",
-        )
-        steps = gr.Slider(
-            1, bench.limits.max_steps, bench.limits.default_steps, step=1, label="Denoising steps", min_width=160
-        )
+    hookpoint, seed, pinned, steps = _settings(desk)
     patch = gr.HTML(None, html_template=element("fs-patch"), js_on_load=mount(), elem_id="heatmap-patch")
     why = gr.HTML(None, html_template=element("fs-why"), js_on_load=mount(), elem_id="heatmap-why")
     with gr.Accordion("Compare with another prompt: what differs?", open=False, elem_id="heatmap-compare"):
@@ -99,9 +82,8 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
 
     show = making(desk.show, makes="heatmap-lab", n=3)
     compare = making(desk.compare, makes="heatmap-diff")
-    asked, shown = [prompt, hookpoint, seed, steps], [status, lab, patch, current]
+    asked, shown, lane = [prompt, hookpoint, seed, steps], [status, lab, patch, current], in_lane(status)
     painted = [*asked, shell.selection]
-    lane = in_lane(status)
     reseeded = gr.on(
         [go.click, prompt.submit],
         guarded(desk.seed_for),
@@ -150,3 +132,27 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
     stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
     for run in runs:
         end_at_idle(run, status)
+
+
+def _settings(desk: HeatmapDesk) -> tuple[gr.Radio, gr.Number, gr.Checkbox, gr.Slider]:
+    """Hook point, seed, whether a new prompt keeps it, and denoising steps."""
+    bench = desk.bench
+    with gr.Row(elem_classes="fs-settings", elem_id="heatmap-settings"):
+        hookpoint = gr.Radio(
+            bench.hookpoint_choices(),
+            value=bench.limits.default_hookpoint,
+            label="Where to look",
+            elem_id="heatmap-hook",
+        )
+        seed = gr.Number(desk.example_seed, label="Seed", precision=0, min_width=110)
+        pinned = gr.Checkbox(
+            False,
+            label="Keep this seed",
+            info="Else a new prompt gets a new one.",
+            min_width=170,
+            elem_id="heatmap-pin",
+        )
+        steps = gr.Slider(
+            1, bench.limits.max_steps, bench.limits.default_steps, step=1, label="Denoising steps", min_width=160
+        )
+    return hookpoint, seed, pinned, steps

@@ -9,7 +9,7 @@ from typing import Any
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import best_example
 from fluxsae.features.vocabulary import NameKinds
-from fluxsae.steering.edits import Recipe, SteeringEdit, load_recipes, png_bytes
+from fluxsae.steering.edits import SteeringEdit, load_recipes, png_bytes
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, Picture, then
 from fluxsae.ui.kit.snippets import PICTURE
@@ -208,10 +208,8 @@ class SteerDesk(Desk):
         alike = self._kinds.alike(str(name), least=ALIKE)
         return [other for other in alike if other in self.names] or [other for other in self.names if other != name]
 
-    def swap(self, prompt: Any, seed: Any, steps: Any, old: Any, new: Any, page: Any = None) -> Events[Filled]:
+    def swap(self, prompt: Any, seed: Any, steps: Any, old: Any, new: Any) -> Events[Filled]:
         """Steps, then prompt, seed, steps and the sliders that put one name in place of another."""
-        if _given(page):
-            raise FluxSaeError("Swap works on images that FLUX makes. Move the sliders to steer your own picture.")
         for name in (old, new):
             if not isinstance(name, str) or name not in self.names:
                 raise FluxSaeError(f"{str(name)[:40]!r} is no name of this run's features; choose one of the list.")
@@ -236,6 +234,11 @@ class SteerDesk(Desk):
 
         return then(self.bench.cached(job), fill)
 
+    def refuse_given(self, page: Any) -> None:
+        """Raises a FluxSaeError where the page steers a visitor's own picture."""
+        if _given(page):
+            raise FluxSaeError("Swap works on images that FLUX makes. Move the sliders to steer your own picture.")
+
     # How it is done
 
     @functools.cached_property
@@ -256,7 +259,7 @@ class SteerDesk(Desk):
         *,
         control: int = -1,
     ) -> Events[Steered]:
-        own = {}
+        own: dict[str, Any] = {}
         if isinstance(request, SteerRequest) and request.picture is not None:
             own = {"picture": request.picture, "change": request.change}
         return self.bench.cached(SteerJob(tuple(map(tuple, variants)), *request.made_from, control, **own))
@@ -320,8 +323,8 @@ class SteerDesk(Desk):
         if request.picture is None or steered.first_step is None:
             return None
         return (
-            f"Before is your picture, covered with {100 * request.change:.0f} % noise and painted on by FLUX without the edits, "
-            f"from step {steered.first_step + 1} of {request.num_inference_steps}."
+            f"Before is your picture, covered with {100 * request.change:.0f} % noise and painted on by FLUX without "
+            f"the edits, from step {steered.first_step + 1} of {request.num_inference_steps}."
         )
 
 

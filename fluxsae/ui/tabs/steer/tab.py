@@ -75,7 +75,13 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
 
     turn = making(desk.turn, makes="steer-result")
     compare = making(desk.strip, makes="steer-strip")
-    swap = making(desk.swap, makes="steer-result", n=4)
+
+    def swapping_of(*values: Any) -> Any:
+        *asked, page = values
+        desk.refuse_given(page)
+        return desk.swap(*asked)
+
+    swap = making(swapping_of, makes="steer-result", n=4)
     lane = in_lane(status)
     latest = {**lane, "trigger_mode": "always_last"}  # what is asked while another is made is made next
     runs = [
