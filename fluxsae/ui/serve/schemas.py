@@ -263,10 +263,7 @@ class DirectionsRequest(Request):
 
 
 class SteerRequest(PictureRequest):
-    """Makes an image twice, without and with edits of features, and measures what the edits changed.
-
-    With your own picture, noise is put over it, and FLUX paints on from there.
-    """
+    """Makes an image, or paints on from your own picture, without and with edits, and measures what they changed."""
 
     endpoint = "steer"
     results = (
