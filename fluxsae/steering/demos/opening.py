@@ -71,7 +71,7 @@ def _features_of_words(run: RunFolder, pipe: Any, sae: SparseAutoencoder, swap: 
     acts: dict[int, SparseActs] = {}
 
     def sink(call: BlockCall) -> None:
-        acts[call.step] = sae.encode_sparse(call.tokens[0])
+        acts[call.step] = sae.encode_sparse(call.tokens[0], sigma=call.sigma)
 
     with capture(pipe, [place], steps=steps, sink=sink):
         generate(pipe, swap.prompt, seeds=swap.seed, settings=run.load_info().settings, output_type="latent")

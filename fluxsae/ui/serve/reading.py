@@ -21,7 +21,7 @@ from fluxsae.ui.serve.given import GivenPicture
 from fluxsae.ui.serve.lane import OnStep
 
 if TYPE_CHECKING:
-    from fluxsae.flux import BlockCall, FluxPipeline
+    from fluxsae.flux import AnyFlux, BlockCall
 
 
 PREVIEW_SIDE = 256
@@ -41,7 +41,7 @@ class Unread:
 NOTHING = Unread()
 
 
-def unread(pipe: "FluxPipeline", prompt: str, settings: GenerationSettings) -> Unread:
+def unread(pipe: "AnyFlux", prompt: str, settings: GenerationSettings) -> Unread:
     """What FLUX does not take of a prompt at these settings."""
     from fluxsae.flux import unknown_words, unread_tokens
 
@@ -111,7 +111,7 @@ def readable_steps(sigmas: Sequence[float], ground: TrainedOn) -> tuple[list[int
 
 
 def read_image(
-    pipe: "FluxPipeline",
+    pipe: "AnyFlux",
     saes: Mapping[str, SparseAutoencoder],
     *,
     prompt: str,
@@ -160,7 +160,7 @@ def read_image(
 
 
 def read_given(
-    pipe: "FluxPipeline",
+    pipe: "AnyFlux",
     saes: Mapping[str, SparseAutoencoder],
     picture: GivenPicture,
     *,
@@ -192,7 +192,9 @@ def read_given(
         name, sigma = str(call.hookpoint), sigmas[call.step]
         recorders[name].take(call)
         if call.step == max(recorders[name].own):  # with the least noise: what else says little about the picture
-            found.extend(familiarity(metrics[name], saes[name], call.tokens, step=call.step) or [None])
+            found.extend(
+                familiarity(metrics[name], saes[name], call.tokens, step=call.step, sigma=call.sigma) or [None]
+            )
         if n_calls % len(saes):
             return
         if has_previews:
@@ -224,7 +226,7 @@ def preview_bytes(image: Image.Image) -> bytes:
 
 
 def _recorders(
-    pipe: "FluxPipeline", saes: Mapping[str, SparseAutoencoder], settings: GenerationSettings
+    pipe: "AnyFlux", saes: Mapping[str, SparseAutoencoder], settings: GenerationSettings
 ) -> dict[str, "_Recorder"]:
     from fluxsae.flux import schedule_sigmas, settings_ground
 
@@ -254,7 +256,7 @@ class _Recorder:
     def __init__(self, sae: SparseAutoencoder, sigmas: Sequence[float]) -> None:
         self.sae, self.sigmas = sae, sigmas
         ground = sae.config.trained_on
-        everywhere = list(range(len(sigmas)))
+        everywhere = [step for step, sigma in enumerate(sigmas) if sae.nearest_sigma(sigma) == sigma]
         self.steps, self.own = (everywhere, everywhere) if ground is None else readable_steps(sigmas, ground)
         self.acts: dict[int, SparseActs] = {}
 
@@ -262,7 +264,7 @@ class _Recorder:
     def take(self, call: "BlockCall") -> None:
         """Keeps the image's sparse activations at this step."""
         if call.step in self.steps and call.is_conditional:
-            self.acts[call.step] = self.sae.encode_sparse(call.tokens[0])
+            self.acts[call.step] = self.sae.encode_sparse(call.tokens[0], sigma=call.sigma)
 
     def maps_at(self, step: int) -> SparseMaps:
         """What was kept at one step."""
