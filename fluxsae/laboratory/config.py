@@ -1,13 +1,23 @@
 """How much is measured: options that load nothing heavy."""
 
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from fluxsae.errors import FluxSaeError, check_positive
 
 Direction = Literal["amplify", "suppress"]
 
 DIRECTIONS: Final[tuple[Direction, ...]] = ("amplify", "suppress")
+
+Method = Literal["features", "difference of means", "means, rivals away", "LEACE"]
+"""Features, and what they compete with: linear edits that know the labels of the pictures for choosing."""
+
+METHODS: Final[tuple[Method, ...]] = get_args(Method)
+
+TARGET_ATTRIBUTES: Final = ("colour", "texture", "background")
+
+Way = tuple[str, float, int, bool]
+"""Mode, strength, how many features together, whether rivals are taken away."""
 
 Where = Literal["everywhere", "painted"]
 """Whether an edit acts on the whole picture, or where the attribute lies in the unedited one: what a person who
@@ -22,7 +32,7 @@ class LaboratoryConfig:
     """Pictures a concept and direction on which hook point, mode, strength, window and feature are chosen."""
     n_report: int = 12
     """Further pictures a concept and direction on which the chosen settings are reported."""
-    add: tuple[float, ...] = (0.25, 0.35, -0.5)
+    add: tuple[float, ...] = (0.25, 0.35)
     """Strengths of mode add that are tried: above 0 to turn a feature up, below to turn it down."""
     clamp: tuple[float, ...] = (-0.25,)
     """Strengths of mode clamp that are tried: above 0 to turn a feature up, below to turn it down."""
@@ -34,21 +44,37 @@ class LaboratoryConfig:
     """Where windows start, as fractions of the schedule."""
     stop: float = 1.0
     """Where they end."""
-    where: tuple[Where, ...] = ("everywhere", "painted")
+    where: tuple[Where, ...] = ("painted",)
     """Whether edits act on the whole picture, or where the attribute lies in the unedited one."""
     n_features: int = 1
     """Matched features of a concept that are tried alone, the best by AUC first."""
-    together: tuple[int, ...] = (1, 4)
+    together: tuple[int, ...] = (4,)
     """How many matched features of a concept are turned at once at most, the best by AUC first; 1 tries each alone."""
-    without_rivals: tuple[bool, ...] = (False, True)
+    profile: tuple[float, ...] = (1.0, 1.5)
+    """How far the features that tell a concept most are set towards their mean acts on it: 1 is all the way."""
+    profile_features: tuple[int, ...] = (6, 12)
+    """How many features are set so at once."""
+    n_others: int = 2
+    """To turn a value down, so many of the attribute's other values are turned up instead, those that come best."""
+    linear: tuple[float, ...] = (1.0, 1.5)
+    """How far the linear edits go: 1 is all the way."""
+    methods: tuple[Method, ...] = METHODS
+    """What is compared."""
+    attributes: tuple[str, ...] = TARGET_ATTRIBUTES
+    """Attributes whose concepts are steered."""
+    n_swaps: int = 64
+    """Swaps of each attribute: one of two objects gets another value, drawn from all."""
+    swap_attributes: tuple[str, ...] = ("colour",)
+    """Attributes whose values are swapped."""
+    without_rivals: tuple[bool, ...] = (True,)
     """Whether, to turn a feature up, the matched features of the attribute's other values are taken away (scale 0)."""
     n_rivals: int = 3
     """Matched features of each other value that are taken away, the best by AUC first."""
     named: float = 1.0
     """Share of the attributes an edit is not about that its prompt names; what is left open may be drawn either way."""
-    n_moment_images: int = 96
+    n_moment_images: int = 192
     """Pictures from which the difference-of-means directions come."""
-    curve: tuple[float, ...] = (0.5, 2.0)
+    curve: tuple[float, ...] = ()
     """Multiples of the chosen strength's distance from no change, beside 1, on the dose-response curve."""
     batch_size: int = 64
     """Pictures generated together."""
@@ -59,6 +85,9 @@ class LaboratoryConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "n_select", "n_report", "n_features", "n_rivals", "n_moment_images", "batch_size")
+        unknown = set(self.methods) - set(METHODS)
+        if unknown or "features" not in self.methods:
+            raise FluxSaeError(f"methods is {self.methods}; allowed are {', '.join(METHODS)}, features among them.")
         if not self.starts or not all(0 <= start < self.stop <= 1 for start in self.starts):
             raise FluxSaeError(
                 f"starts is {self.starts} and stop {self.stop}; they are fractions of the schedule: "
@@ -71,15 +100,36 @@ class LaboratoryConfig:
         if not self.together or min(self.together) < 1:
             raise FluxSaeError(f"together is {self.together}; give numbers of features, each at least 1.")
         for direction in DIRECTIONS:
-            if not self.modes(direction):
+            if not self.ways("features", direction):
                 raise FluxSaeError(
-                    f"No strength is left to {direction} with; give one of add, clamp, scale, project_out."
+                    f"No strength is left to {direction} with; give one of add, clamp, scale, project_out, profile."
                 )
 
     @property
     def n_candidates(self) -> int:
         """Matched features of a concept that any of the ways needs."""
         return max(self.n_features, self.n_rivals, *self.together)
+
+    def ways(self, method: Method, direction: Direction) -> list[Way]:
+        """What a method tries in one direction."""
+        if method == "difference of means":
+            pushes: list[tuple[str, float]] = [("add", share) for share in (0.5, *self.linear)]
+            if direction == "suppress":
+                pushes = [("project_out", 1.0), *(("add", -share) for share in self.linear)]
+            return [(mode, strength, 1, False) for mode, strength in pushes]
+        if method != "features":
+            return [("scale", 1 - share, 1, False) for share in self.linear]
+        without = self.without_rivals if direction == "amplify" else (False,)
+        plain = [
+            (mode, strength, together, alone)
+            for together in self.together
+            for alone in without
+            for mode, strength in self.modes(direction)
+        ]
+        plain += [("profile", share, n, False) for n in self.profile_features for share in self.profile]
+        return plain + [
+            ("swap", float(rank), 1, False) for rank in range(1, self.n_others + 1) if direction == "suppress"
+        ]
 
     def modes(self, direction: Direction) -> list[tuple[str, float]]:
         """(mode, strength) pairs that are tried in one direction."""
