@@ -24,12 +24,13 @@ from fluxsae.features.selection import coherence, monosemanticity, prompt_groups
 from fluxsae.flux import FluxPipeline
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
-from fluxsae.laboratory.config import AuditConfig
+from fluxsae.laboratory.config import DIRECTIONS, AuditConfig, LaboratoryConfig
 from fluxsae.laboratory.dictionaries import oracle_sae, pca_sae, permuted_decoder, trained_sae, untrained_sae
 from fluxsae.laboratory.localisation import best_threshold, intersection_over_union
 from fluxsae.laboratory.matching import find_matches, label_accuracy
 from fluxsae.laboratory.sample import Sample, Truth
-from fluxsae.laboratory.truths import HEADLINE_ATTRIBUTES, attribute_mean
+from fluxsae.laboratory.steering import run_laboratory
+from fluxsae.laboratory.truths import CONCEPTS, HEADLINE_ATTRIBUTES, Concept, attribute_mean
 from fluxsae.sae.metrics import FiringSums, ReconstructionSums
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training import TrainConfig
@@ -40,8 +41,11 @@ MEASURES: Final[dict[str, int]] = {
 }  # fmt: skip
 """What is audited: 1 where larger is better, -1 where smaller is, 0 where neither is."""
 TRUTH: Final = "concept AUC"
+STEERING: Final = "steering, both"
 TRAINED, UNTRAINED, PERMUTED, PCA, ORACLE = "trained", "untrained", "permuted decoder", "PCA", "oracle"
 KINDS: Final = (TRAINED, UNTRAINED, PERMUTED, PCA, ORACLE)
+STEERED: Final = (TRAINED, UNTRAINED, ORACLE)
+"""Kinds whose steering is measured, which takes as long as all else."""
 SEPARATES_FROM: Final = 3.0
 """Standard deviations between seeds from which a measure is said to separate."""
 MASSIVE: Final = 8.0
@@ -64,8 +68,11 @@ class AuditReport:
     """The same with those channels at their mean; empty where there are none."""
 
     def unseparated(self) -> list[str]:
-        """Measures by which trained SAEs are not better than untrained ones by three standard deviations of seeds."""
-        found = {name: separation(self.values, name, UNTRAINED) for name in self.measures()}
+        """Measures by which trained SAEs are not better than untrained ones by three standard deviations of seeds.
+
+        Steering, measured once, is not judged so.
+        """
+        found = {name: separation(self.values, name, UNTRAINED) for name in self.measures() if name != STEERING}
         return [name for name, apart in found.items() if np.isnan(apart) or apart < SEPARATES_FROM]
 
     def measures(self) -> list[str]:
@@ -121,7 +128,7 @@ def rank_with_truth(values: Mapping[str, Sequence[Measured]], measure: str) -> f
 
 
 def massive_channels(x: Float[Tensor, "*batch d"]) -> tuple[int, ...]:
-    """Channels whose root mean square is at least `MASSIVE` times the median one (Sun et al. 2024, arXiv 2402.17762)."""
+    """Channels whose root mean square is at least `MASSIVE` times the median one (arXiv 2402.17762)."""
     size = x.flatten(0, -2).double().square().mean(0).sqrt()
     return tuple((size >= MASSIVE * size.median()).nonzero().flatten().tolist())
 
@@ -132,17 +139,16 @@ def run_audit(
     hookpoint: HookPoint,
     sae: SparseAutoencoder,
     sample: Sample,
+    *,
     rows: Float[Tensor, "rows d"],
     images: CleanImages,
-    *,
     settings: GenerationSettings,
     config: AuditConfig,
-    steering: Mapping[str, float] | None = None,
     on_progress: OnProgress | None = None,
 ) -> AuditReport:
     """Measures dictionaries of the SAE's kind on the sample; `rows` are other images' tokens to train on.
 
-    `images` are for the flow loss; `steering` has the joint success of the kinds for which it was measured.
+    `images` are for the flow loss. Steering is measured of the first trained, untrained and oracle dictionary.
     """
     named = build_dictionaries(sae, sample, rows, config=config, on_progress=on_progress)
     n = sum(map(len, named.values()))
@@ -159,8 +165,10 @@ def run_audit(
             )[hookpoint].overall  # fmt: skip
             measured["splice error"] = flow.splice_error.value
             measured["flow loss recovered"] = flow.recovered.value if flow.recovered else float("nan")
-            if steering is not None and kind in steering and not values[kind]:
-                measured["steering, both"] = steering[kind]
+            if sample.truth is not None and config.steers and kind in STEERED and not values[kind]:
+                measured[STEERING] = _steering(
+                    pipe, hookpoint, dictionary, settings=settings, config=config, on_progress=on_progress
+                )
             values[kind].append(measured)
             if massive:
                 without[kind].append(measure(dictionary, calm))
@@ -215,6 +223,28 @@ def measure(sae: SparseAutoencoder, sample: Sample) -> dict[str, float]:
     if sample.truth is not None:
         found |= _knowledge(sae, scores, sample, sample.truth)
     return found
+
+
+def _steering(
+    pipe: FluxPipeline,
+    hookpoint: HookPoint,
+    sae: SparseAutoencoder,
+    *,
+    settings: GenerationSettings,
+    config: AuditConfig,
+    on_progress: OnProgress | None,
+) -> float:
+    """Success with nothing else changed, over both directions, where the telling features are set to their means."""
+    laboratory = LaboratoryConfig(
+        n_select=config.n_steered, n_report=2 * config.n_steered, methods=("features",), n_swaps=0, add=(), clamp=(),
+        scale=(), n_others=0, seed=config.seed, batch_size=config.batch_size,
+    )  # fmt: skip
+    concepts: dict[Concept, list[int]] = {concept: [] for concept in CONCEPTS}
+    report = run_laboratory(
+        pipe, {hookpoint: sae}, {hookpoint: concepts}, settings=settings, config=laboratory, on_progress=on_progress
+    )
+    rates = [report.rate(direction, "features", "both") for direction in DIRECTIONS]
+    return float(np.mean([rate.value for rate in rates if rate is not None]))
 
 
 def _likeness(scores: Float[Tensor, "images features"], sample: Sample) -> dict[str, float]:

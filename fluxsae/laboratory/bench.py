@@ -8,6 +8,7 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import Any, Final
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from fluxsae.steering.edits import SteeringEdit
 from fluxsae.steering.sweeps import first_edited_step
 
 _DRAWS_PER_SUBJECT: Final = 4
+_EXACT_BITS: Final = 32
 _UNEDITED: Final = Arm("unedited", ())
 
 Read = Callable[[Sequence[Image.Image]], list[Scene]]
@@ -80,6 +82,11 @@ class Bench:
     cases: dict[Key, list[Case]] = field(default_factory=dict)
     unread: dict[Key, int] = field(default_factory=dict)
     """Attempts that could not be made, since their unedited picture cannot be read."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a picture reads the same in a batch of any size: in single precision."""
+        return torch.finfo(self.pipe.transformer.dtype).bits >= _EXACT_BITS
 
     def draw_cases(self, wanted: Mapping[Key, tuple[int, int]]) -> None:
         """Attempts by key -> (how many, first seed).
@@ -134,10 +141,10 @@ class Bench:
     ) -> list[list[Outcome]]:
         """For each arm the outcome of each case, where no arm edits before step `first`.
 
-        An edited picture is compared with the unedited one of its own batch: in bfloat16 a batch of another size
-        changes pixels.
+        In half precision a batch of another size changes pixels: there an edited picture is compared with an unedited
+        one of its own batch.
         """
-        tried = [_UNEDITED, *arms]
+        tried = [*arms] if self.is_exact else [_UNEDITED, *arms]
         columns: list[list[Outcome]] = [[] for _ in arms]
         for part in batches(cases, max(1, self.config.batch_size // len(tried))):
             subjects = [case.subject for case in part]
@@ -154,7 +161,8 @@ class Bench:
                 latents = generate_from(self.pipe, snapshot, repeat=len(tried), output_type="latent")
             assert isinstance(latents, Tensor)
             scenes = self.read(decode_latents(self.pipe, latents, self.settings))
-            for case, (before, *after) in zip(part, batches(scenes, len(tried)), strict=True):
+            for case, made in zip(part, batches(scenes, len(tried)), strict=True):
+                before, after = (case.before, made) if self.is_exact else (made[0], made[1:])
                 for column, scene in zip(columns, after, strict=True):
                     column.append(compare(case, before, scene))
         return columns

@@ -14,6 +14,8 @@ Method = Literal["features", "difference of means", "means, rivals away", "LEACE
 
 METHODS: Final[tuple[Method, ...]] = get_args(Method)
 
+Control = Literal["random direction", "random feature"]
+
 TARGET_ATTRIBUTES: Final = ("colour", "texture", "background")
 
 Way = tuple[str, float, int, bool]
@@ -28,19 +30,19 @@ steers would paint, the object for its attributes, all else for the background."
 class LaboratoryConfig:
     """How much is tried."""
 
-    n_select: int = 6
+    n_select: int = 3
     """Pictures a concept and direction on which hook point, mode, strength, window and feature are chosen."""
-    n_report: int = 12
+    n_report: int = 6
     """Further pictures a concept and direction on which the chosen settings are reported."""
-    add: tuple[float, ...] = (0.25, 0.35)
+    add: tuple[float, ...] = (0.35,)
     """Strengths of mode add that are tried: above 0 to turn a feature up, below to turn it down."""
     clamp: tuple[float, ...] = (-0.25,)
     """Strengths of mode clamp that are tried: above 0 to turn a feature up, below to turn it down."""
-    scale: tuple[float, ...] = (-1.0,)
+    scale: tuple[float, ...] = ()
     """Strengths of mode scale that are tried to turn a feature down."""
     project_out: tuple[float, ...] = ()
     """Strengths of mode project_out that are tried to turn a feature down."""
-    starts: tuple[float, ...] = (0.2,)
+    starts: tuple[float, ...] = (0.3,)
     """Where windows start, as fractions of the schedule."""
     stop: float = 1.0
     """Where they end."""
@@ -52,17 +54,21 @@ class LaboratoryConfig:
     """How many matched features of a concept are turned at once at most, the best by AUC first; 1 tries each alone."""
     profile: tuple[float, ...] = (1.0, 1.5)
     """How far the features that tell a concept most are set towards their mean acts on it: 1 is all the way."""
-    profile_features: tuple[int, ...] = (6, 12)
+    profile_features: tuple[int, ...] = (12,)
     """How many features are set so at once."""
-    n_others: int = 2
+    n_others: int = 1
     """To turn a value down, so many of the attribute's other values are turned up instead, those that come best."""
-    linear: tuple[float, ...] = (1.0, 1.5)
-    """How far the linear edits go: 1 is all the way."""
+    linear: tuple[float, ...] = (1.0,)
+    """How far the linear edits go: 1 is from the mean of the other values to the concept's, or the way back."""
+    controls: tuple[Control, ...] = ("random direction",)
+    """Edits of equal norm that are reported beside the features'."""
+    rivals_alone: bool = False
+    """Whether only taking the rivals away is reported too, where that is part of an edit."""
     methods: tuple[Method, ...] = METHODS
     """What is compared."""
     attributes: tuple[str, ...] = TARGET_ATTRIBUTES
     """Attributes whose concepts are steered."""
-    n_swaps: int = 64
+    n_swaps: int = 48
     """Swaps of each attribute: one of two objects gets another value, drawn from all."""
     swap_attributes: tuple[str, ...] = ("colour",)
     """Attributes whose values are swapped."""
@@ -72,7 +78,7 @@ class LaboratoryConfig:
     """Matched features of each other value that are taken away, the best by AUC first."""
     named: float = 1.0
     """Share of the attributes an edit is not about that its prompt names; what is left open may be drawn either way."""
-    n_moment_images: int = 192
+    n_moment_images: int = 96
     """Pictures from which the difference-of-means directions come."""
     curve: tuple[float, ...] = ()
     """Multiples of the chosen strength's distance from no change, beside 1, on the dose-response curve."""
@@ -110,13 +116,19 @@ class LaboratoryConfig:
         """Matched features of a concept that any of the ways needs."""
         return max(self.n_features, self.n_rivals, *self.together)
 
+    def most_pictures(self, n_concepts: int) -> int:
+        """Pictures that are made at most."""
+        per_concept = 0
+        for direction in DIRECTIONS:
+            n_ways = sum(len(self.ways(method, direction)) + 1 for method in self.methods)
+            choosing = self.n_select * n_ways * len(self.where) * len(self.starts)
+            per_concept += choosing + self.n_report * (len(self.methods) + 4 + len(self.curve))
+        return n_concepts * per_concept + self.n_swaps * len(self.swap_attributes) * (len(self.methods) + 4)
+
     def ways(self, method: Method, direction: Direction) -> list[Way]:
         """What a method tries in one direction."""
         if method == "difference of means":
-            pushes: list[tuple[str, float]] = [("add", share) for share in (0.5, *self.linear)]
-            if direction == "suppress":
-                pushes = [("project_out", 1.0), *(("add", -share) for share in self.linear)]
-            return [(mode, strength, 1, False) for mode, strength in pushes]
+            return [("add", share if direction == "amplify" else -share, 1, False) for share in self.linear]
         if method != "features":
             return [("scale", 1 - share, 1, False) for share in self.linear]
         without = self.without_rivals if direction == "amplify" else (False,)
@@ -141,6 +153,39 @@ class LaboratoryConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """How our own measures are audited."""
+
+    n_images: int = 400
+    """Images of the run that dictionaries are measured on; all their activations are held in memory."""
+    n_training_images: int = 600
+    """Images that SAEs are trained anew on."""
+    n_rows: int = 200_000
+    """Token rows kept of them at most."""
+    n_flow_images: int = 24
+    """Images for the flow loss."""
+    n_seeds: int = 5
+    """Trained, untrained and permuted dictionaries."""
+    epochs: int = 16
+    """Passes over the rows in each training."""
+    lr: float = 3e-3
+    """Learning rate of each training."""
+    steers: bool = True
+    """Whether steering is measured, where scenes can be read back."""
+    n_steered: int = 2
+    """Pictures a concept and direction for choosing how to steer; twice as many report it."""
+    batch_size: int = 32
+    """Images generated together."""
+    seed: int = 0
+    """Decides halves, pictures and directions."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "n_images", "n_training_images", "n_rows", "n_flow_images", "epochs", "n_steered")
+        if self.n_seeds < 2:
+            raise FluxSaeError(f"n_seeds is {self.n_seeds}; a spread between seeds needs at least 2.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """How much is measured, and how sure."""
 
@@ -160,8 +205,12 @@ class EvaluationConfig:
     """Steps to look at; left out, those that each SAE was trained on (for the concepts: that S was scored at)."""
     laboratory: LaboratoryConfig = field(default_factory=LaboratoryConfig)
     """How much the steering laboratory tries."""
+    audit: AuditConfig = field(default_factory=AuditConfig)
+    """How our own measures are audited."""
+    n_pairs: int = 6
+    """Pairs of drawn scenes for each concept and attribute."""
     sizes: tuple[tuple[int, int], ...] = ()
     """Sizes (height, width) of the transfer table, pixels; left out, a smaller one, the trained one and a wider one."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "n_images", "n_flow_images", "n_transfer_images", "batch_size", "draws")
+        check_positive(self, "n_images", "n_flow_images", "n_transfer_images", "batch_size", "draws", "n_pairs")

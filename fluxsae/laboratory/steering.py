@@ -267,6 +267,10 @@ class _Laboratory:
                 f"None of the pictures for choosing how to {direction} could be read. Give more pictures (n_select), "
                 "or train the miniature further."
             )
+        candidates = self._candidates(method, direction)
+        if len(candidates) == 1:  # nothing to choose
+            sure = {concept: self._groups(candidates[0], concept) for concept in known}
+            return [], {c: Choice(candidates[0], groups[0]) for c, groups in sure.items() if len(groups) == 1}
         scores = self._try(method, direction, known)
         if not scores:
             raise FluxSaeError(
@@ -385,9 +389,9 @@ class _Laboratory:
             self._arm(f"strength {strength:g}", choice, concept, direction, strength=strength)
             for strength in self._curve(choice.settings)
         ]
-        for kind in ("random direction", "random feature"):
+        for kind in self.config.controls:
             arms.append(self._arm(kind, choice, concept, direction, control=kind))
-        if choice.settings.without_rivals:
+        if choice.settings.without_rivals and self.config.rivals_alone:
             rivals = self._rivals(choice.settings.hookpoint, concept)
             arms.append(Arm("rivals alone", choice.settings.edits((), rivals), choice.settings.where))
         return arms
@@ -407,12 +411,11 @@ class _Laboratory:
     def _prompt_editing(self, key: Key) -> list[Outcome]:
         _, concept, _ = key
         outcomes: list[Outcome] = []
-        for part in batches(self.bench.cases[key], max(1, self.config.batch_size // 2)):
-            subjects = [case.subject for case in part]
-            prompts = [s.prompt for s in subjects] + [s.edited_prompt for s in subjects]
-            scenes = self.bench.plain_scenes(prompts, [s.seed for s in subjects] * 2)
-            pairs = zip(scenes[: len(part)], scenes[len(part) :], strict=True)
-            outcomes += [compare_scenes(before, after, concept) for before, after in pairs]
+        for part in batches(self.bench.cases[key], self.config.batch_size):
+            scenes = self.bench.plain_scenes(
+                [case.subject.edited_prompt for case in part], [case.subject.seed for case in part]
+            )
+            outcomes += [compare_scenes(c.before, after, concept) for c, after in zip(part, scenes, strict=True)]
         return outcomes
 
     def _swap_arms(self, concept: Concept) -> list[tuple[Arm, Saes]]:
