@@ -411,11 +411,14 @@ class _Laboratory:
     def _prompt_editing(self, key: Key) -> list[Outcome]:
         _, concept, _ = key
         outcomes: list[Outcome] = []
-        for part in batches(self.bench.cases[key], self.config.batch_size):
-            scenes = self.bench.plain_scenes(
-                [case.subject.edited_prompt for case in part], [case.subject.seed for case in part]
-            )
-            outcomes += [compare_scenes(c.before, after, concept) for c, after in zip(part, scenes, strict=True)]
+        for part in batches(self.bench.cases[key], max(1, self.config.batch_size // 2)):
+            before = [] if self.bench.is_exact else [case.subject.prompt for case in part]
+            prompts = [*before, *(case.subject.edited_prompt for case in part)]
+            seeds = [case.subject.seed for case in part]
+            scenes = self.bench.plain_scenes(prompts, seeds * (len(prompts) // len(part)))
+            unedited = scenes[: len(before)] or [case.before for case in part]
+            pairs = zip(unedited, scenes[len(before) :], strict=True)
+            outcomes += [compare_scenes(was, now, concept) for was, now in pairs]
         return outcomes
 
     def _swap_arms(self, concept: Concept) -> list[tuple[Arm, Saes]]:

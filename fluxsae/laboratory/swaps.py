@@ -58,7 +58,7 @@ def run_swaps(bench: Bench, arms_of: Callable[[Concept], Sequence[tuple[Arm, Sae
         for part in batches(drawn, bench.config.batch_size):
             scenes = bench.plain_scenes([s.prompt for *_, s in part], [s.seed for *_, s in part])
             for (concept, old, subject), scene in zip(part, scenes, strict=True):
-                at = _place_of(scene, attribute, old)
+                at = place_of(scene, attribute, old)
                 cases.setdefault(concept, []).extend([] if at is None else [Case(subject, scene, at)])
                 n_failed[concept] = n_failed.get(concept, 0) + (at is None)
     results = []
@@ -74,7 +74,7 @@ def run_swaps(bench: Bench, arms_of: Callable[[Concept], Sequence[tuple[Arm, Sae
     return results
 
 
-def _place_of(scene: Scene, attribute: str, old: str) -> int | None:
+def place_of(scene: Scene, attribute: str, old: str) -> int | None:
     """The only one of two surely read objects that has the old value."""
     if len(scene.objects) != 2 or scene.confidence < LEAST_CONFIDENCE:
         return None
