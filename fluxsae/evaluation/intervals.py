@@ -54,17 +54,12 @@ def two_level_draws(
 
     For rates of pictures of several concepts: other concepts could have been asked for, and other pictures drawn.
     """
-    rng, n_groups = np.random.default_rng(seed), len(groups)
-    resampled = np.stack(
-        [
-            rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=(draws, n_groups))
-            @ group
-            / len(group)
-            for group in groups
-        ]
-    )
-    chosen = rng.integers(n_groups, size=(draws, n_groups))
-    taken = resampled[chosen, np.arange(draws)[:, None], np.arange(n_groups)]
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(len(groups), size=(draws, len(groups)))
+    taken = np.zeros(chosen.shape)
+    for place, group in enumerate(groups):
+        is_chosen, n = chosen == place, len(group)
+        taken[is_chosen] = rng.multinomial(n, np.full(n, 1 / n), size=int(is_chosen.sum())) @ group / n
     return np.concatenate([[np.mean([group.mean() for group in groups])], taken.mean(axis=1)])
 
 

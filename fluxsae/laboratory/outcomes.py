@@ -197,8 +197,10 @@ class Tally:
 
         success: the concept came or went. specificity: the attribute changed and no other did. both: success, and no
         other attribute changed. idle: nothing changed. unchanged: mean share of the other attributes that read as
-        before.
+        before. NaN without any attempt.
         """
+        if not self.outcomes:
+            return Estimate(float("nan"), float("nan"), float("nan"))
         return interval(weighted_mean(self.values(rate), bootstrap_weights(self.n, draws=500, seed=0)))
 
     @property

@@ -208,7 +208,9 @@ def test_the_laboratory_chooses_on_some_pictures_and_reports_on_others(
         {DOUBLE: SAES[DOUBLE]},
         {DOUBLE: {RED: [3, 5], orange: [7]}},
         settings=SETTINGS,
-        config=LaboratoryConfig(**SMALL | {"curve": (0.5,)}, n_select=2, n_report=2, add=(5.0,), scale=(-3.0,), seed=1),
+        config=LaboratoryConfig(
+            **SMALL | {"curve": (0.5,)}, n_select=2, n_report=2, add=(5.0, 2.0), scale=(-3.0, -1.0), seed=1
+        ),
     )
     assert {(r.concept, r.direction) for r in report.results} == {(c, d) for c in (RED, orange) for d in DIRECTIONS}
     for result in report.results:
