@@ -237,7 +237,7 @@ def _steering(
     """Success with nothing else changed, over both directions, where the telling features are set to their means."""
     laboratory = LaboratoryConfig(
         n_select=config.n_steered, n_report=2 * config.n_steered, methods=("features",), n_swaps=0, add=(), clamp=(),
-        scale=(), n_others=0, seed=config.seed, batch_size=config.batch_size,
+        scale=(), n_others=0, controls=(), seed=config.seed, batch_size=config.batch_size,
     )  # fmt: skip
     concepts: dict[Concept, list[int]] = {concept: [] for concept in CONCEPTS}
     report = run_laboratory(

@@ -156,13 +156,13 @@ class LaboratoryConfig:
 class AuditConfig:
     """How our own measures are audited."""
 
-    n_images: int = 400
+    n_images: int = 240
     """Images of the run that dictionaries are measured on; all their activations are held in memory."""
-    n_training_images: int = 600
+    n_training_images: int = 300
     """Images that SAEs are trained anew on."""
     n_rows: int = 200_000
     """Token rows kept of them at most."""
-    n_flow_images: int = 24
+    n_flow_images: int = 12
     """Images for the flow loss."""
     n_seeds: int = 5
     """Trained, untrained and permuted dictionaries."""
@@ -172,7 +172,7 @@ class AuditConfig:
     """Learning rate of each training."""
     steers: bool = True
     """Whether steering is measured, where scenes can be read back."""
-    n_steered: int = 2
+    n_steered: int = 1
     """Pictures a concept and direction for choosing how to steer; twice as many report it."""
     batch_size: int = 32
     """Images generated together."""

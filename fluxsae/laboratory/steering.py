@@ -102,12 +102,11 @@ class _Laboratory:
     features: CandidateFeatures
     concepts: Sequence[Concept]
     moments: dict[HookPoint, ConceptMoments] = field(default_factory=dict)
+    chosen: dict[tuple[Method, Direction], dict[Concept, Choice]] = field(default_factory=dict)
 
     @property
     def config(self) -> LaboratoryConfig:
         return self.bench.config
-
-    chosen: dict[tuple[Method, Direction], dict[Concept, Choice]] = field(default_factory=dict)
 
     def run(self) -> LaboratoryReport:
         stages = (("select", _SELECT_SEEDS, self.config.n_select), ("report", _REPORT_SEEDS, self.config.n_report))

@@ -109,11 +109,6 @@ class LaboratoryReport:
     results: tuple[ConceptResult, ...]
     swaps: tuple[SwapResult, ...] = ()
 
-    def best_trial(self, direction: Direction, method: Method = "features") -> TrialResult | None:
-        """The settings that do best over all concepts, on the pictures for choosing."""
-        tried = [t for t in self.trials if t.direction == direction and t.settings.method == method]
-        return max(tried, key=lambda trial: trial.both, default=None)
-
     def rate(
         self, direction: Direction, arm: str, rate: str, *, attributes: Sequence[str] = TARGET_ATTRIBUTES
     ) -> Estimate | None:
