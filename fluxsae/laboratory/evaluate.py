@@ -323,7 +323,7 @@ class _Work:
             has_clip = self.run.embeddings_path.is_file()
             self._samples[hookpoint] = gather_sample(
                 self.pipe, hookpoint, images, self.steps[hookpoint], settings=self.settings,
-                embeddings=torch.from_numpy(self.run.load_embeddings().vectors[: len(images)]) if has_clip else None,
+                embeddings=torch.tensor(self.run.load_embeddings().vectors[: len(images)]) if has_clip else None,
                 can_read=self.is_miniature, batch_size=config.batch_size, seed=config.seed, on_progress=on_progress,
             )  # fmt: skip
         return self._samples[hookpoint]
