@@ -176,7 +176,7 @@ class _Work:
         held = {"pairs", "audit"} & {part}
         d_model = max(sae.config.d_model for sae in self.saes.values())
         n_values = audit.n_images * max(map(len, self.steps.values())) * token_grid(self.pipe, self.settings).n_tokens
-        memory = f", {n_values * d_model * 4 / 1e9:.1f} GB of activations in memory" if held else ""
+        memory = f", {n_values * d_model * 4 / 1e9:.2g} GB of activations in memory" if held else ""
         return f"at most {passes[part]:,} passes of the transformer over one image{memory}"
 
     def fresh_images(self, count: int) -> ImageSet:

@@ -38,6 +38,7 @@ class Sample:
     truth: Truth | None
     """None for a model whose images cannot be read back."""
 
+    @torch.no_grad()
     def scores(self, sae: SparseAutoencoder) -> Float[Tensor, "images features"]:
         """S: the largest act of each feature in each image, over tokens and steps."""
         return torch.stack([sae.encode(image).amax((0, 1)) for image in self.x])

@@ -16,7 +16,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, token_grid
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.laboratory.arms import control_seed
-from fluxsae.laboratory.bench import Case
+from fluxsae.laboratory.bench import Bench, Case, reading
 from fluxsae.laboratory.config import DIRECTIONS, LaboratoryConfig
 from fluxsae.laboratory.outcomes import (
     FAILED,
@@ -303,6 +303,21 @@ def test_a_concept_that_no_feature_can_turn_is_a_failed_attempt(tiny_flux: FluxP
         if result.concept != RED:
             assert result.arms["features"].n == 2
             assert result.arms["features"].rate("both").value == 0
+
+
+def test_pictures_that_cannot_be_read_are_failed_attempts(
+    tiny_flux: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = cycle([scene(colour="orange"), replace(scene(colour="orange"), confidence=0.01)])
+    monkeypatch.setattr("fluxsae.laboratory.bench.read_scene", lambda _: next(readings))
+    config = LaboratoryConfig()
+    with reading(0) as read:
+        bench = Bench(tiny_flux, SETTINGS, config, (), read, None)
+        key = ("report", RED, "amplify")
+        bench.draw_cases({key: (6, 0)})
+    assert len(bench.cases[key]) == bench.unread[key] == 3
+    failed = Tally.of([outcome(has=True)] * 3, wanted=True, n_failed=bench.unread[key])
+    assert failed.rate("both").value == 0.5
 
 
 def test_swaps_draw_both_names_from_all_values() -> None:
