@@ -19,7 +19,7 @@ from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.arms import Arm, Controls
 from fluxsae.laboratory.config import Direction, LaboratoryConfig
 from fluxsae.laboratory.halves import LEAST_CONFIDENCE
-from fluxsae.laboratory.outcomes import Outcome, Subject, draw_subject
+from fluxsae.laboratory.outcomes import OBJECT_ATTRIBUTES, Outcome, Subject, draw_subject
 from fluxsae.laboratory.truths import CONCEPTS, COVERED, Concept, coverage
 from fluxsae.miniature.scenes import Scene, read_scene
 from fluxsae.sae.config import Mismatch
@@ -55,11 +55,16 @@ class Case:
     at: int | None = None
     """The object that an edit is about; None for all of them."""
 
-    def painted(self, attribute: str, grid: TokenGrid) -> tuple[tuple[bool, ...], ...]:
-        """The tokens on which an attribute lies, the object's or all others: rows of the token grid."""
+    def painted(self, attribute: str, grid: TokenGrid, *, all_of_it: bool = False) -> tuple[tuple[bool, ...], ...]:
+        """The tokens on which an attribute lies, the object's or all others: rows of the token grid.
+
+        With `all_of_it` the background has the tokens that it shares with the object, too.
+        """
         scene = self.before if self.at is None else replace(self.before, objects=(self.before.objects[self.at],))
-        rows = [row for row, concept in enumerate(CONCEPTS) if concept.attribute != "background"]
-        lies = (coverage(scene, grid)[rows].max(axis=0) > COVERED) != (attribute == "background")
+        own = OBJECT_ATTRIBUTES[0] if attribute == "background" and not all_of_it else attribute
+        rows = [row for row, concept in enumerate(CONCEPTS) if concept.attribute == own]
+        lies = coverage(scene, grid)[rows].max(axis=0) > COVERED
+        lies = ~lies if attribute == "background" and not all_of_it else lies
         return tuple(tuple(line) for line in lies.reshape(grid.rows, grid.cols).tolist())
 
 
@@ -171,7 +176,8 @@ class Bench:
         """An arm's edits on one picture: in its painted region where the arm asks for it."""
         if arm.where == "everywhere":
             return arm.edits
-        region = case.painted(attribute, token_grid(self.pipe, self.settings))
+        grid = token_grid(self.pipe, self.settings)
+        region = case.painted(attribute, grid, all_of_it=arm.where == "all of it")
         return tuple(replace(edit, region=region) for edit in arm.edits)
 
     def tell(self, doing: str, done: int, total: int) -> None:

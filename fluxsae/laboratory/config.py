@@ -21,9 +21,10 @@ TARGET_ATTRIBUTES: Final = ("colour", "texture", "background")
 Way = tuple[str, float, int, bool]
 """Mode, strength, how many features together, whether rivals are taken away."""
 
-Where = Literal["everywhere", "painted"]
+Where = Literal["everywhere", "painted", "all of it"]
 """Whether an edit acts on the whole picture, or where the attribute lies in the unedited one: what a person who
-steers would paint, the object for its attributes, all else for the background."""
+steers would paint, the object for its attributes, all else for the background. All of it: for the background also the
+patches that it shares with the object's edge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class LaboratoryConfig:
     """Where windows start, as fractions of the schedule."""
     stop: float = 1.0
     """Where they end."""
-    where: tuple[Where, ...] = ("painted",)
+    where: tuple[Where, ...] = ("painted", "all of it")
     """Whether edits act on the whole picture, or where the attribute lies in the unedited one."""
     n_features: int = 1
     """Matched features of a concept that are tried alone, the best by AUC first."""
@@ -68,6 +69,8 @@ class LaboratoryConfig:
     """What is compared."""
     attributes: tuple[str, ...] = TARGET_ATTRIBUTES
     """Attributes whose concepts are steered."""
+    directions: tuple[Direction, ...] = DIRECTIONS
+    """Whether concepts are turned up, down, or both; a swap needs the settings that turn them up."""
     n_swaps: int = 48
     """Swaps of each attribute: one of two objects gets another value, drawn from all."""
     swap_attributes: tuple[str, ...] = ("colour",)
@@ -78,8 +81,8 @@ class LaboratoryConfig:
     """Matched features of each other value that are taken away, the best by AUC first."""
     named: float = 1.0
     """Share of the attributes an edit is not about that its prompt names; what is left open may be drawn either way."""
-    n_moment_images: int = 96
-    """Pictures from which the difference-of-means directions come."""
+    n_moment_images: int = 400
+    """Drawn scenes, read as pictures, from which the mean acts and the linear edits come."""
     curve: tuple[float, ...] = ()
     """Multiples of the chosen strength's distance from no change, beside 1, on the dose-response curve."""
     batch_size: int = 64
@@ -105,6 +108,8 @@ class LaboratoryConfig:
             raise FluxSaeError("where or without_rivals is empty; name at least one way of each.")
         if not self.together or min(self.together) < 1:
             raise FluxSaeError(f"together is {self.together}; give numbers of features, each at least 1.")
+        if self.n_swaps and "amplify" not in self.directions:
+            raise FluxSaeError("Swaps need what turns a concept up: add amplify to directions, or set n_swaps to 0.")
         for direction in DIRECTIONS:
             if not self.ways("features", direction):
                 raise FluxSaeError(
@@ -119,7 +124,7 @@ class LaboratoryConfig:
     def most_pictures(self, n_concepts: int) -> int:
         """Pictures that are made at most."""
         per_concept = 0
-        for direction in DIRECTIONS:
+        for direction in self.directions:
             n_ways = sum(len(self.ways(method, direction)) + 1 for method in self.methods)
             choosing = self.n_select * n_ways * len(self.where) * len(self.starts)
             per_concept += choosing + self.n_report * (len(self.methods) + 4 + len(self.curve))

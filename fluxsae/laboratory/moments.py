@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -29,9 +30,11 @@ class ConceptMoments:
     """Sums over the tokens that show each concept: normalised activations, their products, and acts."""
 
     sae: SparseAutoencoder
+    steps: tuple[int, ...]
+    """The steps at which tokens are looked at."""
     count: Float[Tensor, " concepts"] = field(init=False)
     total: Float[Tensor, "concepts d"] = field(init=False)
-    acts: Float[Tensor, "concepts features"] = field(init=False)
+    acts: Float[Tensor, "steps concepts features"] = field(init=False)
     product: dict[str, Float[Tensor, "d d"]] = field(init=False)
     """Of the tokens that show any value of an attribute."""
 
@@ -39,7 +42,7 @@ class ConceptMoments:
         d, n_features = self.sae.config.d_model, self.sae.config.n_features
         self.count = torch.zeros(len(CONCEPTS), dtype=torch.float64)
         self.total = torch.zeros(len(CONCEPTS), d, dtype=torch.float64)
-        self.acts = torch.zeros(len(CONCEPTS), n_features, dtype=torch.float64)
+        self.acts = torch.zeros(len(self.steps), len(CONCEPTS), n_features, dtype=torch.float64)
         self.product = {name: torch.zeros(d, d, dtype=torch.float64) for name in ATTRIBUTES}
 
     @torch.no_grad()
@@ -49,7 +52,7 @@ class ConceptMoments:
         member = torch.from_numpy((covers > COVERED).astype(np.float64))
         self.count += member.sum(1) * len(x)
         self.total += member @ normalised.sum(0)
-        self.acts += member @ self.sae.encode(x).double().cpu().sum(0)
+        self.acts += member @ self.sae.encode(x).double().cpu()
         for name in self.product:
             rows = [row for row, concept in enumerate(CONCEPTS) if concept.attribute == name]
             shown = normalised[:, member[rows].amax(0) > 0]
@@ -63,14 +66,23 @@ class ConceptMoments:
         """Mean of the concept's tokens minus that of the attribute's other values, normalised."""
         return self._mean(self.total, [CONCEPTS.index(concept)]) - self._mean(self.total, others_of(concept))
 
-    def levels(self, concept: Concept) -> tuple[Float[Tensor, " features"], Float[Tensor, " features"]]:
-        """Mean acts on the concept's tokens, and on those of the attribute's other values."""
-        return self._mean(self.acts, [CONCEPTS.index(concept)]), self._mean(self.acts, others_of(concept))
+    def levels(self, concept: Concept) -> tuple[Float[Tensor, "steps features"], Float[Tensor, "steps features"]]:
+        """Mean acts at each step on the concept's tokens, and on those of the attribute's other values."""
+        return self._mean_acts([CONCEPTS.index(concept)]), self._mean_acts(others_of(concept))
+
+    def windows(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """For each of the steps looked at, the steps that are nearest to it, from `start` up to `stop`."""
+        ends = [(low + high) // 2 for low, high in pairwise(self.steps)]
+        bounds = [max(start, min(stop, bound)) for bound in (start, *ends, stop)]
+        return list(pairwise(bounds))
+
+    def _mean_acts(self, rows: Sequence[int]) -> Float[Tensor, "steps features"]:
+        return self.acts[:, rows].sum(1) / (self.count[rows].sum() / len(self.steps))
 
     def telling_features(self, concept: Concept, *, limit: int) -> tuple[int, ...]:
         """Features whose mean acts differ most between the concept and the attribute's other values, largest first."""
         own, others = self.levels(concept)
-        gap = (own - others).abs() * (self.sae.reference_acts.cpu() > 0)
+        gap = (own - others).mean(0).abs() * (self.sae.reference_acts.cpu() > 0)
         order = gap.argsort(descending=True, stable=True)[:limit]
         return tuple(int(feature) for feature in order if gap[feature] > 0)
 

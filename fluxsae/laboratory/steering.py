@@ -12,26 +12,28 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from PIL import Image
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation.stream import OnProgress, batches
-from fluxsae.flux import FluxPipeline, capture, execution_device, generate, token_grid
+from fluxsae.flux import FluxPipeline, execution_device, read_picture, token_grid
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.arms import Arm
 from fluxsae.laboratory.bench import Bench, Case, Key, Saes, reading
-from fluxsae.laboratory.config import DIRECTIONS, Direction, LaboratoryConfig, Method
+from fluxsae.laboratory.config import Direction, LaboratoryConfig, Method
 from fluxsae.laboratory.moments import ConceptMoments
 from fluxsae.laboratory.outcomes import Outcome, Tally, compare_scenes
 from fluxsae.laboratory.steering_report import ConceptResult, EditSettings, LaboratoryReport, TrialResult
 from fluxsae.laboratory.swaps import run_swaps
 from fluxsae.laboratory.truths import CONCEPTS, Concept, coverage
-from fluxsae.miniature.scenes import Scene
+from fluxsae.miniature.scenes import Scene, caption_scene, render_scene, sample_scene
 from fluxsae.sae.config import Mismatch
 from fluxsae.steering.edits import IDENTITY, MAX_STRENGTH, NEEDS_REFERENCE, SteeringEdit
 
 _REPORT_SEEDS: Final = 1 << 21
 _SELECT_SEEDS: Final = 1 << 20
+_MOMENT_SEEDS: Final = 1 << 22
 
 CandidateFeatures = Mapping[HookPoint, Mapping[Concept, Sequence[int]]]
 
@@ -114,17 +116,17 @@ class _Laboratory:
             {
                 (stage, concept, direction): (count, first + self.config.seed)
                 for concept in self.concepts
-                for direction in DIRECTIONS
+                for direction in self.config.directions
                 for stage, first, count in stages
             }
         )
         self.moments = self._moments()
         trials: list[TrialResult] = []
-        for direction in DIRECTIONS:
+        for direction in self.config.directions:
             for method in self.config.methods:
                 tried, self.chosen[method, direction] = self._choose(method, direction)
                 trials += tried
-        wanted = [(concept, direction) for direction in DIRECTIONS for concept in self.concepts]
+        wanted = [(concept, direction) for direction in self.config.directions for concept in self.concepts]
         results = [self._report(*each) for each in self.bench.with_progress("report", wanted)]
         return LaboratoryReport(tuple(trials), tuple(results), tuple(run_swaps(self.bench, self._swap_arms)))
 
@@ -134,21 +136,29 @@ class _Laboratory:
         return {method: choice for method, choice in found.items() if choice is not None}
 
     def _moments(self) -> dict[HookPoint, ConceptMoments]:
-        """Token means of every concept at every hook point, from the pictures for choosing."""
-        cases = [case for (stage, _, _), found in self.bench.cases.items() if stage == "select" for case in found]
-        cases = cases[:: max(1, len(cases) // self.config.n_moment_images)]
-        moments = {place: ConceptMoments(sae) for place, sae in self.saes.items()}
-        grid = token_grid(self.bench.pipe, self.bench.settings)
-        n_steps = self.bench.settings.num_inference_steps
-        steps = sorted({n_steps * part // 10 for part in (3, 5, 7, 9)})
-        for part in batches(cases, self.config.batch_size):
-            prompts, seeds = [c.subject.prompt for c in part], [c.subject.seed for c in part]
-            with capture(self.bench.pipe, list(self.saes), steps, stop_early=True) as captured:
-                generate(self.bench.pipe, prompts, seeds=seeds, settings=self.bench.settings)
+        """What the tokens of every concept look like, from drawn scenes of one object that are read as pictures."""
+        settings, n_steps = self.bench.settings, self.bench.settings.num_inference_steps
+        steps = tuple(sorted({n_steps * part // 10 for part in (3, 5, 7, 9)}))
+        moments = {place: ConceptMoments(sae, steps) for place, sae in self.saes.items()}
+        grid, rng = token_grid(self.bench.pipe, settings), np.random.default_rng([self.config.seed, _MOMENT_SEEDS])
+        scenes = [sample_scene(rng, n_objects=1, held_out=None) for _ in range(self.config.n_moment_images)]
+        captions = [caption_scene(scene, rng, keep=1.0) for scene in scenes]
+        drawn = list(zip(scenes, captions, range(_MOMENT_SEEDS, _MOMENT_SEEDS + len(scenes)), strict=True))
+        for part in self.bench.with_progress("drawn scenes", list(batches(drawn, self.config.batch_size))):
+            pictures = [Image.fromarray(render_scene(scene)) for scene, _, _ in part]
+            captured = read_picture(
+                self.bench.pipe,
+                [picture.resize((settings.width, settings.height)) for picture in pictures],
+                prompt=[caption for _, caption, _ in part],
+                hookpoints=list(self.saes),
+                steps=steps,
+                seeds=[self.config.seed + seed for *_, seed in part],
+                settings=settings,
+            )
             for place, sums in moments.items():
                 tokens = torch.stack([captured.get(place, step) for step in steps], dim=1).float()
-                for case, x in zip(part, tokens, strict=True):
-                    sums.update(x, coverage(case.before, grid))
+                for (scene, *_), x in zip(part, tokens, strict=True):
+                    sums.update(x, coverage(scene, grid))
         return moments
 
     # Edits
@@ -168,6 +178,8 @@ class _Laboratory:
 
     def _groups(self, chosen: EditSettings, concept: Concept) -> list[Group]:
         """The features that settings turn at once: some of the best alone, or the best together."""
+        if chosen.where == "all of it" and concept.attribute != "background":
+            return []  # as painted
         if chosen.mode == "swap":
             other = self._easiest(chosen, concept)
             return [] if other is None else [self.chosen["features", "amplify"][other].features]
@@ -227,17 +239,19 @@ class _Laboratory:
     ) -> tuple[SteeringEdit, ...]:
         """Each feature set to its mean act on the concept's tokens (or, to suppress, on the other values' tokens).
 
-        Strength 1 is that mean, 0 the mean on the tokens that the picture has, 2 as far again beyond.
+        Strength 1 is that mean, 0 the mean on the tokens that the picture has, 2 as far again beyond; at each step the
+        means of the nearest step that was looked at.
         """
-        chosen = choice.settings
-        own, others = self.moments[chosen.hookpoint].levels(concept)
+        moments = self.moments[choice.settings.hookpoint]
+        own, others = moments.levels(concept)
         start, end = (others, own) if direction == "amplify" else (own, others)
-        reference = self.saes[chosen.hookpoint].reference_acts.cpu().double()
-        levels = (start + strength * (end - start)) / reference
-        bound = [float(np.clip(levels[f], -MAX_STRENGTH, MAX_STRENGTH)) for f in choice.features]
+        reference = self.saes[choice.settings.hookpoint].reference_acts.cpu().double()
+        levels = ((start + strength * (end - start)) / reference).clamp(-MAX_STRENGTH, MAX_STRENGTH)
         return tuple(
-            SteeringEdit(chosen.hookpoint, f, "clamp", level, steps=chosen.steps)
-            for f, level in zip(choice.features, bound, strict=True)
+            SteeringEdit(choice.settings.hookpoint, feature, "clamp", float(level[feature]), steps=window)
+            for level, window in zip(levels, moments.windows(*choice.settings.steps), strict=True)
+            for feature in choice.features
+            if window[0] < window[1]
         )
 
     def _saes_of(self, chosen: EditSettings, concept: Concept, direction: Direction) -> Saes:
