@@ -1,6 +1,6 @@
 """Makes one image and shows where one feature fires in it.
 
-python -m train.heatmap --prompt "a red star on a black background" --feature 7
+python -m train.heatmap --prompt "a red star on a black background" --feature 504
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fluxsae.features.cards import CardIndex
-    from fluxsae.flux import FluxPipeline
+    from fluxsae.flux import AnyFlux, Captured
     from fluxsae.sae.model import SparseAutoencoder
 
 
@@ -35,17 +35,17 @@ class HeatmapConfig:
     prompt: str
     """What the image shows."""
     feature: int | None = None
-    """Number of the feature; without it the one that fires most, relative to its maximum over the run."""
+    """Number of the feature; left out, the one that fires most, relative to its maximum over the run."""
     run: Path | None = None
-    """Run folder with the SAE; without it the embedded miniature's."""
+    """Run folder with the SAE; left out, the embedded miniature's."""
     hookpoint: str | None = None
-    """Hook point; without it the last of the run."""
+    """Hook point; left out, the last of the run."""
     seed: int = 0
     """Seed of the image."""
     step: int | None = None
-    """Step whose activations are shown, 0-based; without it the highest over the steps the SAE was trained on."""
+    """Step whose activations are shown, 0-based; left out, the highest over the steps the SAE was trained on."""
     num_inference_steps: int | None = None
-    """Denoising steps; without it the run's own number."""
+    """Denoising steps; left out, the run's own number."""
     scale: Literal["feature", "image"] = "feature"
     """feature: fractions of the feature's maximum over the run; image: of this image's maximum."""
     opacity: float = 0.8
@@ -59,7 +59,7 @@ class HeatmapConfig:
     out: Path = Path("heatmap.png")
     """The picture to write: image and overlay side by side, PNG."""
     flux: str | None = None
-    """FLUX to load, a name, folder or Hub repository; without it the run's own."""
+    """FLUX to load, a name, folder or Hub repository; left out, the run's own."""
     device: str | None = None
     """cuda, mps or cpu; left out, the best that is there."""
 
@@ -104,7 +104,7 @@ def main(config: HeatmapConfig) -> None:
 class _Reader:
     """Generates images and reads their activations at one hook point."""
 
-    def __init__(self, pipe: FluxPipeline, sae: SparseAutoencoder, index: CardIndex, config: HeatmapConfig) -> None:
+    def __init__(self, pipe: AnyFlux, sae: SparseAutoencoder, index: CardIndex, config: HeatmapConfig) -> None:
         from fluxsae.features.scoring import check_trained_step, trained_steps
         from fluxsae.flux import schedule_sigmas, settings_ground
 
@@ -125,7 +125,7 @@ class _Reader:
         with capture(self.pipe, [self.hookpoint], steps=self.steps) as captured:
             image = generate(self.pipe, prompt, seeds=self.seed, settings=self.settings)[0]
         assert isinstance(image, Image.Image)
-        return image, self._acts(captured.get)[0]
+        return image, self._acts(captured)[0]
 
     def score_of(self, feature: int) -> Callable[[Sequence[str]], list[float]]:
         """S of one feature for prompts at the reader's seed; generation ends after the last step that is read."""
@@ -139,17 +139,23 @@ class _Reader:
                 with capture(self.pipe, [self.hookpoint], steps=self.steps, stop_early=True) as captured:
                     generate(self.pipe, prompt, seeds=self.seed, settings=self.settings)
                 with torch.inference_mode():
-                    acts = [self.sae.encode_features(captured.get(self.hookpoint, s), [feature]) for s in self.steps]
+                    acts = [
+                        self.sae.encode_features(captured.get(self.hookpoint, s), [feature], sigma=captured.sigma(s))
+                        for s in self.steps
+                    ]
                 scores.append(max(float(part.max()) for part in acts))
             return scores
 
         return score
 
-    def _acts(self, get: Callable[..., Tensor]) -> Float[Tensor, "images tokens features"]:
+    def _acts(self, captured: Captured) -> Float[Tensor, "images tokens features"]:
         import torch
 
         with torch.inference_mode():
-            return reduce(torch.maximum, (self.sae.encode(get(self.hookpoint, step)) for step in self.steps))
+            by_step = (
+                self.sae.encode(captured.get(self.hookpoint, step), sigma=captured.sigma(step)) for step in self.steps
+            )
+            return reduce(torch.maximum, by_step)
 
 
 def _strongest(acts: Float[Tensor, "tokens features"], index: CardIndex) -> int:

@@ -6,7 +6,7 @@ truth. A measure that does not separate trained SAEs from untrained ones says no
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +21,7 @@ from fluxsae.evaluation.stream import OnProgress
 from fluxsae.features.config import SelectionConfig
 from fluxsae.features.labels import CaptionLabeller
 from fluxsae.features.selection import coherence, monosemanticity, prompt_groups, top_unique
-from fluxsae.flux import FluxPipeline
+from fluxsae.flux import AnyFlux
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.config import DIRECTIONS, AuditConfig, LaboratoryConfig
@@ -135,7 +135,7 @@ def massive_channels(x: Float[Tensor, "*batch d"]) -> tuple[int, ...]:
 
 @torch.no_grad()
 def run_audit(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     hookpoint: HookPoint,
     sae: SparseAutoencoder,
     sample: Sample,
@@ -226,7 +226,7 @@ def measure(sae: SparseAutoencoder, sample: Sample) -> dict[str, float]:
 
 
 def _steering(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     hookpoint: HookPoint,
     sae: SparseAutoencoder,
     *,
@@ -309,7 +309,7 @@ def _without(sample: Sample, channels: Sequence[int]) -> Sample:
     """The sample with some channels at their mean."""
     x = sample.x.clone()
     x[..., list(channels)] = x[..., list(channels)].mean((0, 1, 2))
-    return Sample(sample.prompts, x, sample.steps, sample.embeddings, sample.truth)
+    return replace(sample, x=x)
 
 
 def _as_json(values: Mapping[str, Sequence[Measured]]) -> dict[str, list[dict[str, float | None]]]:

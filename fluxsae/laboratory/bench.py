@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fluxsae.evaluation.stream import OnProgress, batches
-from fluxsae.flux import FluxPipeline, decode_latents, denoise_to, generate, generate_from, token_grid
+from fluxsae.flux import AnyFlux, decode_latents, denoise_to, generate, generate_from, token_grid
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.arms import Arm, Controls
@@ -78,7 +78,7 @@ Compare = Callable[[Case, Scene, Scene], Outcome]
 class Bench:
     """Draws cases and applies edits to them, in full batches."""
 
-    pipe: FluxPipeline
+    pipe: AnyFlux
     settings: GenerationSettings
     config: LaboratoryConfig
     allow_mismatch: Collection[Mismatch]

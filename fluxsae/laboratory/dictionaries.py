@@ -1,4 +1,7 @@
-"""Dictionaries that know nothing, one that knows the truth, and SAEs trained anew: what measures are audited with."""
+"""Dictionaries that know nothing, one that knows the truth, and SAEs trained anew: what measures are audited with.
+
+None of them has a table of noise levels.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -43,6 +46,10 @@ class Rows:
         """Whole batches of one epoch."""
         return len(self.rows) // self.batch_size
 
+    def sigmas(self, epoch: int, *, cursor: int = 0) -> Iterator[Tensor]:
+        """Never asked for, since no dictionary here has a table of noise levels."""
+        raise AssertionError("rows in memory have no noise levels")
+
     def batches(self, epoch: int, *, cursor: int = 0) -> Iterator[Tensor]:
         """The rows in an order of each epoch's own."""
         order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(1_000_003 * self.seed + epoch))
@@ -52,14 +59,14 @@ class Rows:
 
 def trained_sae(like: SparseAutoencoder, rows: Float[Tensor, "rows d"], config: TrainConfig) -> SparseAutoencoder:
     """An SAE of the same kind, trained anew; the config's seed decides its first weights and the order of the rows."""
-    kind = replace(like.config, dead_after_tokens=max(1, min(like.config.dead_after_tokens, len(rows))))
+    kind = replace(like.config, sigma_table=(), dead_after_tokens=max(1, min(like.config.dead_after_tokens, len(rows))))
     found = train({"sae": kind}, Rows(rows, min(2048, len(rows) // 20), config.seed), config).saes["sae"]
     return _with_references(found.requires_grad_(False), rows)
 
 
 def untrained_sae(like: SparseAutoencoder, rows: Float[Tensor, "rows d"], *, seed: int) -> SparseAutoencoder:
     """An SAE of the same kind with its first, random weights: units, centre and threshold as those of a trained one."""
-    sae = SparseAutoencoder(like.config, seed=seed).requires_grad_(False)
+    sae = SparseAutoencoder(replace(like.config, sigma_table=()), seed=seed).requires_grad_(False)
     for name in ("input_mean", "input_scale", "b_dec"):
         getattr(sae, name).copy_(getattr(like, name))
     if like.config.has_threshold:

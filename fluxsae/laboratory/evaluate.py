@@ -20,7 +20,7 @@ from fluxsae.evaluation.reconstruction import (
 from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
 from fluxsae.features.scores import ScoreMatrix
 from fluxsae.features.scoring import trained_steps
-from fluxsae.flux import FluxPipeline, execution_device, flux_identity, schedule_sigmas, settings_ground, token_grid
+from fluxsae.flux import AnyFlux, execution_device, flux_identity, schedule_sigmas, settings_ground, token_grid
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.audit import AuditReport, run_audit
@@ -70,7 +70,7 @@ class Evaluation:
 
 def evaluate(
     run: RunFolder,
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     *,
     parts: Sequence[Part] = PARTS,
     hookpoints: Sequence[HookPoint | str] = (),
@@ -109,7 +109,7 @@ class _Work:
     """Everything the parts share."""
 
     run: RunFolder
-    pipe: FluxPipeline
+    pipe: AnyFlux
     saes: dict[HookPoint, SparseAutoencoder]
     steps: dict[HookPoint, list[int]]
     settings: GenerationSettings
@@ -123,7 +123,7 @@ class _Work:
     def plan(
         cls,
         run: RunFolder,
-        pipe: FluxPipeline,
+        pipe: AnyFlux,
         hookpoints: Sequence[HookPoint | str],
         config: EvaluationConfig,
         *,

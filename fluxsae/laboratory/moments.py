@@ -32,6 +32,8 @@ class ConceptMoments:
     sae: SparseAutoencoder
     steps: tuple[int, ...]
     """The steps at which tokens are looked at."""
+    sigmas: tuple[float, ...]
+    """Their noise levels."""
     count: Float[Tensor, " concepts"] = field(init=False)
     total: Float[Tensor, "concepts d"] = field(init=False)
     acts: Float[Tensor, "steps concepts features"] = field(init=False)
@@ -52,7 +54,8 @@ class ConceptMoments:
         member = torch.from_numpy((covers > COVERED).astype(np.float64))
         self.count += member.sum(1) * len(x)
         self.total += member @ normalised.sum(0)
-        self.acts += member @ self.sae.encode(x).double().cpu()
+        sigmas = torch.tensor([self.sae.nearest_sigma(sigma) for sigma in self.sigmas])
+        self.acts += member @ self.sae.encode(x, sigma=sigmas[:, None]).double().cpu()
         for name in self.product:
             rows = [row for row, concept in enumerate(CONCEPTS) if concept.attribute == name]
             shown = normalised[:, member[rows].amax(0) > 0]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fluxsae.evaluation.intervals import Estimate, interval
 from fluxsae.evaluation.stream import OnProgress, batches
-from fluxsae.flux import FluxPipeline, read_picture
+from fluxsae.flux import AnyFlux, read_picture
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.outcomes import OBJECT_ATTRIBUTES
@@ -102,7 +102,7 @@ class PairsReport:
 
 @torch.no_grad()
 def run_pairs(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     hookpoint: HookPoint,
     saes: tuple[SparseAutoencoder, SparseAutoencoder],
     matches: tuple[Mapping[int, Concept], Mapping[int, Concept]],
@@ -131,7 +131,7 @@ def run_pairs(
         )  # fmt: skip
         tokens = captured.get(hookpoint, step).float()
         for sae, found in zip(saes, acts, strict=True):
-            found.append(sae.encode(tokens).amax(1).cpu().numpy())
+            found.append(sae.encode(tokens, sigma=captured.sigma(step)).amax(1).cpu().numpy())
         done += len(part)
         if on_progress is not None:
             on_progress("pairs", done, len(pictures))

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
-from fluxsae.flux import FluxPipeline, token_grid
+from fluxsae.flux import AnyFlux, schedule_sigmas, token_grid
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.halves import LEAST_CONFIDENCE, Halves, split_by_prompt
@@ -33,6 +33,7 @@ class Sample:
     prompts: tuple[str, ...]
     x: Float[Tensor, "images steps tokens d"]
     steps: tuple[int, ...]
+    sigmas: Float[Tensor, " steps"]
     embeddings: Float[Tensor, "images width"] | None
     """CLIP embeddings of the images; None for a run without CLIP."""
     truth: Truth | None
@@ -41,12 +42,12 @@ class Sample:
     @torch.no_grad()
     def scores(self, sae: SparseAutoencoder) -> Float[Tensor, "images features"]:
         """S: the largest act of each feature in each image, over tokens and steps."""
-        return torch.stack([sae.encode(image).amax((0, 1)) for image in self.x])
+        return torch.stack([sae.encode(image, sigma=self.sigmas[:, None]).amax((0, 1)) for image in self.x])
 
 
 @torch.no_grad()
 def gather_sample(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     hookpoint: HookPoint,
     images: ImageSet,
     steps: Sequence[int],
@@ -79,4 +80,5 @@ def gather_sample(
             for scene in scenes
         ]
         truth = Truth(halves, np.stack(shown))
-    return Sample(images.prompts, torch.cat(parts), tuple(steps), embeddings, truth)
+    sigmas = torch.tensor(schedule_sigmas(pipe, settings))[list(steps)]
+    return Sample(images.prompts, torch.cat(parts), tuple(steps), sigmas, embeddings, truth)

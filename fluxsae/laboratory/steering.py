@@ -16,7 +16,7 @@ from PIL import Image
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation.stream import OnProgress, batches
-from fluxsae.flux import FluxPipeline, execution_device, read_picture, token_grid
+from fluxsae.flux import AnyFlux, execution_device, read_picture, schedule_sigmas, token_grid
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.arms import Arm
@@ -55,7 +55,7 @@ def candidate_features(concepts: Mapping[str, Any], *, limit: int) -> dict[Conce
 
 @torch.no_grad()
 def run_laboratory(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: Saes,
     features: CandidateFeatures,
     *,
@@ -139,7 +139,9 @@ class _Laboratory:
         """What the tokens of every concept look like, from drawn scenes of one object that are read as pictures."""
         settings, n_steps = self.bench.settings, self.bench.settings.num_inference_steps
         steps = tuple(sorted({n_steps * part // 10 for part in (3, 5, 7, 9)}))
-        moments = {place: ConceptMoments(sae, steps) for place, sae in self.saes.items()}
+        sigmas = schedule_sigmas(self.bench.pipe, settings)
+        levels = tuple(float(sigmas[step]) for step in steps)
+        moments = {place: ConceptMoments(sae, steps, levels) for place, sae in self.saes.items()}
         grid, rng = token_grid(self.bench.pipe, settings), np.random.default_rng([self.config.seed, _MOMENT_SEEDS])
         scenes = [sample_scene(rng, n_objects=1, held_out=None) for _ in range(self.config.n_moment_images)]
         captions = [caption_scene(scene, rng, keep=1.0) for scene in scenes]

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Annotated, Any, Literal, Self, get_args
+from itertools import pairwise
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import Field
 
@@ -33,8 +34,26 @@ SCHEMA_VERSION = 1
 Size = Annotated[int, Field(ge=1, le=1 << 30)]
 Weight = Annotated[float, Field(ge=0)]
 
-_NEEDS_K: frozenset[Architecture] = frozenset({"topk", "batchtopk", "matryoshka"})
-_HAS_THRESHOLD: frozenset[Architecture] = frozenset({"batchtopk", "matryoshka", "jumprelu"})
+
+class Kind(NamedTuple):
+    """What sets an architecture apart, beside its formulas."""
+
+    needs_k: bool = False
+    """Whether the number of active features is given."""
+    threshold: Literal["shared", "per feature"] | None = None
+    """shared: one number, found in training; per feature: a trained parameter; None: the file holds no `threshold`."""
+    selects_over_batch: bool = False
+    """Whether training keeps the largest activations of the whole batch."""
+
+
+KINDS: dict[Architecture, Kind] = {
+    "l1": Kind(),
+    "topk": Kind(needs_k=True),
+    "batchtopk": Kind(needs_k=True, threshold="shared", selects_over_batch=True),
+    "jumprelu": Kind(threshold="per feature"),
+    "matryoshka": Kind(needs_k=True, threshold="shared", selects_over_batch=True),
+}
+_ADDED = ("sigma_table",)
 
 
 @checked(kw_only=True)
@@ -106,22 +125,26 @@ class SaeConfig:
     auxk_coeff: Weight = 1 / 32
     """topk, batchtopk, matryoshka: weight of the auxiliary loss of dead features (0 = off)."""
     auxk: int | None = None
-    """Dead features a token in the auxiliary loss; None = half of d_model."""
+    """Dead features a token in the auxiliary loss; left out, half of d_model."""
     dead_after_tokens: Annotated[int, Field(ge=1, le=1 << 50)] = 1_000_000
     """A feature is dead when it fired on none of this many tokens."""
     prefixes: Annotated[tuple[int, ...], FromList] = ()
     """matryoshka: nested dictionary sizes, rising, the last one n_features; () = eighths doubling."""
+    sigma_table: Annotated[tuple[Weight, ...], FromList] = ()
+    """Noise levels, rising, at which the encoder's input has a scale and a shift of its own; () = a plain SAE."""
     trained_on: Annotated[TrainedOn, from_object(TrainedOn)] | None = None
     """The training ground; None = unknown."""
 
     def __post_init__(self) -> None:
-        needs_k = self.architecture in _NEEDS_K
+        needs_k = self.kind.needs_k
         if self.k is not None and not needs_k:
             raise FluxSaeError(f"k is {self.k}, but {self.architecture} has no k. Leave it out, or choose topk.")
         for name, value, is_needed in (("k", self.k, needs_k), ("auxk", self.auxk, False)):
             if (value is None and is_needed) or (value is not None and not 1 <= value <= self.n_features):
                 raise FluxSaeError(f"{name} is {value}. It must be a whole number from 1 to {self.n_features}.")
         self._check_prefixes()
+        if any(low >= high for low, high in pairwise(self.sigma_table)):
+            raise FluxSaeError(f"sigma_table is {self.sigma_table}. It must hold rising noise levels, each once.")
 
     def _check_prefixes(self) -> None:
         if not self.prefixes:
@@ -142,9 +165,19 @@ class SaeConfig:
         return self.prefixes or tuple(sorted(sizes))
 
     @property
+    def kind(self) -> Kind:
+        """What sets the architecture apart."""
+        return KINDS[self.architecture]
+
+    @property
     def has_threshold(self) -> bool:
         """Whether the file holds a `threshold`: one number (batchtopk, matryoshka) or one a feature (jumprelu)."""
-        return self.architecture in _HAS_THRESHOLD
+        return self.kind.threshold is not None
+
+    @property
+    def is_sigma_conditioned(self) -> bool:
+        """Whether the encoder has to be given the noise level of what it reads."""
+        return bool(self.sigma_table)
 
     @property
     def expansion_factor(self) -> float:
@@ -159,12 +192,16 @@ class SaeConfig:
             "input_mean": (self.d_model,), "input_scale": (), "reference_acts": column,
         }  # fmt: skip
         if self.has_threshold:
-            shapes["threshold"] = column if self.architecture == "jumprelu" else ()
+            shapes["threshold"] = () if self.kind.threshold == "shared" else column
+        if self.sigma_table:
+            shapes |= dict.fromkeys(("sigma_scale", "sigma_shift"), (len(self.sigma_table), self.d_model))
         return shapes
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values, with the schema version."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        values = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        # Not written where empty: versions that know no tables go on reading plain SAEs.
+        return {name: value for name, value in values.items() if name not in _ADDED or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -182,7 +219,7 @@ class SaeConfig:
                 f"schema_version is {version}, written by a newer fluxsae; this one reads up to {SCHEMA_VERSION}. "
                 "Upgrade fluxsae."
             )
-        missing = [field.name for field in fields(cls) if field.name not in values]
+        missing = [field.name for field in fields(cls) if field.name not in values and field.name not in _ADDED]
         if missing:
             raise FluxSaeError(f"The SAE's config lacks {', '.join(missing)}. Write it again with `save_pretrained`.")
         return cls(**values)

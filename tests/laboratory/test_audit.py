@@ -1,5 +1,7 @@
 """The audit and the pairs on planted data whose answer is known, and on shuffled data that gives nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +47,7 @@ def planted() -> Sample:
     embeddings = torch.nn.functional.normalize(torch.from_numpy(Halves.plan(
         scenes, split_by_prompt(prompts), draws=1, seed=0).truth).float(), dim=1)  # fmt: skip
     truth = Truth(Halves.plan(scenes, split_by_prompt(prompts), draws=1, seed=0), covers)
-    return Sample(prompts, x[:, None], (0,), embeddings, truth)
+    return Sample(prompts, x[:, None], (0,), torch.tensor([0.5]), embeddings, truth)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_the_planted_oracle_knows_the_scenes_and_random_weights_know_less(
 def test_shuffled_images_know_nothing(planted: Sample, like: SparseAutoencoder) -> None:
     assert planted.truth is not None
     order = np.random.default_rng(5).permutation(len(planted.x))
-    shuffled = Sample(planted.prompts, planted.x[order], planted.steps, planted.embeddings, planted.truth)
+    shuffled = replace(planted, x=planted.x[order])
     oracle = oracle_sae(like, planted)
     found = measure(oracle, shuffled)
     assert abs(found["concept AUC"] - 0.5) < 0.08

@@ -27,7 +27,7 @@ def planted(*, d: int = 8, seed: int = 0) -> tuple[ConceptMoments, dict[Concept,
     mix = torch.randn(d, d, generator=generator)
     tokens = {c: torch.randn(400, d, generator=generator) @ mix + 3 * torch.randn(d, generator=generator)
               for c in (RED, BLUE, GREEN)}  # fmt: skip
-    moments = ConceptMoments(sae, (0,))
+    moments = ConceptMoments(sae, (0,), (0.5,))
     for concept, x in tokens.items():
         covers = np.zeros((len(CONCEPTS), len(x)))
         covers[CONCEPTS.index(concept)] = 1
@@ -73,7 +73,7 @@ def test_leace_changes_tokens_less_than_the_orthogonal_projection_in_their_own_m
 
 def test_the_difference_is_that_of_tokens_of_the_same_kind() -> None:
     sae = SparseAutoencoder(SaeConfig(architecture="l1", d_model=2, n_features=2))
-    moments = ConceptMoments(sae, (0,))
+    moments = ConceptMoments(sae, (0,), (0.5,))
     covers = np.zeros((len(CONCEPTS), 3))
     covers[CONCEPTS.index(RED), 0] = 1
     covers[CONCEPTS.index(BLUE), 1] = 1  # token 2 is background: no colour at all
@@ -89,7 +89,7 @@ def test_telling_features_are_those_whose_mean_acts_differ_most() -> None:
     sae.W_enc.copy_(torch.eye(3))
     sae.W_dec.copy_(torch.eye(3))
     sae.reference_acts.copy_(torch.tensor([1.0, 1.0, 0.0]))
-    moments = ConceptMoments(sae, (0,))
+    moments = ConceptMoments(sae, (0,), (0.5,))
     covers = np.zeros((len(CONCEPTS), 2))
     covers[CONCEPTS.index(RED), 0] = covers[CONCEPTS.index(BLUE), 1] = 1
     moments.update(torch.tensor([[[1.0, 5.0, 9.0], [1.5, 0.0, 0.0]]]), covers)
@@ -102,7 +102,7 @@ def test_telling_features_are_those_whose_mean_acts_differ_most() -> None:
 def test_mean_acts_are_kept_step_by_step_and_each_step_has_its_window() -> None:
     sae = SparseAutoencoder(SaeConfig(architecture="l1", d_model=1, n_features=1), seed=None).requires_grad_(False)
     sae.W_enc.fill_(1.0)
-    moments = ConceptMoments(sae, (6, 10, 18))
+    moments = ConceptMoments(sae, (6, 10, 18), (0.9, 0.7, 0.2))
     covers = np.zeros((len(CONCEPTS), 2))
     covers[CONCEPTS.index(RED), 0] = covers[CONCEPTS.index(BLUE), 1] = 1
     moments.update(torch.tensor([[[1.0], [4.0]], [[2.0], [5.0]], [[3.0], [6.0]]]), covers)

@@ -55,14 +55,17 @@ class SaeTrainer:
         self._gradients: tuple[Tensor, Tensor] | None = None
         self._scratch: dict[str, Tensor] = {}
 
-    def step(self, x_tilde: Float[Tensor, "tokens d_model"], step: int) -> dict[str, Tensor]:
+    def step(
+        self, x_tilde: Float[Tensor, "tokens d_model"], step: int, *, sigmas: Float[Tensor, " tokens"] | None = None
+    ) -> dict[str, Tensor]:
         """One optimiser step on this process's share of a batch; what happened, as tensors on the device.
 
+        `sigmas` are the noise levels of the rows, which an SAE with a `sigma_table` needs.
         `fault` is 1 where the batch was not finite, 2 where its loss was a spike; `is_skipped` says whether it counted.
         """
         self._refresh_dead(step)
         n_tokens = len(x_tilde) * self.processes.world_size
-        gradients = batch_gradients(self.sae, x_tilde, self._situation(n_tokens, step))
+        gradients = batch_gradients(self.sae, x_tilde, self._situation(n_tokens, step), sigmas)
         report = self._summed_losses(gradients)
         fault = self._fault(report["loss"])
         rate = self.config.learning_rate(step, self.n_steps, self.sae.config.n_features)
@@ -74,14 +77,13 @@ class SaeTrainer:
 
     def _situation(self, n_tokens: int, step: int) -> Situation:
         floor = self.smallest_act / self.smallest_act_weight.clamp(min=1e-12)
-        selects = self.sae.config.architecture in ("batchtopk", "matryoshka")
         return Situation(
             n_tokens=n_tokens,
             precision=self.precision,
             is_sparse=self.is_sparse,
             sparsity_share=self.config.sparsity_share(step, self.n_steps),
             dead=self.dead,
-            selection_floor=floor if selects and step > 0 else None,
+            selection_floor=floor if self.sae.config.kind.selects_over_batch and step > 0 else None,
             processes=self.processes,
             scratch=self._scratch,
         )
@@ -126,7 +128,7 @@ class SaeTrainer:
                 mean, square = (moment[rows] for moment in self.moments[name])
                 weights = self.sae.get_parameter(name)[rows]
                 adam_(weights, gradient, mean, square, step=step, is_unit=name == "W_dec")
-        if self.sae.config.architecture == "jumprelu":
+        if self.sae.config.kind.threshold == "per feature":
             self.sae.threshold.clamp_(min=0)
         return is_skipped, norm
 

@@ -9,7 +9,8 @@ from typing import Any
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import best_example
 from fluxsae.features.vocabulary import NameKinds
-from fluxsae.steering.edits import Recipe, SteeringEdit, load_recipes, png_bytes
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.steering.edits import Recipe, SteeringEdit, load_recipes, png_bytes, with_features
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, Picture, then
 from fluxsae.ui.serve.arguments import shortened
@@ -17,8 +18,8 @@ from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.schemas import SearchRequest, SteerRequest, SweepRequest
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.steer import words
+from fluxsae.ui.tabs.steer.feature_sliders import MAX_SLIDERS, SUGGESTED, Sliders
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob
-from fluxsae.ui.tabs.steer.sliders import MAX_SLIDERS, SUGGESTED, Sliders
 from fluxsae.ui.tabs.steer.starters import find_starters
 from fluxsae.ui.tabs.steer.swap import FoundSwap, SwapJob
 
@@ -239,7 +240,11 @@ class SteerDesk(Desk):
     def _made(
         self, variants: Sequence[Sequence[SteeringEdit]], picture: Picture, *, control: int = -1
     ) -> Events[Steered]:
-        return self.bench.cached(SteerJob(tuple(map(tuple, variants)), *picture, control))
+        filled = tuple(with_features(edits, self._labelled) for edits in variants)
+        return self.bench.cached(SteerJob(filled, *picture, control))
+
+    def _labelled(self, hookpoint: HookPoint, label: str) -> Sequence[int]:
+        return self.sliders.named(str(hookpoint)).get(label, ())
 
     def _search(self, query: Any) -> list[dict[str, Any]]:
         hookpoint = self.sliders.hookpoint
@@ -293,6 +298,9 @@ def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: St
     sound = [measured is not None and measured["is_safe"] for measured in measurements]
     safe = words.safe_turns(list(zip(STRIP, sound, strict=True)))
     low, high = safe or (0.0, 0.0)
+    changes = [
+        (turn, measured["distance"]) for turn, measured in zip(STRIP, measurements, strict=True) if measured is not None
+    ]
     cells = [
         {
             "image": views.image_url(image),
@@ -303,12 +311,13 @@ def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: St
         }
         for turn, edit, image, measured in zip(STRIP, edits, steered.images[1:], measurements, strict=True)
     ]
-    shown = ("hookpoint", "feature", "steps", "region", "colour", "label")
+    shown = ("hookpoint", "feature", "steps", "region", "when", "colour", "label")
     return {
         **{key: slider[key] for key in shown},
         "picture": _picture_of(steered.recipes[0]),
         "cells": cells,
         "safe": safe,
+        "notches": words.even_notches(changes, safe) if safe else [],
     }
 
 
