@@ -70,12 +70,13 @@ SMALLER = {
 def commands(run: Path, recipe: Path) -> Iterator[tuple[str, list[str]]]:
     """Script and words of each command from the pipeline to the last one that needs no Hub."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (listed,) = re.findall(r"```sh\n(python -m train\.pipeline --flux miniature.*?)```", text, re.DOTALL)
+    listed = text[text.index("python -m train.pipeline --flux miniature") : text.index("python -m train.push")]
     for line in listed.splitlines():
         found = re.match(r"python -m (train\.(\w+))((?: [^ #]+)*)", line)
-        if found is None or found[2] in ("push", "pull", "deploy_space"):
+        if found is None:
             continue
-        words = found[3].replace("runs/mine", str(run)).split() + SMALLER.get(found[2], "").split()
+        # One folder for the pipeline and for its stages one by one: they must agree about what is complete.
+        words = re.sub(r"runs/\w+", str(run), found[3]).split() + SMALLER.get(found[2], "").split()
         yield found[1], words + (["--recipe", str(recipe)] if found[2] == "pipeline" else [])
 
 
