@@ -11,7 +11,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex, varied
 from fluxsae.sae.acts import SparseActs
 
-CONFIDENCE: Final[Mapping[str, float]] = {"sure": 0.8, "fairly sure": 0.5, "a guess": 0.0}
+CONFIDENCE: Final[Mapping[str, float]] = {"sure": 0.75, "fairly sure": 0.5, "a guess": 0.0}
 """In words how far to trust a name -> the confidence from which they hold, the highest first."""
 LEAST_EXAMPLE: Final = 4
 """Names that the best example shows at least, if any image has as many."""
