@@ -204,7 +204,7 @@ def measured_name(
     trust = np.clip((precision - base) / max(1.0 - base, 1e-12), 0.0, 1.0)
     fires = shares > 0
     most = NEVER_SURE if float(fires.mean()) >= OFTEN > base else 1.0
-    trust = np.where(CURVE_LEVELS < STRENGTHS["strong"], np.minimum(trust, most), trust)
+    trust = np.where(STRENGTHS["strong"] > CURVE_LEVELS, np.minimum(trust, most), trust)
     weights = shares[fires]
     return NameCheck(
         label,
