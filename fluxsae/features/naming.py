@@ -147,7 +147,8 @@ class NameChecker:
         holds = self._captions[1].holds(label.text)
         if holds is None:
             return self._in_proportion(label, p_value, scores)
-        return measured_name(label, p_value, own.numpy(), holds, ids=np.flatnonzero(self.held_out))
+        maximum, ids = float(scores.max()), np.flatnonzero(self.held_out)
+        return measured_name(label, p_value, own.numpy() / max(maximum, 1e-12), holds, ids=ids)
 
     def _p_value(self, label: Label, own: Float[Tensor, " held_out"]) -> float | None:
         for labeller in (self._captions[1], self._phrases[1]):
@@ -193,14 +194,16 @@ def random_named(
 def measured_name(
     label: Label,
     p_value: float,
-    scores: Float[np.ndarray, " images"],
+    shares: Float[np.ndarray, " images"],
     holds: Bool[np.ndarray, " images"],
     *,
     ids: np.ndarray,
 ) -> NameCheck:
-    """A name with its precision and recall on held-out images, whose captions hold it or not; `ids` are theirs."""
-    shares, base = scores / max(float(scores.max()), 1e-12), float(holds.mean())
-    precision = precision_curve(shares, holds)
+    """A name with its precision and recall on held-out images, whose captions hold it or not; `ids` are theirs.
+
+    `shares` are their scores as shares of the feature's highest in the whole run.
+    """
+    base, precision = float(holds.mean()), precision_curve(shares, holds)
     trust = np.clip((precision - base) / max(1.0 - base, 1e-12), 0.0, 1.0)
     fires = shares > 0
     most = NEVER_SURE if float(fires.mean()) >= OFTEN > base else 1.0

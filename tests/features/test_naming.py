@@ -197,3 +197,16 @@ def test_columns_hold_none_for_features_without_a_name(world: World) -> None:
     assert {len(values) for values in columns.values()} == {2}
     assert all(values[1] is None for values in columns.values())
     assert [len(images) for images in columns["level_images"][0]] == [4, 4, 0]
+
+
+def test_strengths_are_shares_of_the_highest_score_in_the_whole_run(world: World) -> None:
+    scores = world.planted(0, purity=1.0, rng=np.random.default_rng(6))
+    chosen = np.flatnonzero((scores > 0) & ~world.checker.held_out)[0]
+    (plain,) = world.named([scores])
+    scores[chosen] = 2.0  # twice what any held-out image reaches
+    (half,) = world.named([scores])
+    assert plain is not None
+    assert half is not None
+    assert plain.levels[0].n_images > 0
+    assert half.levels[0].n_images == 0
+    assert half.recall[6] == 0 < plain.recall[6]
