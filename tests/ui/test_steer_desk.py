@@ -173,10 +173,11 @@ def test_a_slider_that_the_page_never_made_is_refused_before_work(
 
 
 def test_a_slider_that_acts_only_where_its_name_is_becomes_an_edit_with_all_features_of_that_name(
-    bench: Workbench,
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    label, features = bench.cards[LATE].labels[3], [3, 5]
+    monkeypatch.setattr(bench.cards[LATE], "named", lambda: {label: features})
     sliders = Sliders(bench, LATE)
-    label, features = next(iter(bench.cards[LATE].named().items()))
     slider = sliders.slider(LATE, features[0])
     assert slider["when"] is None
     edit = sliders.edit({**slider, "turn": -0.5, "when": slider["present"]})
@@ -188,7 +189,8 @@ def test_a_slider_that_acts_only_where_its_name_is_becomes_an_edit_with_all_feat
 def test_an_endpoint_takes_a_condition_by_label(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[SteerJob] = []
     monkeypatch.setattr(bench, "cached", lambda job: asked.append(job) or iter(()))
-    label, features = next(iter(bench.cards[LATE].named().items()))
+    label, features = "red", [3, 5]
+    monkeypatch.setattr(bench.cards[LATE], "named", lambda: {label: features})
     edit = {"hookpoint": LATE, "feature": 3, "mode": "scale", "strength": 0.0}
 
     def steer(when: dict[str, Any]) -> None:

@@ -94,18 +94,18 @@ def search(bench: Workbench, request: SearchRequest) -> list[dict[str, Any]]:
     return [{**summary(cards, hit.feature), "reason": hit.reason, "score": hit.score} for hit in hits]
 
 
-def notices(unread: Unread, image: Image.Image) -> list[str]:
-    """What the visitor should know of a picture: which words FLUX did not read, and whether it is blank."""
+def notices(unread: Unread, image: Image.Image | None) -> list[str]:
+    """What the visitor should know of a picture: which words FLUX did not read, and whether what it made is blank."""
     found = []
     if unread.words:
         words = ", ".join(map(_with_known_word, unread.words[:8]))
         found.append(
-            f"The miniature does not know {words}, so the image ignores it. Use its shapes, colours, textures, "
-            "sizes, positions and backgrounds: “a large red striped circle on the left on a black background”."
+            f"The miniature does not know {words}, so the image ignores it. Use the words that are offered under the "
+            "prompt."
         )
     if unread.tokens:
         found.append(f"The prompt is too long: FLUX did not read its last {unread.tokens} words and signs (tokens).")
-    if np.asarray(image, dtype=np.float32).std(axis=(0, 1)).max() < BLANK:
+    if image is not None and np.asarray(image, dtype=np.float32).std(axis=(0, 1)).max() < BLANK:
         found.append("This image is only a background, which happens now and then. Try another seed.")
     return found
 
