@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
+import torch
 from jaxtyping import Bool, Float
 from pydantic import Field, GetPydanticSchema
 from torch import Tensor
@@ -47,7 +48,7 @@ class Condition:
         self, acts: Mapping[int, Float[Tensor, "*tokens"]], reference_acts: Float[Tensor, " n_features"]
     ) -> Bool[Tensor, "*tokens"]:
         """The tokens at which any of the features is above the level; those of unknown reference need level 0."""
-        found = acts[self.features[0]].new_zeros(acts[self.features[0]].shape, dtype=bool)
+        found: Tensor = torch.zeros_like(acts[self.features[0]], dtype=torch.bool)
         for feature in self.features:
             reference = reference_acts[feature].to(acts[feature])
             found |= (acts[feature] > self.above * reference) & ((reference > 0) | (self.above == 0))
