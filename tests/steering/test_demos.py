@@ -44,7 +44,13 @@ from fluxsae.steering.sweeps import reproduce
 PLACE = HookPoint.parse("layer1")
 PROMPTS = ["a red circle", "a blue star", "a small green ring", "a large pink heart", "a cyan cross", "a black square"]
 CONFIG = DemoConfig(
-    n_candidates=2, suppress=(0.5, 0.0), amplify=(0.1, 0.3), steps=(1, 4), n_limit_images=4, least_score=0.0
+    n_candidates=2,
+    suppress=(0.5, 0.0),
+    amplify=(0.1, 0.3),
+    steps=(1, 4),
+    n_limit_images=4,
+    n_natural_images=4,
+    least_score=0.0,
 )
 
 
