@@ -674,7 +674,9 @@ FS.changed = (share) => {
 FS.calibration = ({ false_alarms, n_pictures }) =>
   false_alarms === null
     ? "These bounds were not calibrated in this run."
-    : `At most ${FS.percent(false_alarms)} of FLUX's own unedited images are beyond them (from ${n_pictures} of this run).`;
+    : `At most ${
+      FS.percent(false_alarms)
+    } of FLUX's own unedited images are beyond them (from ${n_pictures} of this run).`;
 
 FS.measured = (data, isRandom) => {
   const measurement = isRandom ? data.random_measurement : data.measurement;
