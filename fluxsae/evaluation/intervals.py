@@ -48,7 +48,7 @@ def interval(values: Float[np.ndarray, " draws"]) -> Estimate:
 
 
 def two_level_draws(
-    groups: Sequence[Float[np.ndarray, " members"]], *, draws: int, seed: int
+    groups: Sequence[Float[np.ndarray, " _"]], *, draws: int, seed: int
 ) -> Float[np.ndarray, " draws"]:
     """The mean of the groups' means, for the sample and for resamples of groups and of the members of each.
 
