@@ -240,7 +240,8 @@ def _facts(run: RunFolder, hookpoint: HookPoint) -> str:
         config = run.load_sae_config(hookpoint)
         k = f", k = {config['k']}" if config.get("k") else ""
         sizes = f"{config['n_features']} features of width {config['d_model']}"
-        rows.insert(0, ("autoencoder", f"{config['architecture']}, {sizes}{k}"))
+        levels = f", with a table of {len(table)} noise levels" if (table := config.get("sigma_table")) else ""
+        rows.insert(0, ("autoencoder", f"{config['architecture']}, {sizes}{k}{levels}"))
     if not rows:
         return ""
     parts = ["| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)]

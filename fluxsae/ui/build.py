@@ -34,6 +34,7 @@ def build_app(bench: Workbench | None = None) -> gr.Blocks:
         shell.tell_bad_links(*(tab.name for tab, desk in desks.items() if desk.answers()))
         for schema, answer in answers.items():
             add_endpoint(schema, answer, bench)
+        app.unload(bench.end_visit)
     app.queue(max_size=MAX_QUEUE, default_concurrency_limit=4)
     return app
 

@@ -22,7 +22,7 @@ from local_hub import LocalHub
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.publishing.checksums import read_checksums
-from fluxsae.publishing.model_card import build_card, build_tables_card, licence_of
+from fluxsae.publishing.model_card import build_card, build_sae_card, build_tables_card, licence_of
 from fluxsae.publishing.publish import pull_run, push_run
 from fluxsae.publishing.verify import verify_run
 from fluxsae.runs.folder import RunFolder
@@ -386,6 +386,15 @@ def test_the_usage_snippet_of_the_card_is_python_that_pins_the_revision(run: Run
     compile(snippet, "card", "exec")
     assert snippet.count('revision="v1"') == 2
     assert "FLUXSAE_RUN=user/name@v1 make app" in card
+
+
+def test_the_card_of_an_sae_with_a_table_says_that_it_needs_the_noise_level(run: RunFolder) -> None:
+    plain = SparseAutoencoder.from_pretrained(run.sae_path(LATE))
+    assert "sae.encode(x) " in build_sae_card(run, LATE, "user/name")
+    SparseAutoencoder(replace(plain.config, sigma_table=(0.2, 0.8))).save_pretrained(run.sae_path(LATE))
+    card = build_sae_card(run, LATE, "user/name")
+    assert "acts = sae.encode(x, sigma=sigma) " in card
+    assert "with a table of 2 noise levels" in card
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The contract of every endpoint, against a served page: gradio_client, plain HTTP and MCP."""
 
+import base64
 import json
 import re
 import threading
@@ -11,7 +12,7 @@ from typing import Any
 import page_server
 import pytest
 import requests
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError, ValidationError
 from PIL import Image
 
@@ -20,7 +21,8 @@ from fluxsae.steering.edits import Recipe, SteeringEdit
 from fluxsae.ui.kit.snippets import tool_name
 
 ENDPOINTS = {
-    "/heatmap", "/features_at", "/explain", "/search_features", "/feature", "/directions", "/steer", "/sweep",
+    "/heatmap", "/read_picture", "/features_at", "/explain", "/search_features", "/feature", "/directions", "/steer",
+    "/sweep",
 }  # fmt: skip
 PROMPT = "a large red circle on a black background"
 REFUSALS = (ValidationError, AppError)
@@ -86,6 +88,7 @@ def test_an_argument_is_called_required_where_a_call_without_it_is_refused(clien
     }
     assert required == {
         "/heatmap": {"prompt"},
+        "/read_picture": {"picture"},
         "/features_at": {"prompt", "row", "column"},
         "/explain": {"prompt", "feature"},
         "/search_features": set(),
@@ -128,6 +131,33 @@ def test_features_at_a_patch_are_features_of_the_image(client: Client) -> None:
     assert features
     everything = {feature["feature"] for feature in client.predict(prompt=PROMPT, limit=100, api_name="/heatmap")[1]}
     assert {feature["feature"] for feature in features[:3]} <= everything
+
+
+def as_data_url(path: str) -> str:
+    return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+
+
+def test_an_own_picture_is_read_from_a_file_or_a_data_url_and_leaves_no_file(
+    client: Client, page: page_server.Page, place: str
+) -> None:
+    painted, _, _ = client.predict(prompt=PROMPT, limit=1, api_name="/heatmap")
+    features, overlays, familiarity = client.predict(picture=handle_file(painted), limit=5, api_name="/read_picture")
+    assert len(features) == len(overlays) == 5
+    assert all(feature["hookpoint"] == place for feature in features)
+    assert not familiarity["is_unlike"]
+    url = as_data_url(painted)
+    assert client.predict(picture=url, limit=5, api_name="/read_picture")[0] == features
+    at_patch = client.predict(prompt="", picture=url, row=4, column=4, limit=3, api_name="/features_at")
+    assert at_patch
+    why = client.predict(prompt="", picture=url, feature=features[0]["feature"], limit=1, api_name="/explain")
+    assert why["words"] == []
+    before, _, facts = client.predict(prompt="", edits=[], picture=url, change=0.3, api_name="/steer")
+    assert Image.open(before).size == (128, 128)
+    assert facts["recipe"] is None
+    name = Path(painted).name
+    kept = [path for path in (page.log.parent / "files").rglob("*") if path.is_file() and path.name == name]
+    digests = {path.read_bytes() for path in kept if "uploads" in str(path)}
+    assert not digests
 
 
 def test_explain_gives_words_and_named_earlier_features_by_effect(client: Client, place: str) -> None:
@@ -179,7 +209,7 @@ def test_steer_gives_before_after_recipe_and_measurements(client: Client, place:
     assert measured["distance"] > 0
     assert measured["distance_of_unrelated"] > 0
     assert measured["denoising_error_ratio"] > 0
-    assert isinstance(measured["is_safe"], bool)
+    assert isinstance(measured["looks_natural"], bool)
 
 
 def test_steer_with_no_edit_or_an_identity_leaves_the_image_as_it_is(
@@ -211,6 +241,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("/heatmap", {"prompt": PROMPT, "seed": True}, "seed is True"),
     ("/heatmap", {"prompt": PROMPT, "hookpoint": "layer99"}, "hookpoint is 'layer99'; give one of"),
     ("/heatmap", {"prompt": PROMPT, "step": 99}, "step is 99; give a whole number from 0 to"),
+    ("/read_picture", {"picture": "https://example.org/cat.png"}, "Links are not followed"),
+    ("/read_picture", {"picture": "data:image/png;base64,aGVsbG8="}, "is no picture of a kind that is read"),
+    ("/steer", {"prompt": "", "edits": []}, "prompt is blank"),
     ("/features_at", {"prompt": PROMPT, "row": 8, "column": 0}, "row is 8; give a whole number from 0 to 7"),
     ("/features_at", {"prompt": PROMPT, "row": None, "column": 0}, "row is None"),
     ("/explain", {"prompt": PROMPT, "feature": 1, "row": 3}, "row is 3 and column is None; give both"),
@@ -242,6 +275,15 @@ def test_raw_http_numbers_that_are_none_are_refused(page: page_server.Page, numb
     )
     assert answer.status_code in {400, 422}
     assert answer.status_code != 422 or "seed" in answer.text or "json" in answer.text.lower()
+
+
+@pytest.mark.parametrize("more", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["plain", "as a file"])
+def test_a_file_of_the_servers_machine_is_no_picture_of_the_visitors(page: page_server.Page, more: Any) -> None:
+    path = str(page_server.ROOT / "docs" / "heatmap.png")
+    body = {"data": [{"path": path, **more}, "", None, None, 0, 4]}
+    answer = requests.post(f"{page.url}/gradio_api/call/read_picture", json=body, timeout=30)
+    assert answer.status_code in {400, 422}
+    assert "give a data URL" in answer.text or "not uploaded by a user" in answer.text
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,12 @@ def test_defaults_follow_the_run(bench: Workbench, schemas: dict[str, type[Reque
         assert defaults.get("num_inference_steps", bench.limits.default_steps) == bench.limits.default_steps
 
 
+PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAIAAAD8GO2jAAAAGUlEQVR4nO3BMQEAAADCoPVP7WENoA"
+    "AAAG4MIAABt9NlCQAAAABJRU5ErkJggg=="
+)
+
+
 def test_the_about_tab_shows_every_endpoint_with_a_call_that_its_schema_takes(
     bench: Workbench, schemas: dict[str, type[Request]]
 ) -> None:
@@ -52,7 +58,8 @@ def test_the_about_tab_shows_every_endpoint_with_a_call_that_its_schema_takes(
     for name, schema in schemas.items():
         (call,) = [line for line in shown[name]["code"]["Python"].split("\n\n") if "client.predict(" in line]
         given: dict[str, Any] = {}
-        exec(call.split(" = client.predict(")[1].join(["given.update(", ""]), {"given": given})
+        known = {"given": given, "handle_file": lambda name: PICTURE}
+        exec(call.split(" = client.predict(")[1].join(["given.update(", ""]), known)
         assert f"/{schema.endpoint}" == given.pop("api_name")
         assert schema.parse(bench.limits, **given)
         assert [argument for argument, _ in shown[name]["arguments"]] == list(given)

@@ -1,6 +1,7 @@
 """What every tab's desk has: the workbench, the endpoints it answers, and the frame of what it shows."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fluxsae.errors import FluxSaeError
@@ -60,7 +61,12 @@ class Desk:
         yield Done(found)
 
 
-def then(events: Iterable[StepDone | Done[Any]], make: Callable[[Any], T]) -> Events[T]:
-    """The steps as they are, and what is made of the result."""
+def then(
+    events: Iterable[StepDone | Done[Any]], make: Callable[[Any], T], *, see: Callable[[Any], Any] | None = None
+) -> Events[T]:
+    """The steps, with what `see` makes of what there is to see after each, and what is made of the result."""
     for event in events:
-        yield Done(make(event.value)) if isinstance(event, Done) else event
+        if isinstance(event, Done):
+            yield Done(make(event.value))
+        else:
+            yield replace(event, view=see(event.view) if see and event.view is not None else None)

@@ -29,13 +29,14 @@ def header_html(bench: Workbench) -> str:
     return (
         f'<header class="fs-head"><div class="fs-brand">{LOGO}<div><h1>fluxsae</h1>'
         "<p>See which features fire inside FLUX, and steer them.</p></div></div>"
-        f'<dl class="fs-facts">{terms}</dl></header>{notice}'
+        f'<details class="fs-about-run"><summary><span>{escape(flux_words(bench))} </span>Details</summary>'
+        f'<dl class="fs-facts">{terms}</dl></details></header>{notice}'
     )
 
 
 def flux_words(bench: Workbench) -> str:
     """Which FLUX, in words; the miniature is introduced as what it is."""
     if bench.is_miniature:
-        return "the miniature, a tiny FLUX trained on drawn shapes"
+        return "the miniature, a toy FLUX whose inside can be checked"
     revision = f" at {bench.info.flux_revision[:8]}" if bench.info.flux_revision else ""
     return f"{bench.info.flux_id}{revision}"

@@ -33,8 +33,12 @@ none comes to carry what an earlier one did, as "always_last" would."""
 
 
 def working(event: StepDone, *, makes: str, counts: str = "Denoising step") -> dict[str, Any]:
-    """The progress bar's data after a step; `makes` is the id of what is dimmed until it is shown anew."""
-    return {"state": "working", "step": event.step, "n_steps": event.n_steps, "makes": makes, "counts": counts}
+    """The progress bar's data after a step; `makes` is the id of what is dimmed until it is shown anew.
+
+    It carries what there is to see by then.
+    """
+    told = {"state": "working", "step": event.step, "n_steps": event.n_steps, "makes": makes, "counts": counts}
+    return told if event.view is None else {**told, "view": event.view}
 
 
 def with_progress(

@@ -9,6 +9,9 @@ from fluxsae.ui.serve.schemas import Request
 
 ORIGIN = "__ORIGIN__"
 """Stands for this page's address; the page puts its own in when it shows the code."""
+PICTURE = "__PICTURE__"
+"""Stands for the reader's picture, which each language sends in its own way."""
+FILE = "picture.png"
 
 
 def snippets(schema: type[Request], values: Mapping[str, Any]) -> dict[str, str]:
@@ -23,10 +26,14 @@ def snippets(schema: type[Request], values: Mapping[str, Any]) -> dict[str, str]
 
 def python_call(endpoint: str, arguments: Mapping[str, Any], returns: str) -> str:
     """With `gradio_client`."""
-    lines = [f"    {name}={value!r}," for name, value in arguments.items()]
+    sends = PICTURE in arguments.values()
+    lines = [
+        f"    {name}={f'handle_file({FILE!r})' if value == PICTURE else repr(value)},"
+        for name, value in arguments.items()
+    ]
     return "\n".join(
         [
-            "from gradio_client import Client",
+            f"from gradio_client import Client{', handle_file' if sends else ''}",
             "",
             f'client = Client("{ORIGIN}")',
             f"{returns} = client.predict(",
@@ -40,11 +47,15 @@ def python_call(endpoint: str, arguments: Mapping[str, Any], returns: str) -> st
 def curl_call(endpoint: str, arguments: Mapping[str, Any]) -> str:
     """Over plain HTTP: the call gives an id, the id gives the result."""
     data = json.dumps({"data": list(arguments.values())}, ensure_ascii=False).replace("'", "'\\''")
+    body = f"-d '{data}'"
+    if PICTURE in arguments.values():  # through a pipe: a picture is too long for an argument
+        sent = data.replace(PICTURE, f"data:image/png;base64,'; base64 < {FILE} | tr -d '\\n'; printf %s '")
+        body = f"-d @<(printf %s '{sent}')"
     return "\n".join(
         [
             f"EVENT=$(curl -s -X POST {ORIGIN}/gradio_api/call/{endpoint} \\",
             "  -H 'Content-Type: application/json' \\",
-            f"  -d '{data}' | grep -o '[0-9a-f]\\{{32\\}}')",
+            f"  {body} | grep -o '[0-9a-f]\\{{32\\}}')",
             f"curl -sN {ORIGIN}/gradio_api/call/{endpoint}/$EVENT",
         ]
     )
@@ -59,7 +70,8 @@ def tool_name(endpoint: str) -> str:
 def mcp_call(endpoint: str, arguments: Mapping[str, Any]) -> str:
     """The server's address for an MCP client, and the tool call it makes."""
     server = {"mcpServers": {"fluxsae": {"url": f"{ORIGIN}/gradio_api/mcp/"}}}
-    call = {"method": "tools/call", "params": {"name": tool_name(endpoint), "arguments": dict(arguments)}}
+    given = {name: "data:image/png;base64,..." if value == PICTURE else value for name, value in arguments.items()}
+    call = {"method": "tools/call", "params": {"name": tool_name(endpoint), "arguments": given}}
     return (
         "// in the client's settings\n"
         + json.dumps(server, indent=2)

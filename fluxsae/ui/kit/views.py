@@ -52,6 +52,7 @@ def summary(cards: CardIndex, feature: int) -> dict[str, Any]:
         "feature": feature,
         "label": row.label,
         "label_confidence": row.label_confidence,
+        "place": row.name_place,
         "feature_class": row.feature_class,
         "density": row.density,
         "image_density": row.image_density,
@@ -64,7 +65,13 @@ def summary(cards: CardIndex, feature: int) -> dict[str, Any]:
 def named(cards: CardIndex, feature: int) -> dict[str, Any]:
     """What the page needs to name a feature and to open it."""
     label = cards.labels[feature]
-    return {"hookpoint": str(cards.hookpoint), "feature": feature, "label": label, "colour": feature_colour(label)}
+    return {
+        "hookpoint": str(cards.hookpoint),
+        "feature": feature,
+        "label": label,
+        "place": cards.places[feature],
+        "colour": feature_colour(label),
+    }
 
 
 def chip(cards: CardIndex, feature: int) -> dict[str, Any]:
@@ -87,18 +94,18 @@ def search(bench: Workbench, request: SearchRequest) -> list[dict[str, Any]]:
     return [{**summary(cards, hit.feature), "reason": hit.reason, "score": hit.score} for hit in hits]
 
 
-def notices(unread: Unread, image: Image.Image) -> list[str]:
-    """What the visitor should know of a picture: which words FLUX did not read, and whether it is blank."""
+def notices(unread: Unread, image: Image.Image | None) -> list[str]:
+    """What the visitor should know of a picture: which words FLUX did not read, and whether what it made is blank."""
     found = []
     if unread.words:
         words = ", ".join(map(_with_known_word, unread.words[:8]))
         found.append(
-            f"The miniature does not know {words}, so the image ignores it. Use its shapes, colours, textures, "
-            "sizes, positions and backgrounds: “a large red striped circle on the left on a black background”."
+            f"The miniature does not know {words}, so the image ignores it. Use the words that are offered under the "
+            "prompt."
         )
     if unread.tokens:
         found.append(f"The prompt is too long: FLUX did not read its last {unread.tokens} words and signs (tokens).")
-    if np.asarray(image, dtype=np.float32).std(axis=(0, 1)).max() < BLANK:
+    if image is not None and np.asarray(image, dtype=np.float32).std(axis=(0, 1)).max() < BLANK:
         found.append("This image is only a background, which happens now and then. Try another seed.")
     return found
 

@@ -10,6 +10,7 @@ import gradio as gr
 from gradio.components.api_component import Api
 
 from fluxsae.ui.serve.arguments import EXAMPLE_EDIT, Limits
+from fluxsae.ui.serve.given import forget_uploads
 from fluxsae.ui.serve.guard import guarded, validator
 from fluxsae.ui.serve.lane import Done
 from fluxsae.ui.serve.schemas import Request
@@ -94,8 +95,11 @@ def _handler(
 
     def stream(*values: Any) -> Iterator[Any]:
         nothing_yet = (gr.skip(),) * len(schema.results) if len(schema.results) > 1 else gr.skip()
-        for event in call(*values):
-            yield event.value if isinstance(event, Done) else nothing_yet
+        try:
+            for event in call(*values):
+                yield event.value if isinstance(event, Done) else nothing_yet
+        finally:
+            forget_uploads(values)
 
     handler = stream if schema.uses_flux else call
     arguments = [f"{name}: {argument['description']}" for name, argument in endpoint_arguments(schema, bench).items()]

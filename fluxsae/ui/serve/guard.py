@@ -14,6 +14,7 @@ from gradio.context import LocalContext
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.serve.arguments import Limits
+from fluxsae.ui.serve.given import forget_uploads
 from fluxsae.ui.serve.schemas import Request, RequestError
 
 log = logging.getLogger("fluxsae.app")
@@ -22,6 +23,12 @@ log = logging.getLogger("fluxsae.app")
 def current_visitor() -> str:
     """Who made the request that is being answered."""
     return visitor_of(LocalContext.request.get(None))
+
+
+def current_visit() -> str:
+    """The visit, from a page's opening to its closing, of the request that is being answered; "" outside any."""
+    request = LocalContext.request.get(None)
+    return str(request.session_hash or "") if request is not None else ""
 
 
 def visitor_of(request: gr.Request | None) -> str:
@@ -82,6 +89,7 @@ def validator(schema: type[Request], limits: Limits, names: Sequence[str]) -> Ca
             schema.parse(limits, **dict(zip(names, values, strict=True)))
         except RequestError as error:
             problems = error.problems
+            forget_uploads(values)
         return [gr.validate(name not in problems, problems.get(name, "")) for name in names]
 
     return validate

@@ -8,14 +8,20 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
-OnStep = Callable[[int, int], None]
+
+
+class OnStep(Protocol):
+    """Called after each step, counted from 0; it may raise to cancel. `view` is what there is to see by then."""
+
+    def __call__(self, step: int, n_steps: int, view: Any = None) -> None:
+        """One more step of `n_steps` is done."""
+        ...
 
 
 class Job(Protocol):
     """Work for FLUX as plain data, so that it can be sent to another process."""
 
-    @property
-    def n_passes(self) -> int:
+    def n_passes(self, bench: Any) -> int:
         """Passes of the transformer over one image that it needs at most."""
         ...
 
@@ -35,6 +41,8 @@ class StepDone:
 
     step: int
     n_steps: int
+    view: Any = None
+    """What there is to see by then, for those who show it."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +87,10 @@ def in_executor(executor: ThreadPoolExecutor, work: Callable[[OnStep], T]) -> It
     events: queue.SimpleQueue[StepDone | Done[T] | BaseException] = queue.SimpleQueue()
     cancelled = threading.Event()
 
-    def on_step(step: int, n_steps: int) -> None:
+    def on_step(step: int, n_steps: int, view: Any = None) -> None:
         if cancelled.is_set():
             raise Cancelled
-        events.put(StepDone(step + 1, n_steps))
+        events.put(StepDone(step + 1, n_steps, view))
 
     def run() -> None:
         if cancelled.is_set():

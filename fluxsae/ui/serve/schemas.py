@@ -15,6 +15,8 @@ from fluxsae.steering.edits import SteeringEdit
 from fluxsae.ui.serve.arguments import (
     RUN_HOOKPOINT,
     RUN_STEPS,
+    Caption,
+    Change,
     Column,
     Edits,
     Feature,
@@ -26,7 +28,10 @@ from fluxsae.ui.serve.arguments import (
     OneStep,
     PatchColumn,
     PatchRow,
+    Picture,
+    PictureOrNone,
     Prompt,
+    PromptOrCaption,
     Query,
     RegionField,
     Row,
@@ -120,7 +125,7 @@ class PictureRequest(Request):
         num_inference_steps: Steps
 
     @property
-    def picture(self) -> tuple[str, int, int]:
+    def made_from(self) -> tuple[str, int, int]:
         """Prompt, seed and number of denoising steps."""
         return self.prompt, self.seed, self.num_inference_steps
 
@@ -157,12 +162,30 @@ class HeatmapRequest(PictureRequest):
     limit: Limit = 8
 
 
+class ReadPictureRequest(Request):
+    """Reads your own picture with FLUX, without painting: ranks the features that fire and shows where each does."""
+
+    endpoint = "read_picture"
+    uses_flux = True
+    results = (
+        Result("features", "json", FEATURES),
+        Result("overlays", "gallery", "The picture with the heatmap of each feature."),
+        Result("familiarity", "json", "Whether the picture is like the run's own; if not, no name is sure."),
+    )
+    picture: Picture
+    prompt: Caption = ""
+    hookpoint: HookPointPath = RUN_HOOKPOINT
+    step: Step = None
+    seed: Seed = 0
+    limit: Limit = 8
+
+
 class FeaturesAtRequest(PictureRequest):
-    """Ranks the features that fire at one patch of an image."""
+    """Ranks the features that fire at one patch of an image, or of your own picture."""
 
     endpoint = "features_at"
     results = (Result("features", "json", FEATURES),)
-    prompt: Prompt
+    prompt: PromptOrCaption
     hookpoint: HookPointPath = RUN_HOOKPOINT
     seed: Seed = 0
     num_inference_steps: Steps = RUN_STEPS
@@ -170,6 +193,7 @@ class FeaturesAtRequest(PictureRequest):
     row: Row
     column: Column
     limit: Limit = 8
+    picture: PictureOrNone = None
 
 
 class ExplainRequest(PictureRequest):
@@ -185,7 +209,7 @@ class ExplainRequest(PictureRequest):
             "positive ones over the image.",
         ),
     )
-    prompt: Prompt
+    prompt: PromptOrCaption
     hookpoint: HookPointPath = RUN_HOOKPOINT
     feature: Feature
     seed: Seed = 0
@@ -194,6 +218,7 @@ class ExplainRequest(PictureRequest):
     row: PatchRow = None
     column: PatchColumn = None
     limit: TriedFeatures = 8
+    picture: PictureOrNone = None
 
 
 class SearchRequest(Request):
@@ -238,7 +263,7 @@ class DirectionsRequest(Request):
 
 
 class SteerRequest(PictureRequest):
-    """Makes an image twice, without and with edits of features, and measures what the edits changed."""
+    """Makes an image, or paints on from your own picture, without and with edits, and measures what they changed."""
 
     endpoint = "steer"
     results = (
@@ -246,10 +271,12 @@ class SteerRequest(PictureRequest):
         Result("after", "image", "The image with edits."),
         Result("recipe_and_measurements", "json", "The recipe that makes the image again, and the measurements."),
     )
-    prompt: Prompt
+    prompt: PromptOrCaption
     edits: Edits
     seed: Seed = 0
     num_inference_steps: Steps = RUN_STEPS
+    picture: PictureOrNone = None
+    change: Change = 0.6
 
 
 class SweepRequest(PictureRequest):

@@ -9,7 +9,7 @@ import gradio as gr
 from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.kit.header import flux_words
 from fluxsae.ui.kit.shell import Shell
-from fluxsae.ui.kit.snippets import snippets
+from fluxsae.ui.kit.snippets import PICTURE, snippets
 from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.endpoints import endpoint_arguments
 from fluxsae.ui.serve.schemas import Request
@@ -87,10 +87,16 @@ def endpoint_examples(bench: Workbench, endpoints: Sequence[type[Request]]) -> l
             "arguments": [
                 [name, argument["description"]] for name, argument in endpoint_arguments(schema, bench).items()
             ],
-            "code": snippets(schema, {**schema.defaults(bench.limits), **known}),
+            "code": snippets(schema, {**schema.defaults(bench.limits), **known, **_own_picture(schema)}),
         }
         for schema in endpoints
     ]
+
+
+def _own_picture(schema: type[Request]) -> dict[str, str]:
+    """The reader's picture, where an endpoint cannot do without."""
+    field = schema.model_fields.get("picture")
+    return {"picture": PICTURE, "prompt": ""} if field is not None and field.is_required() else {}
 
 
 def _settings_words(bench: Workbench) -> str:

@@ -10,9 +10,10 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import best_example
 from fluxsae.features.vocabulary import NameKinds
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.steering.edits import Recipe, SteeringEdit, load_recipes, png_bytes, with_features
+from fluxsae.steering.edits import SteeringEdit, load_recipes, png_bytes, with_features
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, Picture, then
+from fluxsae.ui.kit.snippets import PICTURE
 from fluxsae.ui.serve.arguments import shortened
 from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.schemas import SearchRequest, SteerRequest, SweepRequest
@@ -51,11 +52,12 @@ class SteerDesk(Desk):
         """Steps, then the image before, the image after, and recipe and measurements."""
 
         def answer(found: Steered) -> tuple[Any, Any, Any]:
-            facts = {"recipe": found.recipes[1].to_dict(), "measurements": found.measurements[1]}
+            recipe = found.recipes[1].to_dict() if request.picture is None else None
+            facts = {"recipe": recipe, "measurements": found.measurements[1]}
             before, after = found.images
             return before, after, facts
 
-        return then(self._made([(), request.edits], request.picture), answer)
+        return then(self._made([(), request.edits], request), answer)
 
     def sweep(self, request: SweepRequest) -> Events[tuple[Any, Any]]:
         """Steps, then one image a strength and the measurements of each."""
@@ -68,7 +70,7 @@ class SteerDesk(Desk):
             ]
             return list(zip(found.images[1:], captions, strict=True)), rows
 
-        return then(self._made([(), *((edit,) for edit in request.edits())], request.picture), answer)
+        return then(self._made([(), *((edit,) for edit in request.edits())], request), answer)
 
     # The page
 
@@ -126,12 +128,18 @@ class SteerDesk(Desk):
         picture = selection.get("picture")
         if not isinstance(picture, Mapping):
             return None, found
-        return SteerRequest.pick(self.limits, {**picture, "edits": []}).picture, {**found, "alone": True}
+        if picture.get("given"):
+            own = self.bench.received(str(picture["given"]))
+            asked = {**picture, "edits": [], "picture": own}
+            change = SteerRequest.defaults(self.limits)["change"]
+            given = {"digest": own.digest, "image": views.image_url(own.image), "change": change}
+            return SteerRequest.pick(self.limits, asked).made_from, {**found, "alone": True, "given": given}
+        return SteerRequest.pick(self.limits, {**picture, "edits": []}).made_from, {**found, "alone": True}
 
     def linked(self, view: Mapping[str, Any]) -> Filled:
         """What a link fills the tab with."""
         request = SteerRequest.pick(self.limits, view)
-        return (*request.picture, self.sliders.page_of(request.edits))
+        return (*request.made_from, self.sliders.page_of(request.edits))
 
     def loaded(self, path: str) -> Filled:
         """What a recipe file fills the tab with."""
@@ -166,12 +174,12 @@ class SteerDesk(Desk):
     def turn(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Events[dict[str, Any]]:
         """Steps, then the page's before and after, with a random-direction control beside it."""
         sliders = self.sliders.sent(page, steps)
-        request = self._request(prompt, seed, steps, [self.sliders.edit(slider) for slider in sliders])
+        request = self._request(prompt, seed, steps, [self.sliders.edit(slider) for slider in sliders], page)
         is_turned = not all(edit.is_identity for edit in request.edits)
         # where nothing is turned all three are one image until the last step
         variants = [(), request.edits, request.edits] if is_turned else [()] * 3
         swap = page.get("unread") if isinstance(page, Mapping) else None
-        made = self._made(variants, request.picture, control=2)
+        made = self._made(variants, request, control=2)
         return then(made, lambda steered: self._result(request, steered, sliders, swap))
 
     def strip(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Events[dict[str, Any]]:
@@ -180,9 +188,9 @@ class SteerDesk(Desk):
         if not sliders:
             raise FluxSaeError("Add a feature first: its strengths are compared.")
         edits = [self.sliders.edit({**sliders[0], "turn": position}) for position in STRIP]
-        request = self._request(prompt, seed, steps, edits[:1])
-        made = self._made([(), *((edit,) for edit in edits)], request.picture)
-        return then(made, lambda steered: _strip(sliders[0], edits, steered))
+        request = self._request(prompt, seed, steps, edits[:1], page)
+        made = self._made([(), *((edit,) for edit in edits)], request)
+        return then(made, lambda steered: _strip(sliders[0], edits, steered, request))
 
     # Swaps
 
@@ -208,7 +216,7 @@ class SteerDesk(Desk):
                 raise FluxSaeError(f"{str(name)[:40]!r} is no name of this run's features; choose one of the list.")
         if old == new:
             raise FluxSaeError(f"“{old}” cannot replace itself; choose two different names.")
-        request = self._request(prompt, seed, steps, [])
+        request = self._request(prompt, seed, steps, [], None)
         job = SwapJob(
             hookpoint=self.sliders.hookpoint,
             old=old,
@@ -223,9 +231,14 @@ class SteerDesk(Desk):
 
         def fill(found: FoundSwap) -> Filled:
             unread = None if found.is_read else [old, new]
-            return (*request.picture, {**self.sliders.page_of(found.edits), "unread": unread})
+            return (*request.made_from, {**self.sliders.page_of(found.edits), "unread": unread})
 
         return then(self.bench.cached(job), fill)
+
+    def refuse_given(self, page: Any) -> None:
+        """Raises a FluxSaeError where the page steers a visitor's own picture."""
+        if _given(page):
+            raise FluxSaeError("Swap works on images that FLUX makes. Move the sliders to steer your own picture.")
 
     # How it is done
 
@@ -233,15 +246,25 @@ class SteerDesk(Desk):
     def _kinds(self) -> NameKinds:
         return NameKinds(self.bench.images.prompts, self.names)
 
-    def _request(self, prompt: Any, seed: Any, steps: Any, edits: Sequence[SteeringEdit]) -> SteerRequest:
-        given = [edit.to_dict() for edit in edits]
-        return SteerRequest.parse(self.limits, prompt=prompt, edits=given, seed=seed, num_inference_steps=steps)
+    def _request(self, prompt: Any, seed: Any, steps: Any, edits: Sequence[SteeringEdit], page: Any) -> SteerRequest:
+        asked = {"prompt": prompt, "seed": seed, "num_inference_steps": steps, "edits": [e.to_dict() for e in edits]}
+        given = _given(page)
+        if given:
+            asked |= {"picture": self.bench.received(str(given.get("digest"))), "change": given.get("change")}
+        return SteerRequest.parse(self.limits, **asked)
 
     def _made(
-        self, variants: Sequence[Sequence[SteeringEdit]], picture: Picture, *, control: int = -1
+        self,
+        variants: Sequence[Sequence[SteeringEdit]],
+        request: SteerRequest | SweepRequest,
+        *,
+        control: int = -1,
     ) -> Events[Steered]:
         filled = tuple(with_features(edits, self._labelled) for edits in variants)
-        return self.bench.cached(SteerJob(filled, *picture, control))
+        own: dict[str, Any] = {}
+        if isinstance(request, SteerRequest) and request.picture is not None:
+            own = {"picture": request.picture, "change": request.change}
+        return self.bench.cached(SteerJob(filled, *request.made_from, control, **own))
 
     def _labelled(self, hookpoint: HookPoint, label: str) -> Sequence[int]:
         return self.sliders.named(str(hookpoint)).get(label, ())
@@ -269,7 +292,8 @@ class SteerDesk(Desk):
         return {
             "prompt": request.prompt,
             "seed": request.seed,
-            "picture": _picture_of(recipe),
+            "picture": _picture_of(request),
+            "given": self._given_words(request, steered),
             "edits": edits,
             "rows": self.limits.rows,
             "cols": self.limits.cols,
@@ -281,23 +305,47 @@ class SteerDesk(Desk):
             "words": words.result_words(list(zip(sliders, request.edits, strict=True))),
             "measurement": measured[0],
             "random_measurement": measured[1],
-            "png": views.base64_text(png_bytes(after, [recipe])),
-            "recipe": recipe.to_dict(),
+            "png": views.base64_text(png_bytes(after, [recipe] if request.picture is None else [])),
+            "recipe": recipe.to_dict() if request.picture is None else None,
             "notices": [
                 *views.notices(steered.unread, before),
                 *words.unread_notice(swap, self.names),
-                *words.unsafe_notice(request.edits, steered),
+                *words.unnatural_notice(request.edits, steered),
                 *words.faint_notice(request.edits, steered),
             ],
-            **self.frame(SteerRequest, {**request.model_dump(exclude={"edits"}), "edits": edits}, tab="steer"),
+            **self._frame(request, edits),
         }
 
+    def _frame(self, request: SteerRequest, edits: list[dict[str, Any]]) -> dict[str, Any]:
+        values = {**request.model_dump(exclude={"edits", "picture", "change"}), "edits": edits}
+        if request.picture is None:
+            return self.frame(SteerRequest, values, tab="steer")
+        values |= {"picture": PICTURE, "change": request.change}
+        return {**self.frame(SteerRequest, values, tab="steer"), "link": None}  # a link cannot hold the picture
 
-def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: Steered) -> dict[str, Any]:
+    def _given_words(self, request: SteerRequest, steered: Steered) -> str | None:
+        """What "before" is of a visitor's own picture."""
+        if request.picture is None or steered.first_step is None:
+            return None
+        return (
+            f"Before is your picture, covered with {100 * request.change:.0f} % noise and painted on by FLUX without "
+            f"the edits, from step {steered.first_step + 1} of {request.num_inference_steps}."
+        )
+
+
+def _given(page: Any) -> Mapping[str, Any] | None:
+    """What the page says of a visitor's own picture that is steered."""
+    given = page.get("given") if isinstance(page, Mapping) else None
+    return given if isinstance(given, Mapping) else None
+
+
+def _strip(
+    slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: Steered, request: SteerRequest
+) -> dict[str, Any]:
     measurements = steered.measurements[1:]
-    sound = [measured is not None and measured["is_safe"] for measured in measurements]
-    safe = words.safe_turns(list(zip(STRIP, sound, strict=True)))
-    low, high = safe or (0.0, 0.0)
+    sound = [measured is not None and measured["looks_natural"] for measured in measurements]
+    natural = words.natural_turns(list(zip(STRIP, sound, strict=True)))
+    low, high = natural or (0.0, 0.0)
     changes = [
         (turn, measured["distance"]) for turn, measured in zip(STRIP, measurements, strict=True) if measured is not None
     ]
@@ -307,20 +355,21 @@ def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: St
             "words": words.edit_words(slider, edit),
             "short": words.short_words(edit),
             "measurement": measured,
-            "safe": low <= turn <= high,
+            "natural": low <= turn <= high,
         }
         for turn, edit, image, measured in zip(STRIP, edits, steered.images[1:], measurements, strict=True)
     ]
     shown = ("hookpoint", "feature", "steps", "region", "when", "colour", "label")
     return {
         **{key: slider[key] for key in shown},
-        "picture": _picture_of(steered.recipes[0]),
+        "picture": _picture_of(request),
         "cells": cells,
-        "safe": safe,
-        "notches": words.even_notches(changes, safe) if safe else [],
+        "natural": natural,
+        "notches": words.even_notches(changes, natural) if natural else [],
     }
 
 
-def _picture_of(recipe: Recipe) -> list[Any]:
-    """What an unedited picture is made of: a safe range holds for it alone."""
-    return [recipe.prompt, recipe.seed, recipe.settings.num_inference_steps]
+def _picture_of(request: SteerRequest) -> list[Any]:
+    """What an unedited picture is made of: a natural range holds for it alone."""
+    own = [] if request.picture is None else [request.picture.digest, request.change]
+    return [*request.made_from, *own]

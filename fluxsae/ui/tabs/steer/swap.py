@@ -52,8 +52,7 @@ class SwapJob:
     seed: int
     num_inference_steps: int
 
-    @property
-    def n_passes(self) -> int:
+    def n_passes(self, bench: Workbench) -> int:
         """Passes of the transformer over one image that it needs at most, its measuring included."""
         from fluxsae.steering.naturalness import NOISE_SEEDS
 
@@ -116,5 +115,5 @@ class SwapJob:
 
 
 def _rank(score: "SwapScore") -> tuple[Any, ...]:
-    """What is read comes before what is safe, and that before how clear it is."""
-    return score.is_read, score.is_safe, min(score.gone, score.come) * (1 - score.collateral)
+    """What is read comes before what looks natural, and that before how clear it is."""
+    return score.is_read, score.looks_natural, min(score.gone, score.come) * (1 - score.collateral)

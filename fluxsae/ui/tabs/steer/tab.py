@@ -75,7 +75,13 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
 
     turn = making(desk.turn, makes="steer-result")
     compare = making(desk.strip, makes="steer-strip")
-    swap = making(desk.swap, makes="steer-result", n=4)
+
+    def swapping_of(*values: Any) -> Any:
+        *asked, page = values
+        desk.refuse_given(page)
+        return desk.swap(*asked)
+
+    swap = making(swapping_of, makes="steer-result", n=4)
     lane = in_lane(status)
     latest = {**lane, "trigger_mode": "always_last"}  # what is asked while another is made is made next
     runs = [
@@ -97,7 +103,7 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
     shell.follow(follow, [], [prompt, seed, steps, found])
     arrived = shell.open_link("steer", desk.linked, asked)
     runs.append(arrived.submit(turn, asked, [status, result], **lane))
-    swapped = [prompt, seed, steps, old, new]
+    swapped = [prompt, seed, steps, old, new, edits]
     swapping = swap_go.click(swap, swapped, [status, *asked], **latest)
     runs += [swapping, swapping.success(turn, asked, [status, result], **lane)]
     stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
