@@ -95,7 +95,8 @@ class AuditReport:
 def separation(values: Mapping[str, Sequence[Measured]], measure: str, kind: str) -> float:
     """How many standard deviations between seeds the trained SAEs are better than another kind of dictionary.
 
-    Where no direction is better, the distance. NaN where a kind was not measured; 0 where both are equal throughout.
+    Where no direction is better, the distance. NaN where a kind was not measured, 0 where both are equal throughout,
+    infinite where only the seeds are.
     """
     trained = np.array([one.get(measure, np.nan) for one in values[TRAINED]])
     others = np.array([one.get(measure, np.nan) for one in values.get(kind, ())])
@@ -106,7 +107,7 @@ def separation(values: Mapping[str, Sequence[Measured]], measure: str, kind: str
     direction = MEASURES[measure] or np.sign(gap)
     if abs(gap) <= 1e-9:
         return 0.0
-    return float(direction * gap / max(spread, 1e-12)) if np.isfinite(gap) else float("nan")
+    return float(direction * gap / spread) if spread > 0 else float(direction * np.sign(gap) * np.inf)
 
 
 def rank_with_truth(values: Mapping[str, Sequence[Measured]], measure: str) -> float:
