@@ -214,7 +214,7 @@ def measure(sae: SparseAutoencoder, sample: Sample) -> dict[str, float]:
     """Every measure that needs no further pass of FLUX."""
     sums, firing = ReconstructionSums.empty(sae.config.d_model), FiringSums.empty(sae.config.n_features)
     for x in sample.x:
-        acts = sae.encode_sparse(x)
+        acts = sae.encode_sparse(x, sigma=sample.sigmas[:, None])
         sums.update(x, sae.decode_sparse(acts))
         firing.update(acts)
     found = {"FVU": sums.fvu(), "L0": firing.l0(), "dead share": firing.dead_share()}
@@ -289,7 +289,8 @@ def _overlaps(
     """Mean IoU of each concept's best feature with the masks of the second half, its threshold from the first."""
     halves = truth.halves
     chosen, place = np.unique(best, return_inverse=True)
-    maps = torch.stack([sae.encode(image)[..., chosen].amax(0).T for image in sample.x]).double().numpy()
+    levels = sample.sigmas[:, None]
+    maps = torch.stack([sae.encode(image, sigma=levels)[..., chosen].amax(0).T for image in sample.x]).double().numpy()
     found = np.full(len(best), np.nan)
     for row in np.flatnonzero(halves.usable):
         own = maps[:, place[row]]
