@@ -209,7 +209,7 @@ def test_steer_gives_before_after_recipe_and_measurements(client: Client, place:
     assert measured["distance"] > 0
     assert measured["distance_of_unrelated"] > 0
     assert measured["denoising_error_ratio"] > 0
-    assert isinstance(measured["is_safe"], bool)
+    assert isinstance(measured["looks_natural"], bool)
 
 
 def test_steer_with_no_edit_or_an_identity_leaves_the_image_as_it_is(

@@ -31,7 +31,7 @@ LOOKED_AT: Final = 100
 def opening_swap(swaps: Sequence[Swap]) -> Swap | None:
     """Of the swaps with a good share of the best score, the natural one that changes least else."""
     best = max((swap.score.score for swap in swaps), default=0.0)
-    clear = [swap for swap in swaps if swap.score.is_safe and swap.score.score >= SEEN * best]
+    clear = [swap for swap in swaps if swap.score.looks_natural and swap.score.score >= SEEN * best]
     return min(clear, key=lambda swap: swap.score.collateral, default=None)
 
 
