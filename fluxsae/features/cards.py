@@ -279,8 +279,10 @@ class CardIndex:
         hits = self._by_label(text)
         if embedder is not None and self.run.embeddings_path.is_file():
             hits += self._by_clip(text, embedder)
-        unique = {hit.feature: hit for hit in reversed(hits)}
-        return sorted(unique.values(), key=hits.index)[:limit]
+        unique: dict[int, SearchHit] = {}
+        for hit in hits:  # what matched first tells why
+            unique.setdefault(hit.feature, hit)
+        return list(unique.values())[:limit]
 
     def _by_label(self, text: str) -> list[SearchHit]:
         wanted = _content_words(text)

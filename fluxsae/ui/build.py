@@ -8,12 +8,16 @@ from fluxsae.ui.kit.header import header_html
 from fluxsae.ui.kit.shell import Shell
 from fluxsae.ui.kit.theme import build_theme, page_css, page_head
 from fluxsae.ui.serve.endpoints import add_endpoint
+from fluxsae.ui.serve.lane import MAX_WAITING
+from fluxsae.ui.serve.pictures import picture_route
 from fluxsae.ui.serve.refusals import exception_handlers
 from fluxsae.ui.serve.session import Workbench, open_workbench
 from fluxsae.ui.tabs.registry import TABS
 
 TITLE = "fluxsae: what fires where inside FLUX"
-MAX_QUEUE = 256
+MAX_QUEUE = 512
+MAX_THREADS = MAX_WAITING + 64
+"""Events under way at a time: those that wait for FLUX, which hold no thread, and those that do not."""
 MAX_FILE_SIZE = "8mb"
 DAY = 86_400
 
@@ -52,6 +56,7 @@ def launch_options() -> dict[str, Any]:
         "enable_monitoring": False,
         "allowed_paths": [],
         "max_file_size": MAX_FILE_SIZE,
+        "max_threads": MAX_THREADS,
         "footer_links": ["api"],
-        "app_kwargs": {"exception_handlers": exception_handlers()},
+        "app_kwargs": {"exception_handlers": exception_handlers(), "routes": [picture_route()]},
     }

@@ -112,16 +112,18 @@ FS.drawHeat = async (
     gain = 1,
     smooth = true,
     spotlight = false,
+    most = Infinity,
   },
 ) => {
   const token = (canvas._fsToken = (canvas._fsToken || 0) + 1);
   const image = await FS.image(url).catch(() => null);
   if (!image || canvas._fsToken !== token) return;
-  const width = image.naturalWidth, height = image.naturalHeight;
+  const small = Math.min(1, most / Math.max(image.naturalWidth, image.naturalHeight));
+  const width = Math.round(image.naturalWidth * small), height = Math.round(image.naturalHeight * small);
   canvas.width = width;
   canvas.height = height;
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(image, 0, 0);
+  context.drawImage(image, 0, 0, width, height);
   if (!map || opacity === 0) return;
   const { exponent, dimming, luma } = FS.heat;
   const pixels = context.getImageData(0, 0, width, height);
@@ -230,9 +232,11 @@ FS.bar = (fraction, colour, text) =>
     FS.el("span", { style: { width: `${Math.max(1, Math.min(1, fraction || 0) * 100)}%`, background: colour } }),
   );
 
+// Pixels of the longer side of a thumbnail: the large pictures of FLUX.1-dev are drawn small.
+FS.thumbSide = 192;
 FS.thumb = (url, map, rows, cols, options = {}) => {
   const canvas = FS.el("canvas", { class: "fs-thumb", width: 64, height: 64, "aria-hidden": "true" });
-  FS.drawHeat(canvas, { url, map, rows, cols, opacity: 1, spotlight: true, ...options });
+  FS.drawHeat(canvas, { url, map, rows, cols, opacity: 1, spotlight: true, most: FS.thumbSide, ...options });
   return canvas;
 };
 

@@ -7,13 +7,13 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.ui.kit.links import encode_view
 from fluxsae.ui.kit.snippets import snippets
 from fluxsae.ui.serve.endpoints import Answers
-from fluxsae.ui.serve.lane import Done, StepDone
+from fluxsae.ui.serve.lane import Done, Event, StepDone
 from fluxsae.ui.serve.reading import Reading
 from fluxsae.ui.serve.schemas import FeatureRequest, Request
 from fluxsae.ui.serve.session import Workbench
 
 T = TypeVar("T")
-Events = Iterator[StepDone | Done[T]]
+Events = Iterator[Event[T]]
 """The steps of some work, then its result."""
 Picture = tuple[str, int, int]
 """Prompt, seed and number of denoising steps."""
@@ -55,12 +55,14 @@ class Desk:
             for event in self.bench.read(*picture):
                 if isinstance(event, Done):
                     found.append(event.value)
+                elif not isinstance(event, StepDone):
+                    yield event
                 else:
                     yield StepDone(place * event.n_steps + event.step, len(pictures) * event.n_steps)
         yield Done(found)
 
 
-def then(events: Iterable[StepDone | Done[Any]], make: Callable[[Any], T]) -> Events[T]:
+def then(events: Iterable[Event[Any]], make: Callable[[Any], T]) -> Events[T]:
     """The steps as they are, and what is made of the result."""
     for event in events:
         yield Done(make(event.value)) if isinstance(event, Done) else event

@@ -25,12 +25,26 @@ FS.actions = (data, report, ...others) => {
 };
 FS.told = ({ prompt, seed }) => `“${prompt}”, seed ${seed}`;
 
-FS.saveReport = ({ title, words, link, versions, pictures, recipe, measurement }) => {
+// A picture as a data address, so that a report needs no server.
+FS.inline = async (src) => {
+  if (!src || src.startsWith("data:")) return src;
+  const blob = await (await fetch(src)).blob();
+  return await new Promise((resolve) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.readAsDataURL(blob);
+  });
+};
+
+FS.saveReport = async ({ title, words, link, versions, pictures, recipe, measurement }) => {
   const page = document.implementation.createHTMLDocument(`fluxsae report: ${title}`);
   page.head.append(FS.el("style", {
     text:
       "body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}img{width:256px;image-rendering:pixelated;border-radius:8px}figure{display:inline-block;margin:0 1rem 1rem 0}pre{background:#f4f4f7;padding:1rem;overflow:auto;border-radius:8px}",
   }));
+  const shown = await Promise.all(
+    pictures.filter(([, src]) => src).map(async ([caption, src, width]) => [caption, await FS.inline(src), width]),
+  );
   const json = (value) => FS.el("pre", { text: JSON.stringify(value, null, 2) });
   page.body.append(
     FS.el("h1", { text: title }),
@@ -38,7 +52,7 @@ FS.saveReport = ({ title, words, link, versions, pictures, recipe, measurement }
     FS.el(
       "div",
       {},
-      pictures.filter(([, src]) => src).map(([caption, src, width]) =>
+      shown.map(([caption, src, width]) =>
         FS.el(
           "figure",
           {},

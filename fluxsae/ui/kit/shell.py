@@ -10,8 +10,8 @@ import gradio as gr
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.kit.links import view_of
 from fluxsae.ui.kit.theme import element, mount
-from fluxsae.ui.serve.guard import guarded
-from fluxsae.ui.serve.lane import Done, StepDone
+from fluxsae.ui.serve.guard import current_session, guarded
+from fluxsae.ui.serve.lane import Cancelled, Done, Event, Mail, Pending, StepDone, Waiting
 from fluxsae.ui.serve.schemas import Request
 
 IDLE: Final[Mapping[str, Any]] = {"state": "idle"}
@@ -37,22 +37,49 @@ def working(event: StepDone, *, makes: str, counts: str = "Denoising step") -> d
     return {"state": "working", "step": event.step, "n_steps": event.n_steps, "makes": makes, "counts": counts}
 
 
+def waiting(event: Waiting, *, makes: str) -> dict[str, Any]:
+    """The progress bar's data before the first step."""
+    return {"state": "waiting", "ahead": event.ahead, "loading": event.is_loading, "makes": makes}
+
+
 def with_progress(
-    events: Iterable[StepDone | Done[Any]], *, makes: str, n: int = 1, counts: str = "Denoising step"
-) -> Iterator[tuple[Any, ...]]:
+    events: Iterable[Event[Any]], *, makes: str, n: int = 1, counts: str = "Denoising step"
+) -> Iterator[Any]:
     """(progress bar, the `n` things that are made) after every event: nothing new until all is done."""
+    is_told = False
     for event in events:
-        if isinstance(event, StepDone):
-            yield working(event, makes=makes, counts=counts), *(gr.skip(),) * n
-        else:
-            yield IDLE, *(event.value if n > 1 else (event.value,))
+        if isinstance(event, Pending) and not is_told:  # there is something to stop from the click on
+            yield waiting(Waiting(0), makes=makes), *(gr.skip(),) * n
+        is_told = True
+        match event:
+            case StepDone():
+                yield working(event, makes=makes, counts=counts), *(gr.skip(),) * n
+            case Waiting():
+                yield waiting(event, makes=makes), *(gr.skip(),) * n
+            case Done(value=value):
+                yield IDLE, *(value if n > 1 else (value,))
+            case Pending():
+                yield event
 
 
-def making(ask: Callable[..., Iterable[Any]], *, makes: str, n: int = 1) -> Callable[..., Iterator[tuple[Any, ...]]]:
-    """What FLUX makes when the page asks: guarded, with progress."""
+def making(ask: Callable[..., Iterable[Any]], *, makes: str, n: int = 1) -> Callable[..., Any]:
+    """What FLUX makes when the page asks: guarded, with progress. A visitor's newer request ends the older one."""
+    asked: dict[str, Mail] = {}
 
-    def make(*values: Any) -> Iterator[tuple[Any, ...]]:
-        yield from with_progress(ask(*values), makes=makes, n=n)
+    def make(*values: Any) -> Iterator[Any]:
+        session, mine = current_session(), None
+        if session in asked:
+            asked.pop(session).put(Cancelled())
+        try:
+            for event in with_progress(ask(*values), makes=makes, n=n):
+                if isinstance(event, Pending):
+                    mine = asked[session] = event.mail
+                yield event
+        except Cancelled:
+            return
+        finally:
+            if mine is not None and asked.get(session) is mine:
+                del asked[session]
 
     return guarded(make)
 

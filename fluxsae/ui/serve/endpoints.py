@@ -11,12 +11,12 @@ from gradio.components.api_component import Api
 
 from fluxsae.ui.serve.arguments import EXAMPLE_EDIT, Limits
 from fluxsae.ui.serve.guard import guarded, validator
-from fluxsae.ui.serve.lane import Done
+from fluxsae.ui.serve.lane import Done, Pending
 from fluxsae.ui.serve.schemas import Request
 from fluxsae.ui.serve.session import Workbench
 
 LANE = "flux"
-"""Concurrency group of everything that needs FLUX: one at a time."""
+"""Concurrency group of everything that may need FLUX. Its own lane takes one at a time; what is kept comes at once."""
 BROWSING = 16
 """Browsing requests answered at a time; they never wait for FLUX."""
 COMPONENTS: Final[Mapping[str, Callable[..., gr.components.Component]]] = {
@@ -31,12 +31,11 @@ Answers = Mapping[type[Request], Callable[[Any], Any]]
 
 
 def in_lane(status: gr.HTML) -> dict[str, Any]:
-    """How the page's own events that use FLUX run: one at a time, told in a progress bar, no endpoint."""
+    """How the page's own events that use FLUX run: told in a progress bar, no endpoint."""
     return {
-        "show_progress": "minimal",
-        "show_progress_on": status,
+        "show_progress": "hidden",
         "concurrency_id": LANE,
-        "concurrency_limit": 1,
+        "concurrency_limit": None,
         "api_visibility": "private",
     }
 
@@ -63,7 +62,7 @@ def add_endpoint(schema: type[Request], answer: Callable[[Any], Any], bench: Wor
         validator=validator(schema, bench.limits, list(arguments)),
         show_progress="hidden",
         concurrency_id=LANE if uses_flux else "browse",
-        concurrency_limit=1 if uses_flux else BROWSING,
+        concurrency_limit=None if uses_flux else BROWSING,
     )
 
 
@@ -95,7 +94,7 @@ def _handler(
     def stream(*values: Any) -> Iterator[Any]:
         nothing_yet = (gr.skip(),) * len(schema.results) if len(schema.results) > 1 else gr.skip()
         for event in call(*values):
-            yield event.value if isinstance(event, Done) else nothing_yet
+            yield event.value if isinstance(event, Done) else event if isinstance(event, Pending) else nothing_yet
 
     handler = stream if schema.uses_flux else call
     arguments = [f"{name}: {argument['description']}" for name, argument in endpoint_arguments(schema, bench).items()]

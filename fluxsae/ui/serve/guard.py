@@ -6,17 +6,23 @@ import inspect
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Final
 
+import anyio.to_thread
 import gradio as gr
 from gradio.context import LocalContext
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.serve.arguments import Limits
+from fluxsae.ui.serve.lane import Pending
 from fluxsae.ui.serve.schemas import Request, RequestError
 
 log = logging.getLogger("fluxsae.app")
+
+HEARTBEAT: Final = 2.0
+"""Seconds after which a visitor who waits is told the same again."""
+_NOTHING: Final = object()
 
 
 def current_visitor() -> str:
@@ -24,12 +30,36 @@ def current_visitor() -> str:
     return visitor_of(LocalContext.request.get(None))
 
 
+def current_session() -> str:
+    """The browser tab, or the client, whose request is being answered."""
+    request = LocalContext.request.get(None)
+    return str(getattr(request, "session_hash", None) or "unknown")
+
+
 def visitor_of(request: gr.Request | None) -> str:
-    """Who asks: the address that the Space's proxy passes on, or the connection's own."""
+    """Who asks: the address that the outermost trusted proxy saw, or the connection's own where there is none.
+
+    Each proxy appends the address that it saw to `X-Forwarded-For`; what stands before was sent by the visitor.
+    """
     if request is None or request.client is None:
         return "unknown"
-    forwarded = request.headers.get("x-forwarded-for", "") if os.environ.get("SPACE_ID") else ""
-    return forwarded.split(",")[0].strip() or str(request.client.host)
+    hops = [hop.strip() for line in request.headers.getlist("x-forwarded-for") for hop in line.split(",")]
+    n_trusted = trusted_proxies()
+    return hops[-n_trusted] if 0 < n_trusted <= len(hops) else str(request.client.host)
+
+
+def trusted_proxies() -> int:
+    """How many proxies stand before this app: as FLUXSAE_PROXIES says, else one on a Space and none elsewhere.
+
+    Raises:
+        FluxSaeError: it is not a whole number of at least 0.
+    """
+    text = os.environ.get("FLUXSAE_PROXIES", "").strip()
+    if not text:
+        return 1 if os.environ.get("SPACE_ID") else 0
+    if not (text.isascii() and text.isdigit()):
+        raise FluxSaeError(f"FLUXSAE_PROXIES is {text!r}; give how many proxies stand before this app, 0 for none.")
+    return int(text)
 
 
 def as_gradio_error(error: BaseException) -> BaseException:
@@ -51,15 +81,29 @@ def _gradio_error(text: str, *, title: str) -> BaseException:
 
 
 def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """The handler, with every exception turned into what a visitor may see. Generators stay generators."""
+    """The handler, with every exception turned into what a visitor may see.
+
+    A generator becomes an asynchronous one. It works on a thread, but holds none while it waits for FLUX: many may wait
+    without keeping others from browsing, and a cancel is heard at once.
+    """
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
-        def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            events, told = handler(*args, **kwargs), _NOTHING
             try:
-                yield from handler(*args, **kwargs)
+                while (item := await anyio.to_thread.run_sync(next, events, _NOTHING)) is not _NOTHING:
+                    if not isinstance(item, Pending):
+                        told = item
+                        yield item
+                        continue
+                    while not await item.mail.arrived(HEARTBEAT):
+                        if told is not _NOTHING:  # Gradio hears only here that the visitor has left
+                            yield told
             except Exception as error:
                 raise as_gradio_error(error) from error
+            finally:
+                events.close()
 
         return stream
 

@@ -25,7 +25,7 @@ from fluxsae.runs.tables import ImageTable
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.ui.serve.arguments import Limits
 from fluxsae.ui.serve.guard import current_visitor
-from fluxsae.ui.serve.lane import Done, FluxLane, Job, OnStep, StepDone
+from fluxsae.ui.serve.lane import Done, Event, FluxLane, Job, OnStep, StepDone
 from fluxsae.ui.serve.reading import Reading, read_image
 from fluxsae.ui.serve.visitors import VisitorLimits
 
@@ -243,7 +243,7 @@ class Workbench:
         """The run's own settings at another number of steps."""
         return replace(self.info.settings, num_inference_steps=num_inference_steps)
 
-    def read(self, prompt: str, seed: int, num_inference_steps: int) -> Iterator[StepDone | Done[Reading]]:
+    def read(self, prompt: str, seed: int, num_inference_steps: int) -> Iterator[Event[Reading]]:
         """An image and what fires in it at every hook point; repeated requests are answered at once."""
         return self.cached(ReadJob(prompt, seed, num_inference_steps))
 
@@ -252,25 +252,23 @@ class Workbench:
         found: Reading | None = self.cache.get(ReadJob(prompt, seed, num_inference_steps))
         return found
 
-    def cached(self, job: Any) -> Iterator[StepDone | Done[Any]]:
+    def cached(self, job: Any) -> Iterator[Event[Any]]:
         """The steps and result of a job (hashable data), or only its result where that is still kept.
 
-        What is made counts against the visitor's share, from its first step on: nothing that is kept or refused does.
+        What is made counts against the visitor's share, as far as it was made: nothing that is kept or refused does.
         """
         found = self.cache.get(job)
         if found is not None:
             yield Done(found)
             return
-        visitor = current_visitor()
-        self.visitors.check(visitor)
-        is_counted = False
-        for event in self.lane.stream(job, self):
-            if not is_counted:
-                self.visitors.take(visitor, self.images_of(job))
-                is_counted = True
-            if isinstance(event, Done):
-                self.cache.put(job, event.value, n_bytes=event.value.n_bytes)
-            yield event
+        with self.visitors.share(current_visitor(), self.images_of(job)) as share:
+            for event in self.lane.stream(job, self):
+                if isinstance(event, StepDone):
+                    share.made(event.step / event.n_steps)
+                elif isinstance(event, Done):
+                    share.made(1.0)
+                    self.cache.put(job, event.value, n_bytes=event.value.n_bytes)
+                yield event
 
     def images_of(self, job: Job) -> int:
         """How many images a job counts as: those it makes, or as many as its passes would make if those are more."""

@@ -6,7 +6,6 @@ import math
 import os
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -116,12 +115,11 @@ def run_job(source: str, job: "Job") -> Iterator[Any]:
 
     Refusals and faults are results too. Closed before its end, it returns when the job has stopped.
     """
-    from fluxsae.ui.serve.lane import in_executor
+    from fluxsae.ui.serve.lane import Done, FluxLane, StepDone
 
-    bench = _served[source].bench
-    with ThreadPoolExecutor(max_workers=1) as executor:
+    with contextlib.closing(FluxLane()) as lane, contextlib.closing(lane.stream(job, _served[source].bench)) as events:
         try:
-            yield from in_executor(executor, lambda on_step: job.run(bench, on_step))
+            yield from (event for event in events if isinstance(event, StepDone | Done))
         except FluxSaeError as error:
             yield Refused(str(error))
         except Exception as error:

@@ -57,11 +57,11 @@ class DirectionsDesk(Desk):
         card = cards[request.feature]
         return {
             **views.chip(cards, request.feature),
-            "rows": cards.info.rows,
-            "cols": cards.info.cols,
+            **views.thumb_grid(cards),
             "word": self.bench.word(request.hookpoint),
             "alignment": card.alignment,
-            "pictures": views.card_pictures(cards, card, limit=3),
+            "pictures": views.card_thumbs(cards, request.feature, limit=3),
+            "shown": [{"prompt": top.prompt, "seed": top.seed} for top in card.top_images[:3]],
             "near": [{**views.named(cards, other), "cosine": cosine} for other, cosine in self._near(request)],
             **self.frame(DirectionsRequest, request.model_dump(), tab="directions"),
         }

@@ -275,7 +275,7 @@ FS.define("fs-near", (root, data) => {
         `Features of ${data.hookpoint} (${data.word}) that write in a similar direction, by cosine of their decoder rows.`,
       pictures: [
         ...(chart ? [["the map of directions", chart.toDataURL("image/png"), "100%"]] : []),
-        ...drawn.map((canvas, at) => [FS.told(data.pictures[at]), canvas.toDataURL("image/png")]),
+        ...drawn.map((canvas, at) => [FS.told(data.shown[at]), canvas.toDataURL("image/png")]),
       ],
       measurement: {
         hookpoint: data.hookpoint,

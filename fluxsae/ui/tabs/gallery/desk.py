@@ -1,7 +1,6 @@
 """What the Gallery tab and its endpoints ask for, from the run folder alone."""
 
 import functools
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +14,9 @@ from fluxsae.pictures.heatmaps import overlay
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.kit.snippets import snippets
-from fluxsae.ui.serve.arguments import MAX_RESULTS
 from fluxsae.ui.serve.endpoints import Answers
+from fluxsae.ui.serve.pictures import thumbnail_url
 from fluxsae.ui.serve.schemas import FeatureRequest, SearchRequest
-from fluxsae.ui.serve.session import Workbench
 
 PAGE = 24
 """Cards shown at first, and added by each "show more"."""
@@ -37,45 +35,39 @@ CLASSES = {"any": "Any", "rare": "Rare", "common": "Common", "very common": "Ver
 class GalleryDesk(Desk):
     """The Gallery tab's questions, answered from the cards."""
 
-    def __init__(self, bench: Workbench) -> None:
-        super().__init__(bench)
-        self._lock = threading.Lock()
-
     def answers(self) -> Answers:
         """/search_features and /feature."""
         return {SearchRequest: functools.partial(views.search, self.bench), FeatureRequest: self.feature}
 
     def gallery(  # noqa: PLR0917 - the order of the tab's inputs
-        self, query: Any, hookpoint: Any, feature_class: Any, coherent_only: Any, sort: Any, shown: Any = PAGE
+        self, query: Any, hookpoint: Any, feature_class: Any, coherent_only: Any, sort: Any, start: Any = 0
     ) -> dict[str, Any]:
-        """The page's cards for a query and its filters."""
+        """A page of cards for a query and its filters, from the card `start` on; the summary counts all of them."""
         chosen_class = feature_class if feature_class in CLASSES else "any"
         chosen_sort = sort if sort in SORTS else "best"
-        n_shown = int(shown) if isinstance(shown, int) else PAGE
+        first = start if isinstance(start, int) and start > 0 else 0
         try:
-            request = SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=MAX_RESULTS)
-            with self._lock:  # what many ask for at once is found once
-                return self._gallery(request, chosen_class, bool(coherent_only), chosen_sort, n_shown)
+            request = SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=PAGE)
+            return self._gallery(request, chosen_class, bool(coherent_only), chosen_sort, first)
         except FluxSaeError as error:  # too long, or a number that no feature has
-            return {"rows": 0, "cols": 0, "summary": str(error), "cards": [], "more": None, "code": None}
+            return {"rows": 0, "cols": 0, "start": 0, "summary": str(error), "cards": [], "more": None, "code": None}
 
-    @functools.lru_cache(maxsize=32)  # noqa: B019 - one desk a page, for as long as it is served
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - one desk a page, for as long as it is served
     def _gallery(
-        self, request: SearchRequest, feature_class: str, coherent_only: bool, sort: str, shown: int
+        self, request: SearchRequest, feature_class: str, coherent_only: bool, sort: str, start: int
     ) -> dict[str, Any]:
         cards = self.bench.cards[request.hookpoint]
-        reasons = self._found(request)
+        reasons = self._found(request.hookpoint, request.query)
         kept = _passing(cards, list(reasons), feature_class, coherent_only)
-        chosen = _sorted(cards, kept, sort)
-        page = chosen[: min(int(shown), 20 * PAGE)]
-        left = len(chosen) - len(page)
+        page = _sorted(cards, kept, sort)[start : start + PAGE]
+        left = max(0, len(kept) - start - len(page))
         return {
-            "rows": cards.info.rows,
-            "cols": cards.info.cols,
+            **views.thumb_grid(cards),
+            "start": start,
             "summary": _summary_words(request.query, [reasons[feature] for feature in kept], len(cards)),
             "cards": [{**self._card(cards, feature), "reason": reasons[feature]} for feature in page],
-            "more": f"Show {min(PAGE, left)} more of {left}" if left else None,
-            "code": snippets(SearchRequest, {**request.model_dump(), "limit": PAGE}),
+            "more": f"Show {min(PAGE, left)} more of {left:,}" if left else None,
+            "code": snippets(SearchRequest, request.model_dump()),
         }
 
     def page(self, selection: Any) -> dict[str, Any]:
@@ -116,15 +108,14 @@ class GalleryDesk(Desk):
         ]
         return card.to_dict(), pictures
 
-    def _found(self, request: SearchRequest) -> dict[int, str]:
+    @functools.lru_cache(maxsize=16)  # noqa: B019 - one desk a page, for as long as it is served
+    def _found(self, hookpoint: str, query: str) -> dict[int, str]:
         """Feature -> why it was found, best first; every feature for an empty query."""
-        if not request.query:
-            return dict.fromkeys(self.bench.cards[request.hookpoint].ranked, "best")
-        return {hit["feature"]: hit["reason"] for hit in views.search(self.bench, request)}
+        found = views.hits(self.bench, hookpoint, query, limit=self.limits.hookpoints[hookpoint])
+        return {hit.feature: hit.reason for hit in found}
 
     def _card(self, cards: CardIndex, feature: int) -> dict[str, Any]:
-        pictures = views.card_pictures(cards, cards[feature], limit=THUMBS)
-        return {**views.chip(cards, feature), "pictures": pictures}
+        return {**views.chip(cards, feature), "pictures": views.card_thumbs(cards, feature, limit=THUMBS)}
 
 
 def _passing(cards: CardIndex, features: list[int], feature_class: str, coherent_only: bool) -> list[int]:
@@ -156,7 +147,7 @@ def _summary_words(query: str, reasons: Sequence[str], n_all: int) -> str:
     n_words, n_alike = reasons.count("words"), reasons.count("clip")
     parts = [f"{len(reasons) - n_words - n_alike:,} of {n_all:,} features match “{query}” by name"]
     parts += [f"{n_words:,} more by the captions of their best images"] if n_words else []
-    parts += [f"{n_alike:,} more by similarity of their images (CLIP)"] if n_alike else []
+    parts += [f"{n_alike:,} more are most similar by their images (CLIP)"] if n_alike else []
     return "; ".join(parts)
 
 
@@ -177,8 +168,13 @@ def _histogram(card: FeatureCard) -> dict[str, list[Any]]:
 
 
 def _silent(cards: CardIndex, image_id: int) -> dict[str, Any]:
-    row = cards.images[image_id]
-    return {"image": views.webp_url(row.thumbnail), "prompt": row.prompt, "seed": row.seed, "map": None}
+    images = cards.images
+    return {
+        "image": thumbnail_url(images, image_id),
+        "prompt": images.prompts[image_id],
+        "seed": images.seeds[image_id],
+        "map": None,
+    }
 
 
 def sentence(card: FeatureCard) -> str:

@@ -52,9 +52,10 @@ def build_gallery_tab(desk: GalleryDesk, shell: Shell, tab: gr.Tab) -> None:
         elem_id="gallery-cards",
     )
     shown = gr.State(PAGE)
+    """Cards on the page, from which on the next ones are asked for."""
 
     def more(shown: int, query: Any, place: Any, kind: Any, coherent: Any, sort: Any) -> Any:  # noqa: PLR0917 - inputs
-        return desk.gallery(query, place, kind, coherent, sort, shown + PAGE), shown + PAGE
+        return desk.gallery(query, place, kind, coherent, sort, shown), shown + PAGE
 
     def why(chosen: gr.EventData) -> Iterator[Any]:
         yield from with_progress(words.silence(chosen._data), makes="gallery-silence")

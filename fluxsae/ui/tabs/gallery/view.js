@@ -37,18 +37,18 @@ FS.pictures = (pictures, { rows, cols, colour, words }) =>
     }),
   );
 
+// A page of cards. One that begins later than the first is put behind those that are there.
 FS.define("fs-gallery", (root, data) => {
+  const grid = data.start && root.grid ? root.grid : (root.grid = FS.el("div", { class: "fs-grid" }));
   root.append(FS.el("p", { class: "fs-quiet", role: "status", text: data.summary }));
-  if (!data.cards.length) {
+  if (!data.cards.length && !data.start) {
     root.append(
       FS.el("p", { text: "Nothing matches. Remove a filter, or search for a colour, a shape or a number." }),
     );
     return;
   }
-  root.append(FS.el(
-    "div",
-    { class: "fs-grid" },
-    data.cards.map((card) =>
+  grid.append(
+    ...data.cards.map((card) =>
       FS.card(card, {
         rows: data.rows,
         cols: data.cols,
@@ -62,7 +62,8 @@ FS.define("fs-gallery", (root, data) => {
         onopen: (chosen) => FS.emit(root, "select", { hookpoint: chosen.hookpoint, feature: chosen.feature }),
       })
     ),
-  ));
+  );
+  root.append(grid);
   if (data.more) {
     root.append(
       FS.el(
@@ -72,7 +73,10 @@ FS.define("fs-gallery", (root, data) => {
           class: "fs-button",
           type: "button",
           text: data.more,
-          onclick: () => FS.emit(root, "more", {}),
+          onclick: (event) => {
+            event.currentTarget.disabled = true; // until the next page is there
+            FS.emit(root, "more", {});
+          },
         }),
       ),
     );

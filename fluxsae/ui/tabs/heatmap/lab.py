@@ -23,6 +23,7 @@ from fluxsae.features.firing import (
 from fluxsae.pictures.heatmaps import feature_colour, overlay, token_heatmap
 from fluxsae.ui.kit import views
 from fluxsae.ui.serve.arguments import MAX_RESULTS
+from fluxsae.ui.serve.pictures import thumbnail_url
 from fluxsae.ui.serve.reading import Reading
 
 PER_PATCH = 4
@@ -111,7 +112,7 @@ def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
     shown = [fired(cards, f, float(heat[f].max()) * cards.features[f].max_act) for f in features]
     return {
         "kind": "example",
-        "image": views.webp_url(row.thumbnail),
+        "image": thumbnail_url(cards.images, image_id),
         "prompt": row.prompt,
         "seed": row.seed,
         "num_inference_steps": cards.info.settings.num_inference_steps,

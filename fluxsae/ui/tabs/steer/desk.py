@@ -14,6 +14,7 @@ from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, Picture, then
 from fluxsae.ui.serve.arguments import shortened
 from fluxsae.ui.serve.endpoints import Answers
+from fluxsae.ui.serve.pictures import made_url, thumbnail_url
 from fluxsae.ui.serve.schemas import SearchRequest, SteerRequest, SweepRequest
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.steer import words
@@ -87,13 +88,13 @@ class SteerDesk(Desk):
         image_id, _ = best_example(cards, SUGGESTED)
         if image_id is None:
             return {}
-        row = cards.images[image_id]
+        images = cards.images
         return {
             "kind": "example",
-            "pictures": [views.webp_url(row.thumbnail)],
+            "pictures": [thumbnail_url(images, image_id)],
             "panels": [],
-            "prompt": row.prompt,
-            "seed": row.seed,
+            "prompt": images.prompts[image_id],
+            "seed": images.seeds[image_id],
             "words": "Choose a feature. FLUX then makes this image again with the feature steered.",
         }
 
@@ -276,7 +277,7 @@ class SteerDesk(Desk):
             "words": words.result_words(list(zip(sliders, request.edits, strict=True))),
             "measurement": measured[0],
             "random_measurement": measured[1],
-            "png": views.base64_text(png_bytes(after, [recipe])),
+            "png": made_url(png_bytes(after, [recipe]), kind="png"),
             "recipe": recipe.to_dict(),
             "notices": [
                 *views.notices(steered.unread, before),

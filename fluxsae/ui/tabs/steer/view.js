@@ -580,7 +580,7 @@ FS.define("fs-result", (root, data) => {
           recipe: data.recipe,
           measurement: data.measurement,
         }),
-        download("fluxsae.png", `data:image/png;base64,${data.png}`, "Image with recipe"),
+        download("fluxsae.png", data.png, "Image with recipe"),
         recipe,
       ),
       FS.code(data.code),
