@@ -192,10 +192,11 @@ class CardIndex:
     def named(self) -> dict[str, list[int]]:
         """The features of each label, best ranked first, whose label is trusted at least by half."""
         found: dict[str, list[int]] = {}
+        is_trusted = (self._floats("label_confidence") >= 0.5) & (self.max_acts > 0)
         for feature in self.ranked:
-            row = self.features[feature]
-            if row.label and (row.label_confidence or 0.0) >= 0.5 and row.max_act > 0:
-                found.setdefault(row.label, []).append(feature)
+            label = self.labels[feature]
+            if label and is_trusted[feature]:
+                found.setdefault(label, []).append(feature)
         return found
 
     def label_confidence_at(

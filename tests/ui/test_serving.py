@@ -22,10 +22,12 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.ui.kit.shell import with_progress
-from fluxsae.ui.serve.guard import guarded, visitor_of
+from fluxsae.ui.serve.guard import guarded, visitor_of, without_folders
 from fluxsae.ui.serve.lane import Cancelled, Done, FluxLane, Pending, StepDone, Waiting
-from fluxsae.ui.serve.session import ReadJob, ResultCache, Workbench, open_workbench
+from fluxsae.ui.serve.session import ReadJob, ResultCache, Workbench
+from fluxsae.ui.serve.shelf import open_shelf
 from fluxsae.ui.serve.visitors import MAX_PENDING, WINDOW, VisitorLimits
+from fluxsae.ui.tabs.gallery.desk import GalleryDesk
 from fluxsae.ui.tabs.steer.job import SteerJob
 
 
@@ -258,10 +260,11 @@ def test_browsing_never_imports_diffusers(bench: Workbench) -> None:
         "from fluxsae.runs.folder import RunFolder\n"
         "from fluxsae.ui.serve.session import Workbench\n"
         "from fluxsae.ui.build import build_app\n"
+        "from fluxsae.ui.serve.shelf import Shelf\n"
         "from fluxsae.ui.tabs.gallery.desk import GalleryDesk\n"
         "from fluxsae.ui.tabs.directions.desk import DirectionsDesk\n"
         f"bench = Workbench(RunFolder({str(bench.run.path)!r}))\n"
-        "build_app(bench)\n"
+        "build_app(Shelf([bench]))\n"
         f"chosen = {{'hookpoint': {LATE!r}, 'feature': 3}}\n"
         "assert GalleryDesk(bench).page(chosen) and DirectionsDesk(bench).near(chosen)\n"
         f"assert DirectionsDesk(bench).map({LATE!r})\n"
@@ -274,15 +277,57 @@ def test_browsing_never_imports_diffusers(bench: Workbench) -> None:
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
-def test_a_run_that_cannot_be_served_gives_the_miniature_and_says_why(
+def test_a_run_whose_flux_is_not_here_can_be_browsed_and_says_once_what_cannot_be_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole_run.build(tmp_path / "run", flux_id="black-forest-labs/FLUX.1-dev")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    bench = open_workbench(str(tmp_path / "run"))
-    assert bench.is_miniature
+    shelf = open_shelf(str(tmp_path / "run"))
+    assert list(shelf.runs) == ["run", "miniature"], "so that something can be painted"
+    bench = shelf.first
     assert "needs a GPU" in bench.notice
-    assert open_workbench("no/such/folder/here").notice.startswith("no/such/folder/here cannot be used here")
+    assert GalleryDesk(bench).gallery("", LATE, "any", False, "best")["cards"]
+    with pytest.raises(FluxSaeError, match="needs a GPU"):
+        next(bench.read("a circle", 0, 20))
+
+
+@pytest.mark.parametrize("missing", ["no/such/folder/here", "/srv/runs/mine", "./mine", "mine"])
+def test_a_folder_that_is_not_there_is_said_to_be_missing_and_not_sought_on_the_hub(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fluxsae.publishing.publish.pull_run", lambda *_: pytest.fail("the Hub was asked"))
+    shelf = open_shelf(missing)
+    assert shelf.first.is_miniature
+    assert "no such folder" in shelf.first.notice
+    assert "/srv" not in shelf.first.notice
+
+
+def test_runs_stand_side_by_side_and_one_that_is_lost_is_told_on_the_first(tmp_path: Path) -> None:
+    for folder in ("one", "other/one"):
+        whole_run.build(tmp_path / folder, n_images=8)
+    shelf = open_shelf(f"{tmp_path / 'one'}, {tmp_path / 'gone'}, {tmp_path / 'other/one'}")
+    assert list(shelf.runs) == ["one", "one-2"]
+    assert "gone cannot be shown here" in shelf.first.notice
+    assert str(tmp_path) not in shelf.first.notice
+    first, second = shelf.runs.values()
+    assert second.lane is first.lane
+    assert second.fluxes is first.fluxes
+    assert shelf.pick(None) is first
+    with pytest.raises(FluxSaeError, match="run is 'two'; give one of one, one-2"):
+        shelf.pick("two")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/srv/my runs/a/features.parquet lacks a column", "features.parquet lacks a column"),
+        ("read ~/.cache/huggingface/hub/x.json, or /tmp/y/z", "read x.json, or z"),
+        ("see https://huggingface.co/a/b and /steer", "see https://huggingface.co/a/b and /steer"),
+        ("transformer_blocks.3.ff of user/name", "transformer_blocks.3.ff of user/name"),
+    ],
+)
+def test_no_folder_of_this_machine_is_shown(text: str, shown: str) -> None:
+    assert without_folders(text) == shown
 
 
 def test_progress_names_what_is_dimmed_until_it_is_made() -> None:

@@ -43,10 +43,14 @@ class Desk:
     def frame(self, schema: type[Request], values: Mapping[str, Any], *, tab: str) -> dict[str, Any]:
         """What stands beside every view: the same as code, as a link, and the versions behind it."""
         return {
-            "code": snippets(schema, {**schema.defaults(self.limits), **values}),
+            "code": self.code(schema, values),
             "link": encode_view({"tab": tab, **values}),
             "versions": dict(self.bench.versions),
         }
+
+    def code(self, schema: type[Request], values: Mapping[str, Any]) -> dict[str, str]:
+        """The call of an endpoint with these values, and else its defaults."""
+        return snippets(schema, {**schema.defaults(self.limits), **values}, run=self.bench.asked_as)
 
     def readings(self, *pictures: Picture) -> Events[list[Reading]]:
         """What fires in each of some pictures, their steps counted together."""

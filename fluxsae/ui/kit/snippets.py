@@ -11,9 +11,11 @@ ORIGIN = "__ORIGIN__"
 """Stands for this page's address; the page puts its own in when it shows the code."""
 
 
-def snippets(schema: type[Request], values: Mapping[str, Any]) -> dict[str, str]:
-    """The call of an endpoint with these values in each language."""
+def snippets(schema: type[Request], values: Mapping[str, Any], *, run: str | None = None) -> dict[str, str]:
+    """The call of an endpoint with these values in each language; `run` is None for the first on the shelf."""
     arguments = {name: values[name] for name in schema.model_fields if name in values}
+    if run is not None:
+        arguments["run"] = run
     return {
         "Python": python_call(schema.endpoint, arguments, schema.result_names()),
         "curl": curl_call(schema.endpoint, arguments),

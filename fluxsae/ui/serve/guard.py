@@ -5,6 +5,7 @@ import html
 import inspect
 import logging
 import os
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Final
@@ -14,15 +15,16 @@ import gradio as gr
 from gradio.context import LocalContext
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.ui.serve.arguments import Limits
 from fluxsae.ui.serve.lane import Pending
-from fluxsae.ui.serve.schemas import Request, RequestError
+from fluxsae.ui.serve.schemas import RequestError
 
 log = logging.getLogger("fluxsae.app")
 
 HEARTBEAT: Final = 2.0
 """Seconds after which a visitor who waits is told the same again."""
 _NOTHING: Final = object()
+FOLDERS: Final = re.compile(r"(?<![\w:/.])~?/(?:[\w.+@~ -]+/)+(?=[\w.+@-])")
+"""The folders of an absolute path; no part of an address of the web or of an endpoint's name."""
 
 
 def current_visitor() -> str:
@@ -65,13 +67,18 @@ def trusted_proxies() -> int:
 def as_gradio_error(error: BaseException) -> BaseException:
     """What the visitor sees of an exception."""
     if isinstance(error, FluxSaeError):
-        return _gradio_error(str(error), title="That did not work")
+        return _gradio_error(without_folders(str(error)), title="That did not work")
     if isinstance(error, gr.Error) or not isinstance(error, Exception):
         return error
     reference = secrets.token_hex(4)
     log.error("reference %s", reference, exc_info=error)
     text = f"Something failed on our side. Please try again. If it fails again, report the reference {reference}."
     return _gradio_error(text, title="Our mistake")
+
+
+def without_folders(text: str) -> str:
+    """A text in which paths of this machine are shortened to their last names: visitors need not know its folders."""
+    return FOLDERS.sub("", text)
 
 
 def _gradio_error(text: str, *, title: str) -> BaseException:
@@ -117,13 +124,15 @@ def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def validator(schema: type[Request], limits: Limits, names: Sequence[str]) -> Callable[..., list[Mapping[str, Any]]]:
-    """A Gradio validator for a schema: runs before the queue, for the page, HTTP and MCP alike."""
+def validator(
+    parse: Callable[[Mapping[str, Any]], Any], names: Sequence[str]
+) -> Callable[..., list[Mapping[str, Any]]]:
+    """A Gradio validator of what `parse` refuses: runs before the queue, for the page, HTTP and MCP alike."""
 
     def validate(*values: Any) -> list[Mapping[str, Any]]:
         problems: dict[str, str] = {}
         try:
-            schema.parse(limits, **dict(zip(names, values, strict=True)))
+            parse(dict(zip(names, values, strict=True)))
         except RequestError as error:
             problems = error.problems
         return [gr.validate(name not in problems, problems.get(name, "")) for name in names]

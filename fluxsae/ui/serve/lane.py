@@ -124,7 +124,7 @@ class FluxLane:
         """Those whose jobs are not done, in the order of their turn."""
         self._lock = threading.Lock()
         self._n_loading = 0
-        self.stream_job: Callable[[Job], Iterator[Any]] | None = None
+        self.stream_job: Callable[[Job, Any], Iterator[Any]] | None = None
         """Set where jobs run in another process (ZeroGPU)."""
 
     def stream(self, job: Job, bench: Any) -> Generator[Event[Any], None, None]:
@@ -136,7 +136,7 @@ class FluxLane:
             FluxSaeError: too many wait.
         """
         if self.stream_job is not None:
-            yield from self.stream_job(job)
+            yield from self.stream_job(job, bench)
             return
         mail, cancelled = Mail(), threading.Event()
         self._join(mail)

@@ -71,8 +71,10 @@ class Request(BaseModel):
         Raises:
             RequestError: a value is out of range; the message names field, value and allowed range.
         """
+        decided = {name for name, field in cls.model_fields.items() if isinstance(field.default, OfRun)}
+        given = {name: value for name, value in values.items() if value is not None or name not in decided}
         try:
-            return cls.model_validate({**cls.defaults(limits), **values}, context=limits)
+            return cls.model_validate({**cls.defaults(limits), **given}, context=limits)
         except ValidationError as error:
             raise RequestError({str(item["loc"][0]): _message(item) for item in error.errors()}) from None
 
@@ -88,6 +90,12 @@ class Request(BaseModel):
         return {
             name: getattr(limits, value.name) if isinstance(value, OfRun) else value for name, value in given.items()
         }
+
+    @classmethod
+    def fixed_defaults(cls) -> dict[str, Any]:
+        """Argument -> default, of those that are the same in every run."""
+        given = {name: field.default for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in given.items() if not isinstance(value, OfRun)}
 
     @classmethod
     def properties(cls) -> dict[str, dict[str, Any]]:

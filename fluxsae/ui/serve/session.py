@@ -3,12 +3,13 @@
 import functools
 import logging
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -24,13 +25,17 @@ from fluxsae.runs.folder import RunFolder, library_versions
 from fluxsae.runs.tables import ImageTable
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.ui.serve.arguments import Limits
-from fluxsae.ui.serve.guard import current_visitor
+from fluxsae.ui.serve.guard import current_visitor, without_folders
 from fluxsae.ui.serve.lane import Done, Event, FluxLane, Job, OnStep, StepDone
 from fluxsae.ui.serve.reading import Reading, read_image
 from fluxsae.ui.serve.visitors import VisitorLimits
 
 log = logging.getLogger("fluxsae.app")
 
+EMBEDDED: Final = "embedded"
+"""Source of the miniature's own run."""
+INSTEAD: Final = " This page shows the miniature instead."
+HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 CACHE_BYTES = 64 * 2**20
 CACHE_ENTRIES = 48
 UNRELATED_PAIRS = 8
@@ -68,6 +73,27 @@ class ResultCache:
         return sum(n_bytes for _, n_bytes in self._entries.values())
 
 
+class LoadedFlux:
+    """The FLUX models in memory: one at a time, since a GPU holds no two of FLUX.1-dev's size."""
+
+    def __init__(self, *, most: int = 1) -> None:
+        self.most = most
+        self._pipes: OrderedDict[tuple[str | None, ...], Any] = OrderedDict()
+
+    def get(self, source: str, revision: str | None, device: str, dtype: str | None) -> Any:
+        """A model, loaded unless it is there; others make room first."""
+        key = (source, revision, device, dtype)
+        if key not in self._pipes:
+            from fluxsae.flux import load_flux
+
+            while len(self._pipes) >= self.most:
+                self._pipes.popitem(last=False)
+            log.info("loading FLUX %s on %s", source, device)
+            kind = getattr(torch, dtype) if dtype else None
+            self._pipes[key] = load_flux(source, revision=revision, device=device, dtype=kind)
+        return self._pipes[key]
+
+
 @dataclass(frozen=True)
 class ReadJob:
     """Make an image and read every hook point on the way."""
@@ -100,7 +126,12 @@ class Workbench:
     def __init__(self, run: RunFolder, *, source: str = "", notice: str = "") -> None:
         self.run = run
         self.source = source or str(run.path)
+        self.name = _run_name(self.source)
         self.notice = notice
+        self.asked_as: str | None = None
+        """What endpoints take as `run` for it; None where it is the first on the shelf."""
+        self.lacks_flux = ""
+        """Why no FLUX can be run for it, if none can."""
         self.info = run.load_info()
         self.hookpoints = [str(hookpoint) for hookpoint in run.hookpoints()]
         self.cards: dict[str, CardIndex] = {name: CardIndex(run, name) for name in self.hookpoints}
@@ -114,6 +145,7 @@ class Workbench:
         self.lane = FluxLane()
         self.visitors = VisitorLimits.from_environment()
         self.cache = ResultCache()
+        self.fluxes = LoadedFlux()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
@@ -156,16 +188,12 @@ class Workbench:
             for name in self.hookpoints
         }
 
-    @functools.cached_property
+    @property
     def pipe(self) -> Any:
         """FLUX; loading takes seconds (the miniature) to minutes (FLUX.1-dev). Used inside the lane only."""
-        from fluxsae.flux import load_flux
-
-        log.info("loading FLUX %s on %s", self.flux_source, self.device)
         # As the run was made, where it says so: thresholds and card values belong to that rounding.
-        dtype = getattr(torch, self.info.dtype) if self.info.dtype else None
         revision = None if self.has_local_flux else self.info.flux_revision
-        return load_flux(self.flux_source, revision=revision, device=self.device, dtype=dtype)
+        return self.fluxes.get(self.flux_source, revision, self.device, self.info.dtype)
 
     @property
     def embedder(self) -> ImageEmbedder | None:
@@ -237,7 +265,7 @@ class Workbench:
     def versions(self) -> dict[str, str]:
         """What made the pictures: libraries, run and FLUX."""
         flux = f"{self.info.flux_id}@{self.info.flux_revision}" if self.info.flux_revision else self.info.flux_id
-        return {"run": self.source, "FLUX": flux, "device": self.device, **library_versions()}
+        return {"run": self.name, "FLUX": without_folders(flux), "device": self.device, **library_versions()}
 
     def settings(self, num_inference_steps: int) -> GenerationSettings:
         """The run's own settings at another number of steps."""
@@ -261,6 +289,8 @@ class Workbench:
         if found is not None:
             yield Done(found)
             return
+        if self.lacks_flux:
+            raise FluxSaeError(f"This needs FLUX. {self.lacks_flux[:1].upper()}{self.lacks_flux[1:]}")
         with self.visitors.share(current_visitor(), self.images_of(job)) as share:
             for event in self.lane.stream(job, self):
                 if isinstance(event, StepDone):
@@ -288,13 +318,10 @@ class Workbench:
 
     @property
     def _runs_flux(self) -> bool:
-        return self.has_local_flux or self.device != "cpu"
+        return not self.lacks_flux and (self.has_local_flux or self.device != "cpu")
 
     def warm_up(self) -> None:
-        """Loads what the first visitor would wait for, in the background: FLUX in its lane first, then CLIP."""
-        threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
-
-    def _warm_up(self) -> None:
+        """Loads what the first visitor would wait for: FLUX in its lane first, then CLIP."""
         try:
             if self._runs_flux:
                 self.lane.call(self.load_models)
@@ -303,28 +330,54 @@ class Workbench:
             log.exception("warming up failed")
 
 
+def _run_name(source: str) -> str:
+    """What a run is called on the page and by `run`: its Hub repository, or the name of its folder, never the path."""
+    if source == EMBEDDED:
+        return "miniature"
+    return source if HUB_ID.fullmatch(source) and not Path(source).is_dir() else Path(source).resolve().name
+
+
 def open_workbench(source: str | None = None) -> Workbench:
     """The run that `source` or the environment variable FLUXSAE_RUN names; the embedded miniature where neither does.
 
-    `source` is a folder or a Hub repository, with `@revision` if wanted. Where it cannot be used here (no token, no
-    licence accepted, no GPU, no network), the miniature is opened and `notice` says why and what lifts the limit.
+    `source` is a folder or a Hub repository, with `@revision` if wanted. Where the run cannot be had, the miniature is
+    opened in its place; where only its FLUX cannot, the run can be browsed. `notice` says why and what lifts the limit.
     """
     wanted = source if source is not None else os.environ.get("FLUXSAE_RUN", "").strip()
     if not wanted:
-        return Workbench(RunFolder(miniature_path("run")), source="embedded")
+        return embedded_workbench()
     try:
         bench = Workbench(_fetch_run(wanted), source=wanted)
-        require_flux(bench)
     except FluxSaeError as error:
         log.warning("%s cannot be served: %s", wanted, error)
-        notice = f"{wanted} cannot be used here: {error} This page shows the miniature instead."
-        return Workbench(RunFolder(miniature_path("run")), source="embedded", notice=notice)
+        return embedded_workbench(
+            notice=f"{without_folders(wanted)} cannot be shown here: {without_folders(str(error))}{INSTEAD}"
+        )
+    try:
+        require_flux(bench)
+    except FluxSaeError as error:
+        log.warning("FLUX of %s cannot be run: %s", wanted, error)
+        bench.lacks_flux = without_folders(str(error))
+        bench.notice = (
+            f"No images can be made of this run here: {bench.lacks_flux} Gallery, Directions and all that was recorded "
+            "work; painting, comparing and steering do not."
+        )
     return bench
 
 
+def embedded_workbench(*, notice: str = "") -> Workbench:
+    """The miniature's own run."""
+    return Workbench(RunFolder(miniature_path("run")), source=EMBEDDED, notice=notice)
+
+
 def _fetch_run(wanted: str) -> RunFolder:
-    if Path(wanted).is_dir():
-        return RunFolder(wanted)
+    if Path(wanted).expanduser().is_dir():
+        return RunFolder(Path(wanted).expanduser())
+    if not HUB_ID.fullmatch(wanted):
+        raise FluxSaeError(
+            "there is no such folder on this machine, and it is no name of a Hub repository (user/name, or "
+            "user/name@revision)."
+        )
     from fluxsae.publishing.publish import pull_run
 
     return pull_run(wanted)
@@ -334,11 +387,16 @@ def require_flux(bench: Workbench) -> None:
     """Refuses a run whose FLUX cannot be loaded here, before a visitor waits for it.
 
     Raises:
-        FluxSaeError: no GPU, no access, or no network; the message says what to do.
+        FluxSaeError: no SAE, no GPU, no access, or no network; the message says what to do.
     """
+    missing = [name for name in bench.hookpoints if not bench.run.has_sae(name)]
+    if missing:
+        raise FluxSaeError(f"it holds no SAE of {', '.join(missing)}; copy the folder sae/ of the run as well.")
     flux_id = bench.flux_source
     if bench.has_local_flux:
         return
+    if Path(flux_id).is_absolute():
+        raise FluxSaeError(f"its FLUX, {Path(flux_id).name}, is a folder of another machine; set FLUXSAE_FLUX to one.")
     if bench.device == "cpu" and not os.environ.get("SPACES_ZERO_GPU"):
         raise FluxSaeError(f"its FLUX, {flux_id}, needs a GPU with 48 GB, and this machine has none.")
     _require_access(flux_id, bench.info.flux_revision)

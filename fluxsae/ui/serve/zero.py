@@ -85,6 +85,9 @@ def serve(bench: "Workbench") -> None:
     """
     import spaces
 
+    from fluxsae.ui.serve.shelf import MAX_RUNS
+
+    bench.fluxes.most = MAX_RUNS  # each process that the GPU is lent to has all of them
     _ = (bench.pipe, bench.saes, bench.distance, bench.embedder, bench.token_limits)
     _served[bench.source] = Served(
         bench,
@@ -92,7 +95,7 @@ def serve(bench: "Workbench") -> None:
         pass_seconds=max(LEAST_PASS_SECONDS, pass_operations(bench) / OPERATIONS),
     )
     lent = spaces.GPU(duration=seconds_of)(run_job)
-    bench.lane.stream_job = lambda job: _stream(lent, bench.source, job)
+    bench.lane.stream_job = lambda job, bench: _stream(lent, bench.source, job)
 
 
 def seconds_of(source: str, job: "Job") -> int:

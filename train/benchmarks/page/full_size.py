@@ -15,9 +15,10 @@ from PIL import Image
 from fluxsae.features.analysis import AnalysisConfig, feature_class
 from fluxsae.features.layers import LayerComparison
 from fluxsae.files import save_tensors
-from fluxsae.flux import load_flux, schedule_sigmas, token_grid
+from fluxsae.flux import flux_identity, load_flux, schedule_sigmas, token_grid
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.pictures.perceptual import load_embedder
 from fluxsae.runs.folder import RunFolder, RunInfo
 from fluxsae.runs.tables import HEATMAPS_SCHEMA, Embeddings, FeatureTable, ImageRow, encode_webp
 from fluxsae.sae.config import SaeConfig, TrainedOn
@@ -48,11 +49,14 @@ def build_run(
     """Every file that the page reads."""
     rng = np.random.default_rng(seed)
     pipe = load_flux(str(flux))
-    grid, sigmas = token_grid(pipe, settings), schedule_sigmas(pipe, settings)
+    grid, sigmas, identity = token_grid(pipe, settings), schedule_sigmas(pipe, settings), flux_identity(pipe)
     run, steps = RunFolder(folder), (settings.num_inference_steps // 2,)
     hookpoints = ("transformer_blocks.0.ff", "transformer_blocks.1.ff")
     info = RunInfo(
-        flux_id=str(flux),
+        flux_id=identity.flux_id,
+        flux_revision=identity.flux_revision,
+        flux_weights=identity.flux_weights,
+        adapters=identity.adapters,
         settings=settings,
         hookpoints=hookpoints,
         steps=steps,
@@ -63,11 +67,15 @@ def build_run(
     )
     run.save_info(info)
     run.save_images(_images(rng, n_images))
-    vectors = rng.standard_normal((n_images, 512)).astype(np.float32)
-    run.save_embeddings(Embeddings(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), "openai:ViT-B-32"))
+    width = load_embedder("miniature").embed_texts(["a"]).shape[1]
+    vectors = rng.standard_normal((n_images, width)).astype(np.float32)
+    run.save_embeddings(Embeddings(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), "miniature"))
     for number, name in enumerate(hookpoints):
         trained_on = TrainedOn(
             flux_id=info.flux_id,
+            flux_revision=info.flux_revision,
+            flux_weights=info.flux_weights,
+            adapters=info.adapters,
             hookpoint=name,
             steps=info.steps,
             sigmas=info.sigmas,

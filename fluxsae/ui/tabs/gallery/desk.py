@@ -13,7 +13,6 @@ from fluxsae.features.cards import CardIndex, CardNeighbour, FeatureCard
 from fluxsae.pictures.heatmaps import overlay
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk
-from fluxsae.ui.kit.snippets import snippets
 from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.pictures import thumbnail_url
 from fluxsae.ui.serve.schemas import FeatureRequest, SearchRequest
@@ -67,7 +66,7 @@ class GalleryDesk(Desk):
             "summary": _summary_words(request.query, [reasons[feature] for feature in kept], len(cards)),
             "cards": [{**self._card(cards, feature), "reason": reasons[feature]} for feature in page],
             "more": f"Show {min(PAGE, left)} more of {left:,}" if left else None,
-            "code": snippets(SearchRequest, request.model_dump()),
+            "code": self.code(SearchRequest, request.model_dump()),
         }
 
     def page(self, selection: Any) -> dict[str, Any]:

@@ -46,13 +46,18 @@ def build_gallery_tab(desk: GalleryDesk, shell: Shell, tab: gr.Tab) -> None:
     silence = gr.HTML(None, html_template=element("fs-silence"), js_on_load=mount(), elem_id="gallery-silence")
     inputs = [query, hookpoint, kind, coherent, sort]
     gallery = gr.HTML(
-        desk.gallery("", bench.limits.default_hookpoint, "any", False, "best"),
+        None,
         html_template=element("fs-gallery"),
         js_on_load=mount(select="select", more="expand"),
         elem_id="gallery-cards",
     )
     shown = gr.State(PAGE)
     """Cards on the page, from which on the next ones are asked for."""
+
+    # after the page is there: what a tab behind the first shows need not come with it
+    shell.app.load(
+        lambda: desk.gallery("", bench.limits.default_hookpoint, "any", False, "best"), None, gallery, **QUIET
+    )
 
     def more(shown: int, query: Any, place: Any, kind: Any, coherent: Any, sort: Any) -> Any:  # noqa: PLR0917 - inputs
         return desk.gallery(query, place, kind, coherent, sort, shown), shown + PAGE

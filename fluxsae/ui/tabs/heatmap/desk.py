@@ -9,7 +9,6 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import Fired, features_at, ranked_features
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, then
-from fluxsae.ui.kit.snippets import snippets
 from fluxsae.ui.serve.arguments import MAX_RESULTS
 from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.reading import Reading
@@ -173,7 +172,7 @@ class HeatmapDesk(Desk):
             **request.model_dump(),
             "at": time.monotonic(),  # asked again, it is told again
             "features": [fired_chip(cards, feature) for feature in shown],
-            "code": snippets(FeaturesAtRequest, request.model_dump()),
+            "code": self.code(FeaturesAtRequest, request.model_dump()),
         }
 
     def _why(self, request: ExplainRequest, found: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +188,7 @@ class HeatmapDesk(Desk):
                 for each in found["features"]
             ],
             "places": [{**each, "place": self.bench.word(each["hookpoint"])} for each in found["hookpoints"]],
-            "code": snippets(ExplainRequest, request.model_dump()),
+            "code": self.code(ExplainRequest, request.model_dump()),
         }
 
 

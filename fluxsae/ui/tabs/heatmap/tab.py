@@ -46,11 +46,13 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
         elem_classes="fs-progress",
     )
     lab = gr.HTML(
-        desk.example(bench.limits.default_hookpoint),
+        None,
         html_template=element("fs-lab"),
         js_on_load=mount(select="select", patch="submit", steer="edit", page="expand", why="apply"),
         elem_id="heatmap-lab",
     )
+    # on its own: with FLUX.1-dev's maps it is as large as the rest of the page
+    shell.app.load(lambda: desk.example(bench.limits.default_hookpoint), None, lab, **QUIET)
     patch = gr.HTML(None, html_template=element("fs-patch"), js_on_load=mount(), elem_id="heatmap-patch")
     why = gr.HTML(None, html_template=element("fs-why"), js_on_load=mount(), elem_id="heatmap-why")
     with gr.Accordion("Compare with another prompt: what differs?", open=False, elem_id="heatmap-compare"):

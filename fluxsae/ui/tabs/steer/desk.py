@@ -201,6 +201,11 @@ class SteerDesk(Desk):
         alike = self._kinds.alike(str(name), least=ALIKE)
         return [other for other in alike if other in self.names] or [other for other in self.names if other != name]
 
+    def kin_with(self, name: Any, other: Any) -> list[str]:
+        """The names that are used like one, and one that is on screen in any case."""
+        kin = self.kin(name) if name in self.names else []
+        return [*kin, *(one for one in (other,) if one in self.names and one not in kin)]
+
     def swap(self, prompt: Any, seed: Any, steps: Any, old: Any, new: Any) -> Events[Filled]:
         """Steps, then prompt, seed, steps and the sliders that put one name in place of another."""
         for name in (old, new):
