@@ -13,17 +13,20 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.ui.serve.arguments import (
+    FIRST_HOOKPOINT,
     RUN_HOOKPOINT,
     RUN_STEPS,
     Column,
     Edits,
     Feature,
     HookPointPath,
+    Label,
     Limit,
     Limits,
     Mode,
     OfRun,
     OneStep,
+    OtherHookPoint,
     PatchColumn,
     PatchRow,
     Prompt,
@@ -243,6 +246,74 @@ class DirectionsRequest(Request):
     hookpoint: HookPointPath = RUN_HOOKPOINT
     feature: Feature
     n_neighbours: Limit = 12
+
+
+class LayersRequest(Request):
+    """Matches the features of two hook points by the images that they fire on, and names what each has alone."""
+
+    endpoint = "layers"
+    results = (
+        Result(
+            "comparison",
+            "json",
+            "Matched features with their correlation, features of each hook point without a counterpart, how many of "
+            "each there are, and the correlation by chance.",
+        ),
+    )
+    hookpoint: HookPointPath = FIRST_HOOKPOINT
+    other: OtherHookPoint = RUN_HOOKPOINT
+    limit: Limit = 20
+
+
+class CompareRequest(PictureRequest):
+    """Makes the images of two prompts at one seed, and finds the features that differ most between them."""
+
+    endpoint = "compare"
+    results = (
+        Result("features", "json", "Features with their share of their maximum in each image; most different first."),
+        Result("image", "image", "The image of the first prompt."),
+        Result("other_image", "image", "The image of the other prompt."),
+    )
+    prompt: Prompt
+    other: Prompt
+    hookpoint: HookPointPath = RUN_HOOKPOINT
+    seed: Seed = 0
+    num_inference_steps: Steps = RUN_STEPS
+    limit: Limit = 12
+
+
+class SilenceRequest(Request):
+    """Makes a feature's best image again without each word of its caption in turn, and measures what is left of it."""
+
+    endpoint = "silence"
+    results = (
+        Result("words", "json", "Prompt, seed, and for each word the share of the feature's peak that is left."),
+        Result("images", "gallery", "The image of the whole prompt, then one without each word."),
+    )
+    uses_flux = True
+    hookpoint: HookPointPath = RUN_HOOKPOINT
+    feature: Feature
+    limit: Limit = 20
+
+
+class SwapRequest(PictureRequest):
+    """Finds edits that put one name in place of another in an image, and makes the image with the best of them."""
+
+    endpoint = "swap"
+    results = (
+        Result("before", "image", "The image without edits."),
+        Result("after", "image", "The image with edits."),
+        Result(
+            "recipe_and_measurements",
+            "json",
+            "The recipe that makes the image again, the measurements, and whether CLIP recognises the new name.",
+        ),
+    )
+    prompt: Prompt
+    old: Label
+    new: Label
+    seed: Seed = 0
+    num_inference_steps: Steps = RUN_STEPS
 
 
 class SteerRequest(PictureRequest):

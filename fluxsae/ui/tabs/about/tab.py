@@ -79,6 +79,7 @@ def endpoint_examples(bench: Workbench, endpoints: Sequence[type[Request]]) -> l
         "column": bench.limits.cols // 2,
         "edits": [bench.example_edit],
         "strengths": [0.1, 0.2, 0.3],
+        **_two_names(bench),
     }
     return [
         {
@@ -87,10 +88,23 @@ def endpoint_examples(bench: Workbench, endpoints: Sequence[type[Request]]) -> l
             "arguments": [
                 [name, argument["description"]] for name, argument in endpoint_arguments(schema, bench).items()
             ],
-            "code": snippets(schema, {**schema.defaults(bench.limits), **known}),
+            "code": snippets(schema, _example(schema, bench, known), run=bench.asked_as),
         }
         for schema in endpoints
     ]
+
+
+def _example(schema: type[Request], bench: Workbench, known: dict[str, Any]) -> dict[str, Any]:
+    """Values of a call that works on this run."""
+    prompts = [prompt for prompt in bench.images.prompts if prompt != known["prompt"]]
+    other = {"other": next(iter(prompts), "a large blue star")} if "prompt" in schema.model_fields else {}
+    return {**schema.defaults(bench.limits), **known, **other}
+
+
+def _two_names(bench: Workbench) -> dict[str, str]:
+    """A prompt's word and another one, for examples of two prompts and of swaps."""
+    names = [*bench.cards[bench.limits.default_hookpoint].named(), "red", "blue"]
+    return {"old": names[0], "new": names[1]}
 
 
 def _settings_words(bench: Workbench) -> str:

@@ -16,7 +16,7 @@ from fluxsae.pictures.heatmaps import feature_colour, names_colour
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.serve.endpoints import Answers
-from fluxsae.ui.serve.schemas import DirectionsRequest
+from fluxsae.ui.serve.schemas import DirectionsRequest, LayersRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +29,8 @@ class DirectionsDesk(Desk):
     """The Directions tab's questions, answered from the run folder."""
 
     def answers(self) -> Answers:
-        """/directions."""
-        return {DirectionsRequest: self.directions}
+        """/directions and /layers."""
+        return {DirectionsRequest: self.directions, LayersRequest: self.layers}
 
     def directions(self, request: DirectionsRequest) -> tuple[list[dict[str, Any]], Any]:
         """The nearest features by cosine of what they write, and a plot of the map around them."""
@@ -41,6 +41,27 @@ class DirectionsDesk(Desk):
             for feature, cosine in near
         ]
         return found, draw_plot(cards, request.feature, [feature for feature, _ in near])
+
+    def layers(self, request: LayersRequest) -> dict[str, Any]:
+        """Matched features of two hook points, and what each has alone."""
+        left, right = self._two(request.hookpoint, request.other)
+        comparison, one, two = self._comparison(left, right), self.bench.cards[left], self.bench.cards[right]
+        matched = zip(comparison.pairs[: request.limit], comparison.correlations[: request.limit], strict=True)
+        return {
+            "first": left,
+            "second": right,
+            "pairs": [
+                {"first": views.summary(one, int(a)), "second": views.summary(two, int(b)), "correlation": float(value)}
+                for (a, b), value in matched
+            ],
+            "only_first": self._summaries(one, comparison.only_first, request.limit),
+            "only_second": self._summaries(two, comparison.only_second, request.limit),
+            "n_pairs": len(comparison.pairs),
+            "n_only_first": len(comparison.only_first),
+            "n_only_second": len(comparison.only_second),
+            "counterpart": comparison.counterpart,
+            "correlation_by_chance": comparison.null_correlation,
+        }
 
     def map(self, hookpoint: Any, selection: Any = None) -> dict[str, Any]:
         """Every direction of a hook point on a plane, with the names of its neighbourhoods."""
@@ -72,9 +93,7 @@ class DirectionsDesk(Desk):
 
     def compare(self, first: Any, second: Any) -> dict[str, Any]:
         """Which features of one hook point live on at another, and what each alone has."""
-        left, right = sorted(map(self._place, (first, second)), key=self.bench.hookpoints.index)
-        if left == right:
-            raise FluxSaeError(f"Both hook points are {left}. Choose two different ones.")
+        left, right = self._two(self._place(first), self._place(second))
         comparison = self._comparison(left, right)
         one, two = self.bench.cards[left], self.bench.cards[right]
         return {
@@ -90,6 +109,12 @@ class DirectionsDesk(Desk):
             "only_second": self._alone(two, comparison.only_second),
             "n_only_second": len(comparison.only_second),
         }
+
+    def _two(self, first: str, second: str) -> list[str]:
+        """Two hook points in FLUX's order."""
+        if first == second:
+            raise FluxSaeError(f"Both hook points are {first}. Choose two different ones.")
+        return sorted((first, second), key=self.bench.hookpoints.index)
 
     def _place(self, hookpoint: Any) -> str:
         """A hook point of this run."""
@@ -160,20 +185,30 @@ class DirectionsDesk(Desk):
         ]
 
     def _alone(self, cards: CardIndex, features: np.ndarray) -> list[dict[str, Any]]:
-        alone = set(features.tolist())
-        best = [feature for feature in cards.ranked if feature in alone]
-        return [views.named(cards, feature) for feature in best[:COMPARED]]
+        return [views.named(cards, feature) for feature in _best(cards, features)[:COMPARED]]
+
+    def _summaries(self, cards: CardIndex, features: np.ndarray, limit: int) -> list[dict[str, Any]]:
+        return [views.summary(cards, feature) for feature in _best(cards, features)[:limit]]
 
     def _position(self, cards: CardIndex, feature: int) -> list[float] | None:
         return cards.directions["positions"][feature].tolist() if cards.directions else None
 
 
+def _best(cards: CardIndex, features: np.ndarray) -> list[int]:
+    """Some features, the most meaningful first."""
+    wanted = set(features.tolist())
+    return [feature for feature in cards.ranked if feature in wanted]
+
+
 def place_names(cards: CardIndex, positions: np.ndarray) -> list[dict[str, Any]]:
     """Names for the map: each label once, at its feature in the midst of the others; the most frequent labels first."""
     counts = Counter(label for label in cards.labels if label)
+    by_label: dict[str, list[int]] = {}
+    for feature, label in enumerate(cards.labels):
+        by_label.setdefault(label or "", []).append(feature)
     names = []
     for label, _ in counts.most_common(PLACE_NAMES):
-        members = [feature for feature, other in enumerate(cards.labels) if other == label]
+        members = by_label[label]
         middle = np.median(positions[members], axis=0)
         nearest = members[int(np.argmin(((positions[members] - middle) ** 2).sum(axis=1)))]
         names.append({"label": label, "feature": nearest})
@@ -188,7 +223,8 @@ def draw_plot(cards: CardIndex, feature: int, near: list[int]) -> Any:
         raise FluxSaeError("This run has no map of directions; make it with `python -m train.directions`.")
     positions = cards.directions["positions"].numpy()
     names = [f"feature {index}{f': {label}' if label else ''}" for index, label in enumerate(cards.labels)]
-    others = [index for index in range(len(cards)) if index != feature and index not in set(near)]
+    shown = {feature, *near}
+    others = [index for index in range(len(cards)) if index not in shown]
     figure = go.Figure(
         layout={"template": "plotly_white", "showlegend": False, "margin": {"l": 8, "r": 8, "t": 40, "b": 8}}
     )

@@ -15,7 +15,8 @@ from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.pictures import thumbnail_url
-from fluxsae.ui.serve.schemas import FeatureRequest, SearchRequest
+from fluxsae.ui.serve.schemas import FeatureRequest, SearchRequest, SilenceRequest
+from fluxsae.ui.tabs.gallery.words import WordsDesk
 
 PAGE = 24
 """Cards shown at first, and added by each "show more"."""
@@ -35,8 +36,12 @@ class GalleryDesk(Desk):
     """The Gallery tab's questions, answered from the cards."""
 
     def answers(self) -> Answers:
-        """/search_features and /feature."""
-        return {SearchRequest: functools.partial(views.search, self.bench), FeatureRequest: self.feature}
+        """/search_features, /feature and /silence."""
+        return {
+            SearchRequest: functools.partial(views.search, self.bench),
+            FeatureRequest: self.feature,
+            SilenceRequest: WordsDesk(self.bench).answer,
+        }
 
     def gallery(  # noqa: PLR0917 - the order of the tab's inputs
         self, query: Any, hookpoint: Any, feature_class: Any, coherent_only: Any, sort: Any, start: Any = 0

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.firing import Fired, features_at, ranked_features
+from fluxsae.features.firing import Fired, differing_features, features_at, ranked_features, shares_of_maximum
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, then
 from fluxsae.ui.serve.arguments import MAX_RESULTS
 from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.reading import Reading
-from fluxsae.ui.serve.schemas import ExplainRequest, FeaturesAtRequest, HeatmapRequest
+from fluxsae.ui.serve.schemas import CompareRequest, ExplainRequest, FeaturesAtRequest, HeatmapRequest
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.heatmap.lab import diff, example_lab, features_json, fired_chip, lab, overlays, with_alike
 from fluxsae.ui.tabs.heatmap.why import ExplainJob, explanation_json
@@ -35,13 +35,14 @@ class HeatmapDesk(Desk):
         self.example_seed = example["seed"] if example else 0
 
     def answers(self) -> Answers:
-        """/heatmap, /features_at and /explain."""
+        """/heatmap, /features_at, /explain and /compare."""
         return {
             HeatmapRequest: self.heatmap,
             FeaturesAtRequest: lambda request: then(
                 self.features_at(request), lambda found: features_json(self.bench.cards[request.hookpoint], found)
             ),
             ExplainRequest: self.explain,
+            CompareRequest: self.differing,
         }
 
     def example(self, hookpoint: str) -> dict[str, Any] | None:
@@ -121,6 +122,21 @@ class HeatmapDesk(Desk):
         first, second = (HeatmapRequest.parse(self.limits, prompt=text, **common) for text in (prompt, other))
         cards = self.bench.cards[first.hookpoint]
         return then(self.readings(first.picture, second.picture), lambda pair: diff(pair, cards, limit=SHOWN + 2))
+
+    def differing(self, request: CompareRequest) -> Events[tuple[Any, Any, Any]]:
+        """Steps of two images, then the features that differ most, and the images."""
+        cards, (prompt, seed, steps) = self.bench.cards[request.hookpoint], request.picture
+
+        def answer(pair: list[Reading]) -> tuple[Any, Any, Any]:
+            maps = [reading.maps[request.hookpoint] for reading in pair]
+            shares = [shares_of_maximum(each.peaks(None), cards) for each in maps]
+            found = [
+                {**views.summary(cards, f), "relative": float(shares[0][f]), "other_relative": float(shares[1][f])}
+                for f in differing_features(maps, cards, limit=request.limit)
+            ]
+            return found, pair[0].image, pair[1].image
+
+        return then(self.readings((prompt, seed, steps), (request.other, seed, steps)), answer)
 
     def heatmap(self, request: HeatmapRequest) -> Events[tuple[Any, Any, Any]]:
         """Steps, then image, ranked features and overlays."""

@@ -14,8 +14,9 @@ from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, Picture, then
 from fluxsae.ui.serve.arguments import shortened
 from fluxsae.ui.serve.endpoints import Answers
+from fluxsae.ui.serve.lane import Done
 from fluxsae.ui.serve.pictures import made_url, thumbnail_url
-from fluxsae.ui.serve.schemas import SearchRequest, SteerRequest, SweepRequest
+from fluxsae.ui.serve.schemas import SearchRequest, SteerRequest, SwapRequest, SweepRequest
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.steer import words
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob
@@ -28,6 +29,8 @@ STRIP = (-2 / 3, -1 / 3, 0.0, 0.1, 0.2, 0.3, 0.6)
 MAX_MATCHES = 12
 ALIKE = 0.7
 """How alike in use names of one kind are at least, as in the search for swaps."""
+MAX_NAMED = 30
+"""Names that a refusal lists."""
 MAX_RIVALS = 16
 """Other names of the kind that CLIP may read instead."""
 Filled = tuple[str, int, int, dict[str, Any]]
@@ -44,8 +47,8 @@ class SteerDesk(Desk):
     # The endpoints
 
     def answers(self) -> Answers:
-        """/steer and /sweep."""
-        return {SteerRequest: self.steer, SweepRequest: self.sweep}
+        """/steer, /sweep and /swap."""
+        return {SteerRequest: self.steer, SweepRequest: self.sweep, SwapRequest: self.swapped}
 
     def steer(self, request: SteerRequest) -> Events[tuple[Any, Any, Any]]:
         """Steps, then the image before, the image after, and recipe and measurements."""
@@ -69,6 +72,19 @@ class SteerDesk(Desk):
             return list(zip(found.images[1:], captions, strict=True)), rows
 
         return then(self._made([(), *((edit,) for edit in request.edits())], request.picture), answer)
+
+    def swapped(self, request: SwapRequest) -> Events[tuple[Any, Any, Any]]:
+        """Steps of the search, then those of the image, then before, after, and recipe and measurements."""
+        found: FoundSwap | None = None
+        for event in self.bench.cached(self._swap_job(request)):
+            if isinstance(event, Done):
+                found = event.value
+            else:
+                yield event
+        assert found is not None
+        edits = [edit.to_dict() for edit in found.edits]
+        steering = self.steer(SteerRequest.pick(self.limits, {**request.model_dump(), "edits": edits}))
+        yield from then(steering, lambda made: (*made[:2], {**made[2], "is_read": found.is_read}))
 
     # The page
 
@@ -208,31 +224,39 @@ class SteerDesk(Desk):
 
     def swap(self, prompt: Any, seed: Any, steps: Any, old: Any, new: Any) -> Events[Filled]:
         """Steps, then prompt, seed, steps and the sliders that put one name in place of another."""
-        for name in (old, new):
-            if not isinstance(name, str) or name not in self.names:
-                raise FluxSaeError(f"{str(name)[:40]!r} is no name of this run's features; choose one of the list.")
-        if old == new:
-            raise FluxSaeError(f"“{old}” cannot replace itself; choose two different names.")
-        request = self._request(prompt, seed, steps, [])
-        job = SwapJob(
+        request = SwapRequest.parse(self.limits, prompt=prompt, old=old, new=new, seed=seed, num_inference_steps=steps)
+
+        def fill(found: FoundSwap) -> Filled:
+            unread = None if found.is_read else [request.old, request.new]
+            return (*request.picture, {**self.sliders.page_of(found.edits), "unread": unread})
+
+        return then(self.bench.cached(self._swap_job(request)), fill)
+
+    # How it is done
+
+    def _swap_job(self, request: SwapRequest) -> SwapJob:
+        """The search for edits.
+
+        Raises:
+            FluxSaeError: no two different names of this run's features.
+        """
+        for name in (request.old, request.new):
+            if name not in self.names:
+                known = ", ".join(list(self.names)[:MAX_NAMED])
+                raise FluxSaeError(f"{shortened(name)} is no name of this run's features; it has {known}.")
+        if request.old == request.new:
+            raise FluxSaeError(f"“{request.old}” cannot replace itself; choose two different names.")
+        return SwapJob(
             hookpoint=self.sliders.hookpoint,
-            old=old,
-            new=new,
-            old_features=tuple(self.names[old]),
-            new_features=tuple(self.names[new][: MAX_SLIDERS - 1]),
-            rivals=tuple(self._kinds.rivals(old, new, least=ALIKE, limit=MAX_RIVALS)),
+            old=request.old,
+            new=request.new,
+            old_features=tuple(self.names[request.old]),
+            new_features=tuple(self.names[request.new][: MAX_SLIDERS - 1]),
+            rivals=tuple(self._kinds.rivals(request.old, request.new, least=ALIKE, limit=MAX_RIVALS)),
             prompt=request.prompt,
             seed=request.seed,
             num_inference_steps=request.num_inference_steps,
         )
-
-        def fill(found: FoundSwap) -> Filled:
-            unread = None if found.is_read else [old, new]
-            return (*request.picture, {**self.sliders.page_of(found.edits), "unread": unread})
-
-        return then(self.bench.cached(job), fill)
-
-    # How it is done
 
     @functools.cached_property
     def _kinds(self) -> NameKinds:
