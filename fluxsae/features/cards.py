@@ -136,7 +136,10 @@ class CardIndex:
         self.images = run.load_images()
         self.labels: list[str | None] = self._column("label")
         self._text_centres: dict[str, Float[np.ndarray, " width"]] = {}
-        self.directions = run.load_directions(self.hookpoint) if run.directions_path(self.hookpoint).is_file() else {}
+        self.problems: list[str] = []
+        """What is wrong with files that a card can do without; it then lacks what they hold."""
+        self.directions = self._load_directions()
+        self._heatmaps = self._load_heatmaps()
 
     def __len__(self) -> int:
         return len(self.features)
@@ -237,7 +240,7 @@ class CardIndex:
 
     def acts(self, feature: int) -> dict[int, Float[np.ndarray, " tokens"]]:
         """Image id -> activations on the tokens of the feature's top images, best first."""
-        return self._heatmaps.acts(feature)
+        return self._heatmaps.acts(feature) if self._heatmaps is not None else {}
 
     def heatmaps(
         self, feature: int, *, scale: Literal["feature", "image"] = "feature"
@@ -336,9 +339,31 @@ class CardIndex:
             self._text_centres[embedder.name] = embedder.embed_texts(prompts).mean(dim=0).numpy()
         return self._text_centres[embedder.name]
 
-    @functools.cached_property
-    def _heatmaps(self) -> Heatmaps:
-        return self.run.load_heatmaps(self.hookpoint)
+    def _load_directions(self) -> dict[str, torch.Tensor]:
+        path = self.run.directions_path(self.hookpoint)
+        if not path.is_file():
+            return {}
+        try:
+            found = self.run.load_directions(self.hookpoint)
+            if any(len(tensor) != len(self.features) for tensor in found.values()):
+                raise FluxSaeError(f"{path} is of another number of features. Run `python -m train.directions` again.")
+        except FluxSaeError as error:
+            self.problems.append(str(error))
+            return {}
+        return found
+
+    def _load_heatmaps(self) -> Heatmaps | None:
+        try:
+            found = self.run.load_heatmaps(self.hookpoint)
+            if found.rows * found.cols != self.grid.n_tokens:
+                raise FluxSaeError(
+                    f"{self.run.heatmaps_path(self.hookpoint)} has maps of {found.rows} x {found.cols} patches, and the "
+                    f"run's images have {self.info.rows} x {self.info.cols}. Run `python -m train.analyze` again."
+                )
+        except FluxSaeError as error:
+            self.problems.append(str(error))
+            return None
+        return found
 
     def _top_images(self, row: FeatureRow) -> tuple[TopImage, ...]:
         images = self.images

@@ -9,8 +9,10 @@ from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.kit.header import header_html
 from fluxsae.ui.kit.shell import Shell
 from fluxsae.ui.kit.theme import build_theme, page_css, page_head
+from fluxsae.ui.serve.downloads import download_route, offer
 from fluxsae.ui.serve.endpoints import add_endpoint
 from fluxsae.ui.serve.lane import MAX_WAITING
+from fluxsae.ui.serve.mcp_answers import answer_in_json
 from fluxsae.ui.serve.pictures import picture_route
 from fluxsae.ui.serve.refusals import exception_handlers
 from fluxsae.ui.serve.schemas import Request
@@ -35,6 +37,9 @@ def build_app(shelf: Shelf | None = None) -> gr.Blocks:
     shelf = shelf or open_shelf()
     desks = {name: {tab: tab.desk(bench) for tab in TABS} for name, bench in shelf.runs.items()}
     answers = {name: _answers(found.values()) for name, found in desks.items()}
+    for name, found in desks.items():
+        for desk in found.values():
+            offer(shelf.runs[name].slug, desk.downloads())
     endpoints = tuple(answers[shelf.first.name])
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, DAY), fill_width=True) as app:
         _build_page(app, shelf, shelf.first, desks[shelf.first.name], endpoints)
@@ -45,6 +50,7 @@ def build_app(shelf: Shelf | None = None) -> gr.Blocks:
     with app.route("Endpoints", "endpoints", show_in_navbar=False):
         for schema in endpoints:
             add_endpoint(schema, {name: found[schema] for name, found in answers.items()}, shelf)
+    answer_in_json()
     app.queue(max_size=MAX_QUEUE, default_concurrency_limit=4)
     return app
 
@@ -56,13 +62,14 @@ def _answers(desks: Iterable[Desk]) -> dict[type[Request], Callable[[Any], Any]]
 def _build_page(
     app: gr.Blocks, shelf: Shelf, bench: Workbench, desks: Mapping[Tab, Desk], endpoints: tuple[type[Request], ...]
 ) -> None:
-    gr.HTML(header_html(shelf, bench))
+    header = gr.HTML()
     selection = gr.State({"hookpoint": bench.limits.default_hookpoint, "feature": None})
     with gr.Tabs(elem_id="tabs") as tabs:
         shell = Shell(app, selection, tabs, endpoints=endpoints)
         for tab, desk in desks.items():
             with gr.Tab(tab.title, id=tab.name) as place:
                 tab.build(desk, shell, place)
+    header.value = header_html(shelf, bench)  # last: what is damaged is found while tabs are built
     shell.tell_bad_links(*(tab.name for tab, desk in desks.items() if desk.answers()))
 
 
@@ -82,5 +89,5 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": MAX_FILE_SIZE,
         "max_threads": MAX_THREADS,
         "footer_links": [],
-        "app_kwargs": {"exception_handlers": exception_handlers(), "routes": [picture_route()]},
+        "app_kwargs": {"exception_handlers": exception_handlers(), "routes": [picture_route(), download_route()]},
     }

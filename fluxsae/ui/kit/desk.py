@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.kit.links import encode_view
 from fluxsae.ui.kit.snippets import snippets
+from fluxsae.ui.serve.downloads import Downloads
 from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.lane import Done, Event, StepDone
 from fluxsae.ui.serve.reading import Reading
@@ -25,9 +26,15 @@ class Desk:
     def __init__(self, bench: Workbench) -> None:
         self.bench = bench
         self.limits = bench.limits
+        self.files = f"downloads/{bench.slug}"
+        """Where the run's files are offered."""
 
     def answers(self) -> Answers:
         """The endpoints of the tab: none of one that only shows, to which no link leads."""
+        return {}
+
+    def downloads(self) -> Downloads:
+        """The files that the tab offers."""
         return {}
 
     def chosen(self, selection: Any) -> FeatureRequest:
@@ -46,6 +53,7 @@ class Desk:
             "code": self.code(schema, values),
             "link": encode_view({"tab": tab, **values}),
             "versions": dict(self.bench.versions),
+            "files": self.files,
         }
 
     def code(self, schema: type[Request], values: Mapping[str, Any]) -> dict[str, str]:

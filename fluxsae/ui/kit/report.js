@@ -23,6 +23,9 @@ FS.actions = (data, report, ...others) => {
     }),
   );
 };
+// A file that the server makes when it is asked for.
+FS.file = (href, text) => (href ? FS.el("a", { class: "fs-button fs-small", href, download: "", text }) : null);
+FS.query = (values) => new URLSearchParams(Object.entries(values).map(([name, value]) => [name, String(value)]));
 FS.told = ({ prompt, seed }) => `“${prompt}”, seed ${seed}`;
 
 // A picture as a data address, so that a report needs no server.

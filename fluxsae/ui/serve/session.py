@@ -6,10 +6,10 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -32,10 +32,11 @@ from fluxsae.ui.serve.visitors import VisitorLimits
 
 log = logging.getLogger("fluxsae.app")
 
+T = TypeVar("T")
 EMBEDDED: Final = "embedded"
 """Source of the miniature's own run."""
 INSTEAD: Final = " This page shows the miniature instead."
-HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 CACHE_BYTES = 64 * 2**20
 CACHE_ENTRIES = 48
 UNRELATED_PAIRS = 8
@@ -133,8 +134,10 @@ class Workbench:
         self.lacks_flux = ""
         """Why no FLUX can be run for it, if none can."""
         self.info = run.load_info()
-        self.hookpoints = [str(hookpoint) for hookpoint in run.hookpoints()]
-        self.cards: dict[str, CardIndex] = {name: CardIndex(run, name) for name in self.hookpoints}
+        self.problems: dict[str, None] = {}
+        """What is wrong with files of the run, each once; what they hold is left out."""
+        self.cards: dict[str, CardIndex] = self._open_cards()
+        self.hookpoints = list(self.cards)
         self.limits = Limits(
             hookpoints={name: len(cards) for name, cards in self.cards.items()},
             rows=self.info.rows,
@@ -147,6 +150,51 @@ class Workbench:
         self.cache = ResultCache()
         self.fluxes = LoadedFlux()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def _open_cards(self) -> dict[str, CardIndex]:
+        """The cards of every hook point that can be opened.
+
+        Raises:
+            FluxSaeError: there is none.
+        """
+        found = {}
+        for hookpoint in self.run.hookpoints():
+            try:
+                found[str(hookpoint)] = CardIndex(self.run, hookpoint)
+            except FluxSaeError as error:
+                self.problems[str(error)] = None
+        if not found:
+            raise FluxSaeError(" ".join(self.problems) or "its run.json names no hook point. Restore it.")
+        for cards in found.values():
+            self.problems.update(dict.fromkeys(cards.problems))
+        return found
+
+    def readable(self, load: Callable[[], T], otherwise: T) -> T:
+        """What a file that a page can do without holds; something else where it is damaged, which is then told."""
+        try:
+            return load()
+        except FluxSaeError as error:
+            if str(error) not in self.problems:
+                log.warning("left out: %s", error)
+            self.problems[str(error)] = None
+            return otherwise
+
+    def demos(self, hookpoint: str) -> list[dict[str, Any]]:
+        """The steering demos of a hook point."""
+        return self.readable(lambda: self.run.load_demos(hookpoint), [])
+
+    def swaps(self, hookpoint: str) -> list[dict[str, Any]]:
+        """The swaps of a hook point."""
+        return self.readable(lambda: self.run.load_swaps(hookpoint), [])
+
+    def metrics(self, hookpoint: str) -> dict[str, Any]:
+        """The measured quality of a hook point's SAE."""
+        return self.readable(lambda: self.run.load_metrics(hookpoint), {})
+
+    @property
+    def slug(self) -> str:
+        """Its name as a part of an address."""
+        return re.sub(r"[^a-zA-Z0-9._-]+", "-", self.name).strip("-") or "run"
 
     @property
     def is_miniature(self) -> bool:
@@ -208,7 +256,12 @@ class Workbench:
         if not self.run.embeddings_path.is_file():
             return None
         try:
-            return load_embedder(self.run.load_embeddings().model)
+            embeddings = self.run.load_embeddings()
+            if len(embeddings.vectors) != len(self.images):
+                raise FluxSaeError(
+                    f"{self.run.embeddings_path} is of another number of images; run `train.embed` again"
+                )
+            return load_embedder(embeddings.model)
         except FluxSaeError as error:
             log.warning("search works without CLIP: %s", error)
             return None
@@ -258,7 +311,8 @@ class Workbench:
         """What clean tokens look like at each hook point, where the run has measured it."""
         from fluxsae.steering.demos import load_limits
 
-        limits = {place: load_limits(self.run, place) for place in self.run.hookpoints()}
+        places = [HookPoint.parse(name) for name in self.hookpoints]
+        limits = {place: self.readable(functools.partial(load_limits, self.run, place), None) for place in places}
         return {place: found for place, found in limits.items() if found is not None}
 
     @functools.cached_property

@@ -1,7 +1,6 @@
 """The runs that are served side by side: each with a page and cards of its own, all with one lane for FLUX."""
 
 import os
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,7 +41,7 @@ class Shelf:
 
     def path(self, bench: Workbench) -> str:
         """What follows this page's address for a run; nothing for the first."""
-        return "" if bench is self.first else re.sub(r"[^a-zA-Z0-9._-]+", "-", bench.name).strip("-")
+        return "" if bench is self.first else bench.slug
 
     def prepare(self) -> None:
         """Imports what the first image needs; once the page is served this would fight it for the interpreter."""
@@ -85,7 +84,7 @@ def _named(benches: Sequence[Workbench]) -> dict[str, Workbench]:
     found: dict[str, Workbench] = {}
     for bench in benches:
         name, copy = bench.name, 2
-        while bench.name in found:
+        while bench.slug in {other.slug for other in found.values()}:
             bench.name, copy = f"{name}-{copy}", copy + 1
         found[bench.name] = bench
     return found

@@ -120,7 +120,7 @@ def _figures_html(bench: Workbench) -> str:
     head = "".join(
         f"<th scope='col'>{escape(bench.word(name))}<br><small>{escape(name)}</small></th>" for name in names
     )
-    metrics = {name: bench.run.load_metrics(name) for name in names}
+    metrics = {name: bench.metrics(name) for name in names}
     rows = []
     for key, (words, help, form) in FIGURES.items():
         values = [_value(metrics[name].get(key), form) for name in names]

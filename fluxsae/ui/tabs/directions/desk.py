@@ -4,6 +4,7 @@ import functools
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.pictures.heatmaps import feature_colour, names_colour
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk
+from fluxsae.ui.serve.downloads import Downloads, csv_bytes, whole_number
 from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.schemas import DirectionsRequest, LayersRequest
 
@@ -41,6 +43,34 @@ class DirectionsDesk(Desk):
             for feature, cosine in near
         ]
         return found, draw_plot(cards, request.feature, [feature for feature, _ in near])
+
+    def downloads(self) -> Downloads:
+        """neighbours.csv of a feature, map.csv of a hook point, layers.csv of two."""
+        return {"neighbours.csv": self._neighbours_csv, "map.csv": self._map_csv, "layers.csv": self._layers_csv}
+
+    def _neighbours_csv(self, asked: Mapping[str, str]) -> bytes:
+        request = DirectionsRequest.parse(
+            self.limits, hookpoint=asked.get("hookpoint"), feature=whole_number(asked, "feature"), n_neighbours=100
+        )
+        labels = self.bench.cards[request.hookpoint].labels
+        rows = ((other, labels[other], cosine) for other, cosine in self._near(request))
+        return csv_bytes(("feature", "label", "cosine"), rows)
+
+    def _map_csv(self, asked: Mapping[str, str]) -> bytes:
+        place = self._place(asked.get("hookpoint"))
+        cards = self.bench.cards[place]
+        self._map(place)  # refuses a run without a map
+        positions = cards.directions["positions"].tolist()
+        rows = ((f, cards.labels[f], cards.max_acts[f], x, y) for f, (x, y) in enumerate(positions))
+        return csv_bytes(("feature", "label", "max_act", "x", "y"), rows)
+
+    def _layers_csv(self, asked: Mapping[str, str]) -> bytes:
+        left, right = self._two(self._place(asked.get("first")), self._place(asked.get("second")))
+        found, one, two = self._comparison(left, right), self.bench.cards[left].labels, self.bench.cards[right].labels
+        matched = zip(found.pairs.tolist(), found.correlations.tolist(), strict=True)
+        rows = ((a, one[a], b, two[b], value) for (a, b), value in matched)
+        names = ("feature", "label", "other_feature", "other_label", "correlation")
+        return csv_bytes(names, rows)
 
     def layers(self, request: LayersRequest) -> dict[str, Any]:
         """Matched features of two hook points, and what each has alone."""
@@ -97,6 +127,7 @@ class DirectionsDesk(Desk):
         comparison = self._comparison(left, right)
         one, two = self.bench.cards[left], self.bench.cards[right]
         return {
+            "file": f"{self.files}/layers.csv?{urlencode({'first': left, 'second': right})}",
             "word_first": self.bench.word(left),
             "word_second": self.bench.word(right),
             "chance": comparison.null_correlation,
@@ -151,6 +182,7 @@ class DirectionsDesk(Desk):
         alive = (cards.features.column("max_act") > 0).astype(np.uint8)
         return {
             "hookpoint": hookpoint,
+            "file": f"{self.files}/map.csv?{urlencode({'hookpoint': hookpoint})}",
             "word": self.bench.word(hookpoint),
             "positions": views.base64_text(positions),
             "n_dead": int(len(alive) - alive.sum()),

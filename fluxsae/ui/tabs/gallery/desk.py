@@ -2,8 +2,9 @@
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 from PIL import Image
@@ -13,6 +14,7 @@ from fluxsae.features.cards import CardIndex, CardNeighbour, FeatureCard
 from fluxsae.pictures.heatmaps import overlay
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk
+from fluxsae.ui.serve.downloads import Downloads, csv_bytes
 from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.pictures import thumbnail_url
 from fluxsae.ui.serve.schemas import FeatureRequest, SearchRequest, SilenceRequest
@@ -29,6 +31,11 @@ SORTS = {
     "rare": "Fires most rarely first",
     "number": "By number",
 }
+COLUMNS = (
+    "feature", "label", "label_confidence", "feature_class", "density", "image_density", "mean_act", "max_act",
+    "coherence", "p_value", "q_value", "is_coherent", "monosemanticity", "spatial_spread", "family",
+)  # fmt: skip
+"""What the table of features tells of each."""
 CLASSES = {"any": "Any", "rare": "Rare", "common": "Common", "very common": "Very common", "dead": "Dead"}
 
 
@@ -42,6 +49,21 @@ class GalleryDesk(Desk):
             FeatureRequest: self.feature,
             SilenceRequest: WordsDesk(self.bench).answer,
         }
+
+    def downloads(self) -> Downloads:
+        """features.csv: all features that a query and its filters find, in the order of the gallery."""
+        return {"features.csv": self._features_csv}
+
+    def _features_csv(self, asked: Mapping[str, str]) -> bytes:
+        request = SearchRequest.parse(
+            self.limits, query=asked.get("query", ""), hookpoint=asked.get("hookpoint"), limit=PAGE
+        )
+        cards, reasons = self.bench.cards[request.hookpoint], self._found(request.hookpoint, request.query)
+        kept = _passing(cards, list(reasons), asked.get("class", "any"), asked.get("coherent") == "true")
+        names = [name for name in COLUMNS if name in cards.features]
+        columns = [cards.features.column(name).tolist() for name in names]
+        rows = ([*(column[f] for column in columns), reasons[f]] for f in _sorted(cards, kept, asked.get("sort")))
+        return csv_bytes([*names, "found_by"], rows)
 
     def gallery(  # noqa: PLR0917 - the order of the tab's inputs
         self, query: Any, hookpoint: Any, feature_class: Any, coherent_only: Any, sort: Any, start: Any = 0
@@ -64,6 +86,8 @@ class GalleryDesk(Desk):
         reasons = self._found(request.hookpoint, request.query)
         kept = _passing(cards, list(reasons), feature_class, coherent_only)
         page = _sorted(cards, kept, sort)[start : start + PAGE]
+        asked = {"query": request.query, "hookpoint": request.hookpoint, "class": feature_class, "sort": sort}
+        asked |= {"coherent": "true"} if coherent_only else {}
         left = max(0, len(kept) - start - len(page))
         return {
             **views.thumb_grid(cards),
@@ -71,6 +95,7 @@ class GalleryDesk(Desk):
             "summary": _summary_words(request.query, [reasons[feature] for feature in kept], len(cards)),
             "cards": [{**self._card(cards, feature), "reason": reasons[feature]} for feature in page],
             "more": f"Show {min(PAGE, left)} more of {left:,}" if left else None,
+            "file": f"{self.files}/features.csv?{urlencode(asked)}",
             "code": self.code(SearchRequest, request.model_dump()),
         }
 

@@ -81,7 +81,10 @@ FS.define("fs-gallery", (root, data) => {
       ),
     );
   }
-  root.append(FS.code(data.code) || "");
+  root.append(
+    FS.el("div", { class: "fs-row fs-wrap fs-tight" }, FS.file(data.file, "All of these as CSV")),
+    FS.code(data.code) || "",
+  );
 });
 
 FS.chips = (root, others) =>

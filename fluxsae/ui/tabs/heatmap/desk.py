@@ -5,11 +5,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import Fired, differing_features, features_at, ranked_features, shares_of_maximum
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, then
 from fluxsae.ui.serve.arguments import MAX_RESULTS
+from fluxsae.ui.serve.downloads import Downloads, npz_bytes, whole_number
 from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.reading import Reading
 from fluxsae.ui.serve.schemas import CompareRequest, ExplainRequest, FeaturesAtRequest, HeatmapRequest
@@ -44,6 +47,31 @@ class HeatmapDesk(Desk):
             ExplainRequest: self.explain,
             CompareRequest: self.differing,
         }
+
+    def downloads(self) -> Downloads:
+        """activations.npz: all that fires in an image that was made lately, as (step, patch, feature, value)."""
+        return {"activations.npz": self._activations}
+
+    def _activations(self, asked: Mapping[str, str]) -> bytes:
+        given = {name: whole_number(asked, name) for name in ("seed", "num_inference_steps")}
+        request = HeatmapRequest.parse(
+            self.limits, prompt=asked.get("prompt"), hookpoint=asked.get("hookpoint"), **given
+        )
+        reading = self.bench.kept_reading(*request.picture)
+        if reading is None:
+            raise FluxSaeError("This image is not kept any more. Make it again, then download.")
+        maps = reading.maps[request.hookpoint]
+        return npz_bytes(
+            {
+                "steps": np.array(maps.steps),
+                "sigmas": np.array(maps.sigmas),
+                "step": np.array(maps.steps)[maps.rows // maps.n_tokens],
+                "row": maps.rows % maps.n_tokens // reading.grid.cols,
+                "column": maps.rows % maps.n_tokens % reading.grid.cols,
+                "feature": maps.features,
+                "value": maps.values,
+            }
+        )
 
     def example(self, hookpoint: str) -> dict[str, Any] | None:
         """The ready example, from the run folder."""

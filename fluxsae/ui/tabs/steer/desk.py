@@ -280,7 +280,7 @@ class SteerDesk(Desk):
         """Where the run's demos steer best; without any demo the last."""
 
         def best(name: str) -> float:
-            return max((float(demo["score"]["score"]) for demo in self.bench.run.load_demos(name)), default=0.0)
+            return max(map(_score, self.bench.demos(name)), default=0.0)
 
         return max(reversed(self.bench.hookpoints), key=best)
 
@@ -340,6 +340,14 @@ def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: St
         "cells": cells,
         "safe": safe,
     }
+
+
+def _score(demo: Mapping[str, Any]) -> float:
+    """How well a demo steers; 0 where it does not say."""
+    try:
+        return float(demo["score"]["score"])
+    except (KeyError, TypeError, ValueError):
+        return 0.0
 
 
 def _picture_of(recipe: Recipe) -> list[Any]:

@@ -680,6 +680,19 @@ FS.define("fs-strip", (root, data) => {
           )
         ),
       ),
+      FS.el(
+        "div",
+        { class: "fs-row fs-wrap fs-tight" },
+        data.cells.map((cell, at) =>
+          FS.el("a", {
+            class: "fs-button fs-small",
+            href: cell.image,
+            download: `strength-${at + 1}.webp`,
+            text: `Save ${at + 1}`,
+            "aria-label": `Save the image at ${cell.short}, at full size`,
+          })
+        ),
+      ),
       FS.el("p", {
         class: "fs-quiet",
         text: `In the natural range, at most ${
