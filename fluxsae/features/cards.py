@@ -356,9 +356,10 @@ class CardIndex:
         try:
             found = self.run.load_heatmaps(self.hookpoint)
             if found.rows * found.cols != self.grid.n_tokens:
+                path, grid = self.run.heatmaps_path(self.hookpoint), f"{self.info.rows} x {self.info.cols}"
                 raise FluxSaeError(
-                    f"{self.run.heatmaps_path(self.hookpoint)} has maps of {found.rows} x {found.cols} patches, and the "
-                    f"run's images have {self.info.rows} x {self.info.cols}. Run `python -m train.analyze` again."
+                    f"{path} has maps of {found.rows} x {found.cols} patches, and the run's images have {grid}. "
+                    "Run `python -m train.analyze` again."
                 )
         except FluxSaeError as error:
             self.problems.append(str(error))

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,8 +24,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 @pytest.fixture
-def run(whole: RunFolder, tmp_path: Path) -> Iterator[RunFolder]:
-    yield RunFolder(shutil.copytree(whole.path, tmp_path / "run"))
+def run(whole: RunFolder, tmp_path: Path) -> RunFolder:
+    return RunFolder(shutil.copytree(whole.path, tmp_path / "run"))
 
 
 def cut(path: Path) -> None:

@@ -1,5 +1,6 @@
 // One view as a file to send to a colleague: pictures, values, versions, and the link that opens it again.
-FS.viewLink = (view) => `${location.origin}${location.pathname}?view=${view}`;
+// Behind the #, which browsers send to no server and which has no greatest length: the page hands it on when it loads.
+FS.viewLink = (view) => `${location.origin}${location.pathname}#view=${view}`;
 // A view as text for an address, as fluxsae.ui.kit.links.encode_view writes it.
 FS.packView = async (values) => {
   const packed = new Blob([JSON.stringify(values)]).stream().pipeThrough(new CompressionStream("deflate"));

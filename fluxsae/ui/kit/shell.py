@@ -27,6 +27,7 @@ QUEUED: Final[Mapping[str, Any]] = {
 """Events that may be refused or that change the chosen feature: Gradio shows the errors of queued events only, and
 only of them does it tell a state's listeners."""
 
+FRAGMENT: Final = "() => [location.hash]"
 EACH: Final[Mapping[str, Any]] = {**QUEUED, "trigger_mode": "multiple"}
 """Queued events that carry what was clicked: none is dropped while another is under way, as Gradio's default would, and
 none comes to carry what an earlier one did, as "always_last" would."""
@@ -98,6 +99,8 @@ class Shell:
     """{"hookpoint", "feature", "for": the tab it was sent to, "picture": what is to be made again there}, the last two
     if there are any; feature is None until one is chosen."""
     tabs: gr.Tabs
+    address: gr.Textbox
+    """Takes what stands behind the # of the page's address."""
     endpoints: tuple[type[Request], ...]
     """The endpoints that the tabs answer."""
 
@@ -123,9 +126,9 @@ class Shell:
         """Fills a tab from a link to it when the page loads; what is returned then submits."""
         arrived = gr.HTML(None, html_template=element("fs-arrived"), js_on_load=mount(arrive="submit"))
 
-        def open_page(request: gr.Request) -> Any:
+        def open_page(address: Any, request: gr.Request) -> Any:
             try:
-                view = view_of(request.query_params)
+                view = view_of(request.query_params, address)
             except FluxSaeError:
                 view = {}  # told once, for all tabs
             if view.get("tab") != tab:
@@ -133,18 +136,18 @@ class Shell:
             shown = show(view)
             return (gr.Tabs(selected=tab), {"tab": tab}, *(shown if isinstance(shown, tuple) else (shown,)))
 
-        self.app.load(guarded(open_page), None, [self.tabs, arrived, *outputs], **QUEUED)
+        self.app.load(guarded(open_page), self.address, [self.tabs, arrived, *outputs], js=FRAGMENT, **QUEUED)
         return arrived
 
     def tell_bad_links(self, *tabs: str) -> None:
         """Says so when a link is damaged, or leads to no tab of these."""
 
-        def check(request: gr.Request) -> None:
-            view = view_of(request.query_params)
+        def check(address: Any, request: gr.Request) -> None:
+            view = view_of(request.query_params, address)
             if view and view.get("tab") not in tabs:
                 raise FluxSaeError(f"This link leads to {str(view.get('tab'))[:40]!r}; the page has {', '.join(tabs)}.")
 
-        self.app.load(guarded(check), None, None, **QUEUED)
+        self.app.load(guarded(check), self.address, None, js=FRAGMENT, **QUEUED)
 
 
 def _chosen(event: gr.EventData) -> dict[str, Any]:

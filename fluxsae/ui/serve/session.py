@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 CACHE_BYTES = 64 * 2**20
 CACHE_ENTRIES = 48
 UNRELATED_PAIRS = 8
+SLOW_SECONDS: Final = 3.0
+"""Of a picture, from which a model is slow."""
 WORDS = {1: ["the"], 2: ["early", "late"], 3: ["early", "middle", "late"]}
 
 
@@ -148,6 +151,8 @@ class Workbench:
         self.lane = FluxLane()
         self.visitors = VisitorLimits.from_environment()
         self.cache = ResultCache()
+        self.pass_seconds: float | None = None
+        """Seconds of a pass of the transformer in the latest job."""
         self.fluxes = LoadedFlux()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -346,13 +351,32 @@ class Workbench:
         if self.lacks_flux:
             raise FluxSaeError(f"This needs FLUX. {self.lacks_flux[:1].upper()}{self.lacks_flux[1:]}")
         with self.visitors.share(current_visitor(), self.images_of(job)) as share:
+            begun = None
             for event in self.lane.stream(job, self):
                 if isinstance(event, StepDone):
+                    begun = begun or time.monotonic()
                     share.made(event.step / event.n_steps)
                 elif isinstance(event, Done):
                     share.made(1.0)
+                    self._time(job, begun)
                     self.cache.put(job, event.value, n_bytes=event.value.n_bytes)
                 yield event
+
+    def _time(self, job: Job, begun: float | None) -> None:
+        """Remembers what a pass took, from the first step on: what comes before may be FLUX's loading."""
+        if begun is not None and job.n_pictures and job.n_passes > 1:
+            self.pass_seconds = (time.monotonic() - begun) / (job.n_passes - 1)
+
+    def seconds_of(self, job: Job) -> float | None:
+        """About how long a job takes, as the latest one did; None before there was one."""
+        return None if self.pass_seconds is None else job.n_passes * self.pass_seconds
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a picture takes so long that sliders should wait for a press of the button."""
+        if self.pass_seconds is None:
+            return not self.is_miniature
+        return self.limits.default_steps * self.pass_seconds > SLOW_SECONDS
 
     def images_of(self, job: Job) -> int:
         """How many images a job counts as: those it makes, or as many as its passes would make if those are more."""

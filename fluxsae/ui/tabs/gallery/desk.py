@@ -18,6 +18,7 @@ from fluxsae.ui.serve.downloads import Downloads, csv_bytes
 from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.pictures import thumbnail_url
 from fluxsae.ui.serve.schemas import FeatureRequest, SearchRequest, SilenceRequest
+from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.gallery.words import WordsDesk
 
 PAGE = 24
@@ -42,12 +43,16 @@ CLASSES = {"any": "Any", "rare": "Rare", "common": "Common", "very common": "Ver
 class GalleryDesk(Desk):
     """The Gallery tab's questions, answered from the cards."""
 
+    def __init__(self, bench: Workbench) -> None:
+        super().__init__(bench)
+        self.words = WordsDesk(bench)
+
     def answers(self) -> Answers:
         """/search_features, /feature and /silence."""
         return {
             SearchRequest: functools.partial(views.search, self.bench),
             FeatureRequest: self.feature,
-            SilenceRequest: WordsDesk(self.bench).answer,
+            SilenceRequest: self.words.answer,
         }
 
     def downloads(self) -> Downloads:
@@ -114,6 +119,7 @@ class GalleryDesk(Desk):
             "pictures": views.card_pictures(cards, card, limit=PICTURES),
             "silent": [_silent(cards, image) for image in card.silent_images[:4]],
             "facts": facts(card),
+            "silencing": self.words.cost_words(card),
             **_histogram(card),
             "steps": list(card.steps),
             "step_profile": list(card.step_profile),

@@ -10,12 +10,11 @@ from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.endpoints import in_lane
 from fluxsae.ui.serve.guard import guarded
 from fluxsae.ui.tabs.gallery.desk import CLASSES, PAGE, SORTS, GalleryDesk
-from fluxsae.ui.tabs.gallery.words import WordsDesk
 
 
 def build_gallery_tab(desk: GalleryDesk, shell: Shell, tab: gr.Tab) -> None:
     """The tab's components and events."""
-    bench, words = desk.bench, WordsDesk(desk.bench)
+    bench, words = desk.bench, desk.words
     with gr.Row(elem_classes="fs-ask"):
         query = gr.Textbox(
             label="Search",

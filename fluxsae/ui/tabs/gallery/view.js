@@ -116,10 +116,6 @@ FS.facts = (facts) =>
     ),
   );
 
-FS.wordCount = (
-  data,
-) => (data.pictures.length ? new Set(data.pictures[0].prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu)).size + 1 : 0);
-
 FS.define("fs-feature", (root, data) => {
   const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: data.feature });
   const sure = FS.sure(data.confidence);
@@ -261,9 +257,9 @@ FS.define("fs-feature", (root, data) => {
           FS.el("button", {
             class: "fs-button",
             type: "button",
-            text: `Which word silences it? (about ${FS.wordCount(data)} images)`,
+            text: `Which word silences it? (${data.silencing})`,
             "aria-label": "Which word silences it?",
-            disabled: !data.pictures.length,
+            disabled: !data.silencing,
             onclick: () => FS.emit(root, "why", { hookpoint: data.hookpoint, feature: data.feature }),
           }),
         ),

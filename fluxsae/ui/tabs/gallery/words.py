@@ -5,17 +5,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex
+from fluxsae.features.cards import CardIndex, FeatureCard
 from fluxsae.features.silencing import WordEffect, prompts_without_words, word_effects
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, then
 from fluxsae.ui.serve.arguments import MAX_RESULTS
 from fluxsae.ui.serve.reading import Reading
 from fluxsae.ui.serve.schemas import SilenceRequest
+from fluxsae.ui.serve.session import ReadJob
 
 
 class WordsDesk(Desk):
     """Makes a feature's best image again without each word in turn, at the same seed."""
+
+    def cost_words(self, card: FeatureCard) -> str:
+        """How many images the question makes of a feature, and how long that takes; nothing where it cannot."""
+        if not card.top_images or card.top_images[0].source is not None:
+            return ""
+        n_images, steps = 1 + len(prompts_without_words(card.top_images[0].prompt)), self.limits.default_steps
+        seconds = self.bench.seconds_of(ReadJob("", 0, steps))
+        about = "" if seconds is None else f", about {max(1, round(seconds * n_images))} s"
+        return f"{n_images} images{about}"
 
     def silence(self, selection: Any) -> Events[dict[str, Any]]:
         """Steps of all images together, then what is left of the feature without each word.

@@ -179,15 +179,40 @@ class SteerDesk(Desk):
             raise FluxSaeError(f"{none} matches {shortened(query)}. Search for a colour, a shape or a number.")
         return {"query": str(query), "found": found, "add": new[0], "at": time.monotonic()}
 
-    def turn(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Events[dict[str, Any]]:
-        """Steps, then the page's before and after, with a random-direction control beside it."""
+    def cost_words(self) -> str:
+        """How many images each button makes, and how long that takes here."""
+        prompt, seed, steps = "", 0, self.limits.default_steps
+        n_turn = 2 if self.bench.is_slow else 3
+        jobs = {
+            "Steer": SteerJob(((),) * n_turn, prompt, seed, steps),
+            "Compare strengths": SteerJob(((),) * (1 + len(STRIP)), prompt, seed, steps),
+        }
+        told = [
+            f"{name} makes {job.n_pictures} images{_about(self.bench.seconds_of(job))}" for name, job in jobs.items()
+        ]
+        waits = " Sliders wait until you press Steer." if self.bench.is_slow else ""
+        return f"{'; '.join(told)}.{waits}"
+
+    def moved(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Events[dict[str, Any]]:
+        """As `turn`, where that is quick; on a slow model nothing: it waits for the button."""
+        return iter(()) if self.bench.is_slow else self.turn(prompt, seed, steps, page)
+
+    def controlled(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Events[dict[str, Any]]:
+        """As `turn`, with the control in any case."""
+        return self.turn(prompt, seed, steps, page, wants_control=True)
+
+    def turn(
+        self, prompt: Any, seed: Any, steps: Any, page: Any, wants_control: bool = False
+    ) -> Events[dict[str, Any]]:
+        """Steps, then the page's before and after, with a random-direction control where that is quick or asked for."""
         sliders = self.sliders.sent(page, steps)
         request = self._request(prompt, seed, steps, [self.sliders.edit(slider) for slider in sliders])
         is_turned = not all(edit.is_identity for edit in request.edits)
-        # where nothing is turned all three are one image until the last step
-        variants = [(), request.edits, request.edits] if is_turned else [()] * 3
+        # where nothing is turned all are one image until the last step
+        edits = request.edits if is_turned else ()
+        has_control = wants_control or not self.bench.is_slow
         swap = page.get("unread") if isinstance(page, Mapping) else None
-        made = self._made(variants, request.picture, control=2)
+        made = self._made([(), *[edits] * (1 + has_control)], request.picture, control=2 if has_control else -1)
         return then(made, lambda steered: self._result(request, steered, sliders, swap))
 
     def strip(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Events[dict[str, Any]]:
@@ -287,10 +312,10 @@ class SteerDesk(Desk):
     def _result(
         self, request: SteerRequest, steered: Steered, sliders: Sequence[Mapping[str, Any]], swap: Any
     ) -> dict[str, Any]:
-        before, after, random = steered.images
+        before, after, *random = steered.images
         recipe = steered.recipes[1]
         edits = [edit.to_dict() for edit in request.edits]
-        measured = steered.measurements[1:] if recipe.edits else (None, None)
+        measured = (*steered.measurements[1:], None) if recipe.edits else (None, None)
         return {
             "prompt": request.prompt,
             "seed": request.seed,
@@ -302,7 +327,7 @@ class SteerDesk(Desk):
             "cut": words.where_it_changed(before, after),
             "before": views.image_url(before),
             "after": views.image_url(after),
-            "random": views.image_url(random),
+            "random": views.image_url(random[0]) if random else None,
             "words": words.result_words(list(zip(sliders, request.edits, strict=True))),
             "measurement": measured[0],
             "random_measurement": measured[1],
@@ -340,6 +365,10 @@ def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: St
         "cells": cells,
         "safe": safe,
     }
+
+
+def _about(seconds: float | None) -> str:
+    return "" if seconds is None else f", in about {max(1, round(seconds))} s"
 
 
 def _score(demo: Mapping[str, Any]) -> float:

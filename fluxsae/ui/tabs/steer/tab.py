@@ -1,5 +1,6 @@
 """The Steer tab: turn features, compare, share."""
 
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -63,10 +64,15 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
                 go = gr.Button("Steer", variant="primary", elem_id="steer-go")
                 strip_go = gr.Button("Compare strengths", elem_id="steer-strip-go")
                 stop = gr.Button("Stop", elem_id="steer-stop", elem_classes="fs-stop", min_width=70)
+            costs = gr.HTML(elem_id="steer-costs")
         with gr.Column(scale=6, min_width=300):
             result = gr.HTML(
-                first or None, html_template=element("fs-result"), js_on_load=mount(), elem_id="steer-result"
+                first or None,
+                html_template=element("fs-result"),
+                js_on_load=mount(control="submit"),
+                elem_id="steer-result",
             )
+
     strip = gr.HTML(None, html_template=element("fs-strip"), js_on_load=mount(), elem_id="steer-strip")
     asked = [prompt, seed, steps, edits]
 
@@ -74,13 +80,17 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
         return desk.begin(starter._data)
 
     turn = making(desk.turn, makes="steer-result")
+    moved = making(desk.moved, makes="steer-result")
+    controlled = making(desk.controlled, makes="steer-result")
     compare = making(desk.strip, makes="steer-strip")
     swap = making(desk.swap, makes="steer-result", n=4)
     lane = in_lane(status)
+    newest = {**lane, "trigger_mode": "multiple"}  # what is asked while another is made ends that
     latest = {**lane, "trigger_mode": "always_last"}  # what is asked while another is made is made next
     runs = [
-        edits.input(turn, asked, [status, result], **latest),
-        gr.on([go.click, prompt.submit], turn, asked, [status, result], **latest),
+        edits.input(moved, asked, [status, result], **latest),
+        gr.on([go.click, prompt.submit], turn, asked, [status, result], **newest),
+        result.submit(controlled, asked, [status, result], **newest),
         strip_go.click(compare, asked, [status, strip], **latest),
     ]
     find.change(guarded(desk.matches), find, found, **QUIET)
@@ -100,9 +110,21 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
     swapped = [prompt, seed, steps, old, new]
     swapping = swap_go.click(swap, swapped, [status, *asked], **latest)
     runs += [swapping, swapping.success(turn, asked, [status, result], **lane)]
+    _tell_costs(desk, shell, costs, runs)
     stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
     for run in runs:
         end_at_idle(run, status)
+
+
+def _tell_costs(desk: SteerDesk, shell: Shell, costs: gr.HTML, runs: list[Any]) -> None:
+    """Says how many images the buttons make and how long that takes, when the page opens and after each run."""
+
+    def cost() -> str:
+        return f'<p class="fs-quiet fs-hint">{escape(desk.cost_words())}</p>'
+
+    shell.app.load(cost, None, costs, **QUIET)
+    for run in runs:
+        run.success(cost, None, costs, **QUIET)
 
 
 def _swap_row(desk: SteerDesk, tab: gr.Tab) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:

@@ -549,7 +549,14 @@ FS.define("fs-result", (root, data) => {
       FS.el(
         "div",
         { class: "fs-row fs-wrap" },
-        data.measurement &&
+        data.measurement && !data.random &&
+          FS.el("button", {
+            class: "fs-button fs-small",
+            type: "button",
+            text: "Compare with a random direction (makes 3 images)",
+            onclick: () => FS.emit(root, "control", {}),
+          }),
+        data.measurement && data.random &&
           FS.toggle({
             label: "Right half",
             options: [["after", "after"], ["random", "a random direction"]],
