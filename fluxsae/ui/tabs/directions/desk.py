@@ -121,7 +121,7 @@ class DirectionsDesk(Desk):
         """Hook point, map and neighbours of a link."""
         return view.get("hookpoint"), self.map(view.get("hookpoint"), view), self.near(view)
 
-    def compare(self, first: Any, second: Any) -> dict[str, Any]:
+    def compared(self, first: Any, second: Any) -> dict[str, Any]:
         """Which features of one hook point live on at another, and what each alone has."""
         left, right = self._two(self._place(first), self._place(second))
         comparison = self._comparison(left, right)

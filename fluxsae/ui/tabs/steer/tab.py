@@ -80,17 +80,15 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
         return desk.begin(starter._data)
 
     turn = making(desk.turn, makes="steer-result")
-    moved = making(desk.moved, makes="steer-result")
-    controlled = making(desk.controlled, makes="steer-result")
     compare = making(desk.strip, makes="steer-strip")
     swap = making(desk.swap, makes="steer-result", n=4)
     lane = in_lane(status)
     newest = {**lane, "trigger_mode": "multiple"}  # what is asked while another is made ends that
     latest = {**lane, "trigger_mode": "always_last"}  # what is asked while another is made is made next
     runs = [
-        edits.input(moved, asked, [status, result], **latest),
+        edits.input(making(desk.moved, makes="steer-result"), asked, [status, result], **latest),
         gr.on([go.click, prompt.submit], turn, asked, [status, result], **newest),
-        result.submit(controlled, asked, [status, result], **newest),
+        result.submit(making(desk.controlled, makes="steer-result"), asked, [status, result], **newest),
         strip_go.click(compare, asked, [status, strip], **latest),
     ]
     find.change(guarded(desk.matches), find, found, **QUIET)
