@@ -62,6 +62,7 @@ def _answers(desks: Iterable[Desk]) -> dict[type[Request], Callable[[Any], Any]]
 def _build_page(
     app: gr.Blocks, shelf: Shelf, bench: Workbench, desks: Mapping[Tab, Desk], endpoints: tuple[type[Request], ...]
 ) -> None:
+    gr.Navbar(visible=False)  # the header has links to the other runs
     header = gr.HTML()
     selection = gr.State({"hookpoint": bench.limits.default_hookpoint, "feature": None})
     address = gr.Textbox(visible=False)

@@ -47,5 +47,6 @@ def test_snippets_carry_the_values_on_screen() -> None:
     code = snippets(HeatmapRequest, {"step": None, "seed": 3, "prompt": "it's <b>"})
     compile(code["Python"], "snippet", "exec")
     assert "seed=3" in code["Python"]
-    assert "\"it'\\''s <b>\", 3, null" in code["curl"]
+    assert '"seed": 3, "step": null' in code["curl"]
+    assert "it'\\''s <b>" in code["curl"]
     assert '"name": "heatmap"' in code["MCP"]

@@ -40,14 +40,15 @@ def python_call(endpoint: str, arguments: Mapping[str, Any], returns: str) -> st
 
 
 def curl_call(endpoint: str, arguments: Mapping[str, Any]) -> str:
-    """Over plain HTTP: the call gives an id, the id gives the result."""
-    data = json.dumps({"data": list(arguments.values())}, ensure_ascii=False).replace("'", "'\\''")
+    """Over plain HTTP: the call gives an id, the id gives the result; a call that is refused says why."""
+    data = json.dumps(dict(arguments), ensure_ascii=False).replace("'", "'\\''")
     return "\n".join(
         [
-            f"EVENT=$(curl -s -X POST {ORIGIN}/gradio_api/call/{endpoint} \\",
+            f"ANSWER=$(curl -s -X POST {ORIGIN}/gradio_api/call/v2/{endpoint} \\",
             "  -H 'Content-Type: application/json' \\",
-            f"  -d '{data}' | grep -o '[0-9a-f]\\{{32\\}}')",
-            f"curl -sN {ORIGIN}/gradio_api/call/{endpoint}/$EVENT",
+            f"  -d '{data}')",
+            'EVENT=$(echo "$ANSWER" | grep -o \'"event_id":"[0-9a-f]*\' | cut -d\'"\' -f4)',
+            f'if [ -n "$EVENT" ]; then curl -sN {ORIGIN}/gradio_api/call/{endpoint}/$EVENT; else echo "$ANSWER"; fi',
         ]
     )
 

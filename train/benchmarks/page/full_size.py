@@ -12,11 +12,11 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from fluxsae.features.analysis import AnalysisConfig, feature_class
+from fluxsae.features.analysis import feature_class
+from fluxsae.features.config import AnalysisConfig
 from fluxsae.features.layers import LayerComparison
 from fluxsae.files import save_tensors
 from fluxsae.flux import flux_identity, load_flux, schedule_sigmas, token_grid
-from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.perceptual import load_embedder
 from fluxsae.runs.folder import RunFolder, RunInfo
@@ -54,8 +54,8 @@ def build_run(
     hookpoints = ("transformer_blocks.0.ff", "transformer_blocks.1.ff")
     info = RunInfo(
         flux_id=identity.flux_id,
-        flux_revision=identity.flux_revision,
-        flux_weights=identity.flux_weights,
+        flux_revision=identity.revision,
+        flux_weights=identity.weights,
         adapters=identity.adapters,
         settings=settings,
         hookpoints=hookpoints,
@@ -94,7 +94,7 @@ def build_run(
         _write_features(run, name, rng, n_images=n_images, n_features=n_features, steps=steps)
         _write_heatmaps(run, name, rng, n_tokens=grid.n_tokens)
         _write_directions(run, name, rng, n_features=n_features)
-    run.save_comparison(*map(HookPoint.parse, hookpoints), _comparison(rng, n_features).tensors())
+    run.save_comparison(hookpoints[0], hookpoints[1], _comparison(rng, n_features).tensors())
     run.save_index(hookpoints)
 
 
