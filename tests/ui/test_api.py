@@ -225,7 +225,7 @@ def test_silence_gives_what_each_word_leaves_with_the_images_tried(client: Clien
 
 def test_swap_gives_an_image_that_its_recipe_makes_again(client: Client) -> None:
     before, after, facts = client.predict(
-        prompt=PROMPT, old="red", new="blue", num_inference_steps=20, api_name="/swap"
+        prompt=PROMPT, old="red", new="green", num_inference_steps=20, api_name="/swap"
     )
     assert isinstance(facts["is_read"], bool)
     edits = [edit.to_dict() for edit in Recipe.from_dict(facts["recipe"]).edits]
@@ -239,7 +239,7 @@ def test_layers_matches_features_of_two_hook_points(client: Client, place: str) 
     assert found["pairs"][0]["first"]["hookpoint"] == found["first"] != place
     assert found["n_pairs"] >= 3
     with pytest.raises(REFUSALS, match="Both hook points are"):
-        client.predict(hookpoint=place, other=place, api_name="/layers")
+        client.predict(first=place, second=place, api_name="/layers")
 
 
 def test_a_run_is_asked_for_by_name_and_an_unknown_one_is_refused(client: Client) -> None:

@@ -24,7 +24,7 @@ def header_html(shelf: Shelf, bench: Workbench) -> str:
         "FLUX": flux_words(bench),
         "Device": "GPU" if bench.device == "cuda" else "CPU",
         "Looking at": ", ".join(f"{bench.word(name)} = {name}" for name in bench.hookpoints),
-        "Run": bench.name,
+        **({"Run": bench.name} if len(shelf.runs) == 1 else {}),
     }
     terms = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in facts.items())
     told = [bench.notice, *(f"Left out, as a file is damaged: {without_folders(each)}" for each in bench.problems)]

@@ -260,8 +260,8 @@ class LayersRequest(Request):
             "each there are, and the correlation by chance.",
         ),
     )
-    hookpoint: HookPointPath = FIRST_HOOKPOINT
-    other: OtherHookPoint = RUN_HOOKPOINT
+    first: HookPointPath = FIRST_HOOKPOINT
+    second: OtherHookPoint = RUN_HOOKPOINT
     limit: Limit = 20
 
 

@@ -74,7 +74,7 @@ class DirectionsDesk(Desk):
 
     def layers(self, request: LayersRequest) -> dict[str, Any]:
         """Matched features of two hook points, and what each has alone."""
-        left, right = self._two(request.hookpoint, request.other)
+        left, right = self._two(request.first, request.second)
         comparison, one, two = self._comparison(left, right), self.bench.cards[left], self.bench.cards[right]
         matched = zip(comparison.pairs[: request.limit], comparison.correlations[: request.limit], strict=True)
         return {
