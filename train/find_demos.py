@@ -94,7 +94,7 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
     from fluxsae.flux import execution_device, load_flux
     from fluxsae.pictures.perceptual import load_distance
     from fluxsae.sae.model import SparseAutoencoder
-    from fluxsae.steering.demos import find_demos, find_swaps
+    from fluxsae.steering.demos import find_demos, find_swaps, opening_swap, write_opening
 
     info = run.load_info()
     pipe = load_flux(info.flux_id, revision=info.flux_revision, device=config.device)
@@ -138,6 +138,9 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
         print(f"{place}: {len(made)} swaps on {len(found[place])} demos")
         for swap in made[:8]:
             print(_swap_line(swap))
+        opening = opening_swap(made)
+        if opening is not None:
+            write_opening(run, pipe, saes, opening)
 
 
 def _embedder(run: RunFolder) -> ImageEmbedder | None:

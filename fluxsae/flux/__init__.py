@@ -40,7 +40,8 @@ if TYPE_CHECKING:
         hookpoint_width,
         load_flux,
     )
-    from fluxsae.flux.reading import read_picture
+    from fluxsae.flux.previews import draw_latents, fit_colours, is_quick_to_decode, watch_estimates
+    from fluxsae.flux.reading import noised_picture, read_picture
     from fluxsae.flux.schedules import nearest_step
     from fluxsae.flux.settings import GenerationSettings
 
@@ -66,17 +67,21 @@ __all__ = [
     "decode_latents",
     "default_settings",
     "denoise_to",
+    "draw_latents",
     "embed_prompts",
     "encode_images",
     "execution_device",
+    "fit_colours",
     "flux_identity",
     "generate",
     "generate_from",
     "hookpoint_width",
     "initial_noise",
     "is_exact",
+    "is_quick_to_decode",
     "load_flux",
     "nearest_step",
+    "noised_picture",
     "read_picture",
     "schedule_sigmas",
     "settings_ground",
@@ -84,6 +89,7 @@ __all__ = [
     "unknown_words",
     "unread_tokens",
     "velocity",
+    "watch_estimates",
     "why_inexact",
 ]
 
@@ -111,17 +117,21 @@ __getattr__, __dir__ = hand_on(
         "decode_latents": "latents",
         "default_settings": "loading",
         "denoise_to": "generation",
+        "draw_latents": "previews",
         "embed_prompts": "latents",
         "encode_images": "latents",
         "execution_device": "devices",
+        "fit_colours": "previews",
         "flux_identity": "identity",
         "generate": "generation",
         "generate_from": "generation",
         "hookpoint_width": "loading",
         "initial_noise": "latents",
         "is_exact": "identity",
+        "is_quick_to_decode": "previews",
         "load_flux": "loading",
         "nearest_step": "schedules",
+        "noised_picture": "reading",
         "read_picture": "reading",
         "schedule_sigmas": "generation",
         "settings_ground": "ground",
@@ -129,6 +139,7 @@ __getattr__, __dir__ = hand_on(
         "unknown_words": "generation",
         "unread_tokens": "generation",
         "velocity": "latents",
+        "watch_estimates": "previews",
         "why_inexact": "identity",
     },
 )

@@ -385,6 +385,15 @@ class RunFolder:
         """The swaps, best first; none where none were searched."""
         return load_lines(self.swaps_path(hookpoint))
 
+    def opening_path(self, hookpoint: HookPoint | str) -> Path:
+        """opening.json: the swap that a page opens on, whose strip is the demo image "opening"."""
+        return self.demos_path(hookpoint).with_name("opening.json")
+
+    def load_opening(self, hookpoint: HookPoint | str) -> dict[str, Any] | None:
+        """What a page opens on; None where nothing was recorded."""
+        path = self.opening_path(hookpoint)
+        return dict(read_json(path)) if path.is_file() else None
+
     def save_swaps(self, hookpoint: HookPoint | str, lines: Sequence[str]) -> None:
         """Writes swaps.jsonl from JSON texts of one line each."""
         write_text(self.swaps_path(hookpoint), "".join(f"{line}\n" for line in lines))

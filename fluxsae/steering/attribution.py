@@ -144,6 +144,7 @@ def explain(
     prompt: str,
     seed: int,
     settings: GenerationSettings | None = None,
+    snapshot: Snapshot | None = None,
     limit: int = 8,
     allow_mismatch: Collection[Mismatch] = (),
     on_pass: Callable[[int, int], None] | None = None,
@@ -154,6 +155,7 @@ def explain(
     content word, and the `limit` features that are predicted to matter most, are really taken away for this one
     step, one at a time, and the change is measured. A word is taken away by encoding the prompt without it.
 
+    With a `snapshot` at the target's step (`noised_picture`) nothing is generated: a picture is explained.
     `on_pass(n, total)` is called after each pass, counted from 0, of `total` at most; it may raise to cancel.
 
     The gradient's memory grows with the blocks up to the target: about 0.9 GB a block for FLUX.1-dev at 1024 px.
@@ -166,10 +168,12 @@ def explain(
     _check_target(pipe, saes, target, settings, limit=limit, allow_mismatch=allow_mismatch)
     words = content_words(prompt)
     room = _trials_at_once(pipe, settings)
-    passes = _PassCounter(on_pass, target.step + 1 + len(words) + math.ceil((len(words) + 1 + limit) / room))
-    snapshot = denoise_to(
-        pipe, prompt, seeds=seed, settings=settings, step=target.step, on_step=lambda step, n_steps: passes.tell()
-    )
+    before = target.step if snapshot is None else 0
+    passes = _PassCounter(on_pass, before + 1 + len(words) + math.ceil((len(words) + 1 + limit) / room))
+    if snapshot is None:
+        snapshot = denoise_to(
+            pipe, prompt, seeds=seed, settings=settings, step=target.step, on_step=lambda step, n_steps: passes.tell()
+        )
     whole = _DifferentiatedPass(pipe, saes, target, snapshot)
     passes.tell()
     without = [_without(pipe, prompt, word, settings) for word in words]

@@ -43,6 +43,7 @@ def build_app(shelf: Shelf | None = None) -> gr.Blocks:
     endpoints = tuple(answers[shelf.first.name])
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, DAY), fill_width=True) as app:
         _build_page(app, shelf, shelf.first, desks[shelf.first.name], endpoints)
+        app.unload(shelf.end_visit)
     for name, bench in shelf.runs.items():
         if bench is not shelf.first:
             with app.route(name, shelf.path(bench), show_in_navbar=False):

@@ -15,6 +15,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux import default_settings, flux_identity, load_flux, schedule_sigmas
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.pictures.heatmaps import (
+    HEAT,
     NAMED_COLOURS,
     NEUTRAL_COLOUR,
     SheetCell,
@@ -95,10 +96,10 @@ def test_heat_lies_on_the_token_that_fires_at_any_size_and_grid(width: int, heig
     assert np.ptp(shown[: height // 4, : width // 4].reshape(-1, 3), axis=0).max() == 0
 
 
-def test_where_nothing_fires_the_picture_is_grey() -> None:
-    shown = np.asarray(overlay(picture(), np.zeros((4, 6), np.float32), opacity=1.0))
-    assert np.array_equal(shown[..., 0], shown[..., 1])
-    assert np.array_equal(shown[..., 0], shown[..., 2])
+def test_where_nothing_fires_the_picture_keeps_its_colours_a_little_darker() -> None:
+    shown = np.asarray(overlay(picture(), np.zeros((4, 6), np.float32), opacity=1.0), dtype=float)
+    assert np.abs(shown - HEAT.dimming * np.asarray(picture(), dtype=float)).max() <= 0.5
+    assert 0.6 < HEAT.dimming < 1
 
 
 def test_heat_below_the_threshold_is_not_shown() -> None:

@@ -13,7 +13,7 @@ import anyio
 import page_server
 import pytest
 import requests
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError, ValidationError
 from mcp import ClientSession
 from mcp.client.streamable_http import streamablehttp_client
@@ -24,8 +24,8 @@ from fluxsae.steering.edits import Recipe, SteeringEdit
 from fluxsae.ui.kit.snippets import tool_name
 
 ENDPOINTS = {
-    "/heatmap", "/features_at", "/explain", "/search_features", "/feature", "/directions", "/steer", "/sweep",
-    "/compare", "/swap", "/silence", "/layers",
+    "/heatmap", "/read_picture", "/features_at", "/explain", "/search_features", "/feature", "/directions", "/steer",
+    "/sweep", "/compare", "/swap", "/silence", "/layers",
 }  # fmt: skip
 PROMPT = "a large red circle on a black background"
 REFUSALS = (ValidationError, AppError)
@@ -86,6 +86,7 @@ def test_an_argument_is_called_required_where_a_call_without_it_is_refused(clien
     }
     assert required == {
         "/heatmap": {"prompt"},
+        "/read_picture": {"picture"},
         "/features_at": {"prompt", "row", "column"},
         "/explain": {"prompt", "feature"},
         "/search_features": set(),
@@ -132,6 +133,33 @@ def test_features_at_a_patch_are_features_of_the_image(client: Client) -> None:
     assert features
     everything = {feature["feature"] for feature in client.predict(prompt=PROMPT, limit=100, api_name="/heatmap")[1]}
     assert {feature["feature"] for feature in features[:3]} <= everything
+
+
+def as_data_url(path: str) -> str:
+    return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+
+
+def test_an_own_picture_is_read_from_a_file_or_a_data_url_and_leaves_no_file(
+    client: Client, page: page_server.Page, place: str
+) -> None:
+    painted, _, _ = client.predict(prompt=PROMPT, limit=1, api_name="/heatmap")
+    features, overlays, familiarity = client.predict(picture=handle_file(painted), limit=5, api_name="/read_picture")
+    assert len(features) == len(overlays) == 5
+    assert all(feature["hookpoint"] == place for feature in features)
+    assert not familiarity["is_unlike"]
+    url = as_data_url(painted)
+    assert client.predict(picture=url, limit=5, api_name="/read_picture")[0] == features
+    at_patch = client.predict(prompt="", picture=url, row=4, column=4, limit=3, api_name="/features_at")
+    assert at_patch
+    why = client.predict(prompt="", picture=url, feature=features[0]["feature"], limit=1, api_name="/explain")
+    assert why["words"] == []
+    before, _, facts = client.predict(prompt="", edits=[], picture=url, change=0.3, api_name="/steer")
+    assert Image.open(before).size == (128, 128)
+    assert facts["recipe"] is None
+    name = Path(painted).name
+    kept = [path for path in (page.log.parent / "files").rglob("*") if path.is_file() and path.name == name]
+    digests = {path.read_bytes() for path in kept if "uploads" in str(path)}
+    assert not digests
 
 
 def test_explain_gives_words_and_named_earlier_features_by_effect(client: Client, place: str) -> None:
@@ -258,6 +286,10 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("/heatmap", {"prompt": PROMPT, "seed": True}, "seed is True"),
     ("/heatmap", {"prompt": PROMPT, "hookpoint": "layer99"}, "hookpoint is 'layer99'; give one of"),
     ("/heatmap", {"prompt": PROMPT, "step": 99}, "step is 99; give a whole number from 0 to"),
+    ("/read_picture", {"picture": "https://example.org/cat.png"}, "Links are not followed"),
+    ("/read_picture", {"picture": "data:image/png;base64,aGVsbG8="}, "is no picture of a kind that is read"),
+    ("/read_picture", {"picture": {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}}, "give a data URL"),
+    ("/steer", {"prompt": "", "edits": []}, "prompt is blank"),
     ("/features_at", {"prompt": PROMPT, "row": 8, "column": 0}, "row is 8; give a whole number from 0 to 7"),
     ("/features_at", {"prompt": PROMPT, "row": None, "column": 0}, "row is None"),
     ("/explain", {"prompt": PROMPT, "feature": 1, "row": 3}, "row is 3 and column is None; give both"),

@@ -24,7 +24,7 @@ from fluxsae.ui.serve.schemas import (
     SweepRequest,
 )
 
-LIMITS = Limits(hookpoints={EARLY: 64, LATE: 128}, rows=16, cols=16, default_steps=20)
+LIMITS = Limits(hookpoints={EARLY: 64, LATE: 128}, rows=16, cols=16, default_steps=20, height=256, width=256)
 
 
 EDIT = {"hookpoint": LATE, "feature": 3, "mode": "add", "strength": 1.0}

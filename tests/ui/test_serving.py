@@ -20,6 +20,7 @@ from desk_data import LATE, reading
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.miniature.scenes import ATTRIBUTES, vocabulary
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.ui.kit.shell import with_progress
 from fluxsae.ui.serve.guard import guarded, visitor_of, without_folders
@@ -52,7 +53,6 @@ class Counting:
     n_steps: int
     seen: list[Any]
     before_step: Callable[[int], None] = lambda step: None
-    n_passes: int = 1
     n_pictures: int = 1
 
     def run(self, bench: Any, on_step: Callable[[int, int], None]) -> str:
@@ -103,12 +103,12 @@ def test_cancelled_is_no_error_that_a_handler_could_swallow() -> None:
     assert not issubclass(Cancelled, Exception)
 
 
-def test_jobs_and_results_can_be_sent_to_another_process() -> None:
+def test_jobs_and_results_can_be_sent_to_another_process(bench: Workbench) -> None:
     edit = SteeringEdit(HookPoint.parse(LATE), 3, "add", 1.0)
     for job in (ReadJob("a circle", 0, 20), SteerJob(((), (edit,)), "a circle", 0, 20, -1)):
         assert pickle.loads(pickle.dumps(job)) == job
         assert hash(job) == hash(pickle.loads(pickle.dumps(job)))
-        assert job.n_passes >= 20 * job.n_pictures
+        assert job.n_passes(bench) >= 20 * job.n_pictures
     assert pickle.loads(pickle.dumps(reading())).prompt == "a circle"
 
 
@@ -219,9 +219,12 @@ def test_a_visitor_is_who_the_outermost_trusted_proxy_saw(
 class Sized:
     """A job of some passes, refused where it says so."""
 
-    n_passes: int
+    passes: int
     n_pictures: int = 0
     refusal: str = ""
+
+    def n_passes(self, bench: Any) -> int:
+        return self.passes
 
     @property
     def n_bytes(self) -> int:
@@ -249,9 +252,12 @@ def test_what_is_made_counts_by_its_passes_and_what_is_kept_or_refused_does_not(
 
 
 def test_the_miniatures_words_are_told_and_anothers_are_not(bench: Workbench, tmp_path: Path) -> None:
-    words = bench.vocabulary.replace(";", "").split()
-    assert {"heart", "cyan", "dotted", "small", "bottom", "brown"} <= set(words)
-    assert Workbench(whole_run.build(tmp_path / "run", flux_id="someone/flux")).vocabulary == ""
+    words = {word for words in bench.vocabulary.values() for word in words}
+    assert words == {word for words in ATTRIBUTES.values() for word in words}
+    assert set(" ".join(phrase for words in bench.vocabulary.values() for phrase in words.values()).split()) <= set(
+        vocabulary()
+    )
+    assert Workbench(whole_run.build(tmp_path / "run", flux_id="someone/flux")).vocabulary == {}
 
 
 def test_browsing_never_imports_diffusers(bench: Workbench) -> None:

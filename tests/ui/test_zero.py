@@ -98,8 +98,11 @@ def value(bench: Workbench, job: Any) -> Any:
 class Sized:
     """How much a job asks for."""
 
-    n_passes: int = 1
+    passes: int = 1
     n_pictures: int = 1
+
+    def n_passes(self, bench: Workbench) -> int:
+        return self.passes
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What every tab's desk has: the workbench, the endpoints it answers, and the frame of what it shows."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fluxsae.errors import FluxSaeError
@@ -74,7 +75,15 @@ class Desk:
         yield Done(found)
 
 
-def then(events: Iterable[Event[Any]], make: Callable[[Any], T]) -> Events[T]:
-    """The steps as they are, and what is made of the result."""
+def then(
+    events: Iterable[Event[Any]], make: Callable[[Any], T], *, see: Callable[[Any], Any] | None = None
+) -> Events[T]:
+    """The steps, with what `see` makes of what there is to see after each, and what is made of the result."""
     for event in events:
-        yield Done(make(event.value)) if isinstance(event, Done) else event
+        match event:
+            case Done(value=value):
+                yield Done(make(value))
+            case StepDone(view=view):
+                yield replace(event, view=see(view) if see and view is not None else None)
+            case _:
+                yield event

@@ -32,7 +32,8 @@ def header_html(shelf: Shelf, bench: Workbench) -> str:
     return (
         f'<header class="fs-head"><div class="fs-brand">{LOGO}<div><h1>fluxsae</h1>'
         "<p>See which features fire inside FLUX, and steer them.</p></div></div>"
-        f'<dl class="fs-facts">{terms}</dl></header>{_chooser(shelf, bench)}{notice}'
+        f'<details class="fs-about-run"><summary><span>{escape(flux_words(bench))} </span>Details</summary>'
+        f'<dl class="fs-facts">{terms}</dl></details></header>{_chooser(shelf, bench)}{notice}'
     )
 
 
@@ -50,7 +51,7 @@ def _chooser(shelf: Shelf, bench: Workbench) -> str:
 def flux_words(bench: Workbench) -> str:
     """Which FLUX, in words; the miniature is introduced as what it is."""
     if bench.is_miniature:
-        return "the miniature, a tiny FLUX trained on drawn shapes"
+        return "the miniature, a toy FLUX whose inside can be checked"
     revision = f" at {bench.info.flux_revision[:8]}" if bench.info.flux_revision else ""
     differs = "" if bench.info.is_exact else ", quantised or cached: its activations are not the model's own"
     return f"{without_folders(bench.info.flux_id)}{revision}{differs}"

@@ -14,20 +14,21 @@ FS.actions = (data, report, ...others) => {
   return FS.el(
     "div",
     { class: "fs-row fs-wrap fs-tight" },
-    FS.copyButton(link, "Copy link"),
+    data.link ? FS.copyButton(link, "Copy link") : null,
     ...others,
     FS.el("button", {
       class: "fs-button fs-small",
       type: "button",
       text: "Save report",
-      onclick: () => FS.saveReport({ link: link(), versions: data.versions, ...report() }),
+      onclick: () => FS.saveReport({ link: data.link && link(), versions: data.versions, ...report() }),
     }),
   );
 };
 // A file that the server makes when it is asked for.
 FS.file = (href, text) => (href ? FS.el("a", { class: "fs-button fs-small", href, download: "", text }) : null);
 FS.query = (values) => new URLSearchParams(Object.entries(values).map(([name, value]) => [name, String(value)]));
-FS.told = ({ prompt, seed }) => `“${prompt}”, seed ${seed}`;
+FS.told = ({ prompt, seed, picture }) =>
+  `${picture ? "your own picture" : ""}${picture && prompt ? ", " : ""}${prompt ? `“${prompt}”` : ""}, seed ${seed}`;
 
 // A picture as a data address, so that a report needs no server.
 FS.inline = async (src) => {
@@ -44,7 +45,7 @@ FS.saveReport = async ({ title, words, link, versions, pictures, recipe, measure
   const page = document.implementation.createHTMLDocument(`fluxsae report: ${title}`);
   page.head.append(FS.el("style", {
     text:
-      "body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}img{width:256px;image-rendering:pixelated;border-radius:8px}figure{display:inline-block;margin:0 1rem 1rem 0}pre{background:#f4f4f7;padding:1rem;overflow:auto;border-radius:8px}",
+      "body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}img{width:256px;border-radius:8px}figure{display:inline-block;margin:0 1rem 1rem 0}pre{background:#f4f4f7;padding:1rem;overflow:auto;border-radius:8px}",
   }));
   const shown = await Promise.all(
     pictures.filter(([, src]) => src).map(async ([caption, src, width]) => [caption, await FS.inline(src), width]),
@@ -60,12 +61,12 @@ FS.saveReport = async ({ title, words, link, versions, pictures, recipe, measure
         FS.el(
           "figure",
           {},
-          FS.el("img", { src, alt: caption, style: width ? { width, imageRendering: "auto" } : {} }),
+          FS.el("img", { src, alt: caption, style: width ? { width } : {} }),
           FS.el("figcaption", { text: caption }),
         )
       ),
     ),
-    FS.el("p", {}, FS.el("a", { href: link, text: "Open this view" })),
+    ...(link ? [FS.el("p", {}, FS.el("a", { href: link, text: "Open this view" }))] : []),
     ...(measurement ? [FS.el("h2", { text: "Measurements" }), json(measurement)] : []),
     ...(recipe ? [FS.el("h2", { text: "Recipe" }), json(recipe)] : []),
     FS.el("h2", { text: "Versions" }),

@@ -10,7 +10,7 @@ import gradio as gr
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.kit.links import view_of
 from fluxsae.ui.kit.theme import element, mount
-from fluxsae.ui.serve.guard import current_session, guarded
+from fluxsae.ui.serve.guard import current_visit, guarded
 from fluxsae.ui.serve.lane import Cancelled, Done, Event, Mail, Pending, StepDone, Waiting
 from fluxsae.ui.serve.schemas import Request
 
@@ -34,8 +34,12 @@ none comes to carry what an earlier one did, as "always_last" would."""
 
 
 def working(event: StepDone, *, makes: str, counts: str = "Denoising step") -> dict[str, Any]:
-    """The progress bar's data after a step; `makes` is the id of what is dimmed until it is shown anew."""
-    return {"state": "working", "step": event.step, "n_steps": event.n_steps, "makes": makes, "counts": counts}
+    """The progress bar's data after a step; `makes` is the id of what is dimmed until it is shown anew.
+
+    It carries what there is to see by then.
+    """
+    told = {"state": "working", "step": event.step, "n_steps": event.n_steps, "makes": makes, "counts": counts}
+    return told if event.view is None else {**told, "view": event.view}
 
 
 def waiting(event: Waiting, *, makes: str) -> dict[str, Any]:
@@ -68,7 +72,7 @@ def making(ask: Callable[..., Iterable[Any]], *, makes: str, n: int = 1) -> Call
     asked: dict[str, Mail] = {}
 
     def make(*values: Any) -> Iterator[Any]:
-        session, mine = current_session(), None
+        session, mine = current_visit(), None
         if session in asked:
             asked.pop(session).put(Cancelled())
         try:

@@ -9,6 +9,9 @@ from fluxsae.ui.serve.schemas import Request
 
 ORIGIN = "__ORIGIN__"
 """Stands for this page's address; the page puts its own in when it shows the code."""
+PICTURE = "__PICTURE__"
+"""Stands for the reader's picture, which each language sends in its own way."""
+FILE = "picture.png"
 
 
 def snippets(schema: type[Request], values: Mapping[str, Any], *, run: str | None = None) -> dict[str, str]:
@@ -25,10 +28,14 @@ def snippets(schema: type[Request], values: Mapping[str, Any], *, run: str | Non
 
 def python_call(endpoint: str, arguments: Mapping[str, Any], returns: str) -> str:
     """With `gradio_client`."""
-    lines = [f"    {name}={value!r}," for name, value in arguments.items()]
+    sends = PICTURE in arguments.values()
+    lines = [
+        f"    {name}={f'handle_file({FILE!r})' if value == PICTURE else repr(value)},"
+        for name, value in arguments.items()
+    ]
     return "\n".join(
         [
-            "from gradio_client import Client",
+            f"from gradio_client import Client{', handle_file' if sends else ''}",
             "",
             f'client = Client("{ORIGIN}")',
             f"{returns} = client.predict(",
@@ -42,11 +49,15 @@ def python_call(endpoint: str, arguments: Mapping[str, Any], returns: str) -> st
 def curl_call(endpoint: str, arguments: Mapping[str, Any]) -> str:
     """Over plain HTTP: the call gives an id, the id gives the result; a call that is refused says why."""
     data = json.dumps(dict(arguments), ensure_ascii=False).replace("'", "'\\''")
+    body = f"-d '{data}'"
+    if PICTURE in arguments.values():  # through a pipe: a picture is too long for an argument
+        sent = data.replace(PICTURE, f"data:image/png;base64,'; base64 < {FILE} | tr -d '\\n'; printf %s '")
+        body = f"-d @<(printf %s '{sent}')"
     return "\n".join(
         [
             f"ANSWER=$(curl -s -X POST {ORIGIN}/gradio_api/call/v2/{endpoint} \\",
             "  -H 'Content-Type: application/json' \\",
-            f"  -d '{data}')",
+            f"  {body})",
             'EVENT=$(echo "$ANSWER" | grep -o \'"event_id":"[0-9a-f]*\' | cut -d\'"\' -f4)',
             f'if [ -n "$EVENT" ]; then curl -sN {ORIGIN}/gradio_api/call/{endpoint}/$EVENT; else echo "$ANSWER"; fi',
         ]
@@ -62,7 +73,8 @@ def tool_name(endpoint: str) -> str:
 def mcp_call(endpoint: str, arguments: Mapping[str, Any]) -> str:
     """The server's address for an MCP client, and the tool call it makes."""
     server = {"mcpServers": {"fluxsae": {"url": f"{ORIGIN}/gradio_api/mcp/"}}}
-    call = {"method": "tools/call", "params": {"name": tool_name(endpoint), "arguments": dict(arguments)}}
+    given = {name: "data:image/png;base64,..." if value == PICTURE else value for name, value in arguments.items()}
+    call = {"method": "tools/call", "params": {"name": tool_name(endpoint), "arguments": given}}
     return (
         "// in the client's settings\n"
         + json.dumps(server, indent=2)

@@ -1,5 +1,7 @@
 // Progress, step by step, with a time that is measured and not guessed.
+// What there is to see after a step goes to whoever shows it.
 FS.define("fs-status", (root, data) => {
+  FS.emit(document, "seen", data.state === "working" ? data.view : null);
   if (data.state !== "working") FS._since = null;
   if (data.state === "waiting") {
     const others = data.ahead === 1 ? "1 request is before you." : `${data.ahead} requests are before you.`;

@@ -30,9 +30,18 @@ def base64_text(data: bytes | np.ndarray) -> str:
     return base64.b64encode(data if isinstance(data, bytes) else data.tobytes()).decode("ascii")
 
 
-def image_url(image: Image.Image) -> str:
-    """The address of a picture that was made; small pictures stay exact."""
-    return made_url(encode_webp(image, longest_side=1024, quality=100 if max(image.size) <= 256 else 90))
+def image_url(image: Image.Image, *, is_own: bool = False) -> str:
+    """The address of a picture that was made; small pictures stay exact.
+
+    A visitor's own picture, and what was made of it, is sent to that visitor and kept under no address.
+    """
+    data = encode_webp(image, longest_side=1024, quality=100 if max(image.size) <= 256 else 90)
+    return data_url(data) if is_own else made_url(data)
+
+
+def data_url(data: bytes, *, kind: str = "webp") -> str:
+    """A picture as a data address."""
+    return f"data:image/{kind};base64,{base64_text(data)}"
 
 
 def byte_map(acts: np.ndarray, maximum: float) -> np.ndarray:
@@ -89,18 +98,18 @@ def search(bench: Workbench, request: SearchRequest) -> list[dict[str, Any]]:
     return [{**summary(cards, hit.feature), "reason": hit.reason, "score": hit.score} for hit in found]
 
 
-def notices(unread: Unread, image: Image.Image) -> list[str]:
-    """What the visitor should know of a picture: which words FLUX did not read, and whether it is blank."""
+def notices(unread: Unread, image: Image.Image | None) -> list[str]:
+    """What the visitor should know of a picture: which words FLUX did not read, and whether what it made is blank."""
     found = []
     if unread.words:
         words = ", ".join(map(_with_known_word, unread.words[:8]))
         found.append(
-            f"The miniature does not know {words}, so the image ignores it. Use its shapes, colours, textures, "
-            "sizes, positions and backgrounds: “a large red striped circle on the left on a black background”."
+            f"The miniature does not know {words}, so the image ignores it. Use the words that are offered under the "
+            "prompt."
         )
     if unread.tokens:
         found.append(f"The prompt is too long: FLUX did not read its last {unread.tokens} words and signs (tokens).")
-    if np.asarray(image, dtype=np.float32).std(axis=(0, 1)).max() < BLANK:
+    if image is not None and np.asarray(image, dtype=np.float32).std(axis=(0, 1)).max() < BLANK:
         found.append("This image is only a background, which happens now and then. Try another seed.")
     return found
 

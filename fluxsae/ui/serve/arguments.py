@@ -15,6 +15,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.runs.prompts import control_character
 from fluxsae.steering.edits import MODES, Region, SteeringEdit, parse_edits
+from fluxsae.ui.serve.given import MAX_PICTURE_BYTES, GivenPicture, take_picture
 
 MAX_PROMPT_CHARACTERS = 2_000
 MAX_QUERY_CHARACTERS = 200
@@ -23,6 +24,7 @@ MAX_SEED = 2**32 - 1
 MAX_RESULTS = 100
 MAX_STRENGTHS = 9
 MAX_TRIED = 32
+LEAST_CHANGE = 0.1
 WHOLE_NUMBERS = {"type": "array", "items": {"type": "integer"}}
 WINDOW: tuple[list[Any], str] = (
     [WHOLE_NUMBERS, "null"],
@@ -41,6 +43,10 @@ STRENGTH = (
     "scale: factor on the activation, 1 changes nothing; add, clamp: multiples of the feature's usual activation; "
     "ablate, project_out: fraction removed, 0 to 1."
 )
+PICTURE = (
+    "Your own picture: a data URL (data:image/png;base64,...) or an uploaded file (in Python: handle_file(path)), at "
+    f"most {MAX_PICTURE_BYTES // 2**20} MB. It is cropped to the run's shape, and not kept."
+)
 EXAMPLE_EDIT = "__EXAMPLE_EDIT__"
 """Stands for an edit of the served run; an endpoint that is served puts one in."""
 
@@ -57,8 +63,15 @@ class Limits:
     """Columns of the token grid."""
     default_steps: int
     """Denoising steps unless asked otherwise."""
+    height: int
+    """Of an image, pixels."""
+    width: int
     max_steps: int = 60
     """Most denoising steps of one request."""
+
+    def steps_of(self, values: Mapping[str, Any]) -> int:
+        """Denoising steps of a request whose checked values these are."""
+        return int(values.get("num_inference_steps", self.default_steps))
 
     @property
     def default_hookpoint(self) -> str:
@@ -210,6 +223,31 @@ def _check_pair(column: int | None, info: ValidationInfo) -> int | None:
     return column
 
 
+def _check_picture(value: Any, info: ValidationInfo) -> GivenPicture:
+    if isinstance(value, GivenPicture):
+        return value
+    limits = _limits(info)
+    try:
+        return take_picture(value, height=limits.height, width=limits.width)
+    except FluxSaeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _check_source(value: Any, info: ValidationInfo) -> GivenPicture | None:
+    if value is not None:
+        return _check_picture(value, info)
+    if info.data.get("prompt") == "":
+        raise ValueError(f"prompt is blank; describe the image in 1 to {MAX_PROMPT_CHARACTERS:,} characters.")
+    return None
+
+
+def _check_change(value: Any, info: ValidationInfo) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not LEAST_CHANGE <= value <= 1:
+        raise _refuse(info, value, f"a number from {LEAST_CHANGE} to 1")
+    return float(value)
+
+
 def _check_mode(value: Any, info: ValidationInfo) -> str:
     if not isinstance(value, str) or value not in MODES:
         raise _refuse(info, value, f"one of {', '.join(MODES)}")
@@ -274,6 +312,30 @@ Label = Annotated[
     _text(MAX_QUERY_CHARACTERS, blank=False),
     _schema("string", "Name of features of this run, as their labels say it."),
 ]
+Caption = Annotated[
+    str,
+    _text(MAX_PROMPT_CHARACTERS, blank=True),
+    _schema("string", f"What the picture shows, at most {MAX_PROMPT_CHARACTERS:,} characters; may be empty."),
+]
+PromptOrCaption = Annotated[
+    str,
+    _text(MAX_PROMPT_CHARACTERS, blank=True),
+    _schema(
+        "string",
+        f"What the image shows, 1 to {MAX_PROMPT_CHARACTERS:,} characters; may be empty where a picture is given.",
+    ),
+]
+Picture = Annotated[GivenPicture, BeforeValidator(_check_picture), _schema("string", PICTURE)]
+PictureOrNone = Annotated[
+    GivenPicture | None,
+    BeforeValidator(_check_source),
+    _schema(["string", "null"], f"{PICTURE} null: the image that the prompt makes."),
+]
+Change = Annotated[
+    float,
+    BeforeValidator(_check_change),
+    _schema("number", f"How much of your picture may change, {LEAST_CHANGE} to 1: the share of noise put over it."),
+]
 Query = Annotated[
     str,
     _text(MAX_QUERY_CHARACTERS, blank=True),
@@ -293,12 +355,12 @@ Steps = Annotated[
 ]
 Step = Annotated[
     int | None,
-    _whole(0, lambda info: info.data.get("num_inference_steps", 1) - 1, optional=True),
+    _whole(0, lambda info: _limits(info).steps_of(info.data) - 1, optional=True),
     _schema(["integer", "null"], "Denoising step to look at, from 0; null: the steps the SAE was trained on."),
 ]
 OneStep = Annotated[
     int | None,
-    _whole(0, lambda info: info.data.get("num_inference_steps", 1) - 1, optional=True),
+    _whole(0, lambda info: _limits(info).steps_of(info.data) - 1, optional=True),
     _schema(["integer", "null"], "Denoising step to explain, from 0; null: the first that the SAE was trained on."),
 ]
 TriedFeatures = Annotated[

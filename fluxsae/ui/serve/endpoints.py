@@ -11,6 +11,7 @@ from gradio.components.api_component import Api
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.serve.arguments import EXAMPLE_EDIT
+from fluxsae.ui.serve.given import forget_uploads
 from fluxsae.ui.serve.guard import guarded, validator
 from fluxsae.ui.serve.lane import Done, Pending
 from fluxsae.ui.serve.schemas import Request, RequestError
@@ -124,8 +125,11 @@ def _handler(
 
     def stream(*values: Any) -> Iterator[Any]:
         nothing_yet = (gr.skip(),) * len(schema.results) if len(schema.results) > 1 else gr.skip()
-        for event in call(*values):
-            yield event.value if isinstance(event, Done) else event if isinstance(event, Pending) else nothing_yet
+        try:
+            for event in call(*values):
+                yield event.value if isinstance(event, Done) else event if isinstance(event, Pending) else nothing_yet
+        finally:
+            forget_uploads(values)
 
     handler = stream if schema.uses_flux else call
     arguments = [

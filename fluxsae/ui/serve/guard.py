@@ -15,6 +15,7 @@ import gradio as gr
 from gradio.context import LocalContext
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.ui.serve.given import forget_uploads
 from fluxsae.ui.serve.lane import Pending
 from fluxsae.ui.serve.schemas import RequestError
 
@@ -32,10 +33,10 @@ def current_visitor() -> str:
     return visitor_of(LocalContext.request.get(None))
 
 
-def current_session() -> str:
-    """The browser tab, or the client, whose request is being answered."""
+def current_visit() -> str:
+    """The visit, from a page's opening to its closing, of the request that is being answered; "" outside any."""
     request = LocalContext.request.get(None)
-    return str(getattr(request, "session_hash", None) or "unknown")
+    return str(request.session_hash or "") if request is not None else ""
 
 
 def visitor_of(request: gr.Request | None) -> str:
@@ -135,6 +136,7 @@ def validator(
             parse(dict(zip(names, values, strict=True)))
         except RequestError as error:
             problems = error.problems
+            forget_uploads(values)
         return [gr.validate(name not in problems, problems.get(name, "")) for name in names]
 
     return validate

@@ -11,16 +11,22 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from fluxsae.errors import FluxSaeError
 
 T = TypeVar("T")
-OnStep = Callable[[int, int], None]
 MAX_WAITING: Final = 256
 """Requests that wait for FLUX at most, of all visitors together."""
+
+
+class OnStep(Protocol):
+    """Called after each step, counted from 0; it may raise to cancel. `view` is what there is to see by then."""
+
+    def __call__(self, step: int, n_steps: int, view: Any = None) -> None:
+        """One more step of `n_steps` is done."""
+        ...
 
 
 class Job(Protocol):
     """Work for FLUX as plain data, so that it can be sent to another process."""
 
-    @property
-    def n_passes(self) -> int:
+    def n_passes(self, bench: Any) -> int:
         """Passes of the transformer over one image that it needs at most."""
         ...
 
@@ -48,6 +54,8 @@ class StepDone:
 
     step: int
     n_steps: int
+    view: Any = None
+    """What there is to see by then, for those who show it."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +149,10 @@ class FluxLane:
         mail, cancelled = Mail(), threading.Event()
         self._join(mail)
 
-        def on_step(step: int, n_steps: int) -> None:
+        def on_step(step: int, n_steps: int, view: Any = None) -> None:
             if cancelled.is_set():
                 raise Cancelled
-            mail.put(StepDone(step + 1, n_steps))
+            mail.put(StepDone(step + 1, n_steps, view))
 
         def run() -> None:
             if cancelled.is_set():

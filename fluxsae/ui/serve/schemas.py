@@ -16,6 +16,8 @@ from fluxsae.ui.serve.arguments import (
     FIRST_HOOKPOINT,
     RUN_HOOKPOINT,
     RUN_STEPS,
+    Caption,
+    Change,
     Column,
     Edits,
     Feature,
@@ -29,7 +31,10 @@ from fluxsae.ui.serve.arguments import (
     OtherHookPoint,
     PatchColumn,
     PatchRow,
+    Picture,
+    PictureOrNone,
     Prompt,
+    PromptOrCaption,
     Query,
     RegionField,
     Row,
@@ -131,7 +136,7 @@ class PictureRequest(Request):
         num_inference_steps: Steps
 
     @property
-    def picture(self) -> tuple[str, int, int]:
+    def made_from(self) -> tuple[str, int, int]:
         """Prompt, seed and number of denoising steps."""
         return self.prompt, self.seed, self.num_inference_steps
 
@@ -168,12 +173,30 @@ class HeatmapRequest(PictureRequest):
     limit: Limit = 8
 
 
+class ReadPictureRequest(Request):
+    """Reads your own picture with FLUX, without painting: ranks the features that fire and shows where each does."""
+
+    endpoint = "read_picture"
+    uses_flux = True
+    results = (
+        Result("features", "json", FEATURES),
+        Result("overlays", "gallery", "The picture with the heatmap of each feature."),
+        Result("familiarity", "json", "Whether the picture is like the run's own; if not, no name is sure."),
+    )
+    picture: Picture
+    prompt: Caption = ""
+    hookpoint: HookPointPath = RUN_HOOKPOINT
+    step: Step = None
+    seed: Seed = 0
+    limit: Limit = 8
+
+
 class FeaturesAtRequest(PictureRequest):
-    """Ranks the features that fire at one patch of an image."""
+    """Ranks the features that fire at one patch of an image, or of your own picture."""
 
     endpoint = "features_at"
     results = (Result("features", "json", FEATURES),)
-    prompt: Prompt
+    prompt: PromptOrCaption
     hookpoint: HookPointPath = RUN_HOOKPOINT
     seed: Seed = 0
     num_inference_steps: Steps = RUN_STEPS
@@ -181,6 +204,7 @@ class FeaturesAtRequest(PictureRequest):
     row: Row
     column: Column
     limit: Limit = 8
+    picture: PictureOrNone = None
 
 
 class ExplainRequest(PictureRequest):
@@ -196,7 +220,7 @@ class ExplainRequest(PictureRequest):
             "positive ones over the image.",
         ),
     )
-    prompt: Prompt
+    prompt: PromptOrCaption
     hookpoint: HookPointPath = RUN_HOOKPOINT
     feature: Feature
     seed: Seed = 0
@@ -205,6 +229,7 @@ class ExplainRequest(PictureRequest):
     row: PatchRow = None
     column: PatchColumn = None
     limit: TriedFeatures = 8
+    picture: PictureOrNone = None
 
 
 class SearchRequest(Request):
@@ -317,7 +342,10 @@ class SwapRequest(PictureRequest):
 
 
 class SteerRequest(PictureRequest):
-    """Makes an image twice, without and with edits of features, and measures what the edits changed."""
+    """Makes an image twice, without and with edits of features, and measures what the edits changed.
+
+    With your own picture, noise is put over it, and FLUX paints on from there.
+    """
 
     endpoint = "steer"
     results = (
@@ -325,10 +353,12 @@ class SteerRequest(PictureRequest):
         Result("after", "image", "The image with edits."),
         Result("recipe_and_measurements", "json", "The recipe that makes the image again, and the measurements."),
     )
-    prompt: Prompt
+    prompt: PromptOrCaption
     edits: Edits
     seed: Seed = 0
     num_inference_steps: Steps = RUN_STEPS
+    picture: PictureOrNone = None
+    change: Change = 0.6
 
 
 class SweepRequest(PictureRequest):

@@ -20,15 +20,16 @@ from fluxsae.features.cards import CardIndex
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature import miniature_path
-from fluxsae.miniature.scenes import ATTRIBUTES
+from fluxsae.miniature.scenes import ATTRIBUTES, PLACES
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance, load_distance, load_embedder
 from fluxsae.runs.folder import RunFolder, library_versions
 from fluxsae.runs.tables import ImageTable
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.ui.serve.arguments import Limits
-from fluxsae.ui.serve.guard import current_visitor, without_folders
+from fluxsae.ui.serve.given import GivenPicture
+from fluxsae.ui.serve.guard import current_visit, current_visitor, without_folders
 from fluxsae.ui.serve.lane import Done, Event, FluxLane, Job, OnStep, StepDone
-from fluxsae.ui.serve.reading import Reading, read_image
+from fluxsae.ui.serve.reading import Reading, read_given, read_image, reading_steps
 from fluxsae.ui.serve.visitors import VisitorLimits
 
 log = logging.getLogger("fluxsae.app")
@@ -40,6 +41,11 @@ INSTEAD: Final = " This page shows the miniature instead."
 HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 CACHE_BYTES = 64 * 2**20
 CACHE_ENTRIES = 48
+GIVEN_BYTES = 256 * 2**20
+"""Memory for the pictures of all visitors who are here."""
+GIVEN_ENTRIES = 1024
+PREVIEW_IMAGES = 8
+"""Images of the run to which the colours of previews are fitted."""
 UNRELATED_PAIRS = 8
 SLOW_SECONDS: Final = 3.0
 """Of a picture, from which a model is slow."""
@@ -52,6 +58,7 @@ class ResultCache:
     def __init__(self, *, max_bytes: int = CACHE_BYTES, max_entries: int = CACHE_ENTRIES) -> None:
         self.max_bytes, self.max_entries = max_bytes, max_entries
         self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._visits: dict[Hashable, str] = {}
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> Any | None:
@@ -62,13 +69,21 @@ class ResultCache:
             self._entries.move_to_end(key)
             return self._entries[key][0]
 
-    def put(self, key: Hashable, value: Any, *, n_bytes: int) -> None:
-        """Keeps a result and forgets the oldest ones beyond the bound."""
+    def put(self, key: Hashable, value: Any, *, n_bytes: int, visit: str = "") -> None:
+        """Keeps a result, of one visit alone where that is named, and forgets the oldest ones beyond the bound."""
         with self._lock:
             self._entries[key] = (value, n_bytes)
+            self._visits[key] = visit
             self._entries.move_to_end(key)
             while len(self._entries) > 1 and (len(self._entries) > self.max_entries or self._size() > self.max_bytes):
-                self._entries.popitem(last=False)
+                oldest, _ = self._entries.popitem(last=False)
+                del self._visits[oldest]
+
+    def forget(self, visit: str) -> None:
+        """Lets go of what was kept for a visit."""
+        with self._lock:
+            for key in [key for key, whose in self._visits.items() if whose == visit]:
+                del self._entries[key], self._visits[key]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -100,28 +115,40 @@ class LoadedFlux:
 
 @dataclass(frozen=True)
 class ReadJob:
-    """Make an image and read every hook point on the way."""
+    """Make an image, or take the visitor's own picture, and read every hook point."""
 
     prompt: str
     seed: int
     num_inference_steps: int
+    picture: GivenPicture | None = None
+    has_previews: bool = False
+    """Whether what each step shows is drawn and kept, and sent while it is made."""
 
-    @property
-    def n_passes(self) -> int:
+    def n_passes(self, bench: "Workbench") -> int:
         """Passes of the transformer over one image that it needs at most."""
-        return self.num_inference_steps
+        if self.picture is None:
+            return self.num_inference_steps
+        return len(reading_steps(bench.pipe, bench.saes, bench.settings(self.num_inference_steps)))
 
     @property
     def n_pictures(self) -> int:
         """Pictures that it makes at most."""
-        return 1
+        return 1 if self.picture is None else 0
 
     def run(self, bench: "Workbench", on_step: OnStep) -> Reading:
         """The reading."""
-        settings = bench.settings(self.num_inference_steps)
-        return read_image(
-            bench.pipe, bench.saes, prompt=self.prompt, seed=self.seed, settings=settings, on_step=on_step
-        )
+        asked: dict[str, Any] = {
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "settings": bench.settings(self.num_inference_steps),
+            "colours": bench.preview_colours if self.has_previews else None,
+            "has_previews": self.has_previews,
+            "on_step": on_step,
+        }
+        if self.picture is None:
+            return read_image(bench.pipe, bench.saes, **asked)
+        metrics = {name: bench.run.load_metrics(name) for name in bench.hookpoints}
+        return read_given(bench.pipe, bench.saes, self.picture, metrics=metrics, **asked)
 
 
 class Workbench:
@@ -146,6 +173,8 @@ class Workbench:
             rows=self.info.rows,
             cols=self.info.cols,
             default_steps=self.info.settings.num_inference_steps,
+            height=self.info.settings.height,
+            width=self.info.settings.width,
         )
         self._embedder_lock = threading.Lock()
         self.lane = FluxLane()
@@ -154,6 +183,7 @@ class Workbench:
         self.pass_seconds: float | None = None
         """Seconds of a pass of the transformer in the latest job."""
         self.fluxes = LoadedFlux()
+        self.given = ResultCache(max_bytes=GIVEN_BYTES, max_entries=GIVEN_ENTRIES)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def _open_cards(self) -> dict[str, CardIndex]:
@@ -287,12 +317,24 @@ class Workbench:
         return self.cards[self.limits.default_hookpoint].images
 
     @property
-    def vocabulary(self) -> str:
-        """The words that the miniature knows, kind by kind; empty for a FLUX that reads any."""
-        if not self.is_miniature:
-            return ""
-        kinds = ("shape", "colour", "texture", "size", "position", "background")
-        return "It knows: " + "; ".join(" ".join(ATTRIBUTES[kind]) for kind in kinds) + " background"
+    def vocabulary(self) -> dict[str, dict[str, str]]:
+        """The words that the miniature knows, by kind, each as a prompt says it; none for a FLUX that reads any."""
+        phrases = {**PLACES, **{word: f"on a {word} background" for word in ATTRIBUTES["background"]}}
+        kinds = ATTRIBUTES if self.is_miniature else {}
+        return {kind: {word: phrases.get(word, word) for word in words} for kind, words in kinds.items()}
+
+    @functools.cached_property
+    def preview_colours(self) -> Any:
+        """Colours of previews where the autoencoder is slow, fitted to images of the run; None where it is not."""
+        from fluxsae.flux import fit_colours, is_quick_to_decode
+        from fluxsae.pictures.sources import fit_picture
+
+        if is_quick_to_decode(self.pipe):
+            return None
+        images, patch = self.images, self.info.settings.width // self.info.cols
+        chosen = [images.picture(image) for image in range(min(PREVIEW_IMAGES, len(images)))]
+        sides = [max(patch, side // patch * patch) for side in chosen[0].size]
+        return fit_colours(self.pipe, [fit_picture(one, width=sides[0], height=sides[1]) for one in chosen])
 
     @functools.cached_property
     def unrelated_distance(self) -> float | None:
@@ -330,26 +372,66 @@ class Workbench:
         """The run's own settings at another number of steps."""
         return replace(self.info.settings, num_inference_steps=num_inference_steps)
 
-    def read(self, prompt: str, seed: int, num_inference_steps: int) -> Iterator[Event[Reading]]:
-        """An image and what fires in it at every hook point; repeated requests are answered at once."""
-        return self.cached(ReadJob(prompt, seed, num_inference_steps))
+    def read(
+        self,
+        prompt: str,
+        seed: int,
+        num_inference_steps: int,
+        *,
+        picture: GivenPicture | None = None,
+        has_previews: bool = False,
+    ) -> Iterator[Event[Reading]]:
+        """An image and what fires in it at every hook point; repeated requests are answered at once.
 
-    def kept_reading(self, prompt: str, seed: int, num_inference_steps: int) -> Reading | None:
-        """The reading of an image that was made lately, without making it again."""
-        found: Reading | None = self.cache.get(ReadJob(prompt, seed, num_inference_steps))
+        With a picture of the visitor's own that is read, and nothing painted.
+        """
+        kept = self.kept_reading(prompt, seed, num_inference_steps, picture)
+        if kept is not None and (kept.previews or not has_previews):
+            return iter([Done(kept)])
+        return self.cached(ReadJob(prompt, seed, num_inference_steps, picture, has_previews))
+
+    def kept_reading(
+        self, prompt: str, seed: int, num_inference_steps: int, picture: GivenPicture | None = None
+    ) -> Reading | None:
+        """The reading of an image that was made, or of a picture that was read, lately, without doing it again."""
+        jobs = [ReadJob(prompt, seed, num_inference_steps, picture, has_previews) for has_previews in (True, False)]
+        return next((found for job in jobs if (found := self.cache.get(self._key(job))) is not None), None)
+
+    def receive(self, picture: GivenPicture) -> None:
+        """Keeps a visitor's picture, in memory and for this visit, so that the page can go on asking about it."""
+        self.given.put((current_visit(), picture.digest), picture, n_bytes=picture.n_bytes, visit=current_visit())
+
+    def received(self, digest: str) -> GivenPicture:
+        """The picture of this visit that the page calls so.
+
+        Raises:
+            FluxSaeError: it is not kept any more.
+        """
+        found: GivenPicture | None = self.given.get((current_visit(), digest))
+        if found is None:
+            raise FluxSaeError("Your picture is not kept here any more. Choose it again.")
         return found
+
+    def end_visit(self) -> None:
+        """Lets go of a visitor's pictures, and of what was read in them, when the page is closed."""
+        for kept in (self.given, self.cache):
+            kept.forget(current_visit())
 
     def cached(self, job: Any) -> Iterator[Event[Any]]:
         """The steps and result of a job (hashable data), or only its result where that is still kept.
 
         What is made counts against the visitor's share, as far as it was made: nothing that is kept or refused does.
+        What is made of a visitor's own picture is kept for the visit, and after a call from code not at all.
         """
-        found = self.cache.get(job)
+        key = self._key(job)
+        found = self.cache.get(key)
         if found is not None:
             yield Done(found)
             return
         if self.lacks_flux:
             raise FluxSaeError(f"This needs FLUX. {self.lacks_flux[:1].upper()}{self.lacks_flux[1:]}")
+        picture = getattr(job, "picture", None)
+        is_kept = picture is None or self.given.get((current_visit(), picture.digest)) is not None
         with self.visitors.share(current_visitor(), self.images_of(job)) as share:
             begun = None
             for event in self.lane.stream(job, self):
@@ -359,17 +441,19 @@ class Workbench:
                 elif isinstance(event, Done):
                     share.made(1.0)
                     self._time(job, begun)
-                    self.cache.put(job, event.value, n_bytes=event.value.n_bytes)
+                    if is_kept:
+                        visit = "" if picture is None else current_visit()
+                        self.cache.put(key, event.value, n_bytes=event.value.n_bytes, visit=visit)
                 yield event
 
     def _time(self, job: Job, begun: float | None) -> None:
         """Remembers what a pass took, from the first step on: what comes before may be FLUX's loading."""
-        if begun is not None and job.n_pictures and job.n_passes > 1:
-            self.pass_seconds = (time.monotonic() - begun) / (job.n_passes - 1)
+        if begun is not None and job.n_pictures and job.n_passes(self) > 1:
+            self.pass_seconds = (time.monotonic() - begun) / (job.n_passes(self) - 1)
 
     def seconds_of(self, job: Job) -> float | None:
         """About how long a job takes, as the latest one did; None before there was one."""
-        return None if self.pass_seconds is None else job.n_passes * self.pass_seconds
+        return None if self.pass_seconds is None else job.n_passes(self) * self.pass_seconds
 
     @property
     def is_slow(self) -> bool:
@@ -378,9 +462,13 @@ class Workbench:
             return not self.is_miniature
         return self.limits.default_steps * self.pass_seconds > SLOW_SECONDS
 
+    def _key(self, job: Any) -> Hashable:
+        """What a result is kept under: one of a visitor's own picture is found in that visit alone."""
+        return job if getattr(job, "picture", None) is None else (current_visit(), job)
+
     def images_of(self, job: Job) -> int:
         """How many images a job counts as: those it makes, or as many as its passes would make if those are more."""
-        return max(1, job.n_pictures, round(job.n_passes / self.limits.default_steps))
+        return max(1, job.n_pictures, round(job.n_passes(self) / self.limits.default_steps))
 
     def load_models(self) -> None:
         """FLUX and the autoencoders, ready to use."""

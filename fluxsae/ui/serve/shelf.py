@@ -39,6 +39,11 @@ class Shelf:
             raise FluxSaeError(f"run is {shortened(name)}; give one of {', '.join(self.runs)}, or null for the first.")
         return self.runs[name]
 
+    def end_visit(self) -> None:
+        """Lets go of a visitor's own pictures when a page is closed."""
+        for bench in self.runs.values():
+            bench.end_visit()
+
     def path(self, bench: Workbench) -> str:
         """What follows this page's address for a run; nothing for the first."""
         return "" if bench is self.first else bench.slug

@@ -101,7 +101,9 @@ def serve(bench: "Workbench") -> None:
 def seconds_of(source: str, job: "Job") -> int:
     """GPU seconds to ask for: they count against the visitor's quota, so they follow the work."""
     served = _served[source]
-    return math.ceil(served.start_seconds + job.n_passes * served.pass_seconds + job.n_pictures * PICTURE_SECONDS)
+    return math.ceil(
+        served.start_seconds + job.n_passes(served.bench) * served.pass_seconds + job.n_pictures * PICTURE_SECONDS
+    )
 
 
 def pass_operations(bench: "Workbench") -> float:

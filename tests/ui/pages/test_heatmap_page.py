@@ -83,6 +83,7 @@ def test_opacity_threshold_scale_and_steps_redraw_the_heat(visit: Open) -> None:
     page = visit()
     generate(page)
     seen = [canvas_pixels(page)]
+    page.get_by_text("How the heat is shown").click()
     page.get_by_label("Heat", exact=True).fill("0.3")
     seen.append(canvas_pixels(page))
     page.get_by_label("Hide below").fill("0.6")

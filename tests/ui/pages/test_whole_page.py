@@ -50,6 +50,7 @@ def test_what_is_refused_is_told_once(visit: Open, tmp_path: Path) -> None:
 
 def test_a_feature_goes_from_the_heatmap_to_its_page_and_to_the_sliders(visit: Open) -> None:
     page = visit()
+    page.locator("fs-lab .fs-card").first.click()
     feature = chosen(page)
     page.locator("fs-lab").get_by_role("button", name="Open its page").click()
     expect(page.locator("fs-feature article")).to_have_attribute("aria-label", f"Feature {feature}")
@@ -64,7 +65,7 @@ def test_a_feature_goes_from_the_heatmap_to_its_page_and_to_the_sliders(visit: O
 def test_the_about_tab_has_code_for_every_endpoint(visit: Open, served: page_server.Page) -> None:
     page = visit()
     go_to(page, "About")
-    expect(page.locator("fs-endpoints .fs-endpoint")).to_have_count(8)
+    expect(page.locator("fs-endpoints .fs-endpoint")).to_have_count(9)
     page.locator("fs-endpoints summary").first.click()
     expect(page.locator("fs-endpoints pre").first).to_contain_text(served.url)
 

@@ -9,7 +9,7 @@ import gradio as gr
 from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.kit.header import flux_words
 from fluxsae.ui.kit.shell import Shell
-from fluxsae.ui.kit.snippets import snippets
+from fluxsae.ui.kit.snippets import PICTURE, snippets
 from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.endpoints import endpoint_arguments
 from fluxsae.ui.serve.schemas import Request
@@ -98,13 +98,19 @@ def _example(schema: type[Request], bench: Workbench, known: dict[str, Any]) -> 
     """Values of a call that works on this run."""
     prompts = [prompt for prompt in bench.images.prompts if prompt != known["prompt"]]
     other = {"other": next(iter(prompts), "a large blue star")} if "prompt" in schema.model_fields else {}
-    return {**schema.defaults(bench.limits), **known, **other}
+    return {**schema.defaults(bench.limits), **known, **other, **_own_picture(schema)}
 
 
 def _two_names(bench: Workbench) -> dict[str, str]:
     """A prompt's word and another one, for examples of two prompts and of swaps."""
     names = [*bench.cards[bench.limits.default_hookpoint].named(), "red", "blue"]
     return {"old": names[0], "new": names[1]}
+
+
+def _own_picture(schema: type[Request]) -> dict[str, str]:
+    """The reader's picture, where an endpoint cannot do without."""
+    field = schema.model_fields.get("picture")
+    return {"picture": PICTURE, "prompt": ""} if field is not None and field.is_required() else {}
 
 
 def _settings_words(bench: Workbench) -> str:

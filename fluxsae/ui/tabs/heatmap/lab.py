@@ -1,15 +1,19 @@
 """What the Heatmap tab draws: an image with its features, a ready example from the run, and two images compared."""
 
+import base64
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex, varied
 from fluxsae.features.firing import (
+    CONFIDENCE,
     Fired,
     SparseMaps,
     best_example,
@@ -20,11 +24,15 @@ from fluxsae.features.firing import (
     shares_of_maximum,
     telling,
 )
+from fluxsae.pictures.grids import split_pictures
 from fluxsae.pictures.heatmaps import feature_colour, overlay, token_heatmap
+from fluxsae.runs.folder import RunFolder
 from fluxsae.ui.kit import views
 from fluxsae.ui.serve.arguments import MAX_RESULTS
-from fluxsae.ui.serve.pictures import thumbnail_url
+from fluxsae.ui.serve.pictures import made_url, thumbnail_url
 from fluxsae.ui.serve.reading import Reading
+
+log = logging.getLogger("fluxsae.app")
 
 PER_PATCH = 4
 """Features of a patch that the page knows without asking the server."""
@@ -33,6 +41,37 @@ PER_PATCH = 4
 def features_json(cards: CardIndex, features: Sequence[Fired]) -> list[dict[str, Any]]:
     """Ranked features as the endpoints give them."""
     return [{**views.summary(cards, each.feature), **asdict(each)} for each in features]
+
+
+def doubted(features: Sequence[Fired], reading: Reading) -> list[Fired]:
+    """The features without sure names, where a visitor's picture is unlike the run's own or may be."""
+    if reading.picture is None or (reading.familiarity is not None and not _is_unlike(reading)):
+        return list(features)
+    most = 0.0 if _is_unlike(reading) else CONFIDENCE["sure"] - 0.01
+    return [
+        each
+        if each.label_confidence_here is None
+        else replace(each, label_confidence_here=min(most, each.label_confidence_here))
+        for each in features
+    ]
+
+
+def _is_unlike(reading: Reading) -> bool:
+    return reading.strangest is not None and reading.strangest.is_unlike
+
+
+def given_notices(reading: Reading) -> list[str]:
+    """What a visitor should know of the picture that was given."""
+    found, strangest = views.notices(reading.unread, None), reading.strangest
+    if strangest is None:
+        found.append("This run does not say how well it describes its own images, so no name is called sure here.")
+    elif strangest.is_unlike:
+        found.append(
+            "This picture is unlike anything this FLUX knows, so every name here is a guess. The features describe it "
+            f"worse than 99 of 100 of the run's own images (unexplained share {strangest.fvu:.2g}, theirs is up to "
+            f"{strangest.limit:.2g})."
+        )
+    return found
 
 
 def fired_chip(cards: CardIndex, feature: Fired) -> dict[str, Any]:
@@ -75,10 +114,11 @@ def lab(reading: Reading, cards: CardIndex, *, limit: int, pinned: int | None = 
     features = with_alike(ranked_features(maps, cards, step=None, limit=MAX_RESULTS), limit, cards.labels)
     if pinned is not None and pinned not in {each.feature for each in features}:
         features = [fired(cards, pinned, float(maps.acts(pinned, None).max())), *features]
+    features = doubted(features, reading)
     count = Counter(cards.labels[int(feature)] for feature in np.flatnonzero(maps.peaks(None)))
     return {
         "kind": "live",
-        "image": views.image_url(reading.image),
+        "image": views.image_url(reading.image, is_own=reading.picture is not None),
         "prompt": reading.prompt,
         "seed": reading.seed,
         "num_inference_steps": reading.settings.num_inference_steps,
@@ -96,7 +136,13 @@ def lab(reading: Reading, cards: CardIndex, *, limit: int, pinned: int | None = 
             for f in features
         ],
         **_patches(cards, *_telling_patches(maps, cards)),
-        "notices": views.notices(reading.unread, reading.image),
+        "previews": {
+            str(step): views.data_url(preview) if reading.picture else made_url(preview)
+            for step, preview in reading.previews.items()
+        },
+        "picture": reading.picture and reading.picture.digest,
+        "changed": list(reading.picture.notes) if reading.picture else [],
+        "notices": views.notices(reading.unread, reading.image) if reading.picture is None else given_notices(reading),
         "selected": first_thing([each.feature for each in features], cards) if pinned is None else pinned,
     }
 
@@ -110,11 +156,41 @@ def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
     heat = {feature: cards.heatmaps(feature)[image_id] for feature in features}
     planes = {feature: views.byte_map(heat[feature].ravel(), 1.0) for feature in features}
     shown = [fired(cards, f, float(heat[f].max()) * cards.features[f].max_act) for f in features]
+    return _example(cards, planes, shown, image=thumbnail_url(cards.images, image_id), prompt=row.prompt, seed=row.seed)
+
+
+def opening_lab(run: RunFolder, cards: CardIndex) -> dict[str, Any] | None:
+    """What the page opens on, recorded with the run's demos: a swap at rising strength, and its image's features."""
+    try:
+        opening = run.load_opening(cards.hookpoint)
+        if opening is None:
+            return None
+        turns, prompt, seed = list(map(float, opening["turns"])), str(opening["prompt"]), int(opening["seed"])
+        with Image.open(run.demo_image_path(cards.hookpoint, "opening")) as strip:
+            pictures = [views.image_url(one) for one in split_pictures(strip.convert("RGB"), len(turns))]
+        n_tokens = cards.info.rows * cards.info.cols
+        planes = {
+            int(each["feature"]): np.frombuffer(base64.b64decode(each["map"]), dtype=np.uint8).reshape(n_tokens)
+            for each in opening["features"]
+        }
+        words = {"old": str(opening["label"]), "new": str(opening["new_label"])}
+        shown = [fired(cards, f, float(plane.max()) / 255 * cards.features[f].max_act) for f, plane in planes.items()]
+    except (KeyError, TypeError, ValueError, OSError, FluxSaeError) as error:
+        log.warning("the opening of %s is passed over: %s", cards.hookpoint, error)
+        return None
+    page = _example(cards, planes, shown, image=pictures[0], prompt=prompt, seed=seed)
+    return {**page, "opening": {"pictures": pictures, "turns": turns, **words}, "selected": None}
+
+
+def _example(
+    cards: CardIndex, planes: Mapping[int, np.ndarray], shown: Sequence[Fired], *, image: str, prompt: str, seed: int
+) -> dict[str, Any]:
+    """A page of what the run folder has: an image with the maps of some features, as bytes."""
     return {
         "kind": "example",
-        "image": thumbnail_url(cards.images, image_id),
-        "prompt": row.prompt,
-        "seed": row.seed,
+        "image": image,
+        "prompt": prompt,
+        "seed": seed,
         "num_inference_steps": cards.info.settings.num_inference_steps,
         "hookpoint": str(cards.hookpoint),
         "rows": cards.info.rows,
@@ -123,8 +199,10 @@ def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
         "sigmas": [],
         "features": [{**fired_chip(cards, f), "maps": views.base64_text(planes[f.feature])} for f in shown],
         **_patches(cards, *_strongest_patches(planes)),
+        "previews": {},
+        "picture": None,
         "notices": [],
-        "selected": first_thing(features, cards),
+        "selected": first_thing([each.feature for each in shown], cards),
     }
 
 

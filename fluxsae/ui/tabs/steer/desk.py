@@ -9,9 +9,10 @@ from typing import Any
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import best_example
 from fluxsae.features.vocabulary import NameKinds
-from fluxsae.steering.edits import Recipe, SteeringEdit, load_recipes, png_bytes
+from fluxsae.steering.edits import SteeringEdit, load_recipes, png_bytes
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, Picture, then
+from fluxsae.ui.kit.snippets import PICTURE
 from fluxsae.ui.serve.arguments import shortened
 from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.lane import Done
@@ -54,11 +55,12 @@ class SteerDesk(Desk):
         """Steps, then the image before, the image after, and recipe and measurements."""
 
         def answer(found: Steered) -> tuple[Any, Any, Any]:
-            facts = {"recipe": found.recipes[1].to_dict(), "measurements": found.measurements[1]}
+            recipe = found.recipes[1].to_dict() if request.picture is None else None
+            facts = {"recipe": recipe, "measurements": found.measurements[1]}
             before, after = found.images
             return before, after, facts
 
-        return then(self._made([(), request.edits], request.picture), answer)
+        return then(self._made([(), request.edits], request), answer)
 
     def sweep(self, request: SweepRequest) -> Events[tuple[Any, Any]]:
         """Steps, then one image a strength and the measurements of each."""
@@ -71,7 +73,7 @@ class SteerDesk(Desk):
             ]
             return list(zip(found.images[1:], captions, strict=True)), rows
 
-        return then(self._made([(), *((edit,) for edit in request.edits())], request.picture), answer)
+        return then(self._made([(), *((edit,) for edit in request.edits())], request), answer)
 
     def swapped(self, request: SwapRequest) -> Events[tuple[Any, Any, Any]]:
         """Steps of the search, then those of the image, then before, after, and recipe and measurements."""
@@ -142,12 +144,18 @@ class SteerDesk(Desk):
         picture = selection.get("picture")
         if not isinstance(picture, Mapping):
             return None, found
-        return SteerRequest.pick(self.limits, {**picture, "edits": []}).picture, {**found, "alone": True}
+        if picture.get("given"):
+            own = self.bench.received(str(picture["given"]))
+            asked = {**picture, "edits": [], "picture": own}
+            change = SteerRequest.defaults(self.limits)["change"]
+            given = {"digest": own.digest, "image": views.image_url(own.image, is_own=True), "change": change}
+            return SteerRequest.pick(self.limits, asked).made_from, {**found, "alone": True, "given": given}
+        return SteerRequest.pick(self.limits, {**picture, "edits": []}).made_from, {**found, "alone": True}
 
     def linked(self, view: Mapping[str, Any]) -> Filled:
         """What a link fills the tab with."""
         request = SteerRequest.pick(self.limits, view)
-        return (*request.picture, self.sliders.page_of(request.edits))
+        return (*request.made_from, self.sliders.page_of(request.edits))
 
     def loaded(self, path: str) -> Filled:
         """What a recipe file fills the tab with."""
@@ -206,13 +214,13 @@ class SteerDesk(Desk):
     ) -> Events[dict[str, Any]]:
         """Steps, then the page's before and after, with a random-direction control where that is quick or asked for."""
         sliders = self.sliders.sent(page, steps)
-        request = self._request(prompt, seed, steps, [self.sliders.edit(slider) for slider in sliders])
+        request = self._request(prompt, seed, steps, [self.sliders.edit(slider) for slider in sliders], page)
         is_turned = not all(edit.is_identity for edit in request.edits)
         # where nothing is turned all are one image until the last step
         edits = request.edits if is_turned else ()
         has_control = wants_control or not self.bench.is_slow
         swap = page.get("unread") if isinstance(page, Mapping) else None
-        made = self._made([(), *[edits] * (1 + has_control)], request.picture, control=2 if has_control else -1)
+        made = self._made([(), *[edits] * (1 + has_control)], request, control=2 if has_control else -1)
         return then(made, lambda steered: self._result(request, steered, sliders, swap))
 
     def strip(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Events[dict[str, Any]]:
@@ -221,9 +229,9 @@ class SteerDesk(Desk):
         if not sliders:
             raise FluxSaeError("Add a feature first: its strengths are compared.")
         edits = [self.sliders.edit({**sliders[0], "turn": position}) for position in STRIP]
-        request = self._request(prompt, seed, steps, edits[:1])
-        made = self._made([(), *((edit,) for edit in edits)], request.picture)
-        return then(made, lambda steered: _strip(sliders[0], edits, steered))
+        request = self._request(prompt, seed, steps, edits[:1], page)
+        made = self._made([(), *((edit,) for edit in edits)], request)
+        return then(made, lambda steered: _strip(sliders[0], edits, steered, request))
 
     # Swaps
 
@@ -253,9 +261,21 @@ class SteerDesk(Desk):
 
         def fill(found: FoundSwap) -> Filled:
             unread = None if found.is_read else [request.old, request.new]
-            return (*request.picture, {**self.sliders.page_of(found.edits), "unread": unread})
+            return (*request.made_from, {**self.sliders.page_of(found.edits), "unread": unread})
 
         return then(self.bench.cached(self._swap_job(request)), fill)
+
+    def swap_on(  # noqa: PLR0917 - the order of the tab's inputs
+        self, prompt: Any, seed: Any, steps: Any, old: Any, new: Any, page: Any
+    ) -> Events[Filled]:
+        """As `swap`, of an image that FLUX makes.
+
+        Raises:
+            FluxSaeError: the page steers a visitor's own picture.
+        """
+        if _given(page):
+            raise FluxSaeError("Swap works on images that FLUX makes. Move the sliders to steer your own picture.")
+        return self.swap(prompt, seed, steps, old, new)
 
     # How it is done
 
@@ -287,14 +307,24 @@ class SteerDesk(Desk):
     def _kinds(self) -> NameKinds:
         return NameKinds(self.bench.images.prompts, self.names)
 
-    def _request(self, prompt: Any, seed: Any, steps: Any, edits: Sequence[SteeringEdit]) -> SteerRequest:
-        given = [edit.to_dict() for edit in edits]
-        return SteerRequest.parse(self.limits, prompt=prompt, edits=given, seed=seed, num_inference_steps=steps)
+    def _request(self, prompt: Any, seed: Any, steps: Any, edits: Sequence[SteeringEdit], page: Any) -> SteerRequest:
+        asked = {"prompt": prompt, "seed": seed, "num_inference_steps": steps, "edits": [e.to_dict() for e in edits]}
+        given = _given(page)
+        if given:
+            asked |= {"picture": self.bench.received(str(given.get("digest"))), "change": given.get("change")}
+        return SteerRequest.parse(self.limits, **asked)
 
     def _made(
-        self, variants: Sequence[Sequence[SteeringEdit]], picture: Picture, *, control: int = -1
+        self,
+        variants: Sequence[Sequence[SteeringEdit]],
+        request: SteerRequest | SweepRequest,
+        *,
+        control: int = -1,
     ) -> Events[Steered]:
-        return self.bench.cached(SteerJob(tuple(map(tuple, variants)), *picture, control))
+        own: dict[str, Any] = {}
+        if isinstance(request, SteerRequest) and request.picture is not None:
+            own = {"picture": request.picture, "change": request.change}
+        return self.bench.cached(SteerJob(tuple(map(tuple, variants)), *request.made_from, control, **own))
 
     def _search(self, query: Any) -> list[dict[str, Any]]:
         hookpoint = self.sliders.hookpoint
@@ -313,44 +343,70 @@ class SteerDesk(Desk):
         self, request: SteerRequest, steered: Steered, sliders: Sequence[Mapping[str, Any]], swap: Any
     ) -> dict[str, Any]:
         before, after, *random = steered.images
+        is_own, png = request.picture is not None, png_bytes(after, [steered.recipes[1]] * (request.picture is None))
         recipe = steered.recipes[1]
         edits = [edit.to_dict() for edit in request.edits]
         measured = (*steered.measurements[1:], None) if recipe.edits else (None, None)
         return {
             "prompt": request.prompt,
             "seed": request.seed,
-            "picture": _picture_of(recipe),
+            "picture": _picture_of(request),
+            "given": self._given_words(request, steered),
             "edits": edits,
             "rows": self.limits.rows,
             "cols": self.limits.cols,
             "region": words.common_region(request.edits),
             "cut": words.where_it_changed(before, after),
-            "before": views.image_url(before),
-            "after": views.image_url(after),
-            "random": views.image_url(random[0]) if random else None,
+            "before": views.image_url(before, is_own=is_own),
+            "after": views.image_url(after, is_own=is_own),
+            "random": views.image_url(random[0], is_own=is_own) if random else None,
             "words": words.result_words(list(zip(sliders, request.edits, strict=True))),
             "measurement": measured[0],
             "random_measurement": measured[1],
-            "png": made_url(png_bytes(after, [recipe]), kind="png"),
-            "recipe": recipe.to_dict(),
+            "png": made_url(png, kind="png") if request.picture is None else views.data_url(png, kind="png"),
+            "recipe": recipe.to_dict() if request.picture is None else None,
             "notices": [
                 *views.notices(steered.unread, before),
                 *words.unread_notice(swap, self.names),
                 *words.unsafe_notice(request.edits, steered),
                 *words.faint_notice(request.edits, steered),
             ],
-            **self.frame(SteerRequest, {**request.model_dump(exclude={"edits"}), "edits": edits}, tab="steer"),
+            **self._frame(request, edits),
         }
 
+    def _frame(self, request: SteerRequest, edits: list[dict[str, Any]]) -> dict[str, Any]:
+        values = {**request.model_dump(exclude={"edits", "picture", "change"}), "edits": edits}
+        if request.picture is None:
+            return self.frame(SteerRequest, values, tab="steer")
+        values |= {"picture": PICTURE, "change": request.change}
+        return {**self.frame(SteerRequest, values, tab="steer"), "link": None}  # a link cannot hold the picture
 
-def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: Steered) -> dict[str, Any]:
+    def _given_words(self, request: SteerRequest, steered: Steered) -> str | None:
+        """What "before" is of a visitor's own picture."""
+        if request.picture is None or steered.first_step is None:
+            return None
+        return (
+            f"Before is your picture, covered with {100 * request.change:.0f} % noise and painted on by FLUX without "
+            f"the edits, from step {steered.first_step + 1} of {request.num_inference_steps}."
+        )
+
+
+def _given(page: Any) -> Mapping[str, Any] | None:
+    """What the page says of a visitor's own picture that is steered."""
+    given = page.get("given") if isinstance(page, Mapping) else None
+    return given if isinstance(given, Mapping) else None
+
+
+def _strip(
+    slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: Steered, request: SteerRequest
+) -> dict[str, Any]:
     measurements = steered.measurements[1:]
     sound = [measured is not None and measured["is_safe"] for measured in measurements]
     safe = words.safe_turns(list(zip(STRIP, sound, strict=True)))
     low, high = safe or (0.0, 0.0)
     cells = [
         {
-            "image": views.image_url(image),
+            "image": views.image_url(image, is_own=request.picture is not None),
             "words": words.edit_words(slider, edit),
             "short": words.short_words(edit),
             "measurement": measured,
@@ -361,7 +417,7 @@ def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: St
     shown = ("hookpoint", "feature", "steps", "region", "colour", "label")
     return {
         **{key: slider[key] for key in shown},
-        "picture": _picture_of(steered.recipes[0]),
+        "picture": _picture_of(request),
         "cells": cells,
         "safe": safe,
     }
@@ -379,6 +435,7 @@ def _score(demo: Mapping[str, Any]) -> float:
         return 0.0
 
 
-def _picture_of(recipe: Recipe) -> list[Any]:
+def _picture_of(request: SteerRequest) -> list[Any]:
     """What an unedited picture is made of: a safe range holds for it alone."""
-    return [recipe.prompt, recipe.seed, recipe.settings.num_inference_steps]
+    own = [] if request.picture is None else [request.picture.digest, request.change]
+    return [*request.made_from, *own]

@@ -52,8 +52,7 @@ class SwapJob:
     seed: int
     num_inference_steps: int
 
-    @property
-    def n_passes(self) -> int:
+    def n_passes(self, bench: Workbench) -> int:
         """Passes of the transformer over one image that it needs at most, its measuring included."""
         from fluxsae.steering.naturalness import NOISE_SEEDS
 

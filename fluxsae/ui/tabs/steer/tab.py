@@ -81,7 +81,8 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
 
     turn = making(desk.turn, makes="steer-result")
     compare = making(desk.strip, makes="steer-strip")
-    swap = making(desk.swap, makes="steer-result", n=4)
+
+    swap = making(desk.swap_on, makes="steer-result", n=4)
     lane = in_lane(status)
     newest = {**lane, "trigger_mode": "multiple"}  # what is asked while another is made ends that
     latest = {**lane, "trigger_mode": "always_last"}  # what is asked while another is made is made next
@@ -105,7 +106,7 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
     shell.follow(follow, [], [prompt, seed, steps, found])
     arrived = shell.open_link("steer", desk.linked, asked)
     runs.append(arrived.submit(turn, asked, [status, result], **lane))
-    swapped = [prompt, seed, steps, old, new]
+    swapped = [prompt, seed, steps, old, new, edits]
     swapping = swap_go.click(swap, swapped, [status, *asked], **latest)
     runs += [swapping, swapping.success(turn, asked, [status, result], **lane)]
     _tell_costs(desk, shell, costs, runs)

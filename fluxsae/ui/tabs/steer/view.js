@@ -32,8 +32,9 @@ FS.safeOf = (picture) => {
 
 FS.define("fs-edits", (root, data) => {
   if (data.starters) FS.starters = data.starters; // they come with the page, not with every slider
-  const state = { edits: data.edits }, unfolded = new WeakSet();
-  const keep = () => root.keep({ ...data, starters: undefined, unread: undefined, edits: state.edits });
+  const state = { edits: data.edits, given: data.given || null }, unfolded = new WeakSet();
+  const keep = () =>
+    root.keep({ ...data, starters: undefined, unread: undefined, edits: state.edits, given: state.given });
   const tell = () => {
     keep();
     FS.emit(root, "turn");
@@ -164,12 +165,55 @@ FS.define("fs-edits", (root, data) => {
       ),
     );
   };
+  // A picture of the visitor's own: how much of it may change, and the way back to images from a prompt.
+  const givenPanel = () => {
+    if (!state.given) return null;
+    const change = FS.slider({
+      label: "How much may change",
+      min: 0.1,
+      max: 1,
+      step: 0.05,
+      value: state.given.change,
+      format: FS.percent,
+      oninput: (value) => {
+        state.given = { ...state.given, change: value };
+      },
+    });
+    change.input.addEventListener("change", tell);
+    return FS.el(
+      "div",
+      { class: "fs-own", role: "group", "aria-label": "Your own picture" },
+      FS.el("img", { src: state.given.image, alt: "Your picture" }),
+      FS.el(
+        "div",
+        { class: "fs-block" },
+        FS.el("span", { class: "fs-row fs-between" }, FS.el("strong", { text: "Your own picture" }), back()),
+        change,
+        FS.el("p", {
+          class: "fs-quiet fs-hint",
+          text:
+            "So much noise is put over it, and FLUX paints on from there. At 100 % nothing of it is left. The prompt above is its caption, and may be empty.",
+        }),
+      ),
+    );
+  };
+  const back = () =>
+    FS.el("button", {
+      class: "fs-button fs-small",
+      type: "button",
+      text: "Use the prompt instead",
+      onclick: () => {
+        state.given = null;
+        changed(true);
+      },
+    });
   const draw = () => {
     root.replaceChildren(
       FS.el(
         "section",
         { class: "fs-editor", "aria-label": "Features being steered" },
         FS.el("h2", { class: "fs-h", text: "Steer features" }),
+        givenPanel(),
         !state.edits.length && (FS.starters || []).length
           ? FS.el(
             "div",
@@ -265,8 +309,8 @@ FS.define("fs-edits", (root, data) => {
   root.has = (feature) =>
     state.edits.some((edit) => edit.feature === feature.feature && edit.hookpoint === feature.hookpoint);
   // A feature that was just added is brought into view, and its picture, still unturned, is asked for.
-  root.add = (slider, alone = false) => {
-    if (alone) state.edits = [];
+  root.add = (slider, alone = false, given = null) => {
+    if (alone) Object.assign(state, { edits: [], given });
     const at = state.edits.findIndex((edit) => edit.feature === slider.feature && edit.hookpoint === slider.hookpoint);
     if (at >= 0 || state.edits.length >= data.max_edits) {
       FS.bringIntoView(root.querySelectorAll(".fs-edit")[Math.max(at, 0)]);
@@ -288,7 +332,7 @@ FS.define("fs-found", (root, data) => {
   const editor = document.querySelector("fs-edits");
   if (data.add) {
     root.keep({ ...data, add: null });
-    setTimeout(() => editor.add(data.add, data.alone)); // once the prompt that came along is there
+    setTimeout(() => editor.add(data.add, data.alone, data.given)); // once the prompt that came along is there
   }
   if (data.query) {
     root.append(
@@ -366,7 +410,11 @@ FS.define("fs-result", (root, data) => {
   }
   const images = { before: data.before, after: data.after, random: data.random };
   const view = { right: "after", cut: 50, painting: false };
-  const left = FS.el("img", { class: "fs-shot", src: images.before, alt: `Before: ${data.prompt}` });
+  const left = FS.el("img", {
+    class: "fs-shot",
+    src: images.before,
+    alt: data.given ? "Before: your picture, painted on without edits" : `Before: ${data.prompt}`,
+  });
   const right = FS.el("img", {
     class: "fs-shot fs-over",
     src: images.after,
@@ -500,7 +548,6 @@ FS.define("fs-result", (root, data) => {
     class: "fs-button fs-small",
     type: "button",
     text: "Paint where it acts",
-    title: "Press, then drag over the squares of the image",
     "aria-pressed": "false",
     onclick: () => {
       view.painting = !view.painting;
@@ -537,21 +584,24 @@ FS.define("fs-result", (root, data) => {
   });
   const recipeFile = (recipe) =>
     `data:application/json;charset=utf-8,${encodeURIComponent(JSON.stringify(recipe, null, 1))}`;
-  const recipe = download("recipe.json", recipeFile(data.recipe), "Recipe");
+  const recipe = data.recipe && download("recipe.json", recipeFile(data.recipe), "Recipe");
   const later = FS.el("p", {
     class: "fs-notice",
     role: "status",
     hidden: true,
-    text: "The image does not show the painted region yet: press Steer. The link and the recipe already contain it.",
+    text: data.recipe
+      ? "The image does not show the painted region yet: press Steer. The link and the recipe already contain it."
+      : "The image does not show the painted region yet: press Steer.",
   });
   const mark = () => {
     stroked = true;
     if (editor() && editor().markRegion) editor().markRegion(region());
+    later.hidden = false;
+    if (!data.recipe) return;
     const { prompt, seed, settings, batch, index } = asked();
     recipe.href = recipeFile(asked());
     FS.packView({ tab: "steer", prompt, edits: batch[index], seed, num_inference_steps: settings.num_inference_steps })
       .then((text) => (data.link = text));
-    later.hidden = false;
   };
   root.append(
     FS.el(
@@ -561,10 +611,12 @@ FS.define("fs-result", (root, data) => {
       FS.el(
         "p",
         { class: "fs-prompt" },
-        FS.el("span", { text: `“${data.prompt}”` }),
+        data.given ? FS.el("span", { class: "fs-badge", text: "your picture" }) : null,
+        data.prompt ? FS.el("span", { text: `“${data.prompt}”` }) : null,
         FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}` }),
       ),
       stage,
+      data.given ? FS.el("p", { class: "fs-quiet fs-hint", text: data.given }) : null,
       FS.el(
         "div",
         { class: "fs-row fs-wrap" },
@@ -597,8 +649,7 @@ FS.define("fs-result", (root, data) => {
         data,
         () => ({
           title: data.words.join("; ") || data.prompt,
-          words: FS.told(data),
-
+          words: FS.told({ ...data, picture: data.given }),
           pictures: [["before", data.before], ["after", data.after], [
             "random direction, same strength",
             data.random,
@@ -606,7 +657,7 @@ FS.define("fs-result", (root, data) => {
           recipe: data.recipe,
           measurement: data.measurement,
         }),
-        download("fluxsae.png", data.png, "Image with recipe"),
+        download("fluxsae.png", data.png, data.recipe ? "Image with recipe" : "Image"),
         recipe,
       ),
       FS.code(data.code),
