@@ -2,6 +2,7 @@
 
 import base64
 import difflib
+import threading
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from fluxsae.ui.serve.schemas import SearchRequest
 from fluxsae.ui.serve.session import Workbench
 
 OVERLAY_SIDE = 512
+MAX_OVERLAYS = 16
+"""Overlays of one answer: at 1024 px each takes half a second to draw and pack."""
+DRAWING = threading.BoundedSemaphore(4)
+"""Answers whose overlays are drawn at a time, so that many do not keep others from browsing."""
 THUMB_PATCHES = 16
 """Patches along the longer side of a thumbnail's map: of 64, one would be a pixel."""
 LONGEST_WORD = 30

@@ -163,7 +163,7 @@ class HeatmapRequest(PictureRequest):
     results = (
         Result("image", "image", "The image."),
         Result("features", "json", FEATURES),
-        Result("overlays", "gallery", "The image with the heatmap of each feature."),
+        Result("overlays", "gallery", "The image with the heatmap of each of the first 16 features."),
     )
     prompt: Prompt
     hookpoint: HookPointPath = RUN_HOOKPOINT
@@ -180,7 +180,7 @@ class ReadPictureRequest(Request):
     uses_flux = True
     results = (
         Result("features", "json", FEATURES),
-        Result("overlays", "gallery", "The picture with the heatmap of each feature."),
+        Result("overlays", "gallery", "The picture with the heatmap of each of the first 16 features."),
         Result("familiarity", "json", "Whether the picture is like the run's own; if not, no name is sure."),
     )
     picture: Picture

@@ -133,14 +133,15 @@ class GalleryDesk(Desk):
         cards = self.bench.cards[request.hookpoint]
         card = cards[request.feature]
         heat = cards.heatmaps(request.feature)
-        pictures = [
-            (
-                overlay(cards.picture(top.image_id), heat[top.image_id], min_side=views.OVERLAY_SIDE),
-                f"{top.prompt} (seed {top.seed}): {100 * top.score / card.max_act:.0f} % of its maximum",
-            )
-            for top in card.top_images
-            if top.image_id in heat
-        ]
+        with views.DRAWING:
+            pictures = [
+                (
+                    overlay(cards.picture(top.image_id), heat[top.image_id], min_side=views.OVERLAY_SIDE),
+                    f"{top.prompt} (seed {top.seed}): {100 * top.score / card.max_act:.0f} % of its maximum",
+                )
+                for top in card.top_images[: views.MAX_OVERLAYS]
+                if top.image_id in heat
+            ]
         return card.to_dict(), pictures
 
     @functools.lru_cache(maxsize=16)  # noqa: B019 - one desk a page, for as long as it is served

@@ -87,18 +87,22 @@ def fired_chip(cards: CardIndex, feature: Fired) -> dict[str, Any]:
 def overlays(
     reading: Reading, cards: CardIndex, features: Sequence[Fired], *, step: int | None
 ) -> list[tuple[Image.Image, str]]:
-    """Each feature's overlay on the image, at the scale of the feature's run-wide maximum, with a caption."""
+    """The first features' overlays on the image, at the scale of each one's run-wide maximum, with a caption."""
+    maps = reading.maps[str(cards.hookpoint)]
+    with views.DRAWING:
+        return [_overlay(reading, cards, maps, each, step=step) for each in features[: views.MAX_OVERLAYS]]
+
+
+def _overlay(
+    reading: Reading, cards: CardIndex, maps: SparseMaps, each: Fired, *, step: int | None
+) -> tuple[Image.Image, str]:
     import torch
 
-    maps = reading.maps[str(cards.hookpoint)]
-    made = []
-    for each in features:
-        acts, maximum = torch.from_numpy(maps.acts(each.feature, step)), cards.features[each.feature].max_act
-        heat = token_heatmap(acts, reading.grid, reference=maximum)
-        label, number = cards.labels[each.feature], f"feature {each.feature}"
-        caption = f"{f'{label} ({number})' if label else number}: {100 * each.relative:.0f} % of its maximum"
-        made.append((overlay(reading.image, heat, min_side=views.OVERLAY_SIDE), caption))
-    return made
+    acts, maximum = torch.from_numpy(maps.acts(each.feature, step)), cards.features[each.feature].max_act
+    heat = token_heatmap(acts, reading.grid, reference=maximum)
+    label, number = cards.labels[each.feature], f"feature {each.feature}"
+    caption = f"{f'{label} ({number})' if label else number}: {100 * each.relative:.0f} % of its maximum"
+    return overlay(reading.image, heat, min_side=views.OVERLAY_SIDE), caption
 
 
 def with_alike(features: Sequence[Fired], limit: int, labels: Sequence[str | None]) -> list[Fired]:
