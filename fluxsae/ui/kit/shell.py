@@ -10,7 +10,7 @@ import gradio as gr
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.kit.links import view_of
 from fluxsae.ui.kit.theme import element, mount
-from fluxsae.ui.serve.guard import current_visit, guarded
+from fluxsae.ui.serve.guard import current_visit, guarded, last_words
 from fluxsae.ui.serve.lane import Cancelled, Done, Event, Mail, Pending, StepDone, Waiting
 from fluxsae.ui.serve.schemas import Request
 
@@ -90,8 +90,18 @@ def making(ask: Callable[..., Iterable[Any]], *, makes: str, n: int = 1) -> Call
 
 
 def end_at_idle(running: Any, status: gr.HTML) -> None:
-    """Takes the progress bar away when a run fails."""
-    running.failure(lambda: IDLE, None, status, **QUIET)
+    """Puts what went wrong in the place of the progress bar when a run fails."""
+    running.failure(lambda: {"state": "failed", "words": last_words()}, None, status, **QUIET)
+
+
+def end_runs(stop: gr.Button, *groups: tuple[gr.HTML, list[Any]]) -> None:
+    """Lets a button stop runs, and says beside the button that began them what went wrong: (progress bar, its runs)."""
+    bars = [status for status, _ in groups]
+    every = [run for _, runs in groups for run in runs]
+    stop.click(lambda: [IDLE] * len(bars) if len(bars) > 1 else IDLE, None, bars, cancels=every, **QUIET)
+    for status, runs in groups:
+        for run in runs:
+            end_at_idle(run, status)
 
 
 @dataclass(frozen=True)

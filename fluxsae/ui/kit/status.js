@@ -15,6 +15,9 @@ FS.define("fs-status", (root, data) => {
       ),
     );
   }
+  if (data.state === "failed" && data.words) {
+    root.append(FS.el("p", { class: "fs-notice", role: "alert", text: data.words }));
+  }
   if (data.state !== "working") return;
   if (!FS._since || data.step <= 1) FS._since = { time: performance.now(), step: data.step };
   const done = data.step - FS._since.step;

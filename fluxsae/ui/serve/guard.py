@@ -24,6 +24,9 @@ log = logging.getLogger("fluxsae.app")
 HEARTBEAT: Final = 2.0
 """Seconds after which a visitor who waits is told the same again."""
 _NOTHING: Final = object()
+MAX_REMEMBERED: Final = 1024
+_words: dict[str, str] = {}
+"""What each browser tab was last refused with: Gradio tells it in a corner, and the page beside the button."""
 FOLDERS: Final = re.compile(r"(?<![\w:/.])~?/(?:[\w.+@~ -]+/)+(?=[\w.+@-])")
 """The folders of an absolute path; no part of an address of the web or of an endpoint's name."""
 
@@ -82,7 +85,15 @@ def without_folders(text: str) -> str:
     return FOLDERS.sub("", text)
 
 
+def last_words() -> str:
+    """What the browser tab that asks was last refused with, told once."""
+    return _words.pop(current_visit(), "")
+
+
 def _gradio_error(text: str, *, title: str) -> BaseException:
+    while len(_words) >= MAX_REMEMBERED:
+        _words.pop(next(iter(_words)))
+    _words[current_visit()] = text
     # Gradio's page shows messages as HTML: what a visitor typed must stay text
     error: BaseException = gr.Error(html.escape(text, quote=False), print_exception=False, title=title, duration=12)
     return error

@@ -23,6 +23,7 @@ from fluxsae.ui.tabs.steer import words
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob
 from fluxsae.ui.tabs.steer.sliders import MAX_SLIDERS, SUGGESTED, Sliders
 from fluxsae.ui.tabs.steer.starters import find_starters
+from fluxsae.ui.tabs.steer.swap import N_PICTURES as SWAP_PICTURES
 from fluxsae.ui.tabs.steer.swap import FoundSwap, SwapJob
 
 STRIP = (-2 / 3, -1 / 3, 0.0, 0.1, 0.2, 0.3, 0.6)
@@ -194,6 +195,7 @@ class SteerDesk(Desk):
         jobs = {
             "Steer": SteerJob(((),) * n_turn, prompt, seed, steps),
             "Compare strengths": SteerJob(((),) * (1 + len(STRIP)), prompt, seed, steps),
+            "Swap": SteerJob(((),) * (SWAP_PICTURES + n_turn), prompt, seed, steps),
         }
         told = [
             f"{name} makes {job.n_pictures} images{_about(self.bench.seconds_of(job))}" for name, job in jobs.items()

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from fluxsae.ui.kit.shell import EACH, IDLE, QUEUED, QUIET, Shell, end_at_idle, making
+from fluxsae.ui.kit.shell import EACH, IDLE, QUEUED, QUIET, Shell, end_runs, making
 from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.endpoints import in_lane
 from fluxsae.ui.serve.guard import guarded
@@ -41,7 +41,7 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
                 js_on_load=mount(turn="input", begin="submit"),
                 elem_id="steer-edits",
             )
-            old, new, swap_go = _swap_row(desk, tab)
+            old, new, swap_go, swap_status = _swap_row(desk, tab)
             with gr.Row():
                 find = gr.Textbox(
                     label="Find a feature",
@@ -107,12 +107,10 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
     arrived = shell.open_link("steer", desk.linked, asked)
     runs.append(arrived.submit(turn, asked, [status, result], **lane))
     swapped = [prompt, seed, steps, old, new, edits]
-    swapping = swap_go.click(swap, swapped, [status, *asked], **latest)
-    runs += [swapping, swapping.success(turn, asked, [status, result], **lane)]
-    _tell_costs(desk, shell, costs, runs)
-    stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
-    for run in runs:
-        end_at_idle(run, status)
+    swapping = swap_go.click(swap, swapped, [swap_status, *asked], **latest)
+    runs.append(swapping.success(turn, asked, [status, result], **lane))
+    _tell_costs(desk, shell, costs, [*runs, swapping])
+    end_runs(stop, (status, runs), (swap_status, [swapping]))
 
 
 def _tell_costs(desk: SteerDesk, shell: Shell, costs: gr.HTML, runs: list[Any]) -> None:
@@ -126,8 +124,8 @@ def _tell_costs(desk: SteerDesk, shell: Shell, costs: gr.HTML, runs: list[Any]) 
         run.success(cost, None, costs, **QUIET)
 
 
-def _swap_row(desk: SteerDesk, tab: gr.Tab) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
-    """What goes, what comes in its place, and the button; not shown where fewer than two names are to be had."""
+def _swap_row(desk: SteerDesk, tab: gr.Tab) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button, gr.HTML]:
+    """What goes, what comes in its place, the button, and its progress; not shown where fewer than two names are to be had."""
     names = list(desk.names)
     old, new = desk.first_swap() or names[:2] if len(names) > 1 else (None, None)
     with gr.Column(elem_classes="fs-swap", visible=len(names) > 1):
@@ -140,7 +138,8 @@ def _swap_row(desk: SteerDesk, tab: gr.Tab) -> tuple[gr.Dropdown, gr.Dropdown, g
             '<p class="fs-quiet fs-hint">Tries eight swaps where the first name fires. Keeps the one in which CLIP '
             f"recognises the second name best, and sets the sliders to it.{only}</p>"
         )
+        status = gr.HTML(IDLE, html_template=element("fs-status"), js_on_load=mount())
     # names of one kind are found when the tab is opened: of 20,000 prompts that takes seconds
     tab.select(guarded(lambda name, other: gr.Dropdown(desk.kin_with(name, other))), [one, other], other, **QUEUED)
     one.change(lambda name: gr.Dropdown(desk.kin(name), value=desk.kin(name)[0]), one, other, **QUEUED)
-    return one, other, go
+    return one, other, go, status
