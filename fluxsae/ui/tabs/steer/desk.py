@@ -198,7 +198,8 @@ class SteerDesk(Desk):
             "Swap": SteerJob(((),) * (SWAP_PICTURES + n_turn), prompt, seed, steps),
         }
         told = [
-            f"{name} makes {job.n_pictures} images{_about(self.bench.seconds_of(job))}" for name, job in jobs.items()
+            f"{name} makes {'up to ' * (name == 'Swap')}{job.n_pictures} images{_about(self.bench.seconds_of(job))}"
+            for name, job in jobs.items()
         ]
         waits = " Sliders wait until you press Steer." if self.bench.is_slow else ""
         return f"{'; '.join(told)}.{waits}"

@@ -125,7 +125,7 @@ def _tell_costs(desk: SteerDesk, shell: Shell, costs: gr.HTML, runs: list[Any]) 
 
 
 def _swap_row(desk: SteerDesk, tab: gr.Tab) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button, gr.HTML]:
-    """What goes, what comes in its place, the button, and its progress; not shown where fewer than two names are to be had."""
+    """What goes, what comes in its place, the button and its progress; not shown where there are no two names."""
     names = list(desk.names)
     old, new = desk.first_swap() or names[:2] if len(names) > 1 else (None, None)
     with gr.Column(elem_classes="fs-swap", visible=len(names) > 1):
