@@ -197,8 +197,9 @@ class SteerDesk(Desk):
             "Compare strengths": SteerJob(((),) * (1 + len(STRIP)), prompt, seed, steps),
             "Swap": SteerJob(((),) * (SWAP_PICTURES + n_turn), prompt, seed, steps),
         }
+        most = {"Swap": "up to "}
         told = [
-            f"{name} makes {'up to ' * (name == 'Swap')}{job.n_pictures} images{_about(self.bench.seconds_of(job))}"
+            f"{name} makes {most.get(name, '')}{job.n_pictures} images{_about(self.bench.seconds_of(job))}"
             for name, job in jobs.items()
         ]
         waits = " Sliders wait until you press Steer." if self.bench.is_slow else ""
