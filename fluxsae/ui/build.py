@@ -12,9 +12,9 @@ from fluxsae.ui.kit.theme import build_theme, page_css, page_head
 from fluxsae.ui.serve.downloads import download_route, offer
 from fluxsae.ui.serve.endpoints import add_endpoint
 from fluxsae.ui.serve.lane import MAX_WAITING
+from fluxsae.ui.serve.malformed_calls import exception_handlers
 from fluxsae.ui.serve.mcp_answers import answer_in_json
 from fluxsae.ui.serve.pictures import picture_route
-from fluxsae.ui.serve.refusals import exception_handlers
 from fluxsae.ui.serve.schemas import Request
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.serve.shelf import Shelf, open_shelf

@@ -4,7 +4,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint

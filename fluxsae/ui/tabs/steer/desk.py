@@ -20,8 +20,8 @@ from fluxsae.ui.serve.pictures import made_url, thumbnail_url
 from fluxsae.ui.serve.schemas import SearchRequest, SteerRequest, SwapRequest, SweepRequest
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.steer import words
+from fluxsae.ui.tabs.steer.feature_sliders import MAX_SLIDERS, SUGGESTED, Sliders
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob
-from fluxsae.ui.tabs.steer.sliders import MAX_SLIDERS, SUGGESTED, Sliders
 from fluxsae.ui.tabs.steer.starters import find_starters
 from fluxsae.ui.tabs.steer.swap import N_PICTURES as SWAP_PICTURES
 from fluxsae.ui.tabs.steer.swap import FoundSwap, SwapJob
