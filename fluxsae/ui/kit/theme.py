@@ -109,6 +109,7 @@ def build_theme() -> gr.themes.Base:
         **{f"{name}_dark": DARK[colour] for name, colour in GRADIO.items()},
         block_shadow="none",
         button_border_width="1px",
+        input_border_width="1px",
         checkbox_border_radius="4px",
         button_primary_text_color="#ffffff",
         button_primary_text_color_dark="#ffffff",

@@ -38,10 +38,9 @@ FS.define("fs-vocabulary", (root, data) => {
   );
 });
 
-// The prompt with its words as buttons where a feature is named so, and surely: press to see where that fires.
+// The prompt with its words as buttons where a feature that fires is named so: press to see where.
 FS.promptWords = (prompt, features, onpress) => {
-  const named = features.filter((feature) => feature.label && !FS.isGuess(feature.confidence))
-    .sort((one, other) => other.label.length - one.label.length);
+  const named = features.filter((feature) => feature.label).sort((one, other) => other.label.length - one.label.length);
   const taken = [];
   const spans = [];
   for (const feature of named) {

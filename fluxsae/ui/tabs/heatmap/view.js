@@ -543,7 +543,6 @@ FS.define("fs-lab", (root, data) => {
         steps,
         caption,
         legend,
-        whyPanel,
         FS.el(
           "details",
           { class: "fs-fold fs-look" },
@@ -557,6 +556,7 @@ FS.define("fs-lab", (root, data) => {
         { class: "fs-side", "aria-label": "Features" },
         ...notices,
         asked,
+        whyPanel,
         FS.el("h2", { class: "fs-h", text: "What fires here" }),
         FS.el("p", {
           class: "fs-quiet",
