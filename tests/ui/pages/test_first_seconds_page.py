@@ -9,17 +9,18 @@ from steps import DESKTOP, PHONE, PROMPT, Open, canvas_pixels, generate
 
 pytestmark = pytest.mark.browser
 
-SWAPPED = (
-    "canvas => { const { width, height } = canvas, pixels = canvas.getContext('2d')"
-    ".getImageData(0, 0, width, height).data; return Array.from(pixels); }"
-)
+SIDE = 64
+SMALL = """canvas => {
+    const small = new OffscreenCanvas(64, 64).getContext("2d");
+    small.drawImage(canvas, 0, 0, 64, 64);
+    return Array.from(small.getImageData(0, 0, 64, 64).data);
+}"""
 
 
 def shown(page: Page) -> np.ndarray:
     page.wait_for_timeout(250)
-    pixels = np.array(page.locator(".fs-stage canvas").evaluate(SWAPPED), dtype=np.int16)
-    side = int(np.sqrt(len(pixels) // 4))
-    return pixels.reshape(side, side, 4)[..., :3]
+    pixels = np.array(page.locator(".fs-stage canvas").evaluate(SMALL), dtype=np.int16)
+    return pixels.reshape(SIDE, SIDE, 4)[..., :3]
 
 
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
@@ -113,8 +114,9 @@ def test_stopped_while_painting_the_old_image_comes_back(visit: Open) -> None:
     before = canvas_pixels(page)
     page.locator("#heatmap-prompt textarea").fill("a small yellow heart")
     page.locator("#heatmap-go").click()
-    page.wait_for_selector(".fs-seeing")
-    page.locator("#heatmap-stop").click()
+    page.wait_for_function(
+        "() => document.querySelector('.fs-seeing') && !document.getElementById('heatmap-stop').click()"
+    )
     expect(page.locator(".fs-seeing")).to_have_count(0)
     page.wait_for_timeout(500)
     assert page.evaluate("document.querySelector('fs-lab').data.kind") == "example"

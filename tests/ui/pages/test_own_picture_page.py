@@ -41,7 +41,7 @@ def test_a_photo_is_read_and_told_to_be_unlike_and_a_sample_is_named_surely(visi
     choose(page, "photo.jpg", photo())
     photographed = wait_until_read(page)
     expect(page.locator("fs-lab .fs-notice")).to_contain_text("unlike anything this FLUX knows")
-    told = page.locator("fs-lab .fs-card").all_inner_texts()
+    told = page.locator("fs-lab .fs-card").all_text_contents()
     assert told
     assert all("a guess" in text or "unnamed" in text for text in told)
     page.locator(".fs-sample").nth(1).click()
