@@ -50,7 +50,7 @@ def test_a_damaged_file_that_can_be_missed_is_told_and_the_rest_is_shown(run: Ru
     assert list(shelf.runs) == ["run"]
     assert name in header_html(shelf, bench)
     assert str(run.path.parent) not in header_html(shelf, bench)
-    assert GalleryDesk(bench).gallery("red", LATE, "any", False, "best")["cards"]
+    assert GalleryDesk(bench).gallery("", LATE, "any", False, "best")["cards"]
     assert GalleryDesk(bench).page({"hookpoint": LATE, "feature": 3})["facts"]
     assert SteerDesk(bench).start()
     assert DirectionsDesk(bench).near({"hookpoint": EARLY, "feature": 3})

@@ -23,7 +23,7 @@ def test_a_surprise_is_an_image_of_the_run(bench: Workbench) -> None:
 def test_another_hook_points_example_is_what_its_patches_are_asked_of(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk, example = HeatmapDesk(bench), {"seed": 4, "num_inference_steps": 20}
+    desk, example = HeatmapDesk(bench), {"seed": 4, "num_inference_steps": 20, "picture": None}
     monkeypatch.setattr(desk, "example", lambda name: {**example, "prompt": f"a circle at {name}", "hookpoint": name})
     nothing = {**desk.example_request(), "prompt": ""}
     assert desk.change_hookpoint(EARLY, nothing) == (None, {**nothing, "hookpoint": EARLY})
@@ -43,7 +43,7 @@ def test_a_patch_tells_each_label_once_and_the_rest_of_it_behind(
     maps = maps_of((4,), values, indices, len(cards))
     shown = replace(reading(), grid=TokenGrid(1, 1), maps={LATE: maps})
     monkeypatch.setattr(bench, "read", lambda *_: iter([Done(shown)]))
-    request = {"prompt": "a circle", "hookpoint": LATE, "seed": 0, "num_inference_steps": 20}
+    request = {"prompt": "a circle", "hookpoint": LATE, "seed": 0, "num_inference_steps": 20, "picture": None}
     *_, done = HeatmapDesk(bench).patch(request, {"row": 0, "column": 0, "step": None})
     told = [feature["label"] for feature in done.value["features"]]
     assert done.value["at"] > 0
@@ -63,5 +63,5 @@ def test_the_ready_example_comes_from_the_run_alone() -> None:
     example = HeatmapDesk(bench).example(bench.limits.default_hookpoint)
     assert example is not None
     assert example["kind"] == "example"
-    assert example["selected"] in {feature["feature"] for feature in example["features"]}
+    assert len(example["opening"]["pictures"]) == len(example["opening"]["turns"]) > 1
     assert "pipe" not in vars(bench)
