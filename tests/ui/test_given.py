@@ -170,7 +170,6 @@ def test_a_call_from_code_leaves_nothing_and_an_unlike_picture_has_no_sure_name(
 
 
 def test_names_are_not_sure_where_the_run_does_not_say_what_is_usual(own: Workbench) -> None:
-    desk = HeatmapDesk(own)
     request = ReadPictureRequest.parse(own.limits, picture=data_url(own.images.picture(1)))
     reading = last(own.read("", 0, own.limits.default_steps, picture=request.picture))
     cards = own.cards[request.hookpoint]
