@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex, varied
+from fluxsae.features.cards import CardIndex
 from fluxsae.features.firing import (
     CONFIDENCE,
     Fired,
@@ -253,18 +253,34 @@ def _patches(cards: CardIndex, features: np.ndarray, values: np.ndarray) -> dict
 
 def _telling_patches(maps: SparseMaps, cards: CardIndex) -> tuple[np.ndarray, np.ndarray]:
     """The most telling features of each token and their share of their maximum, as (features, bytes)."""
-    n_tokens = maps.n_tokens
-    patches = np.zeros((n_tokens, PER_PATCH), dtype=np.int64)
-    values = np.zeros((n_tokens, PER_PATCH), dtype=np.uint8)
-    for token in range(n_tokens):
-        found = maps.at(token, None)
-        acts, features = np.array(list(found.values())), list(found)
-        scores = dict(zip(features, telling(acts, cards, features), strict=True))
-        shares = dict(zip(features, shares_of_maximum(acts, cards, features), strict=True))
-        best = varied(sorted(features, key=lambda f: -scores[f]), cards.labels)[:PER_PATCH]
-        patches[token, : len(best)] = best
-        values[token, : len(best)] = [max(1, round(shares[f] * 255)) for f in best]
+    tokens, features, acts = maps.strongest(None)
+    order = np.lexsort((features, -telling(acts, cards, features), tokens))
+    tokens, features, acts = tokens[order], features[order], acts[order]
+    names = {label: number for number, label in enumerate(dict.fromkeys(filter(None, cards.labels)))}
+    labels = np.array([names.get(label or "", -1) for label in cards.labels])[features]
+    # the first of every label, then the second of each; those without one at the end
+    turns = np.where(labels < 0, len(features), _ranks(tokens * (len(names) + 1) + labels + 1))
+    order = np.lexsort((np.arange(len(tokens)), turns, tokens))
+    tokens, features, acts = tokens[order], features[order], acts[order]
+    places = _ranks(tokens)
+    shown = places < PER_PATCH
+    patches = np.zeros((maps.n_tokens, PER_PATCH), dtype=np.int64)
+    values = np.zeros((maps.n_tokens, PER_PATCH), dtype=np.uint8)
+    patches[tokens[shown], places[shown]] = features[shown]
+    shares = shares_of_maximum(acts[shown], cards, features[shown])
+    values[tokens[shown], places[shown]] = np.maximum(1, np.rint(shares * 255))
     return patches, values
+
+
+def _ranks(keys: np.ndarray) -> np.ndarray:
+    """How many equal keys stand before each."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    begins = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(keys) else np.zeros(0, dtype=np.int64)
+    counts = np.diff(np.r_[begins, len(keys)])
+    ranks = np.empty(len(keys), dtype=np.int64)
+    ranks[order] = np.arange(len(keys)) - np.repeat(begins, counts)
+    return ranks
 
 
 def _strongest_patches(planes: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
