@@ -7,7 +7,7 @@ from desk_data import LATE, maps_of, reading
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import features_at, first_thing, ranked_features, standing_out
 from fluxsae.ui.serve.session import Workbench
-from fluxsae.ui.tabs.heatmap.lab import PER_PATCH, _telling_patches
+from fluxsae.ui.tabs.heatmap.lab import PER_PATCH, telling_patches
 
 
 def test_a_map_is_the_most_over_the_saes_steps_or_one_step() -> None:
@@ -77,7 +77,7 @@ def test_what_the_page_knows_of_every_patch_is_what_fires_there(
     monkeypatch.setattr(cards, "labels", [None, *rng.choice(["red", "blue", "star", None], len(cards) - 1).tolist()])
     features = np.stack([[rng.permutation(len(cards))[:9] for _ in range(12)] for _ in range(2)])
     maps = maps_of((4, 8), rng.random(features.shape), features, len(cards))
-    patches, values = _telling_patches(maps, cards)
+    patches, values = telling_patches(maps, cards)
     for token in range(12):
         alone = features_at(maps, cards, token=token, step=None, limit=PER_PATCH)
         assert patches[token].tolist() == [each.feature for each in alone]

@@ -139,7 +139,7 @@ def lab(reading: Reading, cards: CardIndex, *, limit: int, pinned: int | None = 
             }
             for f in features
         ],
-        **_patches(cards, *_telling_patches(maps, cards)),
+        **_patches(cards, *telling_patches(maps, cards)),
         "previews": {
             str(step): views.data_url(preview) if reading.picture else made_url(preview)
             for step, preview in reading.previews.items()
@@ -251,7 +251,7 @@ def _patches(cards: CardIndex, features: np.ndarray, values: np.ndarray) -> dict
     }
 
 
-def _telling_patches(maps: SparseMaps, cards: CardIndex) -> tuple[np.ndarray, np.ndarray]:
+def telling_patches(maps: SparseMaps, cards: CardIndex) -> tuple[np.ndarray, np.ndarray]:
     """The most telling features of each token and their share of their maximum, as (features, bytes)."""
     tokens, features, acts = maps.strongest(None)
     order = np.lexsort((features, -telling(acts, cards, features), tokens))
