@@ -239,7 +239,8 @@ class Workbench:
     @property
     def flux_source(self) -> str:
         """Where FLUX is loaded from: as the run says, or the folder that FLUXSAE_FLUX names."""
-        return os.environ.get("FLUXSAE_FLUX", "").strip() or self.info.flux_id
+        named = "" if self.source == EMBEDDED else os.environ.get("FLUXSAE_FLUX", "").strip()
+        return named or self.info.flux_id
 
     @property
     def has_local_flux(self) -> bool:
