@@ -16,7 +16,7 @@ from fluxsae.ui.serve.shelf import Shelf
 from fluxsae.ui.tabs.about.tab import endpoint_examples
 from fluxsae.ui.tabs.registry import TABS
 
-PICTURE = data_url(encode_webp(Image.new("RGB", (8, 8)), longest_side=8))
+PICTURE = data_url(encode_webp(Image.new("RGB", (64, 64)), longest_side=64))
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,7 @@ def test_a_picture_is_read_with_steps_patches_and_reasons_and_forgotten_with_the
     sample = {"image": data_url(own.images.picture(0)), "caption": own.images.prompts[0]}
     *steps, done = desk.show_given({"picture": sample["image"], "caption": ""}, None, 0)
     page, _, values = done.value
+    steps = [step for step in steps if isinstance(step, StepDone)]
     assert page["notices"] == []
     assert page["picture"] == values["picture"]
     assert page["picture"]

@@ -42,7 +42,7 @@ def test_a_patch_tells_each_label_once_and_the_rest_of_it_behind(
     values, indices = np.full((1, 1, 4), 2.0), np.array([[[1, 2, 3, 4]]])
     maps = maps_of((4,), values, indices, len(cards))
     shown = replace(reading(), grid=TokenGrid(1, 1), maps={LATE: maps})
-    monkeypatch.setattr(bench, "read", lambda *_: iter([Done(shown)]))
+    monkeypatch.setattr(bench, "read", lambda *_, **__: iter([Done(shown)]))
     request = {"prompt": "a circle", "hookpoint": LATE, "seed": 0, "num_inference_steps": 20, "picture": None}
     *_, done = HeatmapDesk(bench).patch(request, {"row": 0, "column": 0, "step": None})
     told = [feature["label"] for feature in done.value["features"]]
