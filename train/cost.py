@@ -232,15 +232,17 @@ class Machine:
         return operations / (self.gpu.peak_tflops * 1e12 * share) / self.gpus
 
     def step_seconds(self, plan: Plan) -> float:
-        """One step of one image (FLUX.1, 1024 px and 512 text tokens: 74 TFLOP)."""
+        """One step of one image (at 1024 px and 512 text tokens FLUX.1: 74 TFLOP, FLUX.2 klein 4B: 35)."""
         width, n = plan.model.d_model, plan.grid.n_tokens + plan.settings.max_sequence_length
         blocks = plan.model.n_double + plan.model.n_single
-        return self.seconds(blocks * (24 * width**2 * n + 4 * n**2 * width), self.step_share.value)
+        one_block = plan.model.block_operations * width**2 * n + 4 * n**2 * width
+        return self.seconds(blocks * one_block, self.step_share.value)
 
     def text_seconds(self, plan: Plan) -> float:
-        """The text encoder on one prompt."""
-        per_token = constants.TEXT_OPERATIONS_PER_BYTE.value * plan.model.bytes["text_encoder_2"]
-        return self.seconds(per_token * plan.settings.max_sequence_length, self.gpu.step_share.value)
+        """The large text encoder on one prompt."""
+        size = max(size for part, size in plan.model.bytes.items() if part.startswith("text_encoder"))
+        operations = constants.TEXT_OPERATIONS_PER_BYTE.value * size * plan.settings.max_sequence_length
+        return self.seconds(operations, self.gpu.step_share.value)
 
     def decode_seconds(self, plan: Plan) -> float:
         """The decoder on one image."""
@@ -390,6 +392,7 @@ def find_model(flux: str) -> Model:
         patch=2 ** len(vae["block_out_channels"]),
         bytes={part: sum(file.stat().st_size for file in found) for part, found in files.items()},
         settings=GenerationSettings(**_read(own)) if own.is_file() else GenerationSettings(),
+        block_operations=constants.BLOCK_OPERATIONS[transformer["_class_name"]],
     )
 
 

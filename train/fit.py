@@ -75,6 +75,8 @@ class FitOptions:
     """Tokens in a batch, over all processes."""
     buffer_gb: float = 4.0
     """Memory for shuffling, GB; with --from-flux shared among the hook points."""
+    sigma_conditioned: bool = False
+    """One dictionary for all noise levels: the encoder's input is scaled and shifted by a learned table over them."""
     activations: Path | None = None
     """Folder of the shards (files of activations); left out, `activations` in the run folder."""
     track: str | None = None
@@ -171,6 +173,8 @@ def _stage_config(config: FitConfig, hookpoints: list[HookPoint]) -> dict[str, A
     irrelevant = {f.name for f in fields(FluxOptions)} - {"seed"} if not config.from_flux else {"device", "preset"}
     irrelevant |= {"run", "hookpoints", "buffer_gb", "activations", "track", "push_to", "force"}
     irrelevant |= {"log_every", "checkpoint_minutes"}
+    if not config.sigma_conditioned:  # fits of before this option stay complete
+        irrelevant |= {"sigma_conditioned"}
     if not config.from_flux:
         irrelevant |= {"images", "tokens_per_image", "images_at_once"}
     values = {name: value for name, value in asdict(config).items() if name not in irrelevant}
@@ -268,10 +272,15 @@ def build_sae_configs(config: FitConfig, source: Source, trained_on: TrainedOn |
             l0_coeff=config.l0_coeff,
             auxk_coeff=config.auxk_coeff,
             dead_after_tokens=config.dead_after_tokens or max(1, min(_DEAD_TOKENS_AT_MOST, n_tokens // 10)),
+            sigma_table=_sigma_table(config, trained_on),
             trained_on=trained_on,
         )
         for k, l1_coeff in product(ks, coefficients)
     }
+
+
+def _sigma_table(config: FitConfig, trained_on: TrainedOn | None) -> tuple[float, ...]:
+    return tuple(sorted(set(trained_on.sigmas))) if config.sigma_conditioned and trained_on is not None else ()
 
 
 def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Data:
@@ -370,13 +379,16 @@ def _save(
     data: _Data,
 ) -> None:
     """Measures every SAE; the main one becomes the run's, the others of a sweep stay beside the training log."""
+    import torch
+
     from fluxsae.sae.training import HeldOut
 
     measures = {hookpoint: [HeldOut(sae) for sae in named.values()] for hookpoint, named in saes.items()}
     for image in data.held_out():
         for hookpoint, tokens in image.items():
+            sigmas = torch.tensor(data.grounds[hookpoint].sigmas)
             for measure in measures[hookpoint]:
-                measure.add(tokens)
+                measure.add(tokens, sigmas=sigmas.repeat_interleave(len(tokens) // len(sigmas)))
     for hookpoint, named in saes.items():
         for measure, (name, sae) in zip(measures[hookpoint], named.items(), strict=True):
             measured = measure.measure()

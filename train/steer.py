@@ -20,7 +20,17 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
 from fluxsae.sae.config import Mismatch
-from fluxsae.steering.edits import HeatmapRegion, Mode, Recipe, SteeringEdit, load_recipes, parse_edits, png_bytes
+from fluxsae.steering.conditions import Condition
+from fluxsae.steering.edits import (
+    HeatmapRegion,
+    Mode,
+    Recipe,
+    SteeringEdit,
+    load_recipes,
+    parse_edits,
+    png_bytes,
+    with_features,
+)
 from train.command import start
 from train.flux_options import open_flux
 from train.outputs import check_png_path
@@ -53,6 +63,10 @@ class SteerConfig:
     """Window [start, stop) of steps that are edited; left out, the noise levels the SAE was trained on."""
     heatmap: float | None = None
     """Edit only where the feature itself fires above this fraction of its usual activation."""
+    when: str | None = None
+    """Edit only images in which this is there: a label, or the number of a feature of the same hook point."""
+    when_above: float = 0.5
+    """From which multiple of its usual activation it counts as there; 0: it fires at all."""
     edits: str | None = None
     """JSON list of edits, or a file that holds one, in place of --feature and what belongs to it."""
     recipe: Path | None = None
@@ -81,6 +95,7 @@ class SteerConfig:
 
 def main(config: SteerConfig) -> Variant:
     """Writes the picture and its recipe and prints what the edit did."""
+    from fluxsae.features.cards import CardIndex
     from fluxsae.files import write_bytes
     from fluxsae.flux import execution_device
     from fluxsae.pictures.perceptual import load_distance, load_embedder
@@ -93,7 +108,7 @@ def main(config: SteerConfig) -> Variant:
     if config.prompt is None:
         raise FluxSaeError("prompt is missing; give --prompt, or --recipe with a file that fluxsae wrote.")
     run = RunFolder(config.run or miniature_path("run"))
-    edits = _edits(config, run)
+    edits = with_features(_edits(config, run), lambda place, label: CardIndex(run, place).named().get(label, ()))
     info = run.load_info()
     pipe = open_flux(config.flux, info.flux_id, info.flux_revision, device=config.device)
     saes = load_saes(run, edits, device=execution_device(pipe))
@@ -147,7 +162,15 @@ def _edits(config: SteerConfig, run: RunFolder) -> tuple[SteeringEdit, ...]:
         raise FluxSaeError("feature is missing; give --feature, --edits or --recipe.")
     hookpoint = run.check_hookpoint(config.hookpoint or run.hookpoints()[-1])
     region = None if config.heatmap is None else HeatmapRegion(config.heatmap)
-    return (SteeringEdit(hookpoint, config.feature, config.mode, config.strength, steps=config.steps, region=region),)
+    given = {"steps": config.steps, "region": region, "when": _condition(config)}
+    return (SteeringEdit(hookpoint, config.feature, config.mode, config.strength, **given),)
+
+
+def _condition(config: SteerConfig) -> Condition | None:
+    if config.when is None:
+        return None
+    named = {"features": (int(config.when),)} if config.when.isdecimal() else {"label": config.when}
+    return Condition(above=config.when_above, **named)
 
 
 def _again(config: SteerConfig, path: Path) -> Variant:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import BFloat16, Int
+from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from fluxsae.activations.mixing import MixingBuffer
@@ -396,6 +396,11 @@ class LiveImages:
         """Rows of each shard; held-out images are never generated."""
         return [len(shard) * self._rows_per_image(hookpoint) for shard in self._shards]
 
+    def image_sigmas(self, hookpoint: HookPoint) -> Float[Tensor, " rows_of_image"]:
+        """The noise level of each of a hook point's rows of an image."""
+        sigmas = torch.tensor(schedule_sigmas(self._pipe, self._request.settings))[list(self._request.steps)]
+        return sigmas.repeat_interleave(self._rows_per_image(hookpoint) // len(sigmas))
+
     def take(self, hookpoint: HookPoint, shard: int, *, epoch: int) -> BFloat16[Tensor, "rows d_model"]:
         """A hook point's rows of a shard's images.
 
@@ -451,6 +456,10 @@ class LiveReader:
     def n_rows(self) -> list[int]:
         """Rows of each shard."""
         return self._images.n_rows(self._hookpoint)
+
+    def image_sigmas(self) -> Float[Tensor, " rows_of_image"]:
+        """The noise level of each row of an image."""
+        return self._images.image_sigmas(self._hookpoint)
 
     def rows(
         self, shards: Sequence[int], wanted: Int[Tensor, " wanted"], *, epoch: int

@@ -258,7 +258,7 @@ def generate_with_acts(
         if call.step in steps[call.hookpoint]:
             check_finite(call, [f"seed {seed} ({prompt!r:.60})" for seed, prompt in zip(seeds, prompts, strict=True)])
             sae = saes[call.hookpoint]
-            on_acts(call, sae.encode_sparse(call.tokens.to(sae.W_enc.device)))
+            on_acts(call, sae.encode_sparse(call.tokens.to(sae.W_enc.device), sigma=call.sigma))
 
     wanted = sorted({step for chosen in steps.values() for step in chosen})
     if pictures is not None:

@@ -9,6 +9,7 @@ from fluxsae.lazy import hand_on
 
 if TYPE_CHECKING:
     from fluxsae.flux.devices import execution_device
+    from fluxsae.flux.families import Embeddings
     from fluxsae.flux.generation import (
         OnStep,
         OutputType,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from fluxsae.flux.hooks import BlockCall, BlockHandler, Captured, FluxLike, block_hooks, capture
     from fluxsae.flux.identity import FluxIdentity, flux_identity, is_exact, why_inexact
     from fluxsae.flux.latents import (
-        Embeddings,
         Snapshot,
         decode_latents,
         embed_prompts,
@@ -33,23 +33,21 @@ if TYPE_CHECKING:
         initial_noise,
         velocity,
     )
-    from fluxsae.flux.loading import (
-        FluxPipeline,
-        compile_blocks,
-        default_settings,
-        hookpoint_width,
-        load_flux,
-    )
+    from fluxsae.flux.loading import compile_blocks, default_settings, hookpoint_width, load_flux
+    from fluxsae.flux.pipelines import AnyFlux, Flux2KleinPipeline, Flux2Pipeline, FluxPipeline
     from fluxsae.flux.previews import draw_latents, fit_colours, is_quick_to_decode, watch_estimates
     from fluxsae.flux.reading import noised_picture, read_picture
     from fluxsae.flux.schedules import nearest_step
     from fluxsae.flux.settings import GenerationSettings
 
 __all__ = [
+    "AnyFlux",
     "BlockCall",
     "BlockHandler",
     "Captured",
     "Embeddings",
+    "Flux2KleinPipeline",
+    "Flux2Pipeline",
     "FluxIdentity",
     "FluxLike",
     "FluxPipeline",
@@ -96,13 +94,16 @@ __all__ = [
 __getattr__, __dir__ = hand_on(
     __name__,
     {
+        "AnyFlux": "pipelines",
         "BlockCall": "hooks",
         "BlockHandler": "hooks",
         "Captured": "hooks",
-        "Embeddings": "latents",
+        "Embeddings": "families",
+        "Flux2KleinPipeline": "pipelines",
+        "Flux2Pipeline": "pipelines",
         "FluxIdentity": "identity",
         "FluxLike": "hooks",
-        "FluxPipeline": "loading",
+        "FluxPipeline": "pipelines",
         "GenerationSettings": "settings",
         "Ground": "ground",
         "HookPoint": "hookpoints",

@@ -8,6 +8,7 @@ import torch
 from PIL.Image import Image
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.hooks import (
     BlockCall,
@@ -151,7 +152,7 @@ def _check(
     settings: GenerationSettings,
 ) -> None:
     check_channels(pipe.transformer.config)
-    check_text_length(pipe.tokenizer_2, settings)
+    check_text_length(family_of(pipe).tokenizer(pipe), settings)
     for prompt in prompts:
         if prompt != "":
             check_prompt(prompt)

@@ -15,7 +15,7 @@ from fluxsae.evaluation.reconstruction import (
 from fluxsae.evaluation.stream import ImageSet, OnProgress
 from fluxsae.features.scores import ScoreMatrix
 from fluxsae.features.scoring import trained_steps
-from fluxsae.flux import FluxPipeline, execution_device, flux_identity, schedule_sigmas, settings_ground
+from fluxsae.flux import AnyFlux, execution_device, flux_identity, schedule_sigmas, settings_ground
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.concept_report import ConceptReport
@@ -56,7 +56,7 @@ class Evaluation:
 
 def evaluate(
     run: RunFolder,
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     *,
     parts: Sequence[Part] = PARTS,
     hookpoints: Sequence[HookPoint | str] = (),
@@ -90,7 +90,7 @@ class _Work:
     """Everything the parts share."""
 
     run: RunFolder
-    pipe: FluxPipeline
+    pipe: AnyFlux
     saes: dict[HookPoint, SparseAutoencoder]
     steps: dict[HookPoint, list[int]]
     settings: GenerationSettings
@@ -101,7 +101,7 @@ class _Work:
     def plan(
         cls,
         run: RunFolder,
-        pipe: FluxPipeline,
+        pipe: AnyFlux,
         hookpoints: Sequence[HookPoint | str],
         config: EvaluationConfig,
         *,

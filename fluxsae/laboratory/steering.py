@@ -24,7 +24,7 @@ from torch import Tensor
 from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation.stream import OnProgress, batches
 from fluxsae.flux import (
-    FluxPipeline,
+    AnyFlux,
     capture,
     decode_latents,
     denoise_to,
@@ -75,7 +75,7 @@ def candidate_features(concepts: Mapping[str, Any], *, limit: int) -> dict[Conce
 
 @torch.no_grad()
 def run_laboratory(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: Mapping[HookPoint, SparseAutoencoder],
     features: CandidateFeatures,
     *,
@@ -134,7 +134,7 @@ Scores = dict[EditSettings, dict[Concept, dict[Group, list[Outcome]]]]
 
 @dataclass(eq=False)
 class _Bench:
-    pipe: FluxPipeline
+    pipe: AnyFlux
     saes: Mapping[HookPoint, SparseAutoencoder]
     features: CandidateFeatures
     settings: GenerationSettings

@@ -66,7 +66,8 @@ def licence_of(flux_id: str) -> Licence:
     name = flux_id.lower()
     if "flux.1" in name and "schnell" not in name:
         return _DEV
-    return _APACHE if "schnell" in name or "miniature" in name else _OTHER
+    is_open = any(word in name for word in ("schnell", "miniature", "flux.2-klein-4b", "flux.2-klein-base-4b"))
+    return _APACHE if is_open else _OTHER
 
 
 def build_card(run: RunFolder, repo_id: str, *, revision: str | None = None, tables_repo: str | None = None) -> str:
@@ -91,7 +92,9 @@ def build_sae_card(run: RunFolder, hookpoint: HookPoint, repo_id: str, *, revisi
     """The model card of one SAE that is published alone."""
     info = run.load_info()
     pin = f', revision="{revision}"' if revision else ""
-    d_model = run.load_sae_config(hookpoint).get("d_model")
+    config = run.load_sae_config(hookpoint)
+    d_model, sigma = config.get("d_model"), ", sigma=sigma" * bool(config.get("sigma_table"))
+    level = "; sigma: their noise level" * bool(sigma)
     usage = f"""\
 ## Use
 
@@ -99,7 +102,7 @@ def build_sae_card(run: RunFolder, hookpoint: HookPoint, repo_id: str, *, revisi
 from fluxsae import SparseAutoencoder
 
 sae = SparseAutoencoder.from_pretrained("{repo_id}"{pin})
-acts = sae.encode(x)        # x: (tokens, {d_model}), raw outputs of {hookpoint}
+acts = sae.encode(x{sigma})        # x: (tokens, {d_model}), raw outputs of {hookpoint}{level}
 ```"""
     sections = [
         _front_matter(info, None),

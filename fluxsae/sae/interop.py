@@ -9,13 +9,16 @@ b_dec, and input_mean and input_scale are 0 and 1. batchtopk and matryoshka beco
 threshold.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import atomic_path, read_header, read_json, save_tensors, write_json
@@ -195,8 +198,55 @@ def from_dictionary_learning(folder: str | Path) -> SparseAutoencoder:
     return _build(architecture, k, parts, path=path, gates_on_norms=architecture == "l1")
 
 
+def from_timestep_conditioned(tensors: Mapping[str, Tensor], sigmas: Sequence[float]) -> SparseAutoencoder:
+    """The SAE whose state dict DifFRACT (Mazur et al. 2026, arXiv 2606.15796) wrote, as a table over noise levels.
+
+    acts = relu(W_enc (x (1 + scale(t)) + shift(t)) + b_enc), (scale, shift) = mod_linear(time_mlp(embedding of t)), and
+    t = sigma in FLUX. At the given noise levels, those of the schedule in use, the table is exact; in between it is
+    interpolated. Their transcoders have the same tensors, but write another activation than they read: no SAEs.
+
+    Raises:
+        FluxSaeError: tensors are missing or do not fit, or no noise levels.
+    """
+    path = Path("a state dict of DifFRACT")
+    linears = ("time_mlp.0", "time_mlp.2", "mod_linear", "encoder", "decoder")
+    _require(tensors, [f"{name}.{part}" for name in linears for part in ("weight", "bias")], path)
+    if not sigmas:
+        raise FluxSaeError(
+            "sigmas is empty. Give the noise levels of the schedule (`schedule_sigmas(pipe, settings)`)."
+        )
+    own = {name: tensor.float() for name, tensor in tensors.items()}
+    W_enc, b_dec = own["encoder.weight"], own["decoder.bias"]
+    parts = {
+        "W_enc": W_enc, "b_enc": own["encoder.bias"] + W_enc @ b_dec, "W_dec": own["decoder.weight"].T, "b_dec": b_dec,
+    }  # fmt: skip
+    plain = _build("l1", None, parts, path=path, gates_on_norms=True)
+    sae = SparseAutoencoder(replace(plain.config, sigma_table=tuple(sorted(set(sigmas)))), seed=None)
+    scale, shift = _modulation(own, torch.tensor(sae.config.sigma_table)).chunk(2, dim=1)
+    sae.load_state_dict({**plain.state_dict(), "sigma_scale": 1 + scale, "sigma_shift": shift})
+    return sae
+
+
+def _modulation(tensors: Mapping[str, Tensor], sigmas: Float[Tensor, " n_sigmas"]) -> Float[Tensor, "n_sigmas both"]:
+    """Their network from noise levels to (scale, shift); its frequencies are the defaults of diffusers."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return functional.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    half = tensors["time_mlp.0.weight"].shape[1] // 2
+    angles = sigmas[:, None] * 10_000 ** -(torch.arange(half) / (half - 1))
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    hidden = functional.silu(linear(embedding, "time_mlp.0"))
+    return linear(functional.silu(linear(hidden, "time_mlp.2")), "mod_linear")
+
+
 def _folded(sae: SparseAutoencoder) -> dict[str, Tensor]:
     """The tensors without input normalisation; a threshold for each feature where there is one."""
+    if sae.config.is_sigma_conditioned:
+        raise FluxSaeError(
+            "This SAE reads each noise level in its own way (sigma_table), which no other tool's format can hold. "
+            "Publish it with `push_to_hub`, or train a plain SAE for export."
+        )
     scale, state = sae.input_scale.double(), {name: t.detach().double().cpu() for name, t in sae.state_dict().items()}
     scale = scale.cpu()
     folded = {

@@ -3,11 +3,11 @@
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
@@ -27,6 +27,7 @@ from fluxsae.flux.settings import GenerationSettings
 from fluxsae.sae.config import Mismatch
 from fluxsae.sae.ground import check_names
 from fluxsae.sae.model import SparseAutoencoder
+from fluxsae.steering.conditions import Condition
 from fluxsae.steering.edits import NEEDS_REFERENCE, HeatmapRegion, SteeringEdit, check_count, is_batched
 
 _READS_ACTS: Final = ("scale", "clamp", "ablate")
@@ -84,17 +85,19 @@ def edit_delta(
     x: Float[Tensor, "batch tokens d_model"],
     *,
     acts: Float[Tensor, "batch tokens"] | None = None,
+    sigma: float | None = None,
     direction: Float[Tensor, " d_model"] | None = None,
 ) -> Float[Tensor, "batch tokens d_model"]:
     """What one edit adds to raw FLUX tokens `x`, fp32, window left aside.
 
-    `acts` are the feature's exact acts at `x` where already known. A unit `direction` is written in place of the
-    decoder row; how much of it is still read from the feature, so that a control has the edit's own norm.
+    `acts` are the feature's exact acts at `x` where already known; otherwise an SAE with a `sigma_table` needs `sigma`.
+    A unit `direction` is written in place of the decoder row; how much of it is still read from the feature, so that a
+    control has the edit's own norm.
     """
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     u = _unit_row(sae, edit.feature, values)
     if acts is None and _needs_acts(edit):
-        acts = sae.encode_features(x, [edit.feature])[..., 0]
+        acts = sae.encode_features(x, [edit.feature], sigma=sigma)[..., 0]
     z = values.new_zeros(values.shape[:-1]) if acts is None else acts.to(values)
     projection = (values - sae.input_mean.to(values)) @ u if edit.mode == "project_out" else z
     reference = float(sae.reference_acts[edit.feature])
@@ -167,6 +170,8 @@ def steer(
 
     def check_run(call: TransformerCall) -> None:
         if call.is_first_of_run:
+            for handler in handlers.values():
+                handler.began.clear()
             _check_batch(edits, len(call.inputs["hidden_states"]))
             _check_facts(saes, per_item, _RunFacts.from_call(pipe, call, hookpoints), allow_mismatch=allow_mismatch)
 
@@ -230,6 +235,8 @@ class _SteeredHookpoint:
     is_flat: bool
     direction_of: DirectionOf | None
     on_edit: Callable[[EditedCall], None] | None
+    began: set[tuple[int, SteeringEdit]] = field(default_factory=set)
+    """Place in the batch and edit, for conditions on the image that have held in this run."""
 
     @torch.no_grad()
     def __call__(self, call: BlockCall) -> Tensor | None:
@@ -241,7 +248,7 @@ class _SteeredHookpoint:
         for place, tokens in enumerate(call.tokens.split(1)):
             item = 0 if self.is_flat else place
             active = [edit for edit in self.per_item[item] if _is_active(edit, self.sae, call)]
-            delta = self._summed_delta(tokens.to(dtype), active, item)
+            delta = self._summed_delta(tokens.to(dtype), active, item, place, sigma=call.sigma)
             edited[place : place + 1] = add_delta(tokens, delta)
             if deltas is not None:
                 deltas[place : place + 1] = delta
@@ -249,14 +256,29 @@ class _SteeredHookpoint:
             self.on_edit(EditedCall(call, deltas, edited))
         return edited
 
-    def _summed_delta(self, x: Tensor, edits: list[SteeringEdit], item: int) -> Tensor:
+    def _summed_delta(self, x: Tensor, edits: list[SteeringEdit], item: int, place: int, *, sigma: float) -> Tensor:
         delta = torch.zeros_like(x)
-        features = sorted({edit.feature for edit in edits if _needs_acts(edit)})
-        acts = dict(zip(features, self.sae.encode_features(x, features).unbind(-1), strict=True)) if features else {}
+        features = sorted({feature for edit in edits for feature in _read_features(edit)})
+        found = self.sae.encode_features(x, features, sigma=sigma) if features else x[..., :0]
+        acts = dict(zip(features, found.unbind(-1), strict=True))
         for edit in edits:
             direction = None if self.direction_of is None else self.direction_of(edit, item)
-            delta += edit_delta(edit, self.sae, x, acts=acts.get(edit.feature), direction=direction)
+            change = edit_delta(edit, self.sae, x, acts=acts.get(edit.feature), direction=direction)
+            if edit.when is not None:
+                change *= self._holds(edit, edit.when, acts, place)[..., None]
+            delta += change
         return delta
+
+    def _holds(
+        self, edit: SteeringEdit, condition: Condition, acts: Mapping[int, Tensor], place: int
+    ) -> Bool[Tensor, "#batch #tokens"]:
+        """Where one image's edit may act."""
+        present = condition.where_present(acts, self.sae.reference_acts)
+        if condition.at == "token":
+            return present
+        if bool(present.any()):
+            self.began.add((place, edit))
+        return present.new_full((1, 1), (place, edit) in self.began)
 
 
 @dataclass(frozen=True)
@@ -289,6 +311,11 @@ def _order(edit: SteeringEdit) -> tuple[HookPoint, int, str]:
 
 def _needs_acts(edit: SteeringEdit) -> bool:
     return edit.mode in _READS_ACTS or isinstance(edit.region, HeatmapRegion)
+
+
+def _read_features(edit: SteeringEdit) -> set[int]:
+    """The features whose acts an edit asks for."""
+    return {*([edit.feature] if _needs_acts(edit) else []), *(edit.when.features if edit.when else ())}
 
 
 def _unit_row(sae: SparseAutoencoder, feature: int, like: Tensor) -> Tensor:
@@ -334,6 +361,8 @@ def _check_edit(pipe: Any, saes: Mapping[HookPoint, SparseAutoencoder], edit: St
             f"{hookpoint} is unknown (it never fired on held-out images). Use scale, ablate or project_out, or score "
             "the SAE again on more images."
         )
+    if edit.when is not None:
+        edit.when.check(saes[hookpoint].reference_acts, hookpoint=hookpoint)
     threshold = edit.region.threshold if isinstance(edit.region, HeatmapRegion) else 0.0
     if threshold > 0 and not float(saes[hookpoint].reference_acts[edit.feature]) > 0:
         raise FluxSaeError(
@@ -354,7 +383,9 @@ def _check_facts(
     allow_mismatch: Collection[Mismatch],
 ) -> None:
     for edit in itertools.chain.from_iterable(per_item):
-        edit_window(edit, saes[edit.hookpoint], facts.sigmas)
+        start, stop = edit_window(edit, saes[edit.hookpoint], facts.sigmas)
+        for sigma in facts.sigmas[start:stop]:
+            saes[edit.hookpoint].check_sigma(sigma)
         _check_region(edit, facts.grid)
     # An SAE without a record is let in: its edits already have to say in which steps they act.
     for hookpoint, ground in facts.grounds.items():

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.labels import STOP_WORDS
 from fluxsae.flux import (
+    AnyFlux,
     BlockCall,
-    FluxPipeline,
     block_hooks,
     capture,
     default_settings,
@@ -23,10 +23,11 @@ from fluxsae.flux import (
     schedule_sigmas,
     token_grid,
 )
+from fluxsae.flux.families import Embeddings, family_of
 from fluxsae.flux.generation import denoise_to
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.hooks import StopGeneration, free_after_abort
-from fluxsae.flux.latents import Embeddings, Snapshot, differentiable_velocity, velocity
+from fluxsae.flux.latents import Snapshot, differentiable_velocity, velocity
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.sae.config import Mismatch
 from fluxsae.sae.kernels import pair_products
@@ -50,9 +51,12 @@ class Target:
     step: int
     token: int | None = None
 
-    def drive(self, sae: SparseAutoencoder, x: Float[Tensor, "batch tokens d_model"]) -> Float[Tensor, " batch"]:
+    def drive(
+        self, sae: SparseAutoencoder, x: Float[Tensor, "batch tokens d_model"], *, sigma: float
+    ) -> Float[Tensor, " batch"]:
         """The feature's drive for each image, in SAE activation units."""
-        pre_acts = (sae.normalise(x) - sae.b_dec) @ sae.W_enc[self.feature] + sae.b_enc[self.feature]
+        read = sae.encoder_input(sae.normalise(x), sigma) - sae.b_dec
+        pre_acts = read @ sae.W_enc[self.feature] + sae.b_enc[self.feature]
         return pre_acts.relu().sum(dim=1) if self.token is None else pre_acts[:, self.token]
 
 
@@ -137,7 +141,7 @@ class Explanation:
 
 
 def explain(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: Saes,
     target: Target,
     *,
@@ -228,7 +232,7 @@ def _largest_first(effects: Iterable[Effect]) -> tuple[Effect, ...]:
 
 
 def _check_target(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: Saes,
     target: Target,
     settings: GenerationSettings,
@@ -246,16 +250,17 @@ def _check_target(
     check_edits(pipe, saes, [edit], settings=settings, allow_mismatch=allow_mismatch)
 
 
-def _without(pipe: FluxPipeline, prompt: str, word: Word, settings: GenerationSettings) -> Embeddings:
+def _without(pipe: AnyFlux, prompt: str, word: Word, settings: GenerationSettings) -> Embeddings:
     """The embeddings of a prompt without one word, laid out so that the other words keep their places.
 
-    FLUX gives all text tokens the same position, so their order does not matter to it; equal places are only needed
-    to compare them with the whole prompt's.
+    FLUX.1 gives all text tokens the same position, so there equal places are only needed to compare them with the
+    whole prompt's; in FLUX.2 a token's place counts.
     """
     left = " ".join((prompt[: word.start] + prompt[word.stop :]).split()) or " "
     found = embed_prompts(pipe, [left], settings)
-    first, behind = _token_span(pipe.tokenizer_2, prompt, word)
-    n_gone = _count(pipe.tokenizer_2, prompt) - _count(pipe.tokenizer_2, left)
+    whole, rest = (family_of(pipe).token_spans(pipe, text) for text in (prompt, left))
+    first, behind = _tokens_of(word, whole)
+    n_gone = len(whole) - len(rest)
     if n_gone != behind - first:  # the tokenizer splits the other words anew, so their places cannot be matched
         return found
     tail = found.prompt.shape[1] - n_gone
@@ -263,18 +268,13 @@ def _without(pipe: FluxPipeline, prompt: str, word: Word, settings: GenerationSe
     return replace(found, prompt=found.prompt[:, order])
 
 
-def _token_span(tokenizer: Any, prompt: str, word: Word) -> tuple[int, int]:
+def _tokens_of(word: Word, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The places [first, behind) of a word's tokens."""
-    offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-    own = [at for at, (start, stop) in enumerate(offsets) if start < word.stop and stop > word.start]
+    own = [at for at, (start, stop) in enumerate(spans) if start < word.stop and stop > word.start]
     return (own[0], own[-1] + 1) if own else (0, 0)
 
 
-def _count(tokenizer: Any, prompt: str) -> int:
-    return len(tokenizer(prompt)["input_ids"])
-
-
-def _trials_at_once(pipe: FluxPipeline, settings: GenerationSettings) -> int:
+def _trials_at_once(pipe: AnyFlux, settings: GenerationSettings) -> int:
     """Trials of one batch, beside the whole image."""
     return max(2, batch_within_memory(pipe, settings)) - 1
 
@@ -296,13 +296,14 @@ class _DifferentiatedPass:
     """One pass of the transformer up to the target, with the gradient of its drive to everything before it."""
 
     def __init__(
-        self, pipe: FluxPipeline, saes: Saes, target: Target, snapshot: Snapshot, *, text: Embeddings | None = None
+        self, pipe: AnyFlux, saes: Saes, target: Target, snapshot: Snapshot, *, text: Embeddings | None = None
     ) -> None:
         given = text or snapshot.embeddings
         self.text = Embeddings(
             given.prompt.detach().clone().requires_grad_(), given.pooled.detach().clone().requires_grad_()
         )
         seen: dict[HookPoint, Tensor] = {}
+        sigma = schedule_sigmas(pipe, snapshot.settings)[target.step]
         stop = StopGeneration()
 
         def keep(call: BlockCall) -> Tensor:
@@ -322,12 +323,12 @@ class _DifferentiatedPass:
                 if stopped is not stop:
                     raise
                 free_after_abort(pipe)
-            drive = target.drive(saes[target.hookpoint], seen.pop(target.hookpoint)).sum()
+            drive = target.drive(saes[target.hookpoint], seen.pop(target.hookpoint), sigma=sigma).sum()
             sources = (self.text.prompt, self.text.pooled, *seen.values())
             gradients = torch.autograd.grad(drive, sources, allow_unused=True)
         self._of_text = gradients[:2]
         self._acts = {
-            place: _SourceActs(saes[place], x.detach(), gradient)
+            place: _SourceActs(saes[place], x.detach(), gradient, sigma)
             for (place, x), gradient in zip(seen.items(), gradients[2:], strict=True)
             if gradient is not None
         }
@@ -362,11 +363,12 @@ class _SourceActs:
     sae: SparseAutoencoder
     x: Float[Tensor, "1 tokens d_model"]
     gradient: Float[Tensor, "1 tokens d_model"]
+    sigma: float
 
     @torch.no_grad()
     def effects(self) -> Float[Tensor, " n_features"]:
         """Gradient times activation of every feature, summed over the tokens."""
-        acts = self.sae.encode_sparse(self.x[0])
+        acts = self.sae.encode_sparse(self.x[0], sigma=self.sigma)
         gradient = self.gradient[0].to(self.sae.compute_dtype) * self.sae.input_scale
         W_dec = self.sae.W_dec.to(self.sae.compute_dtype)
         slopes = pair_products(gradient.contiguous(), acts.tokens, W_dec, acts.features)
@@ -375,7 +377,7 @@ class _SourceActs:
     @torch.no_grad()
     def error_effect(self) -> float:
         """Gradient times what the SAE does not reconstruct."""
-        missing = self.x.float() - self.sae.reconstruct(self.x)
+        missing = self.x.float() - self.sae.reconstruct(self.x, sigma=self.sigma)
         return float((self.gradient.float() * missing).sum())
 
 
@@ -390,7 +392,7 @@ class _Trials:
 
     def __init__(
         self,
-        pipe: FluxPipeline,
+        pipe: AnyFlux,
         saes: Saes,
         target: Target,
         snapshot: Snapshot,
@@ -439,11 +441,15 @@ class _Trials:
         ):
             latents = self._snapshot.latents.expand(len(batch), -1, -1)
             velocity(self._pipe, latents, embeddings, step=target.step, settings=self._snapshot.settings)
-        drives = target.drive(self._saes[target.hookpoint], captured.get(target.hookpoint, target.step)).tolist()
+        sigma = captured.sigma(target.step)
+        x = captured.get(target.hookpoint, target.step)
+        drives = target.drive(self._saes[target.hookpoint], x, sigma=sigma).tolist()
         self.baseline = drives[0]
         sums = {
-            source: self._saes[source[0]].encode_features(captured.get(source[0], target.step), [source[1]]).sum((1, 2))
-            for source in watched
+            (place, feature): self._saes[place]
+            .encode_features(captured.get(place, target.step), [feature], sigma=sigma)
+            .sum((1, 2))
+            for place, feature in watched
         }
         return [
             _Trial(drives[0] - drive, {source: _share_lost(each, at) for source, each in sums.items()})

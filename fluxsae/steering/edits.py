@@ -4,6 +4,7 @@ import codecs
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
@@ -14,6 +15,7 @@ from fluxsae.checked import FromList, checked, from_object, made_from, short
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.steering.conditions import Condition, FeaturesOf, filled_in
 
 Mode = Literal["scale", "add", "clamp", "ablate", "project_out"]
 
@@ -89,6 +91,7 @@ class SteeringEdit:
             reference activation; `ablate`, `project_out`: fraction removed, 0 to 1.
         steps: half-open window (start, stop) of 0-based steps of the schedule; None: the sigmas the SAE was trained on.
         region: rows of booleans on the token grid, or a `HeatmapRegion`; None: everywhere.
+        when: a `Condition` on what is there before the edit; None: always. Where it does not hold, no bit changes.
 
     Raises:
         FluxSaeError: a field is out of range; the message names it.
@@ -100,6 +103,7 @@ class SteeringEdit:
     strength: Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
     steps: Annotated[tuple[int, int], FromList] | None = None
     region: Annotated[SkipValidation[Region | None], BeforeValidator(_region)] = None
+    when: Annotated[Condition | None, from_object(Condition)] = None
 
     def __post_init__(self) -> None:
         if self.mode in ("ablate", "project_out") and not 0 <= self.strength <= 1:
@@ -117,7 +121,10 @@ class SteeringEdit:
         return self.strength == IDENTITY[self.mode] or is_empty_region or is_empty_window
 
     def to_dict(self) -> dict[str, Any]:
-        """The edit as JSON values; `region` is null, rows of 0 and 1, or {"heatmap": threshold}."""
+        """The edit as JSON values; `region` is null, rows of 0 and 1, or {"heatmap": threshold}.
+
+        `when` is there where the edit has a condition.
+        """
         return {
             "hookpoint": str(self.hookpoint),
             "feature": self.feature,
@@ -125,6 +132,7 @@ class SteeringEdit:
             "strength": self.strength,
             "steps": None if self.steps is None else list(self.steps),
             "region": _region_to_json(self.region),
+            **({} if self.when is None else {"when": self.when.to_dict()}),
         }
 
     @classmethod
@@ -163,6 +171,18 @@ def parse_edits(values: Any) -> tuple[SteeringEdit, ...]:
         except FluxSaeError as error:
             raise FluxSaeError(f"edits[{place}]: {error}") from error
     return tuple(edits)
+
+
+def with_features(edits: Sequence[SteeringEdit], features_of: FeaturesOf) -> tuple[SteeringEdit, ...]:
+    """The edits, with the features of the labels that their conditions name.
+
+    Raises:
+        FluxSaeError: no feature carries such a label.
+    """
+    return tuple(
+        edit if edit.when is None else replace(edit, when=filled_in(edit.when, features_of, hookpoint=edit.hookpoint))
+        for edit in edits
+    )
 
 
 def check_count(edits: Sequence[Any]) -> None:

@@ -14,8 +14,8 @@ from torch.nn.functional import interpolate, normalize
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import BlockCall, block_hooks, capture, default_settings, generate
+from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
-from fluxsae.flux.hooks import find_module
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.sae.acts import tokens_at_once
@@ -39,7 +39,6 @@ SAFE_UP_TO: Final = {
     "denoising_error_ratio": MAX_DENOISING_ERROR_RATIO,
 }
 """Every bound of what is called safe, by the name of the measurement."""
-_ADDED_DIRECTLY: Final = ("", "ff", "ff_context", "attn", "proj_out")
 
 
 @dataclass(frozen=True)
@@ -71,25 +70,30 @@ class TokenLimits:
     ) -> Bool[Tensor, "*batch"]:
         """Whether each token is out of distribution at this noise level (the nearest recorded one)."""
         place = min(range(len(self.sigmas)), key=lambda index: abs(self.sigmas[index] - sigma))
-        norms, residuals = norm_and_residual(x, sae)
+        norms, residuals = norm_and_residual(x, sae, sigma=sigma)
         is_odd_size = (norms < self.norm_low[place]) | (norms > self.norm_high[place])
         return is_odd_size | (residuals > self.residual_high[place])
 
 
 def norm_and_residual(
-    x: Float[Tensor, "*batch d_model"], sae: SparseAutoencoder
+    x: Float[Tensor, "*batch d_model"], sae: SparseAutoencoder, *, sigma: float | None = None
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """||x|| and ||x - x_hat|| of each token, raw FLUX units; computed in chunks of tokens."""
+    """||x|| and ||x - x_hat|| of each token, raw FLUX units; computed in chunks of tokens.
+
+    At a noise level beyond an SAE's `sigma_table` the table's end is taken.
+    """
+    level = None if sigma is None else sae.nearest_sigma(sigma)
     rows: Tensor = x.reshape(-1, x.shape[-1])
     pairs = [
-        _norm_and_residual(part.float(), sae) for part in rows.split(tokens_at_once(sae.config.n_features, x.device))
+        _norm_and_residual(part.float(), sae, level)
+        for part in rows.split(tokens_at_once(sae.config.n_features, x.device))
     ]
     norms, residuals = (torch.cat(parts).reshape(x.shape[:-1]) for parts in zip(*pairs, strict=True))
     return norms, residuals
 
 
-def _norm_and_residual(values: Tensor, sae: SparseAutoencoder) -> tuple[Tensor, Tensor]:
-    return values.norm(dim=-1), (values - sae.reconstruct(values)).norm(dim=-1)
+def _norm_and_residual(values: Tensor, sae: SparseAutoencoder, sigma: float | None) -> tuple[Tensor, Tensor]:
+    return values.norm(dim=-1), (values - sae.reconstruct(values, sigma=sigma)).norm(dim=-1)
 
 
 def limits_of(samples: Mapping[float, Float[Tensor, "tokens 2"]], *, quantile: float = QUANTILE) -> TokenLimits:
@@ -122,7 +126,7 @@ def measure_token_limits(
     samples: dict[float, list[Tensor]] = {}
 
     def keep(call: BlockCall) -> None:
-        pair = torch.stack(norm_and_residual(call.tokens, sae), dim=-1)
+        pair = torch.stack(norm_and_residual(call.tokens, sae, sigma=call.sigma), dim=-1)
         samples.setdefault(call.sigma, []).append(pair.reshape(-1, 2).cpu())
 
     size = batch_within_memory(pipe, settings)
@@ -222,15 +226,13 @@ class EditRecorder:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """While open, the block's gates and the residual stream behind it are seen; hooks are gone afterwards."""
-        added = [place for place in self.hookpoints if place.submodule in _ADDED_DIRECTLY]
-        streams = {_block_output(place): place for place in added if place.submodule}
+        family = family_of(self.pipe)
+        gates = {place: gate for place in self.hookpoints if (gate := family.gate(self.pipe, place)) is not None}
         with ExitStack() as stack:
-            for place in added:
-                if place.submodule:
-                    module, index = _gate_source(self.pipe, place)
-                    handle = module.register_forward_hook(self._gate_hook(place, index))
-                    stack.callback(handle.remove)
-            stack.enter_context(block_hooks(self.pipe, {where: self._compare for where in streams}))
+            for place, (module, read) in gates.items():
+                stack.callback(module.register_forward_hook(self._gate_hook(place, read)).remove)
+            streams = {_block_output(place): self._compare for place in gates}
+            stack.enter_context(block_hooks(self.pipe, streams))
             yield
 
     @torch.no_grad()
@@ -255,7 +257,8 @@ class EditRecorder:
         if call.hookpoint in self.limits:
             return self.limits[call.hookpoint]
         if first == 0:
-            clean = torch.stack(norm_and_residual(call.tokens[0], self.saes[call.hookpoint]), dim=-1)
+            sae = self.saes[call.hookpoint]
+            clean = torch.stack(norm_and_residual(call.tokens[0], sae, sigma=call.sigma), dim=-1)
             self._own_limits[call.hookpoint, call.step] = limits_of({call.sigma: clean})
         return self._own_limits[call.hookpoint, call.step]
 
@@ -267,12 +270,14 @@ class EditRecorder:
             reference = float(sae.reference_acts[feature]) or 1.0
             if self.has_baseline:
                 mine.acts_before.append(self._clean_acts[call.hookpoint, feature, call.step] / reference)
-            mine.acts_after.append(float(sae.encode_features(edited.edited[item], [feature]).max()) / reference)
+            acts = sae.encode_features(edited.edited[item], [feature], sigma=call.sigma)
+            mine.acts_after.append(float(acts.max()) / reference)
 
     def _keep_clean_acts(self, call: BlockCall) -> None:
         edits = itertools.chain.from_iterable(self.variants)
         features = sorted({edit.feature for edit in edits if edit.hookpoint == call.hookpoint})
-        acts = self.saes[call.hookpoint].encode_features(call.tokens[0], features).amax(dim=0)
+        sae = self.saes[call.hookpoint]
+        acts = sae.encode_features(call.tokens[0], features, sigma=sae.nearest_sigma(call.sigma)).amax(dim=0)
         for feature, value in zip(features, acts.tolist(), strict=True):
             self._clean_acts[call.hookpoint, feature, call.step] = value
 
@@ -297,9 +302,9 @@ class EditRecorder:
             shares = delta.norm(dim=-1) / stream.norm(dim=-1).clamp_min(1e-12)
             self.recorded[variant].relative_sizes.append(float(shares[is_edited].mean()))
 
-    def _gate_hook(self, place: HookPoint, index: int) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
-            self._gates[place] = output[index]
+    def _gate_hook(self, place: HookPoint, read: Callable[[Any], Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self._gates[place] = read(output)
 
         return keep
 
@@ -376,17 +381,6 @@ def random_features(sae: SparseAutoencoder, feature: int, n: int, *, seed: int) 
 
 def _block_output(place: HookPoint) -> HookPoint:
     return HookPoint(place.block_kind, place.block_index, "", place.stream)
-
-
-def _gate_source(pipe: Any, place: HookPoint) -> tuple[Any, int]:
-    """The modulation module of the hook point's block, and where in its output the gate stands.
-
-    norm1 and norm1_context give (x, gate_msa, shift_mlp, scale_mlp, gate_mlp); a single-stream block's norm (x, gate).
-    """
-    block: Any = find_module(pipe, HookPoint(place.block_kind, place.block_index, ""))
-    if place.block_kind == "single":
-        return block.norm, 1
-    return (block.norm1_context if place.stream == "text" else block.norm1), (1 if place.submodule == "attn" else 4)
 
 
 def _clip_changes(

@@ -197,7 +197,9 @@ def tiny_run(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         n_tokens=24,
         dataset_hash="",
     )
-    config = SaeConfig(architecture="topk", d_model=32, n_features=64, k=4, trained_on=ground)
+    config = SaeConfig(
+        architecture="topk", d_model=32, n_features=64, k=4, sigma_table=(sigmas[2], sigmas[1]), trained_on=ground
+    )
     SparseAutoencoder(config).save_pretrained(run.sae_path("layer1"))
     options = train.score.ScoreConfig(
         run=folder, flux=str(tiny_flux_folder), prompts=prompts, images=4, height=32, width=48, device="cpu"

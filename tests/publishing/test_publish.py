@@ -374,6 +374,8 @@ def test_the_usage_snippet_of_the_card_is_python_that_pins_the_revision(run: Run
         ("black-forest-labs/FLUX.1-Krea-dev", "flux-1-dev-non-commercial-license", "Non-Commercial License"),
         ("black-forest-labs/FLUX.1-schnell", "apache-2.0", "Apache License 2.0"),
         ("miniature", "apache-2.0", "Apache License 2.0"),
+        ("black-forest-labs/FLUX.2-klein-4B", "apache-2.0", "Apache License 2.0"),
+        ("black-forest-labs/FLUX.2-klein-9B", "other", "the terms of that model"),
         ("someone/flow", "other", "the terms of that model"),
     ],
 )

@@ -192,7 +192,8 @@ def test_the_miniature_s_recipe_is_taken_without_asking() -> None:
 
 def test_an_unknown_recipe_is_refused_with_the_bundled_ones() -> None:
     with pytest.raises(
-        FluxSaeError, match=r"no recipe flux-def. Bundled are flux-dev-evening, flux-dev, flux-schnell, mini"
+        FluxSaeError,
+        match=r"no recipe flux-def. Bundled are flux-dev-evening, flux-dev, flux-schnell, flux2-klein",
     ):
         parse_arguments(["--recipe", "flux-def"])
 

@@ -128,7 +128,8 @@ class _Work:
 
         with capture(self.pipe, [self.place], [step], stop_early=True) as captured:
             generate(self.pipe, prompt, seeds=self.config.seed + image)
-        strongest = self.saes[self.place].encode(captured.get(self.place, step))[0].amax(0).detach()
+        acts = self.saes[self.place].encode(captured.get(self.place, step), sigma=captured.sigma(step))
+        strongest = acts[0].amax(0).detach()
         named = [
             feature
             for feature in range(len(self.table))

@@ -65,8 +65,8 @@ class RecipeOptions(FluxOptions):
     """A recipe, and what is changed of it. What is given as a flag goes to every stage."""
 
     recipe: str | None = None
-    """A bundled recipe (flux-dev, flux-dev-evening, flux-schnell, miniature) or a TOML file, such as a run.toml; flags
-    override it. Left out, the bundled one for the miniature, nothing for other models."""
+    """A bundled recipe (flux-dev, flux-dev-evening, flux-schnell, flux2-klein, miniature) or a TOML file, such as a
+    run.toml; flags override it. Left out, the bundled one for the miniature, nothing for other models."""
     hookpoints: tuple[str, ...] = ()
     """Hook points; left out, the recipe's, or an early and a late double-stream block."""
     steps: tuple[int, ...] = ()

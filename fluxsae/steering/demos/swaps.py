@@ -63,7 +63,7 @@ def acts_in_window(
     @torch.no_grad()
     def take(call: BlockCall) -> None:
         if call.is_conditional:
-            seen.append(sae.encode_features(call.tokens[0], list(features)).float().cpu().T)
+            seen.append(sae.encode_features(call.tokens[0], list(features), sigma=call.sigma).float().cpu().T)
 
     edit = SteeringEdit(place, features[0], "scale", 0.0, steps=steps)
     window = range(*edit_window(edit, sae, schedule_sigmas(pipe, settings)))

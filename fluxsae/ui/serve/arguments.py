@@ -39,6 +39,22 @@ REGION: tuple[list[Any], str] = (
     "Where the edit acts: rows of 0 and 1 on the token grid; wherever the feature fires above a share of its usual "
     'activation, {"heatmap": share}; or null for everywhere.',
 )
+WHEN: tuple[list[Any], str] = (
+    [
+        {
+            "type": "object",
+            "properties": {
+                "label": {"type": "string"},
+                "features": WHOLE_NUMBERS,
+                "above": {"type": "number"},
+                "at": {"type": "string", "enum": ["image", "token"]},
+            },
+        },
+        "null",
+    ],
+    "The edit acts only in images (or at tokens) where this is there before it: any feature of a label, or any of some "
+    "features, above a multiple of its usual activation (0.5); null for always.",
+)
 STRENGTH = (
     "scale: factor on the activation, 1 changes nothing; add, clamp: multiples of the feature's usual activation; "
     "ablate, project_out: fraction removed, 0 to 1."
@@ -187,9 +203,11 @@ def _check_edit(edit: SteeringEdit, prefix: str, info: ValidationInfo) -> None:
     if path not in limits.hookpoints:
         allowed = ", ".join(limits.hookpoints)
         raise ValueError(f"{prefix}hookpoint is {path}; give one of this run's hook points: {allowed}.")
-    if edit.feature >= limits.hookpoints[path]:
-        most = limits.hookpoints[path] - 1
-        raise ValueError(f"{prefix}feature is {edit.feature}; give a whole number from 0 to {most}.")
+    most = limits.hookpoints[path] - 1
+    asked = edit.when.features if edit.when is not None else ()
+    for name, feature in (("feature", edit.feature), *(("when.features", feature) for feature in asked)):
+        if feature > most:
+            raise ValueError(f"{prefix}{name} is {feature}; give a whole number from 0 to {most}.")
     _check_grid(edit.region, prefix, info)
 
 
@@ -296,6 +314,7 @@ EDIT: dict[str, Any] = {
         "strength": _described("number", STRENGTH),
         "steps": _described(*WINDOW),
         "region": _described(*REGION),
+        "when": _described(*WHEN),
     },
     "required": ["hookpoint", "feature", "mode", "strength"],
 }
@@ -404,7 +423,7 @@ Edits = Annotated[
     BeforeValidator(_check_edits),
     _schema(
         "array",
-        f"Edits, for no edit the empty list; steps and region may be left out. Example: [{EXAMPLE_EDIT}].",
+        f"Edits, for no edit the empty list; steps, region and when may be left out. Example: [{EXAMPLE_EDIT}].",
         items=EDIT,
     ),
 ]

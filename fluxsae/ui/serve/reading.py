@@ -21,7 +21,7 @@ from fluxsae.ui.serve.given import GivenPicture
 from fluxsae.ui.serve.lane import OnStep
 
 if TYPE_CHECKING:
-    from fluxsae.flux import BlockCall, FluxPipeline
+    from fluxsae.flux import AnyFlux, BlockCall
 
 
 PREVIEW_SIDE = 256
@@ -41,7 +41,7 @@ class Unread:
 NOTHING = Unread()
 
 
-def unread(pipe: "FluxPipeline", prompt: str, settings: GenerationSettings) -> Unread:
+def unread(pipe: "AnyFlux", prompt: str, settings: GenerationSettings) -> Unread:
     """What FLUX does not take of a prompt at these settings."""
     from fluxsae.flux import unknown_words, unread_tokens
 
@@ -111,7 +111,7 @@ def readable_steps(sigmas: Sequence[float], ground: TrainedOn) -> tuple[list[int
 
 
 def read_image(
-    pipe: "FluxPipeline",
+    pipe: "AnyFlux",
     saes: Mapping[str, SparseAutoencoder],
     *,
     prompt: str,
@@ -261,7 +261,7 @@ class _Recorder:
     def __init__(self, sae: SparseAutoencoder, sigmas: Sequence[float]) -> None:
         self.sae, self.sigmas = sae, sigmas
         ground = sae.config.trained_on
-        everywhere = list(range(len(sigmas)))
+        everywhere = [step for step, sigma in enumerate(sigmas) if sae.nearest_sigma(sigma) == sigma]
         self.steps, self.own = (everywhere, everywhere) if ground is None else readable_steps(sigmas, ground)
         self.acts: dict[int, SparseActs] = {}
 
@@ -269,7 +269,7 @@ class _Recorder:
     def take(self, call: "BlockCall") -> None:
         """Keeps the image's sparse activations at this step."""
         if call.step in self.steps and call.is_conditional:
-            self.acts[call.step] = self.sae.encode_sparse(call.tokens[0])
+            self.acts[call.step] = self.sae.encode_sparse(call.tokens[0], sigma=call.sigma)
 
     def maps_at(self, step: int) -> SparseMaps:
         """What was kept at one step."""

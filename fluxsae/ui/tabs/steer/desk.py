@@ -9,7 +9,8 @@ from typing import Any
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import best_example
 from fluxsae.features.vocabulary import NameKinds
-from fluxsae.steering.edits import SteeringEdit, load_recipes, png_bytes
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.steering.edits import SteeringEdit, load_recipes, png_bytes, with_features
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, Picture, then
 from fluxsae.ui.kit.snippets import PICTURE
@@ -328,7 +329,11 @@ class SteerDesk(Desk):
         own: dict[str, Any] = {}
         if isinstance(request, SteerRequest) and request.picture is not None:
             own = {"picture": request.picture, "change": request.change}
-        return self.bench.cached(SteerJob(tuple(map(tuple, variants)), *request.made_from, control, **own))
+        filled = tuple(with_features(edits, self._labelled) for edits in variants)
+        return self.bench.cached(SteerJob(filled, *request.made_from, control, **own))
+
+    def _labelled(self, hookpoint: HookPoint, label: str) -> Sequence[int]:
+        return self.sliders.named(str(hookpoint)).get(label, ())
 
     def _search(self, query: Any) -> list[dict[str, Any]]:
         hookpoint = self.sliders.hookpoint
@@ -408,6 +413,9 @@ def _strip(
     sound = [measured is not None and measured["is_safe"] for measured in measurements]
     safe = words.safe_turns(list(zip(STRIP, sound, strict=True)))
     low, high = safe or (0.0, 0.0)
+    changes = [
+        (turn, measured["distance"]) for turn, measured in zip(STRIP, measurements, strict=True) if measured is not None
+    ]
     cells = [
         {
             "image": views.image_url(image, is_own=request.picture is not None),
@@ -418,12 +426,13 @@ def _strip(
         }
         for turn, edit, image, measured in zip(STRIP, edits, steered.images[1:], measurements, strict=True)
     ]
-    shown = ("hookpoint", "feature", "steps", "region", "colour", "label")
+    shown = ("hookpoint", "feature", "steps", "region", "when", "colour", "label")
     return {
         **{key: slider[key] for key in shown},
         "picture": _picture_of(request),
         "cells": cells,
         "safe": safe,
+        "notches": words.even_notches(changes, safe) if safe else [],
     }
 
 

@@ -24,7 +24,8 @@ FS.panels = (pictures, names, words = []) =>
   );
 // Natural ranges that strips have found, for the image on screen alone: another prompt or seed has others.
 FS.safe = { picture: null, ranges: new Map() };
-FS.safeKey = (edit) => JSON.stringify([edit.hookpoint, edit.feature, edit.steps || null, edit.region || null]);
+FS.safeKey = (edit) =>
+  JSON.stringify([edit.hookpoint, edit.feature, edit.steps || null, edit.region || null, edit.when || null]);
 FS.safeOf = (picture) => {
   if (JSON.stringify(FS.safe.picture) !== JSON.stringify(picture)) FS.safe = { picture, ranges: new Map() };
   return FS.safe.ranges;
@@ -51,9 +52,15 @@ FS.define("fs-edits", (root, data) => {
       safe
         ? FS.el("span", {
           class: "fs-safe",
-          style: { left: `${(safe[0] + 1) * 50}%`, width: `${(safe[1] - safe[0]) * 50}%` },
+          style: {
+            left: `${(safe.range[0] + 1) * 50}%`,
+            width: `${(safe.range[1] - safe.range[0]) * 50}%`,
+          },
         })
         : null,
+      ...(safe ? safe.notches : []).map((turn) =>
+        FS.el("span", { class: "fs-notch", style: { left: `${(turn + 1) * 50}%` } })
+      ),
       FS.el("span", { class: "fs-middle" }),
     );
   };
@@ -71,7 +78,8 @@ FS.define("fs-edits", (root, data) => {
     });
     slider.setAttribute("aria-valuetext", words.textContent);
     slider.addEventListener("input", () => {
-      edit.turn = Math.abs(Number(slider.value)) < 0.03 ? 0 : Number(slider.value);
+      const turn = Number(slider.value), near = (at) => Math.abs(turn - at) < 0.03;
+      edit.turn = [0, ...(safe ? safe.notches : [])].find(near) ?? turn;
       words.textContent = FS.turnWords(edit.turn, data);
       slider.setAttribute("aria-valuetext", words.textContent);
     });
@@ -128,7 +136,7 @@ FS.define("fs-edits", (root, data) => {
       FS.el("p", {
         class: "fs-quiet fs-hint",
         text: safe
-          ? "The band marks the natural range for this image, as measured by “Compare strengths”."
+          ? "The band marks the natural range for this image; its notches are equal steps of measured change."
           : "“Compare strengths” below measures the natural range of this slider.",
       }),
       FS.el(
@@ -155,6 +163,19 @@ FS.define("fs-edits", (root, data) => {
               changed(true);
             },
           }),
+        ),
+        FS.el(
+          "label",
+          { class: "fs-row fs-tight fs-quiet" },
+          FS.el("input", {
+            type: "checkbox",
+            checked: Boolean(edit.when),
+            onchange: (event) => {
+              edit.when = event.target.checked ? edit.present : null;
+              changed(true);
+            },
+          }),
+          FS.el("span", { text: `Only in images that show ${FS.title(edit)}; others stay as they are` }),
         ),
         FS.el("p", {
           class: "fs-quiet fs-hint",
@@ -285,6 +306,7 @@ FS.define("fs-edits", (root, data) => {
                   edit.turn = 0;
                   edit.steps = null;
                   edit.region = null;
+                  edit.when = null;
                 });
                 changed(true);
               },
@@ -735,7 +757,7 @@ FS.isStripOf = (strip, result) =>
 
 FS.define("fs-strip", (root, data) => {
   const ranges = FS.safeOf(data.picture);
-  if (data.safe) ranges.set(FS.safeKey(data), data.safe);
+  if (data.safe) ranges.set(FS.safeKey(data), { range: data.safe, notches: data.notches });
   else ranges.delete(FS.safeKey(data));
   const editor = document.querySelector("fs-edits"), most = data.cells[0].measurement.safe_up_to;
   if (editor && editor.redraw) editor.redraw();

@@ -22,6 +22,8 @@ EDIT_WORDS: Final = {
 }
 """What an edit does, in words; the sliders use the same."""
 SHORT_WORDS: Final = EDIT_WORDS | {"multiple": "{} × removed", "added": "{} × added"}
+NOTCHES: Final = 4
+"""Of a slider, on each side of its middle."""
 AT_A_GLANCE: Final = 48
 """Difference of a colour channel, of 255, from which a pixel is seen to change."""
 
@@ -73,7 +75,8 @@ def result_words(turned: Sequence[tuple[Mapping[str, Any], SteeringEdit]]) -> li
         label = slider.get("label")
         named = {**slider, "label": f"{label} #{edit.feature}"} if label and labels[label] > 1 else slider
         where = ", in the marked region" if edit.region and not edit.is_identity else ""
-        found.append(edit_words(named, edit) + where)
+        when = f", only where {edit.when.label or 'it'} is there" if edit.when and not edit.is_identity else ""
+        found.append(edit_words(named, edit) + where + when)
     return found
 
 
@@ -106,6 +109,8 @@ def faint_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
     measured = steered.measurements[1]
     if measured is None or not measured["is_safe"] or all(edit.is_identity for edit in edits):
         return []
+    if any(edit.when for edit in edits) and measured["edited_share"] == 0:
+        return ["Nothing changed: the edit acts only in images that show its feature, and this one does not."]
     if share_seen(*steered.images[:2]) >= LEAST_SEEN:
         return []
     if measured["activation_before"] == 0 and all(edit.mode in LESS for edit in edits):
@@ -113,6 +118,22 @@ def faint_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
     return [
         "Little changed. One feature is often weak: add others of the same name, or suppress what it should replace."
     ]
+
+
+def even_notches(points: Sequence[tuple[float, float]], safe: Sequence[float]) -> list[float]:
+    """Slider positions within the natural range: on each side of the middle, steps of equal measured change.
+
+    `points` are positions with the perceptual distance there.
+    """
+    found = [0.0]
+    for end in safe:
+        side = sorted((abs(turn), change) for turn, change in points if turn * end > 0 and abs(turn) <= abs(end))
+        turns = np.array([0.0, *(turn for turn, _ in side)])
+        changes = np.maximum.accumulate([0.0, *(change for _, change in side)])
+        if changes[-1] > 0:
+            wanted = changes[-1] * np.arange(1, NOTCHES + 1) / NOTCHES
+            found += [round(float(np.sign(end) * turn), 4) for turn in np.interp(wanted, changes, turns)]
+    return sorted(found)
 
 
 def safe_turns(points: Sequence[tuple[float, bool]]) -> list[float] | None:
