@@ -4,19 +4,14 @@ from typing import Any
 
 import pytest
 from desk_data import EARLY, LATE
-from PIL import Image
 
-from fluxsae.runs.tables import encode_webp
 from fluxsae.ui.build import build_app
-from fluxsae.ui.kit.views import data_url
 from fluxsae.ui.serve.endpoints import endpoint_arguments
 from fluxsae.ui.serve.schemas import Request
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.serve.shelf import Shelf
 from fluxsae.ui.tabs.about.tab import endpoint_examples
 from fluxsae.ui.tabs.registry import TABS
-
-PICTURE = data_url(encode_webp(Image.new("RGB", (64, 64)), longest_side=64))
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +45,12 @@ def test_defaults_follow_the_run(bench: Workbench, schemas: dict[str, type[Reque
         assert defaults.get("num_inference_steps", bench.limits.default_steps) == bench.limits.default_steps
 
 
+PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAIAAAD8GO2jAAAAGUlEQVR4nO3BMQEAAADCoPVP7WENoA"
+    "AAAG4MIAABt9NlCQAAAABJRU5ErkJggg=="
+)
+
+
 def test_the_about_tab_shows_every_endpoint_with_a_call_that_its_schema_takes(
     bench: Workbench, schemas: dict[str, type[Request]]
 ) -> None:
@@ -58,10 +59,8 @@ def test_the_about_tab_shows_every_endpoint_with_a_call_that_its_schema_takes(
     for name, schema in schemas.items():
         (call,) = [line for line in shown[name]["code"]["Python"].split("\n\n") if "client.predict(" in line]
         given: dict[str, Any] = {}
-        exec(
-            call.split(" = client.predict(")[1].join(["given.update(", ""]),
-            {"given": given, "handle_file": lambda _: PICTURE},
-        )
+        known = {"given": given, "handle_file": lambda name: PICTURE}
+        exec(call.split(" = client.predict(")[1].join(["given.update(", ""]), known)
         assert f"/{schema.endpoint}" == given.pop("api_name")
         assert schema.parse(bench.limits, **given)
         assert [argument for argument, _ in shown[name]["arguments"]] == [*given, "run"]

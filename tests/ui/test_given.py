@@ -190,7 +190,7 @@ def test_a_share_counts_the_passes_of_a_step_that_is_not_named_as_they_are(
 ) -> None:
     prompt, feature = "a red star", own.example_edit["feature"]
     asked, named = (ExplainRequest.parse(own.limits, prompt=prompt, feature=feature, step=step) for step in (None, 2))
-    assert ExplainJob(asked).n_passes(own) == ExplainJob(named).n_passes(own)  # the first it was trained on
+    assert ExplainJob(asked).n_passes(own) == ExplainJob(named).n_passes(own)  # step 2 is the first that was trained on
     picture = take_picture(data_url(photo()), **SIZE)
     assert ReadJob("", 0, 20, picture).n_passes(own) == 20
     assert own.images_of(ReadJob("", 0, 20, picture)) == 1

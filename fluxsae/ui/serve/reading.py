@@ -159,13 +159,6 @@ def read_image(
     )
 
 
-def reading_steps(
-    pipe: "FluxPipeline", saes: Mapping[str, SparseAutoencoder], settings: GenerationSettings
-) -> list[int]:
-    """The steps at which a picture is read: those that any of the autoencoders may be used at."""
-    return _union(_recorders(pipe, saes, settings))
-
-
 def read_given(
     pipe: "FluxPipeline",
     saes: Mapping[str, SparseAutoencoder],

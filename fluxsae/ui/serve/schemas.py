@@ -342,10 +342,7 @@ class SwapRequest(PictureRequest):
 
 
 class SteerRequest(PictureRequest):
-    """Makes an image twice, without and with edits of features, and measures what the edits changed.
-
-    With your own picture, noise is put over it, and FLUX paints on from there.
-    """
+    """Makes an image, or paints on from your own picture, without and with edits, and measures what they changed."""
 
     endpoint = "steer"
     results = (

@@ -29,7 +29,7 @@ from fluxsae.ui.serve.arguments import Limits
 from fluxsae.ui.serve.given import GivenPicture
 from fluxsae.ui.serve.guard import current_visit, current_visitor, without_folders
 from fluxsae.ui.serve.lane import Done, Event, FluxLane, Job, OnStep, StepDone
-from fluxsae.ui.serve.reading import Reading, read_given, read_image, reading_steps
+from fluxsae.ui.serve.reading import Reading, read_given, read_image
 from fluxsae.ui.serve.visitors import VisitorLimits
 
 log = logging.getLogger("fluxsae.app")
@@ -126,9 +126,7 @@ class ReadJob:
 
     def n_passes(self, bench: "Workbench") -> int:
         """Passes of the transformer over one image that it needs at most."""
-        if self.picture is None:
-            return self.num_inference_steps
-        return len(reading_steps(bench.pipe, bench.saes, bench.settings(self.num_inference_steps)))
+        return self.num_inference_steps
 
     @property
     def n_pictures(self) -> int:

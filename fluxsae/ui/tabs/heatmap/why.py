@@ -1,5 +1,6 @@
 """Why a feature fires: the work in FLUX's lane, and the words and earlier features by effect, with their names."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,10 @@ class ExplainJob:
         from fluxsae.steering.attribution import content_words
 
         request, n_words = self.request, len(content_words(self.request.prompt))
-        before = self._step(bench) if self.picture is None else 0
+        before = 0 if self.picture is not None else request.step
+        if before is None:  # the first that was trained on, as far along a schedule of this length; without any model
+            first, trained = min(bench.info.steps, default=0), bench.limits.default_steps
+            before = math.ceil(first * request.num_inference_steps / trained)
         return before + GRADIENT_PASSES * (1 + n_words) + 2 * (n_words + 1 + request.limit)
 
     @property
