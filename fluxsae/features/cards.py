@@ -203,7 +203,7 @@ class CardIndex:
         return found
 
     def label_confidence_at(
-        self, shares: Float[np.ndarray, " n"], features: Sequence[int] | None = None
+        self, shares: Float[np.ndarray, " n"], features: Sequence[int] | np.ndarray | None = None
     ) -> Float[np.ndarray, " n"]:
         """How far to trust a feature's label where it fires at this share of its maximum; 0 without a label.
 

@@ -175,7 +175,7 @@ def fired(cards: CardIndex, feature: int, activation: float, *, score: float = 0
     return Fired(feature, activation, float(share[0]), sure, score)
 
 
-def telling(acts: np.ndarray, cards: CardIndex, features: Sequence[int] | None = None) -> np.ndarray:
+def telling(acts: np.ndarray, cards: CardIndex, features: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
     """How much activations of `features` (of all, where None) say: more, the surer the name where it fires like this.
 
     What fires in almost every image says little; a feature without a name counts by its activation, behind the named.
@@ -187,7 +187,9 @@ def telling(acts: np.ndarray, cards: CardIndex, features: Sequence[int] | None =
     return scores
 
 
-def shares_of_maximum(acts: np.ndarray, cards: CardIndex, features: Sequence[int] | None = None) -> np.ndarray:
+def shares_of_maximum(
+    acts: np.ndarray, cards: CardIndex, features: Sequence[int] | np.ndarray | None = None
+) -> np.ndarray:
     """Activations as shares of each feature's maximum in the run, at most 1."""
     maxima = cards.max_acts if features is None else cards.max_acts[features]
     shares: np.ndarray = np.minimum(1.0, np.divide(acts, maxima, out=np.zeros(len(maxima)), where=maxima > 0))
