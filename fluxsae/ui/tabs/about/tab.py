@@ -8,7 +8,7 @@ import gradio as gr
 
 from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.kit.header import flux_words
-from fluxsae.ui.kit.shell import Shell
+from fluxsae.ui.kit.shell import QUIET, Shell
 from fluxsae.ui.kit.snippets import PICTURE, snippets
 from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.endpoints import endpoint_arguments
@@ -41,7 +41,8 @@ def build_about_tab(desk: Desk, shell: Shell, tab: gr.Tab) -> None:
     """The tab's text, figures and code."""
     examples = endpoint_examples(desk.bench, shell.endpoints)
     gr.HTML(about_html(desk.bench), elem_id="about-text")
-    gr.HTML({"endpoints": examples}, html_template=element("fs-endpoints"), js_on_load=mount())
+    shown = gr.HTML(None, html_template=element("fs-endpoints"), js_on_load=mount())
+    shell.app.load(lambda: {"endpoints": examples}, None, shown, **QUIET)
 
 
 def about_html(bench: Workbench) -> str:
