@@ -234,7 +234,8 @@ def _load_source(source: Any, device: torch.device) -> SparseAutoencoder:
 
 
 def _print_measurement(measured: EditMeasurement) -> None:
-    for name, value in measured.to_dict().items():
+    values = {name: value for name, value in measured.to_dict().items() if name != "natural"}
+    for name, value in {**values, "looks_natural": str(measured.looks_natural)}.items():
         print(f"  {name:<22}{value if isinstance(value, str) or value is None else f'{value:.4g}'}")
 
 

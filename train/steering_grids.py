@@ -136,7 +136,7 @@ class _Painter:
             rows,
             title=f"Features of {place} turned down and up",
             subtitle=f"{self.run.load_info().flux_id} · under each picture: {self.distance.name} to the unedited · "
-            "red frame: beyond safe (edited tokens that FLUX never makes, or a picture that it could not have painted)",
+            "red frame: does not look natural (edited tokens, or a picture, that FLUX would not make)",
             cell=self.config.cell,
         )
         self.run.save_sheet(place, f"{name}-01", png_bytes(sheet, recipes))

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.labels import CURVE_LEVELS, STOP_WORDS
+from fluxsae.features.naming import STRENGTHS
 from fluxsae.features.selection import rank_features
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.pictures.heatmaps import token_heatmap
@@ -59,6 +60,36 @@ class CardNeighbour:
 
 
 @dataclass(frozen=True)
+class CardLevel:
+    """How a feature's label does on held-out images at one level of activation."""
+
+    level: str
+    """strong, middle or weak: above two thirds, one third, and 0 of the highest score."""
+    n_images: int
+    precision: float | None
+    """Share of them whose captions hold the label; None without such images, or without a check by captions."""
+    images: tuple[int, ...]
+    """Ids of some of them, the strongest first."""
+
+
+@dataclass(frozen=True)
+class CardName:
+    """How the label was checked on the half of the images that it was not taken from."""
+
+    p_value: float
+    """Chance that it fits random images as well: a permutation test of one name."""
+    q_value: float
+    """The p-value corrected for all features that were checked."""
+    base: float | None
+    """Share of all held-out images whose captions hold it; None where captions never do."""
+    precision: tuple[float, ...]
+    """Share of images scored near 0, 10, ..., 100 % of `max_act` whose captions hold it; lift is this over `base`."""
+    recall: tuple[float, ...]
+    """Share of the images whose captions hold it that score at least so much."""
+    levels: tuple[CardLevel, ...]
+
+
+@dataclass(frozen=True)
 class FeatureCard:
     """Everything that a feature's page shows, as plain values; what no stage has computed yet is None or empty."""
 
@@ -66,7 +97,7 @@ class FeatureCard:
     feature: int
     label: str | None
     label_confidence: float | None
-    """From 0 (chance) to 1."""
+    """From 0 (chance) to 1: where it fires, weighted by how strongly."""
     feature_class: str
     """dead, rare, common or very common."""
     density: float
@@ -83,6 +114,18 @@ class FeatureCard:
     """0: always the same place, 1: everywhere alike."""
     alignment: float | None
     """Cosine of what it reads and what it writes."""
+    name: CardName | None = None
+    """How the label was checked; None without a label, and in runs of before."""
+    place: str | None = None
+    """Where it fires beside what the label names: a key of `PLACES`; None where no masks are known."""
+    place_share: float | None = None
+    """Share of held-out images in which it fires there most."""
+    patch_share: float | None = None
+    """Mean share of the patches on which it fires, in images where it fires."""
+    centre_share: float | None = None
+    """Share of its activation in the middle quarter of images."""
+    border_share: float | None = None
+    """Share of its activation in the outermost eighth on each side."""
     caption_words: tuple[str, ...] = ()
     """Words of the captions enriched in its top images, the strongest first."""
     clip_phrases: tuple[str, ...] = ()
@@ -135,6 +178,7 @@ class CardIndex:
         self.features = run.load_features(self.hookpoint)
         self.images = run.load_images()
         self.labels: list[str | None] = self._column("label")
+        self.places: list[str | None] = self._column("name_place")
         self._text_centres: dict[str, Float[np.ndarray, " width"]] = {}
         self.problems: list[str] = []
         """What is wrong with files that a card can do without; it then lacks what they hold."""
@@ -162,6 +206,12 @@ class CardIndex:
             monosemanticity=row.monosemanticity,
             spatial_spread=row.spatial_spread,
             alignment=float(self.directions["alignment"][feature]) if "alignment" in self.directions else None,
+            name=_card_name(row),
+            place=row.name_place,
+            place_share=row.name_place_share,
+            patch_share=row.patch_share,
+            centre_share=row.centre_share,
+            border_share=row.border_share,
             caption_words=tuple(row.extra.get("caption_words") or ()),
             clip_phrases=tuple(row.extra.get("clip_phrases") or ()),
             top_images=self._top_images(row),
@@ -193,9 +243,9 @@ class CardIndex:
         return [*varied(coherent, self.labels), *(feature for feature in ranked if not is_coherent[feature])]
 
     def named(self) -> dict[str, list[int]]:
-        """The features of each label, best ranked first, whose label is trusted at least by half."""
+        """The features of each label, best ranked first, whose label is trusted at least by half at their strongest."""
         found: dict[str, list[int]] = {}
-        is_trusted = (self._floats("label_confidence") >= 0.5) & (self.max_acts > 0)
+        is_trusted = (self._label_curves[:, -1] >= 0.5) & (self.max_acts > 0)
         for feature in self.ranked:
             label = self.labels[feature]
             if label and is_trusted[feature]:
@@ -222,6 +272,19 @@ class CardIndex:
         in_proportion = sure[:, None] * CURVE_LEVELS  # of a run that was selected before there were curves
         known = self._column("label_curve")
         return np.array([line if curve is None else curve for curve, line in zip(known, in_proportion, strict=True)])
+
+    def name_at(self, share: float, feature: int) -> tuple[float, float, float] | None:
+        """Precision, recall and lift of a label where its feature fires at this share of its maximum.
+
+        On held-out images, by their captions; None where these were not measured.
+        """
+        row = self.features[feature]
+        if row.name_precision is None or row.name_recall is None or not row.name_base:
+            return None
+        precision, recall = (
+            float(np.interp(share, CURVE_LEVELS, curve)) for curve in (row.name_precision, row.name_recall)
+        )
+        return precision, recall, precision / row.name_base
 
     @functools.cached_property
     def max_acts(self) -> Float[np.ndarray, " features"]:
@@ -388,6 +451,21 @@ class CardIndex:
 
     def _floats(self, name: str) -> Float[np.ndarray, " features"]:
         return np.array(self._column(name), dtype=np.float64)  # NaN where there is none
+
+
+def _card_name(row: FeatureRow) -> CardName | None:
+    if row.name_p_value is None or row.name_q_value is None:
+        return None
+    counts, images = row.level_counts or [], row.level_images or []
+    levels = zip(STRENGTHS, counts, row.level_precision or [], images, strict=False)
+    return CardName(
+        row.name_p_value,
+        row.name_q_value,
+        row.name_base,
+        tuple(row.name_precision or ()),
+        tuple(row.name_recall or ()),
+        tuple(CardLevel(level, count, precision, tuple(ids)) for level, count, precision, ids in levels),
+    )
 
 
 def _content_words(text: str) -> set[str]:

@@ -145,6 +145,14 @@ class Fired:
     """The activation as a share of the feature's maximum in the run."""
     label_confidence_here: float | None
     """How far to trust its label where it fires this strongly; None without a label."""
+    label_precision_here: float | None
+    """Share of held-out images scored like this whose captions hold the label; None where it was not measured."""
+    label_recall_here: float | None
+    """Share of the held-out images whose captions hold the label that score at least this."""
+    label_lift_here: float | None
+    """The precision over the share of all held-out images whose captions hold the label."""
+    place: str | None
+    """Where it fires beside what its label names ("inside", "below", ...); None where that is not known."""
     score: float
     """How much it says about the image: the ranking."""
 
@@ -172,7 +180,8 @@ def fired(cards: CardIndex, feature: int, activation: float, *, score: float = 0
     """A feature at this activation."""
     share = shares_of_maximum(np.array([activation]), cards, [feature])
     sure = float(cards.label_confidence_at(share, [feature])[0]) if cards.labels[feature] else None
-    return Fired(feature, activation, float(share[0]), sure, score)
+    measured = cards.name_at(float(share[0]), feature) or (None, None, None)
+    return Fired(feature, activation, float(share[0]), sure, *measured, cards.places[feature], score)
 
 
 def telling(acts: np.ndarray, cards: CardIndex, features: Sequence[int] | np.ndarray | None = None) -> np.ndarray:

@@ -61,20 +61,20 @@ class LinearReadout:
         self.name = name
         self._sae = sae
         both = torch.cat([directions, -directions]) if both_signs else directions
-        self._directions = both.to(sae.W_enc.device)
-        self.n_candidates = len(self._directions)
+        self.directions = both.to(sae.W_enc.device)
+        self.n_candidates = len(self.directions)
 
     @torch.no_grad()
     def pooled(self, x: Float[Tensor, "images steps tokens d"]) -> Float[Tensor, "images steps candidates"]:
         """The largest projection over the tokens of each image and step; image by image, to bound the memory."""
-        return torch.stack([(self._sae.normalise(image) @ self._directions.T).amax(1) for image in x])
+        return torch.stack([(self._sae.normalise(image) @ self.directions.T).amax(1) for image in x])
 
     @torch.no_grad()
     def maps(
         self, x: Float[Tensor, "images steps tokens d"], candidates: Sequence[int]
     ) -> Float[Tensor, "images chosen tokens"]:
         """Projections of every token on some directions, the largest over the steps."""
-        values = (self._sae.normalise(x) @ self._directions[list(candidates)].T).amax(1)
+        values = (self._sae.normalise(x) @ self.directions[list(candidates)].T).amax(1)
         return rearrange(values, "images tokens chosen -> images chosen tokens")
 
 

@@ -1,6 +1,6 @@
 """The README of a published run: what it holds, how good it is, how to use it, under which terms."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -29,6 +29,18 @@ _FIGURES = {
     "concepts.matched_share": "share that matches a true concept",
 }
 """Where metrics.json has a figure -> what the card calls it; the rest of the file is too long for a card."""
+_AUDITED = {
+    "fvu": "FVU",
+    "l0": "L0",
+    "dead_share": "dead share",
+    "flow_loss_recovered": "flow loss recovered",
+    "splice_error": "splice error",
+    "concepts.label_accuracy": "label accuracy",
+    "concepts.ratio": "concept AUC",
+}
+"""The figures that the audit of our measures judges -> what it calls them."""
+_UNSEPARATED = "†"
+_CONTROLS = ("trained", "untrained", "permuted decoder", "PCA")
 
 
 @dataclass(frozen=True)
@@ -217,20 +229,62 @@ def _hookpoint_section(run: RunFolder, hookpoint: HookPoint) -> str:
 def _facts(run: RunFolder, hookpoint: HookPoint) -> str:
     """The SAE's sizes and its measured quality as one table."""
     metrics = run.load_metrics(hookpoint)
-    rows = [row for path, title in _FIGURES.items() for row in _figure(title, _at(metrics, path))]
+    unseparated = _at(metrics, "audit.unseparated") or ()
+    rows = [
+        (f"{name} {_UNSEPARATED}" if _AUDITED.get(path) in unseparated else name, value)
+        for path, title in _FIGURES.items()
+        for name, value in _figure(title, _at(metrics, path))
+    ]
+    rows += _transfer(metrics.get("transfer") or ())
     if run.has_sae(hookpoint):
         config = run.load_sae_config(hookpoint)
         k = f", k = {config['k']}" if config.get("k") else ""
         sizes = f"{config['n_features']} features of width {config['d_model']}"
-        rows.insert(0, ("autoencoder", f"{config['architecture']}, {sizes}{k}"))
+        levels = f", with a table of {len(table)} noise levels" if (table := config.get("sigma_table")) else ""
+        rows.insert(0, ("autoencoder", f"{config['architecture']}, {sizes}{k}{levels}"))
     if not rows:
         return ""
-    table = "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return table + (
-        "\n\nIn brackets: 95 % bootstrap intervals over images."
-        if any(value.endswith(")") for _, value in rows)
-        else ""
-    )
+    parts = ["| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)]
+    if any(value.endswith(")") for _, value in rows):
+        parts.append("In brackets: 95 % bootstrap intervals over images.")
+    return "\n\n".join([*parts, *_audit(metrics.get("audit"))])
+
+
+def _transfer(cells: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """FVU at each size, over all steps of the schedule: where the autoencoder may be used."""
+    by_size: dict[tuple[int, int], list[float]] = {}
+    for cell in cells:
+        by_size.setdefault((cell["height"], cell["width"]), []).append(cell["fvu"])
+    return [
+        (f"FVU at {height} x {width} px, best to worst step", f"{_number(min(found))} to {_number(max(found))}")
+        for (height, width), found in by_size.items()
+    ]
+
+
+def _audit(audit: Mapping[str, Any] | None) -> Iterator[str]:
+    """Our measures of this kind of autoencoder beside dictionaries that should fare worse."""
+    if not audit:
+        return
+    values, unseparated = audit["values"], audit["unseparated"]
+    names = list(dict.fromkeys(name for one in values["trained"] for name in one))
+    rows = [
+        [
+            f"{name} {_UNSEPARATED}" if name in unseparated else name,
+            *(_mean(values.get(kind), name) for kind in _CONTROLS),
+        ]
+        for name in names
+    ]
+    lines = ["| measure | trained | untrained | permuted decoder | PCA |", "|---|---|---|---|---|"]
+    yield "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    told = f"Measured on {audit['images']} images: autoencoders of this kind, trained anew, and other dictionaries."
+    if unseparated:
+        told += f" {_UNSEPARATED}: this measure does not tell trained from untrained ones."
+    yield told
+
+
+def _mean(found: Sequence[Mapping[str, float | None]] | None, name: str) -> str:
+    known = [value for one in found or () if (value := one.get(name)) is not None]
+    return _number(sum(known) / len(known)) if known else "-"
 
 
 def _at(metrics: Mapping[str, Any], path: str) -> Any:

@@ -206,9 +206,35 @@ class FeatureRow:
     monosemanticity: float | None = None
     label: str | None = None
     label_confidence: float | None = None
-    """How far to trust the label where the feature fires at its strongest: the end of `label_curve`."""
+    """How far to trust the label where the feature fires, weighted by how strongly (older runs: at its strongest)."""
     label_curve: list[float] | None = None
     """How far to trust the label at 0, 10, ..., 100 % of `max_act`: 0 is chance, 1 certainty."""
+    name_p_value: float | None = None
+    """Chance that the label fits random held-out images as well: a permutation test of one name."""
+    name_q_value: float | None = None
+    """The false discovery rate at which the label is kept among those of all features."""
+    name_base: float | None = None
+    """Share of all held-out images whose captions hold the label; None where captions never do."""
+    name_precision: list[float] | None = None
+    """Share of held-out images scored near 0, 10, ..., 100 % of `max_act` whose captions hold the label."""
+    name_recall: list[float] | None = None
+    """Share of the held-out images whose captions hold the label that score at least so much."""
+    level_images: list[list[int]] | None = None
+    """Ids of some held-out images on which it fires strongly, less, and weakly."""
+    level_counts: list[int] | None = None
+    """Held-out images of each of these three levels."""
+    level_precision: list[float | None] | None = None
+    """Share of them whose captions hold the label."""
+    name_place: str | None = None
+    """Where it fires beside what the label names ("inside", "below", ...); None where no masks are known."""
+    name_place_share: float | None = None
+    """Share of held-out images in which it fires there most."""
+    patch_share: float | None = None
+    """Mean share of the patches on which it fires, in images where it fires."""
+    centre_share: float | None = None
+    """Share of its activation in the middle quarter of images."""
+    border_share: float | None = None
+    """Share of its activation in the outermost eighth on each side."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Columns that this class does not name."""
 

@@ -52,9 +52,10 @@ class Target:
     token: int | None = None
 
     def drive(
-        self, sae: SparseAutoencoder, x: Float[Tensor, "batch tokens d_model"], *, sigma: float
+        self, sae: SparseAutoencoder, x: Float[Tensor, "batch tokens d_model"], *, sigma: float | None = None
     ) -> Float[Tensor, " batch"]:
         """The feature's drive for each image, in SAE activation units."""
+        sae.check_sigma(sigma)
         read = sae.encoder_input(sae.normalise(x), sigma) - sae.b_dec
         pre_acts = read @ sae.W_enc[self.feature] + sae.b_enc[self.feature]
         return pre_acts.relu().sum(dim=1) if self.token is None else pre_acts[:, self.token]

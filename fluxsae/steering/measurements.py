@@ -1,6 +1,7 @@
 """What an edit did: to the picture, to the feature, and to the tokens that go on through FLUX."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.silencing import prompts_without_words
 from fluxsae.flux import BlockCall, block_hooks, capture, default_settings, generate
 from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
@@ -22,23 +24,11 @@ from fluxsae.sae.acts import tokens_at_once
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import EditedCall
 from fluxsae.steering.edits import SteeringEdit
+from fluxsae.steering.naturalness import NaturalRange, denoising_errors
 from fluxsae.steering.sweeps import batch_within_memory
 
 QUANTILE: Final = 0.995
 """Clean tokens beyond this quantile of norm or residual count as out of distribution, by definition."""
-MAX_OUT_OF_DISTRIBUTION: Final = 0.1
-"""Share of edited tokens out of distribution up to which a strength is called safe."""
-MAX_DENOISING_ERROR_RATIO: Final = 1.5
-"""FLUX's error on the steered picture over that on the baseline up to which a strength is called safe.
-
-Of 223 pictures of the miniature, judged by eye, 12 % of the sound and 93 % of the broken ones lie beyond this bound or
-the one above; the one above alone tells 7 % and 43 %. The bound was chosen on these pictures.
-"""
-SAFE_UP_TO: Final = {
-    "out_of_distribution": MAX_OUT_OF_DISTRIBUTION,
-    "denoising_error_ratio": MAX_DENOISING_ERROR_RATIO,
-}
-"""Every bound of what is called safe, by the name of the measurement."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +44,8 @@ class TokenLimits:
     norm_high: tuple[float, ...]
     residual_high: tuple[float, ...]
     quantile: float = QUANTILE
+    natural: NaturalRange = field(default_factory=NaturalRange)
+    """Up to where a picture edited at this hook point looks natural."""
 
     def to_dict(self) -> dict[str, Any]:
         """The limits as JSON values."""
@@ -61,9 +53,10 @@ class TokenLimits:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
-        columns = {name: tuple(map(float, value)) for name, value in values.items() if name != "quantile"}
-        return cls(**columns, quantile=float(values["quantile"]))
+        """Inverse of `to_dict`; limits of before the calibration have its defaults."""
+        columns = {name: tuple(map(float, value)) for name, value in values.items() if isinstance(value, list | tuple)}
+        natural = NaturalRange(**values.get("natural", {}))
+        return cls(**columns, quantile=float(values["quantile"]), natural=natural)
 
     def is_outside(
         self, x: Float[Tensor, "*batch d_model"], sae: SparseAutoencoder, *, sigma: float
@@ -137,6 +130,52 @@ def measure_token_limits(
     return limits_of({sigma: torch.cat(parts) for sigma, parts in samples.items()}, quantile=quantile)
 
 
+@torch.no_grad()
+def measure_unedited(
+    pipe: Any,
+    sae: SparseAutoencoder,
+    hookpoint: HookPoint,
+    limits: TokenLimits,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: GenerationSettings | None = None,
+) -> list[tuple[float, float]]:
+    """Share of odd tokens and ratio of denoising errors of pictures that nobody edited.
+
+    As an edited picture is compared with the one before, FLUX's own picture of each prompt without one of its words,
+    drawn in turn, is compared with that of the whole prompt at the same seed. Prompts of one word are passed over.
+    """
+    settings = settings or default_settings(pipe)
+    pairs = list(_without_one_word(prompts, seeds))
+    found, size = list[tuple[float, float]](), batch_within_memory(pipe, settings)
+    for start in range(0, len(pairs), size):
+        whole, less, own = zip(*pairs[start : start + size], strict=True)
+        outside: list[Tensor] = []
+
+        def keep(call: BlockCall, outside: list[Tensor] = outside) -> None:
+            if any(math.isclose(call.sigma, sigma, rel_tol=1e-4) for sigma in limits.sigmas):
+                outside.append(limits.is_outside(call.tokens, sae, sigma=call.sigma).float().mean(dim=-1).cpu())
+
+        before = generate(pipe, list(whole), seeds=list(own), settings=settings)
+        with capture(pipe, [hookpoint], None, sink=keep):
+            after = generate(pipe, list(less), seeds=list(own), settings=settings)
+        shares = torch.stack(outside).mean(dim=0).tolist()
+        errors = zip(*(denoising_errors(pipe, pictures, settings) for pictures in (before, after)), strict=True)
+        found += [(share, _ratio(*pair)) for share, pair in zip(shares, errors, strict=True)]
+    return found
+
+
+def _without_one_word(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, str, int]]:
+    """Each prompt, the same without its first, second, ... word in turn, and its seed."""
+    for turn, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        try:
+            others = list(prompts_without_words(prompt).values())
+        except FluxSaeError:
+            continue
+        yield prompt, others[turn % len(others)], seed
+
+
 @dataclass(frozen=True)
 class EditMeasurement:
     """What one variant of a sweep did, against the sweep's unedited baseline."""
@@ -167,12 +206,13 @@ class EditMeasurement:
     denoising_error_ratio: float | None = None
     """How badly FLUX, without a prompt, denoises the steered picture laid under noise, over the same of the baseline:
     about 1 where FLUX could have painted it, more where the picture broke; None where it was not measured."""
+    natural: NaturalRange = field(default_factory=NaturalRange)
+    """Up to where a picture looks natural: the bounds of the run."""
 
     @property
-    def is_safe(self) -> bool:
-        """Whether the edited tokens stayed in distribution, and the picture one that FLUX could have painted."""
-        is_odd = self.denoising_error_ratio is not None and self.denoising_error_ratio > MAX_DENOISING_ERROR_RATIO
-        return self.out_of_distribution <= MAX_OUT_OF_DISTRIBUTION and not is_odd
+    def looks_natural(self) -> bool:
+        """Whether the edited tokens and the picture stay within what the run's own unedited pictures show."""
+        return self.natural.holds(self.out_of_distribution, self.denoising_error_ratio)
 
     def to_dict(self) -> dict[str, Any]:
         """The measurement as JSON values."""
@@ -189,6 +229,7 @@ class RecordedEdit:
     relative_sizes: list[float] = field(default_factory=list)
     acts_after: list[float] = field(default_factory=list)
     acts_before: list[float] = field(default_factory=list)
+    natural: NaturalRange = field(default_factory=NaturalRange)
 
 
 class EditRecorder:
@@ -216,12 +257,17 @@ class EditRecorder:
                 "The first variant must be the unedited baseline (an empty list of edits), or limits of clean tokens "
                 "must be given for every hook point."
             )
-        self.recorded = [RecordedEdit() for _ in variants]
+        self.recorded = [RecordedEdit(natural=self._natural(edits)) for edits in variants]
         self._own_limits: dict[tuple[HookPoint, int], TokenLimits] = {}
         self._clean_acts: dict[tuple[HookPoint, int, int], float] = {}
         self._gates: dict[HookPoint, Tensor] = {}
         self._waiting: dict[HookPoint, tuple[int, Tensor]] = {}
         """First variant and delta of the edited calls whose block has not ended."""
+
+    def _natural(self, edits: Sequence[SteeringEdit]) -> NaturalRange:
+        """The widest of the ranges of the hook points that are edited."""
+        ranges = [self.limits[place].natural for place in {edit.hookpoint for edit in edits} if place in self.limits]
+        return max(ranges, key=lambda found: found.out_of_distribution, default=NaturalRange())
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -344,6 +390,7 @@ def measure_edit(
         relative_size=_mean(recorded.relative_sizes),
         edited_share=float(touched.float().mean()),
         denoising_error_ratio=None if denoising_errors is None else _ratio(*denoising_errors),
+        natural=recorded.natural,
     )
 
 

@@ -240,14 +240,20 @@ def test_a_read_equals_the_pass_that_the_pipeline_itself_makes_there(klein, step
 def test_tokens_of_a_reference_image_are_not_image_tokens(klein):
     seen = []
     with block_hooks(klein, {HookPoint.parse("single_transformer_blocks.0"): seen.append}):
-        klein(prompt=PROMPTS[0], image=picture(width=32), num_inference_steps=1)
+        klein(prompt=PROMPTS[0], image=picture(width=64, height=64), num_inference_steps=1)
     assert seen[0].tokens.shape[1] == 24
 
 
-def test_a_cache_of_reference_images_is_refused_while_hooks_are_open(klein):
-    cached = diffusers.Flux2KleinKVPipeline(**klein.components)
+def test_a_cache_of_reference_images_is_refused_while_hooks_are_open():
+    cached = diffusers.Flux2KleinKVPipeline(**build_tiny_flux2().components)  # it changes the transformer
     cached.set_progress_bar_config(disable=True)
-    arguments = {"prompt": PROMPTS[0], "image": picture(width=32), "height": 32, "width": 48, "num_inference_steps": 2}
+    arguments = {
+        "prompt": PROMPTS[0],
+        "image": picture(width=64, height=64),
+        "height": 32,
+        "width": 48,
+        "num_inference_steps": 2,
+    }
     with pytest.raises(FluxSaeError, match="Hooks need Flux2KleinPipeline"), capture(cached, ["layer0"]):
         cached(**arguments, max_sequence_length=N_TEXT)
 

@@ -25,6 +25,7 @@ from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.sigma_table import table_places
 from fluxsae.sae.training import HeldOut, TrainConfig, train
 from fluxsae.steering.apply import EditedCall, edit_delta, steer
+from fluxsae.steering.attribution import Target
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.steering.measurements import EditRecorder, norm_and_residual
 from train.fit import FitConfig, main
@@ -267,14 +268,23 @@ def test_an_edit_acts_by_the_acts_of_its_step(tiny_flux: FluxPipeline) -> None:
     feature = int(sae.encode(captured.get(DOUBLE, steps[0]), sigma=captured.sigma(steps[0])).amax((0, 1)).argmax())
     edit = SteeringEdit(DOUBLE, feature, "ablate", 1.0, steps=(steps[0], steps[1] + 1))
     latents(tiny_flux, [edit], saes={DOUBLE: sae}, on_edit=seen.append)
-    assert [each.call.step for each in seen] == steps
-    for each in seen:
+    edited = [each for each in seen if each.delta.any()]
+    assert [each.call.step for each in edited] == steps
+    for each in edited:
         expected = edit_delta(edit, sae, each.call.tokens, sigma=each.call.sigma)
         torch.testing.assert_close(each.delta, expected)
         other = edit_delta(edit, sae, each.call.tokens, sigma=0.5)
         assert not torch.allclose(each.delta, other), "another noise level gives other acts"
         _, residual = norm_and_residual(each.call.tokens, sae, sigma=each.call.sigma)
         assert torch.isfinite(residual).all()
+
+
+def test_a_feature_s_drive_is_that_of_its_noise_level() -> None:
+    sae, x = with_table(plain_sae(), seed=3), tokens(2, 5)
+    expected = sae.pre_acts(x, sigma=0.4)[..., 3].relu().sum(1)
+    torch.testing.assert_close(Target(DOUBLE, 3, 1).drive(sae, x, sigma=0.4), expected)
+    with pytest.raises(FluxSaeError, match="sigma_table"):
+        Target(DOUBLE, 3, 1).drive(sae, x)
 
 
 def test_a_measured_edit_of_two_steps_needs_no_table_of_the_others(tiny_flux: FluxPipeline) -> None:

@@ -96,7 +96,7 @@ def test_the_score_is_what_goes_and_comes_less_by_what_else_changes() -> None:
     score = swap_score(measured(), EYE, pictures)
     assert (score.gone, score.come, score.collateral) == pytest.approx((0.5, 0.7, 0.25))
     assert score.score == pytest.approx(0.5 * 0.75)
-    assert swap_score(measured(odd=0.5), EYE, pictures).score == 0  # beyond safe
+    assert swap_score(measured(odd=0.5), EYE, pictures).score == 0  # does not look natural
 
 
 def test_a_picture_that_reads_as_another_name_of_the_kind_is_worth_nothing() -> None:

@@ -43,7 +43,9 @@ def test_a_run_of_flux2_is_made_and_served(tmp_path: Path, monkeypatch: pytest.M
     assert image.size == (48, 32)
     assert ranked
     assert overlays
-    place, feature = str(run.hookpoints()[-1]), ranked[0]["feature"]
+    place = str(run.hookpoints()[-1])
+    known = bench.saes[place].reference_acts > 0
+    feature = next(fired["feature"] for fired in ranked if known[fired["feature"]])
     edit = {"hookpoint": place, "feature": feature, "mode": "scale", "strength": -4.0, "steps": [0, 4]}
     for above, is_same in ((0, False), (100, True)):
         edits = [{**edit, "when": {"features": [feature], "above": above}}]

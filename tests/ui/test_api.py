@@ -219,7 +219,7 @@ def test_steer_gives_before_after_recipe_and_measurements(client: Client, place:
     assert measured["distance"] > 0
     assert measured["distance_of_unrelated"] > 0
     assert measured["denoising_error_ratio"] > 0
-    assert isinstance(measured["is_safe"], bool)
+    assert isinstance(measured["looks_natural"], bool)
 
 
 def test_steer_with_no_edit_or_an_identity_leaves_the_image_as_it_is(
@@ -296,7 +296,6 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("/heatmap", {"prompt": PROMPT, "step": 99}, "step is 99; give a whole number from 0 to"),
     ("/read_picture", {"picture": "https://example.org/cat.png"}, "Links are not followed"),
     ("/read_picture", {"picture": "data:image/png;base64,aGVsbG8="}, "is no picture of a kind that is read"),
-    ("/read_picture", {"picture": {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}}, "give a data URL"),
     ("/steer", {"prompt": "", "edits": []}, "prompt is blank"),
     ("/features_at", {"prompt": PROMPT, "row": 8, "column": 0}, "row is 8; give a whole number from 0 to 7"),
     ("/features_at", {"prompt": PROMPT, "row": None, "column": 0}, "row is None"),
@@ -329,6 +328,15 @@ def test_raw_http_numbers_that_are_none_are_refused(page: page_server.Page, numb
     )
     assert answer.status_code in {400, 422}
     assert answer.status_code != 422 or "seed" in answer.text or "json" in answer.text.lower()
+
+
+@pytest.mark.parametrize("more", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["plain", "as a file"])
+def test_a_file_of_the_servers_machine_is_no_picture_of_the_visitors(page: page_server.Page, more: Any) -> None:
+    path = str(page_server.ROOT / "docs" / "heatmap.png")
+    body = {"data": [{"path": path, **more}, "", None, None, 0, 4]}
+    answer = requests.post(f"{page.url}/gradio_api/call/read_picture", json=body, timeout=30)
+    assert answer.status_code in {400, 422}
+    assert "give a data URL" in answer.text or "not uploaded by a user" in answer.text
 
 
 @pytest.mark.parametrize(

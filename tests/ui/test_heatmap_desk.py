@@ -59,7 +59,7 @@ def test_a_patch_tells_each_label_once_and_the_rest_of_it_behind(
 
 def test_features_of_one_label_stand_together_behind_the_most_telling() -> None:
     labels = ["red", "star", None, "red", "blue", None, "red"]
-    shown = with_alike([Fired(n, 1.0, 1.0, None, 1.0) for n in range(len(labels))], 3, labels)
+    shown = with_alike([Fired(n, 1.0, 1.0, None, None, None, None, None, 1.0) for n in range(len(labels))], 3, labels)
     assert [each.feature for each in shown] == [0, 1, 2, 3, 6]
 
 

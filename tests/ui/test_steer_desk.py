@@ -16,7 +16,7 @@ from fluxsae.pictures.grids import join_pictures
 from fluxsae.steering.conditions import Condition
 from fluxsae.steering.demos import DemoConfig
 from fluxsae.steering.edits import Recipe, SteeringEdit
-from fluxsae.steering.measurements import MAX_OUT_OF_DISTRIBUTION
+from fluxsae.steering.naturalness import NaturalRange
 from fluxsae.ui.kit.links import decode_view
 from fluxsae.ui.serve.lane import Done
 from fluxsae.ui.serve.schemas import SteerRequest, SweepRequest
@@ -24,7 +24,7 @@ from fluxsae.ui.serve.session import Workbench, open_workbench
 from fluxsae.ui.tabs.steer.desk import STRIP, SteerDesk
 from fluxsae.ui.tabs.steer.feature_sliders import Sliders
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob
-from fluxsae.ui.tabs.steer.words import even_notches, safe_turns, share_seen, where_it_changed
+from fluxsae.ui.tabs.steer.words import even_notches, natural_turns, share_seen, where_it_changed
 
 
 def test_a_sliders_middle_changes_nothing_and_its_ends_are_two_modes(bench: Workbench) -> None:
@@ -173,10 +173,11 @@ def test_a_slider_that_the_page_never_made_is_refused_before_work(
 
 
 def test_a_slider_that_acts_only_where_its_name_is_becomes_an_edit_with_all_features_of_that_name(
-    bench: Workbench,
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    label, features = bench.cards[LATE].labels[3], [3, 5]
+    monkeypatch.setattr(bench.cards[LATE], "named", lambda: {label: features})
     sliders = Sliders(bench, LATE)
-    label, features = next(iter(bench.cards[LATE].named().items()))
     slider = sliders.slider(LATE, features[0])
     assert slider["when"] is None
     edit = sliders.edit({**slider, "turn": -0.5, "when": slider["present"]})
@@ -188,7 +189,8 @@ def test_a_slider_that_acts_only_where_its_name_is_becomes_an_edit_with_all_feat
 def test_an_endpoint_takes_a_condition_by_label(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[SteerJob] = []
     monkeypatch.setattr(bench, "cached", lambda job: asked.append(job) or iter(()))
-    label, features = next(iter(bench.cards[LATE].named().items()))
+    label, features = "red", [3, 5]
+    monkeypatch.setattr(bench.cards[LATE], "named", lambda: {label: features})
     edit = {"hookpoint": LATE, "feature": 3, "mode": "scale", "strength": 0.0}
 
     def steer(when: dict[str, Any]) -> None:
@@ -230,12 +232,12 @@ def test_a_broken_picture_is_not_called_safe_though_its_tokens_are_usual() -> No
     )
     *_, done = SteerDesk(bench).sweep(request)
     _, (little, much) = done.value
-    assert little["is_safe"]
-    assert much["out_of_distribution"] <= MAX_OUT_OF_DISTRIBUTION
-    assert not much["is_safe"]
+    assert little["looks_natural"]
+    assert much["out_of_distribution"] <= NaturalRange().out_of_distribution
+    assert not much["looks_natural"]
 
 
-def test_the_safe_range_is_unbroken_around_the_middle() -> None:
+def test_the_natural_range_is_unbroken_around_the_middle() -> None:
     points = [(-1.0, True), (-0.5, False), (0.0, True), (0.25, True), (0.5, False), (1.0, True)]
-    assert safe_turns(points) == [0.0, 0.25]
-    assert safe_turns([(0.5, False), (-0.5, False)]) is None
+    assert natural_turns(points) == [0.0, 0.25]
+    assert natural_turns([(0.5, False), (-0.5, False)]) is None

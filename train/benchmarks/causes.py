@@ -135,7 +135,7 @@ class _Work:
             for feature in range(len(self.table))
             for row in [self.table[feature]]
             if row.label in values
-            and (row.label_confidence or 0) >= 0.6
+            and max(row.label_curve or [row.label_confidence or 0]) >= 0.6
             and strongest[feature].item() > row.max_act / 3
         ]
         return int(rng.choice(named)) if named else None

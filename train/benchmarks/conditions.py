@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fluxsae.laboratory.truths import Concept
     from fluxsae.steering.edits import SteeringEdit
 
-ATTRIBUTES = ("colour", "texture", "background", "shape")
+ATTRIBUTES = ("colour", "texture", "background")
 LEAST_IDENTICAL = 0.95
 
 
@@ -37,7 +37,7 @@ class Trial:
     is_identical: bool
     """Whether no bit of the latents changed."""
     is_success: bool
-    """Whether the concept is not seen in the edited picture, which still shows something."""
+    """Whether the concept, which was there, is not seen in the edited picture, which still shows something."""
     is_report: bool = False
     """Whether the picture is one of those that are reported."""
 
@@ -67,6 +67,7 @@ def _measure(config: ConditionsConfig) -> list[Trial]:
         concept = by_name[result["concept"]]
         if result["direction"] == "suppress" and concept.attribute in ATTRIBUTES:
             trials += work.try_concept(concept, _edits(result["features"], chosen))
+            print(f"{concept}: done, {len(trials)} trials", flush=True)
     return trials
 
 
@@ -130,7 +131,8 @@ class _Work:
                 is_present=is_present,
                 above=level,
                 is_identical=bool((variant.latents == made[0].latents).all()),
-                is_success=compare_scenes(before, read_scene(variant.image), concept).is_success(wanted=False),
+                is_success=is_present
+                and compare_scenes(before, read_scene(variant.image), concept).is_success(wanted=False),
             )
             for level, variant in zip(levels, made[1:], strict=True)
         ]

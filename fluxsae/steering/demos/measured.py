@@ -135,7 +135,7 @@ def grid_row(
             ", ".join(map(describe_edit, variant.edits)) or "unchanged",
             f"distance {measurement.distance:.3f}" if variant.edits else "the image as it is",
             max(map(edit_direction, variant.edits), key=abs, default=0),
-            measurement.is_safe,
+            measurement.looks_natural,
         )
         for variant, measurement in zip(variants, measured, strict=True)
     ]

@@ -31,7 +31,7 @@ LOOKED_AT: Final = 100
 def opening_swap(swaps: Sequence[Swap]) -> Swap | None:
     """Of the swaps with a good share of the best score, the natural one that changes least else."""
     best = max((swap.score.score for swap in swaps), default=0.0)
-    clear = [swap for swap in swaps if swap.score.is_safe and swap.score.score >= SEEN * best]
+    clear = [swap for swap in swaps if swap.score.looks_natural and swap.score.score >= SEEN * best]
     return min(clear, key=lambda swap: swap.score.collateral, default=None)
 
 
@@ -71,7 +71,7 @@ def _features_of_words(run: RunFolder, pipe: Any, sae: SparseAutoencoder, swap: 
     acts: dict[int, SparseActs] = {}
 
     def sink(call: BlockCall) -> None:
-        acts[call.step] = sae.encode_sparse(call.tokens[0])
+        acts[call.step] = sae.encode_sparse(call.tokens[0], sigma=call.sigma)
 
     with capture(pipe, [place], steps=steps, sink=sink):
         generate(pipe, swap.prompt, seeds=swap.seed, settings=run.load_info().settings, output_type="latent")

@@ -184,7 +184,12 @@ FS.sure = (confidence) => {
 FS.isGuess = (confidence) => FS.sure(confidence) === FS.confidence.at(-1)[0];
 
 // A name that is more likely wrong than right has a question mark.
-FS.title = ({ label, confidence }) => (label ? `${label}${FS.isGuess(confidence) ? "?" : ""}` : "unnamed");
+// A feature that fires elsewhere than on what it is named after only goes with it.
+FS.title = ({ label, confidence, place }) =>
+  label ? `${FS.places[place] ? "goes with " : ""}${label}${FS.isGuess(confidence) ? "?" : ""}` : "unnamed";
+
+// Where such a feature fires.
+FS.where = ({ label, place }) => (label && FS.places[place] ? `fires ${FS.places[place]}` : null);
 
 // A feature's name to press: it becomes the visitor's.
 FS.nameLink = (root, feature, props = {}) =>
@@ -427,6 +432,7 @@ FS.card = (feature, { rows, cols, onopen, pressed, extra, thumbs }) => {
         FS.el("span", { class: "fs-label", text: FS.title(feature) }),
         sure ? FS.el("span", { class: "fs-quiet", text: sure }) : null,
       ),
+      FS.where(feature) ? FS.el("span", { class: "fs-quiet", text: FS.where(feature) }) : null,
       FS.el(
         "span",
         { class: "fs-row fs-quiet fs-num" },

@@ -8,6 +8,7 @@ import gradio as gr
 import numpy as np
 
 from fluxsae.features.firing import CONFIDENCE
+from fluxsae.features.naming import ON_IT, PLACES
 from fluxsae.pictures.heatmaps import HEAT, NEUTRAL_COLOUR, heat_colours
 from fluxsae.ui.kit.snippets import ORIGIN
 from fluxsae.ui.kit.views import base64_text
@@ -136,6 +137,7 @@ def shared_values() -> dict[str, Any]:
         "heat": {**HEAT._asdict(), "table": base64_text(np.ascontiguousarray(ramp[0]))},
         "neutral": NEUTRAL_COLOUR,
         "confidence": list(CONFIDENCE.items()),
+        "places": {place: words for place, words in PLACES.items() if place != ON_IT},
         "origin": ORIGIN,
     }
 

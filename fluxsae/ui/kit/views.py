@@ -64,6 +64,7 @@ def summary(cards: CardIndex, feature: int) -> dict[str, Any]:
         "feature": feature,
         "label": row.label,
         "label_confidence": row.label_confidence,
+        "place": row.name_place,
         "feature_class": row.feature_class,
         "density": row.density,
         "image_density": row.image_density,
@@ -76,7 +77,13 @@ def summary(cards: CardIndex, feature: int) -> dict[str, Any]:
 def named(cards: CardIndex, feature: int) -> dict[str, Any]:
     """What the page needs to name a feature and to open it."""
     label = cards.labels[feature]
-    return {"hookpoint": str(cards.hookpoint), "feature": feature, "label": label, "colour": feature_colour(label)}
+    return {
+        "hookpoint": str(cards.hookpoint),
+        "feature": feature,
+        "label": label,
+        "place": cards.places[feature],
+        "colour": feature_colour(label),
+    }
 
 
 def chip(cards: CardIndex, feature: int) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def read_image(
 
 
 def read_given(
-    pipe: "FluxPipeline",
+    pipe: "AnyFlux",
     saes: Mapping[str, SparseAutoencoder],
     picture: GivenPicture,
     *,
@@ -192,7 +192,9 @@ def read_given(
         name, sigma = str(call.hookpoint), sigmas[call.step]
         recorders[name].take(call)
         if call.step == max(recorders[name].own):  # with the least noise: what else says little about the picture
-            found.extend(familiarity(metrics[name], saes[name], call.tokens, step=call.step) or [None])
+            found.extend(
+                familiarity(metrics[name], saes[name], call.tokens, step=call.step, sigma=call.sigma) or [None]
+            )
         if n_calls % len(saes):
             return
         if has_previews:
@@ -224,7 +226,7 @@ def preview_bytes(image: Image.Image) -> bytes:
 
 
 def _recorders(
-    pipe: "FluxPipeline", saes: Mapping[str, SparseAutoencoder], settings: GenerationSettings
+    pipe: "AnyFlux", saes: Mapping[str, SparseAutoencoder], settings: GenerationSettings
 ) -> dict[str, "_Recorder"]:
     from fluxsae.flux import schedule_sigmas, settings_ground
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex, CardNeighbour, FeatureCard
+from fluxsae.features.naming import PLACES
 from fluxsae.pictures.heatmaps import overlay
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk
@@ -117,7 +118,8 @@ class GalleryDesk(Desk):
             "cols": cards.info.cols,
             "sentence": sentence(card),
             "pictures": views.card_pictures(cards, card, limit=PICTURES),
-            "silent": [_silent(cards, image) for image in card.silent_images[:4]],
+            "levels": _levels(cards, card),
+            "silent": [_plain(cards, image) for image in card.silent_images[:4]],
             "facts": facts(card),
             "silencing": self.words.cost_words(card),
             **_histogram(card),
@@ -203,7 +205,7 @@ def _histogram(card: FeatureCard) -> dict[str, list[Any]]:
     return {"histogram": list(card.histogram[first:last]), "histogram_edges": edges}
 
 
-def _silent(cards: CardIndex, image_id: int) -> dict[str, Any]:
+def _plain(cards: CardIndex, image_id: int) -> dict[str, Any]:
     images = cards.images
     return {
         "image": thumbnail_url(images, image_id),
@@ -213,6 +215,19 @@ def _silent(cards: CardIndex, image_id: int) -> dict[str, Any]:
     }
 
 
+def _levels(cards: CardIndex, card: FeatureCard) -> list[dict[str, Any]]:
+    """The name's precision at each level of activation that held-out images reach, with some of them."""
+    return [
+        {
+            "words": f"{level.level.capitalize()}: {level.n_images} images, "
+            f"“{card.label}” in {_share(level.precision)} of their captions",
+            "pictures": [_plain(cards, image) for image in level.images],
+        }
+        for level in (card.name.levels if card.name else ())
+        if level.precision is not None
+    ]
+
+
 def sentence(card: FeatureCard) -> str:
     """What is known of a feature, in plain words."""
     if card.max_act == 0:
@@ -220,11 +235,27 @@ def sentence(card: FeatureCard) -> str:
     often = f"It fires on {_share(card.image_density)} of the images and {_share(card.density)} of all patches"
     words = ", ".join(f"“{word}”" for word in card.caption_words[:4])
     about = f". The captions of its top images contain {words} more often than others" if words else ""
+    often += f". {where}" if (where := where_words(card)) else ""
     if card.coherence is None:
         return f"{often}{about}."
     is_sure = card.q_value is not None and card.q_value <= 0.05
     alike = "are more similar than random images" if is_sure else "are no more similar than random images"
     return f"{often}{about}. Its top images {alike}."
+
+
+def where_words(card: FeatureCard) -> str:
+    """Where a feature fires, in plain words: beside what it is named after, or else in the image."""
+    if card.label and card.place is not None:
+        often = (
+            f" (in {_share(card.place_share)} of other images)" if card.place_share and card.place != "varies" else ""
+        )
+        return f"It goes with images of “{card.label}” and fires {PLACES[card.place]}{often}"
+    if card.patch_share is None or card.centre_share is None or card.border_share is None:
+        return ""
+    return (
+        f"Where it fires it covers {_share(card.patch_share)} of the patches; {_share(card.centre_share)} of its "
+        f"activation lies in the middle quarter of images, {_share(card.border_share)} at their border"
+    )
 
 
 def _share(fraction: float) -> str:
@@ -246,6 +277,7 @@ def facts(card: FeatureCard) -> list[list[str]]:
             _number(card.monosemanticity),
             "CLIP similarity of images, weighted by how strongly it fires",
         ),
+        *_name_facts(card),
         ("Where it fires", _place(card.spatial_spread), "0: always the same place, 1: everywhere alike"),
         (
             "Encoder and decoder",
@@ -254,6 +286,28 @@ def facts(card: FeatureCard) -> list[list[str]]:
         ),
     ]
     return [[term, value, help] for term, value, help in rows if value is not None]
+
+
+def _name_facts(card: FeatureCard) -> list[tuple[str, Any, str]]:
+    """How the name was checked, where its feature fires at its strongest."""
+    name = card.name
+    if name is None:
+        return []
+    rows: list[tuple[str, Any, str]] = [
+        (
+            "q-value of the name",
+            _number(name.q_value),
+            "permutation test on the half of the images that the name was not taken from, corrected for all features",
+        )
+    ]
+    if name.base and name.precision and name.recall:
+        at_half = len(name.recall) // 2
+        rows += [
+            ("Precision of the name", _share(name.precision[-1]), "share of captions with the name, at its strongest"),
+            ("Recall of the name", _share(name.recall[at_half]), "share of images of the name where it reaches half"),
+            ("Lift of the name", f"{name.precision[-1] / name.base:.1f} ×", "the precision over that of all images"),
+        ]
+    return rows
 
 
 def _number(value: float | None) -> str | None:

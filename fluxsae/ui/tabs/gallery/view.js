@@ -196,6 +196,20 @@ FS.define("fs-feature", (root, data) => {
           })
           : FS.el("p", { class: "fs-quiet", text: "The feature never fired in this run: it is dead." }),
       ),
+      data.levels.length
+        ? section(
+          "How true the name is at each strength",
+          "Images that the name was not taken from, and the share of their captions that hold it.",
+          ...data.levels.map((level) =>
+            FS.el(
+              "div",
+              {},
+              FS.el("p", { class: "fs-quiet", text: level.words }),
+              FS.pictures(level.pictures, { rows: data.rows, cols: data.cols, colour: data.colour }),
+            )
+          ),
+        )
+        : null,
       FS.el(
         "div",
         { class: "fs-columns" },

@@ -129,9 +129,9 @@ FS.define("fs-lab", (root, data) => {
       ),
       FS.el("span", {
         class: "fs-quiet",
-        text: `peak ${FS.percent(feature.relative)} of its run maximum, fires on ${
-          FS.share(feature.density)
-        } of all patches`,
+        text: `${FS.where(feature) ? `${FS.where(feature)}; ` : ""}peak ${
+          FS.percent(feature.relative)
+        } of its run maximum, fires on ${FS.share(feature.density)} of all patches`,
       }),
       FS.el(
         "span",

@@ -326,10 +326,10 @@ class SteerDesk(Desk):
         *,
         control: int = -1,
     ) -> Events[Steered]:
+        filled = tuple(with_features(edits, self._labelled) for edits in variants)
         own: dict[str, Any] = {}
         if isinstance(request, SteerRequest) and request.picture is not None:
             own = {"picture": request.picture, "change": request.change}
-        filled = tuple(with_features(edits, self._labelled) for edits in variants)
         return self.bench.cached(SteerJob(filled, *request.made_from, control, **own))
 
     def _labelled(self, hookpoint: HookPoint, label: str) -> Sequence[int]:
@@ -377,7 +377,7 @@ class SteerDesk(Desk):
             "notices": [
                 *views.notices(steered.unread, before),
                 *words.unread_notice(swap, self.names),
-                *words.unsafe_notice(request.edits, steered),
+                *words.unnatural_notice(request.edits, steered),
                 *words.faint_notice(request.edits, steered),
             ],
             **self._frame(request, edits),
@@ -410,9 +410,9 @@ def _strip(
     slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: Steered, request: SteerRequest
 ) -> dict[str, Any]:
     measurements = steered.measurements[1:]
-    sound = [measured is not None and measured["is_safe"] for measured in measurements]
-    safe = words.safe_turns(list(zip(STRIP, sound, strict=True)))
-    low, high = safe or (0.0, 0.0)
+    sound = [measured is not None and measured["looks_natural"] for measured in measurements]
+    natural = words.natural_turns(list(zip(STRIP, sound, strict=True)))
+    low, high = natural or (0.0, 0.0)
     changes = [
         (turn, measured["distance"]) for turn, measured in zip(STRIP, measurements, strict=True) if measured is not None
     ]
@@ -422,7 +422,7 @@ def _strip(
             "words": words.edit_words(slider, edit),
             "short": words.short_words(edit),
             "measurement": measured,
-            "safe": low <= turn <= high,
+            "natural": low <= turn <= high,
         }
         for turn, edit, image, measured in zip(STRIP, edits, steered.images[1:], measurements, strict=True)
     ]
@@ -431,8 +431,8 @@ def _strip(
         **{key: slider[key] for key in shown},
         "picture": _picture_of(request),
         "cells": cells,
-        "safe": safe,
-        "notches": words.even_notches(changes, safe) if safe else [],
+        "natural": natural,
+        "notches": words.even_notches(changes, natural) if natural else [],
     }
 
 
@@ -449,6 +449,6 @@ def _score(demo: Mapping[str, Any]) -> float:
 
 
 def _picture_of(request: SteerRequest) -> list[Any]:
-    """What an unedited picture is made of: a safe range holds for it alone."""
+    """What an unedited picture is made of: a natural range holds for it alone."""
     own = [] if request.picture is None else [request.picture.digest, request.change]
     return [*request.made_from, *own]

@@ -119,7 +119,7 @@ class SteerJob:
     def _measured(
         self, bench: Workbench, images: Sequence[Image.Image], recorded: Sequence[Any]
     ) -> tuple[dict[str, Any] | None, ...]:
-        from fluxsae.steering.measurements import SAFE_UP_TO, measure_edit
+        from fluxsae.steering.measurements import measure_edit
         from fluxsae.steering.naturalness import denoising_errors
 
         errors = denoising_errors(bench.pipe, images, bench.settings(self.num_inference_steps))
@@ -140,8 +140,7 @@ class SteerJob:
                 {
                     **measured.to_dict(),
                     "distance_of_unrelated": bench.unrelated_distance,
-                    "is_safe": measured.is_safe,
-                    "safe_up_to": dict(SAFE_UP_TO),
+                    "looks_natural": measured.looks_natural,
                 }
             )
         return tuple(values)

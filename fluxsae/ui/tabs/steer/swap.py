@@ -115,5 +115,5 @@ class SwapJob:
 
 
 def _rank(score: "SwapScore") -> tuple[Any, ...]:
-    """What is read comes before what is safe, and that before how clear it is."""
-    return score.is_read, score.is_safe, min(score.gone, score.come) * (1 - score.collateral)
+    """What is read comes before what looks natural, and that before how clear it is."""
+    return score.is_read, score.looks_natural, min(score.gone, score.come) * (1 - score.collateral)

@@ -1,4 +1,4 @@
-// The Steer tab: sliders with their natural range, before and after, a strip of strengths, painting the region.
+// The Steer tab: sliders with the range in which the image looks natural, before and after, a strip of strengths, painting the region.
 FS.turnWords = (turn, { max_suppress: least, max_amplify: most, edit_words: words }) => {
   if (Math.abs(turn) < 0.005) return words.unchanged;
   if (turn > 0) return words.added.replace("{}", FS.number(turn * most, 2));
@@ -23,12 +23,12 @@ FS.panels = (pictures, names, words = []) =>
     ),
   );
 // Natural ranges that strips have found, for the image on screen alone: another prompt or seed has others.
-FS.safe = { picture: null, ranges: new Map() };
-FS.safeKey = (edit) =>
+FS.natural = { picture: null, ranges: new Map() };
+FS.naturalKey = (edit) =>
   JSON.stringify([edit.hookpoint, edit.feature, edit.steps || null, edit.region || null, edit.when || null]);
-FS.safeOf = (picture) => {
-  if (JSON.stringify(FS.safe.picture) !== JSON.stringify(picture)) FS.safe = { picture, ranges: new Map() };
-  return FS.safe.ranges;
+FS.naturalOf = (picture) => {
+  if (JSON.stringify(FS.natural.picture) !== JSON.stringify(picture)) FS.natural = { picture, ranges: new Map() };
+  return FS.natural.ranges;
 };
 
 FS.define("fs-edits", (root, data) => {
@@ -45,27 +45,27 @@ FS.define("fs-edits", (root, data) => {
     if (structure) draw();
   };
   const track = (edit) => {
-    const safe = FS.safe.ranges.get(FS.safeKey(edit));
+    const natural = FS.natural.ranges.get(FS.naturalKey(edit));
     return FS.el(
       "div",
       { class: "fs-track", "aria-hidden": "true" },
-      safe
+      natural
         ? FS.el("span", {
-          class: "fs-safe",
+          class: "fs-natural",
           style: {
-            left: `${(safe.range[0] + 1) * 50}%`,
-            width: `${(safe.range[1] - safe.range[0]) * 50}%`,
+            left: `${(natural.range[0] + 1) * 50}%`,
+            width: `${(natural.range[1] - natural.range[0]) * 50}%`,
           },
         })
         : null,
-      ...(safe ? safe.notches : []).map((turn) =>
+      ...(natural ? natural.notches : []).map((turn) =>
         FS.el("span", { class: "fs-notch", style: { left: `${(turn + 1) * 50}%` } })
       ),
       FS.el("span", { class: "fs-middle" }),
     );
   };
   const row = (edit) => {
-    const safe = FS.safe.ranges.get(FS.safeKey(edit));
+    const natural = FS.natural.ranges.get(FS.naturalKey(edit));
     const words = FS.el("output", { class: "fs-num", text: FS.turnWords(edit.turn, data) });
     const slider = FS.el("input", {
       type: "range",
@@ -79,7 +79,7 @@ FS.define("fs-edits", (root, data) => {
     slider.setAttribute("aria-valuetext", words.textContent);
     slider.addEventListener("input", () => {
       const turn = Number(slider.value), near = (at) => Math.abs(turn - at) < 0.03;
-      edit.turn = [0, ...(safe ? safe.notches : [])].find(near) ?? turn;
+      edit.turn = [0, ...(natural ? natural.notches : [])].find(near) ?? turn;
       words.textContent = FS.turnWords(edit.turn, data);
       slider.setAttribute("aria-valuetext", words.textContent);
     });
@@ -135,9 +135,9 @@ FS.define("fs-edits", (root, data) => {
       ),
       FS.el("p", {
         class: "fs-quiet fs-hint",
-        text: safe
-          ? "The band marks the natural range for this image; its notches are equal steps of measured change."
-          : "“Compare strengths” below measures the natural range of this slider.",
+        text: natural
+          ? "The band marks where this image looks natural; its notches are equal steps of measured change."
+          : "“Compare strengths” below measures how far the image looks natural.",
       }),
       FS.el(
         "details",
@@ -564,8 +564,8 @@ FS.define("fs-result", (root, data) => {
     Array.from({ length: data.rows }, (_, row) => Array.from(mask.subarray(row * data.cols, (row + 1) * data.cols)));
   const region = () => (mask.some(Boolean) ? rows() : null);
   const editor = () => document.querySelector("fs-edits");
-  const had = FS.safe.ranges.size;
-  if (had && !FS.safeOf(data.picture).size && editor()) editor().redraw();
+  const had = FS.natural.ranges.size;
+  if (had && !FS.naturalOf(data.picture).size && editor()) editor().redraw();
   const painter = FS.el("button", {
     class: "fs-button fs-small",
     type: "button",
@@ -696,6 +696,12 @@ FS.changed = (share) => {
   return `${word} (${FS.share(share)} of the distance between unrelated images)`;
 };
 
+// How often the bounds of what looks natural are wrong on images that nobody edited.
+FS.calibration = ({ false_alarms, n_pictures }) =>
+  false_alarms === null
+    ? "These bounds were not calibrated in this run."
+    : `At most ${FS.percent(false_alarms)} of FLUX's own unedited images are beyond them (from ${n_pictures} of this run).`;
+
 FS.measured = (data, isRandom) => {
   const measurement = isRandom ? data.random_measurement : data.measurement;
   if (!measurement) return [];
@@ -706,7 +712,7 @@ FS.measured = (data, isRandom) => {
     "largest activation before and after, in multiples of the feature's usual strength",
   ];
   const odd = measurement.out_of_distribution, doubt = measurement.denoising_error_ratio;
-  const most = measurement.safe_up_to;
+  const most = measurement.natural;
   return [
     FS.facts([
       measurement.distance_of_unrelated === null ? null : [
@@ -719,17 +725,19 @@ FS.measured = (data, isRandom) => {
       inside,
       [
         "Unusual patches",
-        `${odd === 0 ? "0 %" : FS.share(odd)}${odd > most.out_of_distribution ? ", outside the natural range" : ""}`,
-        `share of the edited patches that look unlike those of FLUX's own images; natural range: up to ${
+        `${odd === 0 ? "0 %" : FS.share(odd)}${odd > most.out_of_distribution ? ", more than looks natural" : ""}`,
+        `share of the edited patches that look unlike those of FLUX's own images; natural: up to ${
           FS.percent(most.out_of_distribution)
         }`,
       ],
       [
         "Denoising error",
         `${FS.number(doubt, 2)} × that of the image before${
-          doubt > most.denoising_error_ratio ? ", outside the natural range" : ""
+          doubt > most.denoising_error_ratio ? ", more than looks natural" : ""
         }`,
-        `error of FLUX when it denoises this image without a prompt, relative to the image before (1: the same); natural range: up to ${most.denoising_error_ratio}`,
+        `error of FLUX when it denoises this image without a prompt, relative to the image before (1: the same); natural: up to ${
+          FS.number(most.denoising_error_ratio, 2)
+        }`,
       ],
       measurement.relative_size === null ? null : [
         "Size of the edit",
@@ -753,13 +761,13 @@ FS.measured = (data, isRandom) => {
 
 FS.isStripOf = (strip, result) =>
   JSON.stringify(strip.picture) === JSON.stringify(result.picture) &&
-  result.edits.some((edit) => FS.safeKey(edit) === FS.safeKey(strip));
+  result.edits.some((edit) => FS.naturalKey(edit) === FS.naturalKey(strip));
 
 FS.define("fs-strip", (root, data) => {
-  const ranges = FS.safeOf(data.picture);
-  if (data.safe) ranges.set(FS.safeKey(data), { range: data.safe, notches: data.notches });
-  else ranges.delete(FS.safeKey(data));
-  const editor = document.querySelector("fs-edits"), most = data.cells[0].measurement.safe_up_to;
+  const ranges = FS.naturalOf(data.picture);
+  if (data.natural) ranges.set(FS.naturalKey(data), { range: data.natural, notches: data.notches });
+  else ranges.delete(FS.naturalKey(data));
+  const editor = document.querySelector("fs-edits"), most = data.cells[0].measurement.natural;
   if (editor && editor.redraw) editor.redraw();
   root.append(
     FS.el(
@@ -772,10 +780,10 @@ FS.define("fs-strip", (root, data) => {
         data.cells.map((cell) =>
           FS.el(
             "li",
-            { class: cell.safe ? "fs-ok" : "" },
+            { class: cell.natural ? "fs-ok" : "" },
             FS.el("img", { src: cell.image, alt: cell.words }),
             FS.el("span", { class: "fs-num", text: cell.short }),
-            FS.el("span", { class: "fs-quiet", text: cell.safe ? "in range" : "out of range" }),
+            FS.el("span", { class: "fs-quiet", text: cell.natural ? "looks natural" : "not natural" }),
           )
         ),
       ),
@@ -794,9 +802,11 @@ FS.define("fs-strip", (root, data) => {
       ),
       FS.el("p", {
         class: "fs-quiet",
-        text: `In the natural range, at most ${
+        text: `An image looks natural where at most ${
           FS.percent(most.out_of_distribution)
-        } of the edited patches look unlike those of FLUX's own images, and FLUX denoises the image almost as well as the one before (error up to ${most.denoising_error_ratio} ×). The band on the slider shows this range for this image.`,
+        } of the edited patches look unlike those of FLUX's own images, and FLUX denoises the image almost as well as the one before (error up to ${
+          FS.number(most.denoising_error_ratio, 2)
+        } ×). ${FS.calibration(most)} The band on the slider shows this range for this image.`,
       }),
     ),
   );
