@@ -111,6 +111,8 @@ class CaptionLabeller:
 
         The exact permutation test of one term. None for a text that is no term of the captions; 1 with too few images.
         """
+        from scipy.stats import hypergeom  # takes a second to import, and browsing needs none of it
+
         holds = self._captions_with(text)
         if holds is None:
             return None
@@ -118,8 +120,6 @@ class CaptionLabeller:
         if len(top) < self.config.min_images:
             return 1.0
         in_top = int(holds[self.groups[top].numpy()].sum())
-        from scipy.stats import hypergeom  # takes a second to import, and browsing needs none of it
-
         return float(hypergeom.sf(in_top - 1, len(holds), int(holds.sum()), len(top)))
 
     def holds(self, text: str) -> Bool[np.ndarray, " images"] | None:
