@@ -141,7 +141,7 @@ def test_a_swap_puts_a_name_where_the_old_one_fires_and_says_what_it_cannot_do()
         (("triangle", "green"), "No feature of “triangle” clearly fires"),
         (("red", "red"), "cannot replace itself"),
         (("red", "attic"), "'attic' is no name"),
-        ((["red"], "green"), "is no name"),
+        ((["red"], "green"), "give text of 1 to 200 characters"),
     ):
         with pytest.raises(FluxSaeError, match=refused):
             list(desk.swap(prompt, 1000344, 20, *names))

@@ -94,15 +94,21 @@ class Limits:
         """The latest hook point: where meaning is richest."""
         return list(self.hookpoints)[-1]
 
+    @property
+    def first_hookpoint(self) -> str:
+        """The earliest hook point."""
+        return next(iter(self.hookpoints))
+
 
 @dataclass(frozen=True)
 class OfRun:
     """Default of an argument that the served run decides."""
 
-    name: Literal["default_hookpoint", "default_steps"]
+    name: Literal["default_hookpoint", "first_hookpoint", "default_steps"]
 
 
 RUN_HOOKPOINT: Final[Any] = OfRun("default_hookpoint")
+FIRST_HOOKPOINT: Final[Any] = OfRun("first_hookpoint")
 RUN_STEPS: Final[Any] = OfRun("default_steps")
 
 
@@ -320,6 +326,11 @@ Prompt = Annotated[
     _text(MAX_PROMPT_CHARACTERS, blank=False),
     _schema("string", f"What the image shows, 1 to {MAX_PROMPT_CHARACTERS:,} characters."),
 ]
+Label = Annotated[
+    str,
+    _text(MAX_QUERY_CHARACTERS, blank=False),
+    _schema("string", "Name of features of this run, as their labels say it."),
+]
 Caption = Annotated[
     str,
     _text(MAX_PROMPT_CHARACTERS, blank=True),
@@ -351,6 +362,9 @@ Query = Annotated[
 ]
 HookPointPath = Annotated[
     str, BeforeValidator(_check_hookpoint), _schema("string", "Where in FLUX the features were read: a module path.")
+]
+OtherHookPoint = Annotated[
+    str, BeforeValidator(_check_hookpoint), _schema("string", "Another module path of this run, to compare with.")
 ]
 Seed = Annotated[
     int, _whole(0, lambda info: MAX_SEED), _schema("integer", f"Random seed, 0 to {MAX_SEED}; same seed, same image.")
