@@ -17,6 +17,7 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.laboratory.config import EvaluationConfig
 from fluxsae.sae.config import Mismatch
 from train.command import Bars, start
+from train.fit import report_variants
 from train.flux_options import open_flux
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def main(config: EvaluateConfig, *, pipe: Any = None) -> dict[HookPoint, Evaluat
         print("\n\n".join(_sections(evaluation)))
         written = f"written to {run.metrics_path(hookpoint)}" if config.write else "not written (--write does)"
         print(f"\n{written}")
+    for place in sorted({name.place for name in found}) if config.write else ():
+        report_variants(run, place)
     return found
 
 

@@ -58,18 +58,19 @@ def main(config: FindDemosConfig) -> StageResult:
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    places = [run.check_hookpoint(name) for name in config.hookpoints] or run.hookpoints()
+    described = [name for name in run.sae_names() if run.features_path(name).is_file()]
+    places: list[HookPoint] = [run.check_sae(name) for name in config.hookpoints] or [*described]
     features = {place: choose_features(run, place, config.features, config.n_features) for place in places}
     asked = {**asdict(config.search), "swap": asdict(config.swap), "distance": config.distance}
-    asked["features"] = {str(place): list(chosen) for place, chosen in features.items()}
     asked["steps"] = list(config.search.steps) if config.search.steps else None
     return run_stage(
         run,
         "demos",
-        {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()},
-        lambda: _search(run, features, config),
-        outputs=lambda: [path(place) for path in (run.demos_path, run.swaps_path) for place in places],
+        {str(place): {**asked, "features": list(chosen)} for place, chosen in features.items()},
+        lambda todo: _search(run, {run.check_sae(name): features[run.check_sae(name)] for name in todo}, config),
+        outputs=lambda asked: [path(name) for path in (run.demos_path, run.swaps_path) for name in asked],
         force=config.force,
+        by_name=True,
     )
 
 

@@ -74,7 +74,7 @@ def main(config: HeatmapConfig) -> None:
 
     check_png_path(config.out)
     run = RunFolder(config.run or miniature_path("run"))
-    index = CardIndex(run, config.hookpoint or run.hookpoints()[-1])
+    index = CardIndex(run, config.hookpoint or run.default_sae())
     if config.feature is not None:
         index.features[config.feature]  # refuses what does not exist, before any model work
     revision = index.info.flux_revision if config.flux is None else None

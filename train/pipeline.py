@@ -133,7 +133,7 @@ def _rename_source(copy: RunFolder, old: str, new: str) -> None:
     """Lets every recipe of the copied demos name the copy."""
     from fluxsae.files import write_text
 
-    for path in [of(hookpoint) for of in (copy.demos_path, copy.swaps_path) for hookpoint in copy.hookpoints()]:
+    for path in [of(hookpoint) for of in (copy.demos_path, copy.swaps_path) for hookpoint in copy.sae_names()]:
         if path.exists():
             renamed = path.read_text().replace(f'"source": {json.dumps(old)}', f'"source": {json.dumps(new)}')
             write_text(path, renamed)

@@ -15,7 +15,6 @@ import numpy as np
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.config import SelectionConfig
-from fluxsae.flux.hookpoints import HookPoint
 from train.command import start
 from train.prompts import BUNDLED_PROMPTS
 from train.stages import StageResult, run_stage
@@ -63,8 +62,8 @@ def main(config: SelectConfig, *, labellers: Sequence[Labeller] = ()) -> StageRe
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.features_path(hookpoint).is_file()]
-    if not hookpoints or not run.embeddings_path.is_file():
+    names = [name for name in run.sae_names() if run.features_path(name).is_file()]
+    if not names or not run.embeddings_path.is_file():
         raise FluxSaeError(f"{run.path} is not analysed or not embedded; run train.analyze and train.embed first")
     settings = {
         **asdict(config.selection),
@@ -77,17 +76,18 @@ def main(config: SelectConfig, *, labellers: Sequence[Labeller] = ()) -> StageRe
     return run_stage(
         run,
         "select",
-        settings,
-        lambda: _select_all(run, hookpoints, config, labellers),
-        outputs=lambda: [run.features_path(hookpoint) for hookpoint in hookpoints],
+        dict.fromkeys(map(str, names), settings),
+        lambda todo: _select_all(run, todo, config, labellers),
+        outputs=lambda asked: [run.features_path(name) for name in asked],
         force=config.force,
+        by_name=True,
     )
 
 
-def _select_all(run: RunFolder, hookpoints: list[HookPoint], config: SelectConfig, others: Sequence[Labeller]) -> None:
+def _select_all(run: RunFolder, names: Sequence[str], config: SelectConfig, others: Sequence[Labeller]) -> None:
     checker, scenes = _checker(run, config, others), _scenes(run)
-    for hookpoint in hookpoints:
-        _select(run, hookpoint, checker, scenes, config)
+    for name in names:
+        _select(run, name, checker, scenes, config)
 
 
 def _checker(run: RunFolder, config: SelectConfig, others: Sequence[Labeller]) -> NameChecker:
@@ -147,7 +147,7 @@ def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
 
 
 def _select(
-    run: RunFolder, hookpoint: HookPoint, checker: NameChecker, scenes: dict[int, Scene], config: SelectConfig
+    run: RunFolder, hookpoint: str, checker: NameChecker, scenes: dict[int, Scene], config: SelectConfig
 ) -> None:
     from fluxsae.features.naming import kept_names, name_columns, random_named
     from fluxsae.features.scores import ScoreMatrix
@@ -181,7 +181,7 @@ def _select(
         "clip_phrases": [[label.text for label in phrases] for _, phrases in proposed],
         "silent_images": silent,
     }
-    run.save_features(hookpoint, run.load_features(hookpoint).with_columns(columns))
+    run.save_features(hookpoint, run.load_features(hookpoint, given=False).with_columns(columns))
     _report(hookpoint, judged, names, config.selection.max_q)
     print(f"  of {len(alive)} of these features with their images shuffled, {by_chance:.1%} would get a name")
 
@@ -211,7 +211,7 @@ def _coherence_columns(judged: FeatureCoherence, max_q: float) -> dict[str, list
     }
 
 
-def _report(hookpoint: HookPoint, judged: FeatureCoherence, best: list[NameCheck | None], max_q: float) -> None:
+def _report(hookpoint: str, judged: FeatureCoherence, best: list[NameCheck | None], max_q: float) -> None:
     from fluxsae.features.selection import select_features
 
     sure = np.array([label.confidence if label else np.nan for label in best])

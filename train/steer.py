@@ -141,7 +141,7 @@ def load_saes(
     """The run's SAEs that the edits name."""
     from fluxsae.sae.model import SparseAutoencoder
 
-    places = sorted({run.check_hookpoint(edit.hookpoint) for edit in edits})
+    places = sorted({run.check_sae(edit.hookpoint) for edit in edits})
     return {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=device) for place in places}
 
 
@@ -160,7 +160,7 @@ def _edits(config: SteerConfig, run: RunFolder) -> tuple[SteeringEdit, ...]:
         return parse_edits(path.read_text(encoding="utf-8") if is_file else config.edits)
     if config.feature is None:
         raise FluxSaeError("feature is missing; give --feature, --edits or --recipe.")
-    hookpoint = run.check_hookpoint(config.hookpoint or run.hookpoints()[-1])
+    hookpoint = run.check_sae(config.hookpoint or run.default_sae())
     region = None if config.heatmap is None else HeatmapRegion(config.heatmap)
     edit = SteeringEdit(hookpoint, config.feature, config.mode, config.strength, steps=config.steps, region=region)
     return (replace(edit, when=_condition(config)),)

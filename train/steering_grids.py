@@ -68,7 +68,8 @@ def main(config: SteeringGridsConfig) -> list[Path]:
 
     run = RunFolder(config.run)
     info = run.load_info()
-    places = [run.check_hookpoint(name) for name in config.hookpoints] or run.hookpoints()
+    described = [name for name in run.sae_names() if run.features_path(name).is_file()]
+    places: list[HookPoint] = [run.check_sae(name) for name in config.hookpoints] or [*described]
     subjects = {place: _subjects(run, place, config) for place in places}
     pipe = load_flux(info.flux_id, revision=info.flux_revision, device=config.device)
     painter = _Painter(run, pipe, config)

@@ -114,6 +114,8 @@ class FeatureCard:
     """0: always the same place, 1: everywhere alike."""
     alignment: float | None
     """Cosine of what it reads and what it writes."""
+    label_by: str | None = None
+    """"person" where somebody gave the label (labels.csv)."""
     name: CardName | None = None
     """How the label was checked; None without a label, and in runs of before."""
     place: str | None = None
@@ -174,7 +176,7 @@ class CardIndex:
         """
         self.run = run
         self.info = run.load_info()
-        self.hookpoint = run.check_hookpoint(hookpoint)
+        self.hookpoint = run.check_sae(hookpoint)
         self.features = run.load_features(self.hookpoint)
         self.images = run.load_images()
         self.labels: list[str | None] = self._column("label")
@@ -195,6 +197,7 @@ class CardIndex:
             feature=feature,
             label=row.label,
             label_confidence=row.label_confidence,
+            label_by=row.label_by,
             feature_class=row.feature_class,
             density=row.density,
             image_density=row.image_density,

@@ -54,7 +54,7 @@ class Layout:
 
 
 @total_ordering
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HookPoint:
     """One module of FLUX's transformer and one of its token streams.
 
@@ -102,6 +102,11 @@ class HookPoint:
             raise FluxSaeError(f"{text[:80]!r} names no hook point. {_SYNTAX}.")
         default = "text" if submodule == "ff_context" else "image"
         return cls(kind, index, submodule, wanted or default)  # type: ignore[arg-type]
+
+    @property
+    def place(self) -> "HookPoint":
+        """The hook point itself, of a name that says more than where (`fluxsae.runs.names.SaeName`)."""
+        return self
 
     @property
     def path(self) -> str:
@@ -157,14 +162,19 @@ class HookPoint:
     def __str__(self) -> str:
         return f"{self.path}.text" if self.stream == "text" and len(self._streams) > 1 else self.path
 
+    def __eq__(self, other: object) -> bool:
+        return self.key == other.key if isinstance(other, HookPoint) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
     def __lt__(self, other: object) -> bool:
-        if not isinstance(other, HookPoint):
-            return NotImplemented
-        return self._key < other._key
+        return self.key < other.key if isinstance(other, HookPoint) else NotImplemented
 
     @property
-    def _key(self) -> tuple[str, int, str, str]:
-        return self.block_kind, self.block_index, self.submodule, self.stream
+    def key(self) -> tuple[str, int, str, str, str]:
+        """What it is compared and sorted by; the last part is the variant of an SAE's name."""
+        return self.block_kind, self.block_index, self.submodule, self.stream, ""
 
 
 def _split_stream(text: str) -> tuple[str, Stream | None]:

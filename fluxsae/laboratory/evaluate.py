@@ -130,7 +130,9 @@ class _Work:
         allow_mismatch: Collection[Mismatch],
     ) -> "_Work":
         settings = run.load_info().settings
-        wanted = [run.check_hookpoint(name) for name in hookpoints] or [h for h in run.hookpoints() if run.has_sae(h)]
+        wanted: list[HookPoint] = [run.check_sae(name) for name in hookpoints] or [
+            h for h in run.sae_names() if run.has_sae(h)
+        ]
         missing = [str(hookpoint) for hookpoint in wanted if not run.has_sae(hookpoint)]
         if missing or not wanted:
             raise FluxSaeError(f"{run.path} has no SAE at {', '.join(missing) or 'any hook point'}. Train one first.")
@@ -346,5 +348,5 @@ class _Work:
     def _labels(self, hookpoint: HookPoint) -> list[str | None] | None:
         if not self.run.features_path(hookpoint).is_file():
             return None
-        features = self.run.load_features(hookpoint)
+        features = self.run.load_features(hookpoint, given=False)  # names that were found are what is judged
         return list(features.column("label")) if "label" in features else None

@@ -91,7 +91,7 @@ def build_card(run: RunFolder, repo_id: str, *, revision: str | None = None, tab
     sections = [
         _front_matter(info, tables_repo),
         _introduction(info, repo_id),
-        *(_hookpoint_section(run, hookpoint) for hookpoint in run.hookpoints()),
+        *(_hookpoint_section(run, hookpoint) for hookpoint in run.sae_names()),
         _usage(run, repo_id, revision),
         _tables(tables_repo),
         _terms(info),
@@ -217,7 +217,7 @@ def _hookpoint_section(run: RunFolder, hookpoint: HookPoint) -> str:
     parts = [f"## `{hookpoint}`", _facts(run, hookpoint)]
     path = run.features_path(hookpoint)
     if path.is_file():
-        parts.append(_features(FeatureTable.load(path)))
+        parts.append(_features(run.load_features(hookpoint)))
     # features on their images are worth most, then grids and maps
     sheets = sorted(run.sheets(hookpoint), key=lambda sheet: (not sheet.stem.startswith("features"), sheet.stem))
     parts += [
@@ -337,8 +337,15 @@ def _best_features(table: FeatureTable) -> list[tuple[int, str, str, str]]:
     coherences = table.column("coherence").astype(np.float64)  # NaN where there is none
     order = np.argsort(-coherences, kind="stable")
     known = [int(f) for f in order if labels[f] and np.isfinite(coherences[f])]
+    by = table.column("label_by") if "label_by" in table else [None] * len(table)
+    named = {f: f"{labels[f]}, named by a {by[f]}" if by[f] else str(labels[f]) for f in known[:_MOST_FEATURES]}
     return [
-        (f, str(labels[f]), f"{coherences[f]:.2f}", f"{float(densities[f]):.2%} of tokens")
+        (
+            f,
+            named[f],
+            f"{coherences[f]:.2f}",
+            f"{float(densities[f]):.2%} of tokens",
+        )
         for f in known[:_MOST_FEATURES]
     ]
 
@@ -349,8 +356,8 @@ def _cell(text: str) -> str:
 
 
 def _usage(run: RunFolder, repo_id: str, revision: str | None) -> str:
-    hookpoints = run.hookpoints()
-    subfolder = run.sae_subfolder(hookpoints[-1]) if hookpoints else "sae"
+    shown = run.default_sae() if run.hookpoints() else None
+    subfolder = run.sae_subfolder(shown) if shown else "sae"
     pin, at = (f', revision="{revision}"', f"@{revision}") if revision else ("", "")
     return f"""\
 ## Use
@@ -360,7 +367,7 @@ from fluxsae import SparseAutoencoder, pull_run
 
 sae = SparseAutoencoder.from_pretrained("{repo_id}", subfolder="{subfolder}"{pin})
 run = pull_run("{repo_id}"{pin})    # everything here, checked by its hashes
-print(run.load_features("{hookpoints[-1] if hookpoints else ""}")[0])
+print(run.load_features("{shown or ""}")[0])
 ```
 
 Browse it in a page on your machine, with the source of fluxsae: `FLUXSAE_RUN={repo_id}{at} make app`. Check a copy:

@@ -1,5 +1,6 @@
 """The tables of a run as typed values, each with the one reader and writer of its file format."""
 
+import csv
 import functools
 import io
 import itertools
@@ -18,6 +19,7 @@ from PIL import Image
 
 from fluxsae.errors import FluxSaeError, maker
 from fluxsae.files import atomic_path, load_tensors, map_array, read_header, save_tensors
+from fluxsae.runs.names import SaeName
 
 _IMAGE_ROW_GROUP = 128
 _THUMBNAIL_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -209,6 +211,8 @@ class FeatureRow:
     """How far to trust the label where the feature fires, weighted by how strongly (older runs: at its strongest)."""
     label_curve: list[float] | None = None
     """How far to trust the label at 0, 10, ..., 100 % of `max_act`: 0 is chance, 1 certainty."""
+    label_by: str | None = None
+    """"person" where labels.csv gives the label; never stored."""
     name_p_value: float | None = None
     """Chance that the label fits random held-out images as well: a permutation test of one name."""
     name_q_value: float | None = None
@@ -237,6 +241,13 @@ class FeatureRow:
     """Share of its activation in the outermost eighth on each side."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Columns that this class does not name."""
+
+
+_OF_FOUND_NAMES = (
+    "name_p_value", "name_q_value", "name_base", "name_precision", "name_recall", "level_precision", "name_place",
+    "name_place_share",
+)  # fmt: skip
+"""Columns about a name that was found and checked; they say nothing of one that a person gave."""
 
 
 class FeatureTable:
@@ -305,6 +316,28 @@ class FeatureTable:
             position = table.column_names.index(name) if name in table.column_names else -1
             table = table.append_column(name, array) if position < 0 else table.set_column(position, name, array)
         return FeatureTable(table)
+
+    def with_given_labels(self, labels: Mapping[int, str], source: str) -> "FeatureTable":
+        """The table with labels that a person gave, trusted fully; an empty one takes the name away.
+
+        Raises:
+            FluxSaeError: a feature that does not exist; `source` is named.
+        """
+        if not labels:
+            return self
+        beyond = [feature for feature in labels if feature >= len(self)]
+        if beyond:
+            raise FluxSaeError(f"{source} names feature {beyond[0]}; features go from 0 to {len(self) - 1}.")
+        given: dict[str, list[Any]] = {
+            name: self.table[name].to_pylist() if name in self else [None] * len(self)
+            for name in ("label", "label_confidence", "label_curve", *(n for n in _OF_FOUND_NAMES if n in self))
+        }
+        given["label_by"] = [None] * len(self)
+        for feature, text in labels.items():
+            own = {"label": text or None, "label_confidence": 1.0 if text else None, "label_by": "person"}
+            for name, values in given.items():
+                values[feature] = own.get(name)
+        return self.with_columns(given)
 
     @property
     def quantile_levels(self) -> list[float]:
@@ -422,6 +455,30 @@ class Embeddings:
         """Writes the file as fp16, whole or absent."""
         vectors = torch.from_numpy(np.ascontiguousarray(self.vectors, dtype=np.float16))
         save_tensors(path, {"embeddings": vectors}, metadata={"model": self.model})
+
+
+def load_given_labels(path: str | Path, names: Sequence[str]) -> dict[str, dict[int, str]]:
+    """Labels that people gave, by SAE and feature, from a CSV file with the columns hookpoint, feature and label.
+
+    Raises:
+        FluxSaeError: a column is missing, or a line names no SAE of `names` or no feature, or one a second time.
+    """
+    found: dict[str, dict[int, str]] = {}
+    with Path(path).open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in ("hookpoint", "feature", "label") if name not in (reader.fieldnames or ())]
+        if missing:
+            raise FluxSaeError(f"{path} lacks {', '.join(missing)}. Its first line must be: hookpoint,feature,label")
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            name, number, label = ((row[column] or "").strip() for column in ("hookpoint", "feature", "label"))
+            name = str(SaeName.parse(name))  # such as layer15
+            if name not in names:
+                raise FluxSaeError(f"{where}: this run has no SAE {name}; it has {', '.join(names)}.")
+            if not number.isdecimal() or int(number) in found.get(name, {}):
+                raise FluxSaeError(f"{where}: feature is {number!r}; it must be a whole number from 0, once an SAE.")
+            found.setdefault(name, {})[int(number)] = " ".join(label.split())
+    return found
 
 
 def load_directions(path: str | Path) -> dict[str, torch.Tensor]:

@@ -12,6 +12,8 @@ from fluxsae.errors import FluxSaeError
 
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "matryoshka"]
 Precision = Literal["float32", "bfloat16"]
+Tool = Literal["saelens", "sparsify", "dictionary_learning", "overcomplete", "plain"]
+"""Who wrote the files of an SAE from elsewhere; plain: a `.pt` checkpoint of a training script."""
 
 Mismatch = Literal[
     "flux",

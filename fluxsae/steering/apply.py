@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -24,6 +24,7 @@ from fluxsae.flux import (
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.hooks import TransformerCall
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.names import SaeName
 from fluxsae.sae.config import Mismatch
 from fluxsae.sae.ground import check_names
 from fluxsae.sae.model import SparseAutoencoder
@@ -40,7 +41,7 @@ class EditedCall:
     """What an edit did at one call of one block: for measurements."""
 
     call: BlockCall
-    """The block's call, with the unedited tokens."""
+    """The block's call, with the unedited tokens; where several SAEs of a hook point edit, one for each of them."""
     delta: Float[Tensor, "batch tokens d_model"]
     """What was added, fp32."""
     edited: Float[Tensor, "batch tokens d_model"]
@@ -142,7 +143,8 @@ def steer(
 
     Args:
         pipe: a FLUX pipeline; its hooks are gone when the `with` ends, however it ends.
-        saes: the SAE of each hook point that an edit names; they move to the device on which FLUX computes.
+        saes: the SAE of each hook point (or `hookpoint@variant`) that an edit names; they move to the device on which
+            FLUX computes.
         edits: one flat list for all images of a batch, or one list an image.
         settings: those of the generations to come, where known: windows, regions and SAEs are then checked against
             them here, and otherwise before the first block of each generation runs.
@@ -153,19 +155,19 @@ def steer(
     Raises:
         FluxSaeError: an edit does not fit the SAE, the SAE not the pipeline, or window and region not the images.
     """
-    saes = {HookPoint.parse(hookpoint): sae for hookpoint, sae in saes.items()}
+    saes = {SaeName.parse(name): sae for name, sae in saes.items()}
     check_edits(pipe, saes, edits, settings=settings, allow_mismatch=allow_mismatch)
     per_item = _per_item(edits)
     hookpoints = sorted({edit.hookpoint for item in per_item for edit in item})
     handlers = {
-        hookpoint: _SteeredHookpoint(
-            sae=saes[hookpoint],
-            per_item=[sorted((e for e in item if e.hookpoint == hookpoint), key=_order) for item in per_item],
+        place: _SteeredHookpoint(
+            saes={name: saes[name] for name in hookpoints if name.place == place},
+            per_item=[sorted((e for e in item if e.hookpoint.place == place), key=_order) for item in per_item],
             is_flat=not is_batched(edits),
             direction_of=direction_of,
             on_edit=on_edit,
         )
-        for hookpoint in hookpoints
+        for place in sorted({name.place for name in hookpoints})
     }
 
     def check_run(call: TransformerCall) -> None:
@@ -228,9 +230,12 @@ def edit_window(edit: SteeringEdit, sae: SparseAutoencoder, sigmas: Sequence[flo
 
 @dataclass(frozen=True, eq=False)
 class _SteeredHookpoint:
-    """The handler of one hook point: every item of the batch gets its own edits' deltas, summed in canonical order."""
+    """The handler of one hook point: every item of the batch gets its own edits' deltas, summed in canonical order.
 
-    sae: SparseAutoencoder
+    Edits through several SAEs there read the same unedited tokens.
+    """
+
+    saes: Mapping[HookPoint, SparseAutoencoder]
     per_item: list[list[SteeringEdit]]
     is_flat: bool
     direction_of: DirectionOf | None
@@ -247,25 +252,29 @@ class _SteeredHookpoint:
         deltas = None if self.on_edit is None else torch.empty_like(call.tokens, dtype=dtype)
         for place, tokens in enumerate(call.tokens.split(1)):
             item = 0 if self.is_flat else place
-            active = [edit for edit in self.per_item[item] if _is_active(edit, self.sae, call)]
+            active = [edit for edit in self.per_item[item] if _is_active(edit, self.saes[edit.hookpoint], call)]
             delta = self._summed_delta(tokens.to(dtype), active, item, place, sigma=call.sigma)
             edited[place : place + 1] = add_delta(tokens, delta)
             if deltas is not None:
                 deltas[place : place + 1] = delta
         if self.on_edit is not None and deltas is not None:
-            self.on_edit(EditedCall(call, deltas, edited))
+            for name in self.saes:
+                self.on_edit(EditedCall(replace(call, hookpoint=name), deltas, edited))
         return edited
 
     def _summed_delta(self, x: Tensor, edits: list[SteeringEdit], item: int, place: int, *, sigma: float) -> Tensor:
         delta = torch.zeros_like(x)
-        features = sorted({feature for edit in edits for feature in _read_features(edit)})
-        found = self.sae.encode_features(x, features, sigma=sigma) if features else x[..., :0]
-        acts = dict(zip(features, found.unbind(-1), strict=True))
+        acts: dict[HookPoint, dict[int, Tensor]] = {}
+        for name, sae in self.saes.items():
+            features = sorted({each for edit in edits if edit.hookpoint == name for each in _read_features(edit)})
+            found = sae.encode_features(x, features, sigma=sigma) if features else x[..., :0]
+            acts[name] = dict(zip(features, found.unbind(-1), strict=True))
         for edit in edits:
             direction = None if self.direction_of is None else self.direction_of(edit, item)
-            change = edit_delta(edit, self.sae, x, acts=acts.get(edit.feature), direction=direction)
+            sae, known = self.saes[edit.hookpoint], acts[edit.hookpoint]
+            change = edit_delta(edit, sae, x, acts=known.get(edit.feature), direction=direction)
             if edit.when is not None:
-                change *= self._holds(edit, edit.when, acts, place)[..., None]
+                change *= self._holds(edit, edit.when, known, place)[..., None]
             delta += change
         return delta
 
@@ -273,7 +282,7 @@ class _SteeredHookpoint:
         self, edit: SteeringEdit, condition: Condition, acts: Mapping[int, Tensor], place: int
     ) -> Bool[Tensor, "#batch #tokens"]:
         """Where one image's edit may act."""
-        present = condition.where_present(acts, self.sae.reference_acts)
+        present = condition.where_present(acts, self.saes[edit.hookpoint].reference_acts)
         if condition.at == "token":
             return present
         if bool(present.any()):

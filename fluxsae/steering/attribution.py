@@ -29,6 +29,7 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.hooks import StopGeneration, free_after_abort
 from fluxsae.flux.latents import Snapshot, differentiable_velocity, velocity
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.names import SaeName
 from fluxsae.sae.config import Mismatch
 from fluxsae.sae.kernels import pair_products
 from fluxsae.sae.model import SparseAutoencoder
@@ -169,7 +170,10 @@ def explain(
         FluxSaeError: no SAE at the target, a feature, token or step that is not there, or an SAE of another ground.
     """
     settings = settings or default_settings(pipe)
-    saes = {HookPoint.parse(place): sae for place, sae in saes.items()}
+    named = {SaeName.parse(name): sae for name, sae in saes.items()}
+    # Another SAE of the target's own hook point reads the same tokens: nothing there comes earlier.
+    place = target.hookpoint.place
+    saes = {name: sae for name, sae in named.items() if name.place != place or name == target.hookpoint}
     _check_target(pipe, saes, target, settings, limit=limit, allow_mismatch=allow_mismatch)
     words = content_words(prompt)
     room = _trials_at_once(pipe, settings)

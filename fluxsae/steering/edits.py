@@ -15,6 +15,7 @@ from fluxsae.checked import FromList, checked, from_object, made_from, short
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.names import SaeName
 from fluxsae.steering.conditions import Condition, FeaturesOf, filled_in
 
 Mode = Literal["scale", "add", "clamp", "ablate", "project_out"]
@@ -54,7 +55,7 @@ Region = GridMask | HeatmapRegion
 
 
 def _parsed(value: object) -> object:
-    return HookPoint.parse(value) if isinstance(value, str) else value
+    return SaeName.parse(value) if isinstance(value, str | HookPoint) else value
 
 
 def _region(value: Any) -> Region | None:
@@ -84,7 +85,7 @@ class SteeringEdit:
     """One change of one feature at one hook point.
 
     Args:
-        hookpoint: a `HookPoint` or its text; where the SAE reads and the edit writes.
+        hookpoint: the name of the SAE, or its text: a hook point, or `hookpoint@variant`.
         feature: index in the SAE, from 0.
         mode: one of `MODES`.
         strength: `scale`: factor on the activation (1 = no change); `add`, `clamp`: multiples of the feature's

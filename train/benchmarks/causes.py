@@ -63,7 +63,7 @@ def _measure(config: CausesConfig) -> tuple[list[Pair], list[Naming]]:
 
     run = RunFolder(config.run or miniature_path("run"))
     pipe = load_flux("miniature")
-    saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place)) for place in run.hookpoints()}
+    saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place)) for place in run.sae_names()}
     work = _Work(pipe, saes, run.load_features(run.hookpoints()[-1]), run.hookpoints()[-1], config)
     rng, pairs, namings = np.random.default_rng(config.seed), [], []
     for image in range(config.images):

@@ -227,6 +227,42 @@ class PageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PicturesConfig:
+    """What is drawn, read and trained."""
+
+    n_scenes: int = 500
+    """Drawn scenes."""
+    n_collected: int = 250
+    """Of them at most so many train or test the two SAEs."""
+    hookpoint: str = "transformer_blocks.3"
+    """Where features are read."""
+    step: int = 18
+    """Step of the schedule of 20 whose noise is added."""
+    batch_size: int = 25
+    """Pictures read together."""
+    epochs: int = 40
+    """Passes over the activations of the two SAEs."""
+    repeats: int = 5
+    """Timed repetitions; the median counts."""
+    seed: int = 0
+    """Decides scenes and halves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthConfig:
+    """How large the run is."""
+
+    images: int = 500
+    """Images that are collected and scored, and that are added to the scored ones."""
+    batch_size: int = 20
+    """Images generated together; it divides the number of images, so that batches are those of a run made at once."""
+    epochs: int = 4
+    """Passes over the activations."""
+    folder: Path | None = None
+    """Where the scratch folder is made; left out, among the system's temporary ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SigmasConfig:
     """What to collect, train and measure."""
 
@@ -262,8 +298,10 @@ CONFIGS: dict[str, type[Any]] = {
     "conditions": ConditionsConfig,
     "feeding": FeedingConfig,
     "gpu": GpuConfig,
+    "growth": GrowthConfig,
     "memory": MemoryConfig,
     "page": PageConfig,
+    "pictures": PicturesConfig,
     "quality": QualityConfig,
     "rehearsal": RehearsalConfig,
     "sigmas": SigmasConfig,

@@ -15,6 +15,7 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.hooks import BlockCall
 from fluxsae.pictures.grids import join_pictures
 from fluxsae.runs.folder import RunFolder
+from fluxsae.runs.names import SaeName
 from fluxsae.runs.tables import encode_webp
 from fluxsae.sae.acts import SparseActs
 from fluxsae.sae.model import SparseAutoencoder
@@ -40,7 +41,7 @@ def write_opening(run: RunFolder, pipe: Any, saes: Mapping[HookPoint, SparseAuto
 
     Their maps are bytes, row by row, 255 standing for the feature's maximum in the run.
     """
-    place, settings = HookPoint.parse(swap.hookpoint), run.load_info().settings
+    place, settings = SaeName.parse(swap.hookpoint), run.load_info().settings
     turns = [picture / (N_PICTURES - 1) for picture in range(N_PICTURES)]
     variants = [[turned(edit, turn) for edit in swap.recipe.edits] if turn else [] for turn in turns]
     made = sweep(
@@ -67,7 +68,7 @@ def turned(edit: SteeringEdit, turn: float) -> SteeringEdit:
 
 def _features_of_words(run: RunFolder, pipe: Any, sae: SparseAutoencoder, swap: Swap) -> list[dict[str, Any]]:
     """Of each name that the prompt has, the feature that says most about the image, if its name is sure there."""
-    place, steps = HookPoint.parse(swap.hookpoint), run.load_info().steps
+    place, steps = SaeName.parse(swap.hookpoint), run.load_info().steps
     acts: dict[int, SparseActs] = {}
 
     def sink(call: BlockCall) -> None:

@@ -64,6 +64,7 @@ def summary(cards: CardIndex, feature: int) -> dict[str, Any]:
         "feature": feature,
         "label": row.label,
         "label_confidence": row.label_confidence,
+        "label_by": row.label_by,
         "place": row.name_place,
         "feature_class": row.feature_class,
         "density": row.density,
@@ -92,6 +93,7 @@ def chip(cards: CardIndex, feature: int) -> dict[str, Any]:
     return {
         **named(cards, feature),
         "confidence": row.label_confidence,
+        "label_by": row.label_by,
         "density": row.density,
         "image_density": row.image_density,
         "maximum": row.max_act,

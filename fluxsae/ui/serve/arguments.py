@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo, WithJsonSchema
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.names import SaeName
 from fluxsae.runs.prompts import control_character
 from fluxsae.steering.edits import MODES, Region, SteeringEdit, parse_edits
 from fluxsae.ui.serve.given import MAX_PICTURE_BYTES, GivenPicture, take_picture
@@ -72,7 +72,7 @@ class Limits:
     """What the served run allows; the schemas are checked against it."""
 
     hookpoints: Mapping[str, int]
-    """Module path of each hook point -> its number of features; the last one is the default."""
+    """Name of each SAE (module path, with @variant where there are several) -> its number of features."""
     rows: int
     """Rows of the token grid."""
     cols: int
@@ -91,8 +91,9 @@ class Limits:
 
     @property
     def default_hookpoint(self) -> str:
-        """The latest hook point: where meaning is richest."""
-        return list(self.hookpoints)[-1]
+        """The main SAE of the latest hook point: where meaning is richest."""
+        places = [SaeName.parse(name) for name in self.hookpoints]
+        return str(next(name for name in places if name.place == places[-1].place))
 
     @property
     def first_hookpoint(self) -> str:
@@ -169,7 +170,7 @@ def _check_hookpoint(value: Any, info: ValidationInfo) -> str:
         return _limits(info).default_hookpoint
     if isinstance(value, str) and len(value) <= 100:
         try:
-            path = str(HookPoint.parse(value))
+            path = str(SaeName.parse(value))
         except FluxSaeError:
             path = ""
         if path in known:
@@ -287,7 +288,7 @@ def _check_window(value: Any, info: ValidationInfo) -> tuple[int, int] | None:
 def _check_region(value: Any, info: ValidationInfo) -> Region | None:
     region = _loaded(value, info) if value != "" else None
     try:
-        edit = SteeringEdit(HookPoint.parse(_limits(info).default_hookpoint), 0, "add", 0.0, region=region)
+        edit = SteeringEdit(SaeName.parse(_limits(info).default_hookpoint), 0, "add", 0.0, region=region)
     except (FluxSaeError, RecursionError) as error:
         raise ValueError(str(error)) from None
     _check_grid(edit.region, "", info)
@@ -361,7 +362,9 @@ Query = Annotated[
     _schema("string", "A feature number, words of a label, or any words (compared with the images by CLIP)."),
 ]
 HookPointPath = Annotated[
-    str, BeforeValidator(_check_hookpoint), _schema("string", "Where in FLUX the features were read: a module path.")
+    str,
+    BeforeValidator(_check_hookpoint),
+    _schema("string", "The SAE, by its place in FLUX: a module path, with @variant where there are several."),
 ]
 OtherHookPoint = Annotated[
     str, BeforeValidator(_check_hookpoint), _schema("string", "Another module path of this run, to compare with.")

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fluxsae.features.familiarity import Familiarity, familiarity
 from fluxsae.features.firing import SparseMaps
-from fluxsae.flux.hookpoints import HookPoint, TokenGrid
+from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.names import SaeName
 from fluxsae.runs.tables import encode_webp
 from fluxsae.sae.acts import SparseActs
 from fluxsae.sae.config import TrainedOn
@@ -142,7 +143,7 @@ def read_image(
             on_step(step, n_steps, _view(previews, step, sigmas, recorders))
 
     with ExitStack() as stack:
-        stack.enter_context(capture(pipe, [HookPoint.parse(name) for name in saes], steps=_union(recorders), sink=sink))
+        stack.enter_context(capture(pipe, [SaeName.parse(name) for name in saes], steps=_union(recorders), sink=sink))
         if has_previews:
             stack.enter_context(watch_estimates(pipe, draw))
         images = generate(pipe, prompt, seeds=seed, settings=settings, on_step=tell)

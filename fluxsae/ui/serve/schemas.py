@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.names import SaeName
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.ui.serve.arguments import (
     FIRST_HOOKPOINT,
@@ -378,7 +378,7 @@ class SweepRequest(PictureRequest):
 
     def edits(self) -> tuple[SteeringEdit, ...]:
         """One edit for each strength."""
-        place = HookPoint.parse(self.hookpoint)
+        place = SaeName.parse(self.hookpoint)
         return tuple(
             SteeringEdit(place, self.feature, self.mode, strength, steps=self.steps, region=self.region)
             for strength in self.strengths

@@ -23,6 +23,7 @@ from fluxsae.miniature import miniature_path
 from fluxsae.miniature.scenes import ATTRIBUTES, PLACES
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance, load_distance, load_embedder
 from fluxsae.runs.folder import RunFolder, library_versions
+from fluxsae.runs.names import SaeName
 from fluxsae.runs.tables import ImageTable
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.ui.serve.arguments import Limits
@@ -149,6 +150,12 @@ class ReadJob:
         return read_given(bench.pipe, bench.saes, self.picture, metrics=metrics, **asked)
 
 
+def described_saes(run: RunFolder) -> list[SaeName]:
+    """The SAEs that can be shown: one that was trained or adopted and not scored yet has no features to show."""
+    names = run.sae_names()
+    return [name for name in names if run.features_path(name).is_file()] or names
+
+
 class Workbench:
     """One run opened for visitors. Browsing reads the run folder only; FLUX is loaded by the first generation."""
 
@@ -191,9 +198,9 @@ class Workbench:
             FluxSaeError: there is none.
         """
         found = {}
-        for hookpoint in self.run.hookpoints():
+        for name in described_saes(self.run):
             try:
-                found[str(hookpoint)] = CardIndex(self.run, hookpoint)
+                found[str(name)] = CardIndex(self.run, name)
             except FluxSaeError as error:
                 self.problems[str(error)] = None
         if not found:
@@ -247,13 +254,15 @@ class Workbench:
 
     def word(self, hookpoint: str) -> str:
         """A hook point in words: "early", "middle", "late", or its block number where there are more."""
-        words = WORDS.get(len(self.hookpoints))
-        place = self.hookpoints.index(hookpoint)
-        return words[place] if words else f"block {HookPoint.parse(hookpoint).block_index}"
+        name = SaeName.parse(hookpoint)
+        places = sorted({SaeName.parse(other).place for other in self.hookpoints})
+        words = WORDS.get(len(places))
+        word = words[places.index(name.place)] if words else f"block {name.block_index}"
+        return f"{word}, {name.variant}" if name.variant else word
 
     def hookpoint_choices(self) -> list[tuple[str, str]]:
         """Hook points in words with their path, for menus."""
-        return [(f"{self.word(name)} (block {HookPoint.parse(name).block_index})", name) for name in self.hookpoints]
+        return [(f"{self.word(name)} (block {SaeName.parse(name).block_index})", name) for name in self.hookpoints]
 
     @property
     def example_edit(self) -> dict[str, Any]:
@@ -357,7 +366,7 @@ class Workbench:
         """What clean tokens look like at each hook point, where the run has measured it."""
         from fluxsae.steering.demos import load_limits
 
-        places = [HookPoint.parse(name) for name in self.hookpoints]
+        places: list[HookPoint] = [SaeName.parse(name) for name in self.hookpoints]
         limits = {place: self.readable(functools.partial(load_limits, self.run, place), None) for place in places}
         return {place: found for place, found in limits.items() if found is not None}
 

@@ -12,7 +12,6 @@ from fluxsae.errors import FluxSaeError, maker
 from fluxsae.features.cards import CardIndex
 from fluxsae.features.directions import nearest_features
 from fluxsae.features.layers import LayerComparison
-from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.pictures.heatmaps import feature_colour, names_colour
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk
@@ -194,8 +193,8 @@ class DirectionsDesk(Desk):
 
     def _comparison(self, left: str, right: str) -> LayerComparison:
         run = self.bench.run
-        if not run.comparison_path(HookPoint.parse(left), HookPoint.parse(right)).is_file():
-            raise FluxSaeError(f"These hook points were not compared yet. Compare them: {maker('compare_layers')}.")
+        if not run.comparison_path(left, right).is_file():
+            raise FluxSaeError(f"These SAEs were not compared yet. Compare them: {maker('compare_layers')}.")
         return LayerComparison.from_tensors(run.load_comparison(left, right))
 
     def _pairs(self, comparison: LayerComparison, one: CardIndex, two: CardIndex) -> list[dict[str, Any]]:

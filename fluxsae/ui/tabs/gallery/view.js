@@ -154,7 +154,10 @@ FS.define("fs-feature", (root, data) => {
           { class: "fs-row fs-wrap fs-tight" },
           FS.chip(data.colour),
           FS.el("h2", { class: "fs-name", tabindex: -1, text: FS.title(data) }),
-          sure ? FS.el("span", { class: "fs-badge", text: `${sure} (${FS.percent(data.confidence)})` }) : null,
+          data.label_by ? FS.el("span", { class: "fs-badge", text: `named by a ${data.label_by}` }) : null,
+          sure && !data.label_by
+            ? FS.el("span", { class: "fs-badge", text: `${sure} (${FS.percent(data.confidence)})` })
+            : null,
           FS.el("span", { class: "fs-quiet fs-num", text: `feature ${data.feature}, ${data.word}` }),
         ),
         FS.el(

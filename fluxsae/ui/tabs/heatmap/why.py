@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluxsae.features.cards import CardIndex
-from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.names import SaeName
 from fluxsae.ui.serve.given import GivenPicture
 from fluxsae.ui.serve.lane import OnStep
 from fluxsae.ui.serve.reading import readable_steps
@@ -69,10 +69,10 @@ class ExplainJob:
         token = None
         if request.row is not None and request.column is not None:
             token = request.row * bench.limits.cols + request.column
-        place = HookPoint.parse(request.hookpoint)
+        place = SaeName.parse(request.hookpoint)
         found = explain(
             bench.pipe,
-            {HookPoint.parse(name): sae for name, sae in bench.saes.items()},
+            {SaeName.parse(name): sae for name, sae in bench.saes.items()},
             Target(place, request.feature, step, token),
             prompt=request.prompt,
             seed=request.seed,

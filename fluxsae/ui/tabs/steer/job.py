@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
+from fluxsae.runs.names import SaeName
 from fluxsae.steering.edits import Recipe, SaeSource, SteeringEdit
 from fluxsae.ui.serve.given import GivenPicture
 from fluxsae.ui.serve.lane import OnStep
@@ -69,7 +70,7 @@ class SteerJob:
         from fluxsae.steering.measurements import EditRecorder
         from fluxsae.steering.sweeps import sweep
 
-        saes = {HookPoint.parse(name): sae for name, sae in bench.saes.items()}
+        saes: dict[HookPoint, Any] = {SaeName.parse(name): sae for name, sae in bench.saes.items()}
         settings = bench.settings(self.num_inference_steps)
         snapshot = self._snapshot(bench)
         recorder = EditRecorder(bench.pipe, saes, self.variants, limits=bench.token_limits)
@@ -152,7 +153,7 @@ def run_origin(bench: Workbench) -> Any:
 
     repo, _, revision = (EMBEDDED_RUN if bench.source == EMBEDDED else bench.name).partition("@")
     saes = tuple(
-        SaeSource(HookPoint.parse(name), repo, bench.run.sae_subfolder(name), revision or None)
+        SaeSource(SaeName.parse(name), repo, bench.run.sae_subfolder(name), revision or None)
         for name in bench.hookpoints
     )
     return Origin(bench.info.flux_id, bench.info.flux_revision, saes)
