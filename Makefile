@@ -59,6 +59,7 @@ bench: $(DEV_STAMP) ## measured speed: training against other tools, steering, s
 	$(PY) -m train.benchmarks collection
 	$(PY) -m train.benchmarks feeding
 	$(PY) -m train.benchmarks steering
+	$(PY) -m train.benchmarks page
 	$(PY) -m pytest -m bench --timeout 0 -s $(addprefix --ignore=,$(SOAK)) tests
 
 soak: $(DEV_STAMP) ## long runs: killed at random and resumed, load on the page (an hour)

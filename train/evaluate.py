@@ -93,7 +93,7 @@ def _parts(config: EvaluateConfig, *, is_miniature: bool) -> list[Part]:
     from fluxsae.laboratory.evaluate import PARTS
 
     asked: list[Part] = [name for name in PARTS if getattr(config, name)]
-    usual: list[Part] = ["reconstruction", "transfer", "flow", *(("concepts",) if is_miniature else ())]  # type: ignore[list-item]
+    usual: list[Part] = ["reconstruction", "transfer", "flow", *(("concepts",) if is_miniature else ())]
     return asked or usual
 
 

@@ -162,8 +162,8 @@ def _edits(config: SteerConfig, run: RunFolder) -> tuple[SteeringEdit, ...]:
         raise FluxSaeError("feature is missing; give --feature, --edits or --recipe.")
     hookpoint = run.check_sae(config.hookpoint or run.default_sae())
     region = None if config.heatmap is None else HeatmapRegion(config.heatmap)
-    given = {"steps": config.steps, "region": region, "when": _condition(config)}
-    return (SteeringEdit(hookpoint, config.feature, config.mode, config.strength, **given),)
+    edit = SteeringEdit(hookpoint, config.feature, config.mode, config.strength, steps=config.steps, region=region)
+    return (replace(edit, when=_condition(config)),)
 
 
 def _condition(config: SteerConfig) -> Condition | None:

@@ -47,9 +47,7 @@ def interval(values: Float[np.ndarray, " draws"]) -> Estimate:
     return Estimate(float(values[0]), float(low), float(high))
 
 
-def two_level_draws(
-    groups: Sequence[Float[np.ndarray, " members"]], *, draws: int, seed: int
-) -> Float[np.ndarray, " draws"]:
+def two_level_draws(groups: Sequence[Float[np.ndarray, " _"]], *, draws: int, seed: int) -> Float[np.ndarray, " draws"]:
     """The mean of the groups' means, for the sample and for resamples of groups and of the members of each.
 
     For rates of pictures of several concepts: other concepts could have been asked for, and other pictures drawn.

@@ -182,7 +182,10 @@ class CardIndex:
         self.labels: list[str | None] = self._column("label")
         self.places: list[str | None] = self._column("name_place")
         self._text_centres: dict[str, Float[np.ndarray, " width"]] = {}
-        self.directions = run.load_directions(self.hookpoint) if run.directions_path(self.hookpoint).is_file() else {}
+        self.problems: list[str] = []
+        """What is wrong with files that a card can do without; it then lacks what they hold."""
+        self.directions = self._load_directions()
+        self._heatmaps = self._load_heatmaps()
 
     def __len__(self) -> int:
         return len(self.features)
@@ -245,14 +248,15 @@ class CardIndex:
     def named(self) -> dict[str, list[int]]:
         """The features of each label, best ranked first, whose label is trusted at least by half at their strongest."""
         found: dict[str, list[int]] = {}
+        is_trusted = (self._label_curves[:, -1] >= 0.5) & (self.max_acts > 0)
         for feature in self.ranked:
             label = self.labels[feature]
-            if label and self._label_curves[feature, -1] >= 0.5 and self.max_acts[feature] > 0:
+            if label and is_trusted[feature]:
                 found.setdefault(label, []).append(feature)
         return found
 
     def label_confidence_at(
-        self, shares: Float[np.ndarray, " n"], features: Sequence[int] | None = None
+        self, shares: Float[np.ndarray, " n"], features: Sequence[int] | np.ndarray | None = None
     ) -> Float[np.ndarray, " n"]:
         """How far to trust a feature's label where it fires at this share of its maximum; 0 without a label.
 
@@ -302,7 +306,7 @@ class CardIndex:
 
     def acts(self, feature: int) -> dict[int, Float[np.ndarray, " tokens"]]:
         """Image id -> activations on the tokens of the feature's top images, best first."""
-        return self._heatmaps.acts(feature)
+        return self._heatmaps.acts(feature) if self._heatmaps is not None else {}
 
     def heatmaps(
         self, feature: int, *, scale: Literal["feature", "image"] = "feature"
@@ -345,8 +349,10 @@ class CardIndex:
         hits = self._by_label(text)
         if embedder is not None and self.run.embeddings_path.is_file():
             hits += self._by_clip(text, embedder)
-        unique = {hit.feature: hit for hit in reversed(hits)}
-        return sorted(unique.values(), key=hits.index)[:limit]
+        unique: dict[int, SearchHit] = {}
+        for hit in hits:  # what matched first tells why
+            unique.setdefault(hit.feature, hit)
+        return list(unique.values())[:limit]
 
     def _by_label(self, text: str) -> list[SearchHit]:
         wanted = _content_words(text)
@@ -399,9 +405,32 @@ class CardIndex:
             self._text_centres[embedder.name] = embedder.embed_texts(prompts).mean(dim=0).numpy()
         return self._text_centres[embedder.name]
 
-    @functools.cached_property
-    def _heatmaps(self) -> Heatmaps:
-        return self.run.load_heatmaps(self.hookpoint)
+    def _load_directions(self) -> dict[str, torch.Tensor]:
+        path = self.run.directions_path(self.hookpoint)
+        if not path.is_file():
+            return {}
+        try:
+            found = self.run.load_directions(self.hookpoint)
+            if any(len(tensor) != len(self.features) for tensor in found.values()):
+                raise FluxSaeError(f"{path} is of another number of features. Run `python -m train.directions` again.")
+        except FluxSaeError as error:
+            self.problems.append(str(error))
+            return {}
+        return found
+
+    def _load_heatmaps(self) -> Heatmaps | None:
+        try:
+            found = self.run.load_heatmaps(self.hookpoint)
+            if found.rows * found.cols != self.grid.n_tokens:
+                path, grid = self.run.heatmaps_path(self.hookpoint), f"{self.info.rows} x {self.info.cols}"
+                raise FluxSaeError(
+                    f"{path} has maps of {found.rows} x {found.cols} patches, and the run's images have {grid}. "
+                    "Run `python -m train.analyze` again."
+                )
+        except FluxSaeError as error:
+            self.problems.append(str(error))
+            return None
+        return found
 
     def _top_images(self, row: FeatureRow) -> tuple[TopImage, ...]:
         images = self.images

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
-from scipy.special import gammaln, logsumexp
-from scipy.stats import hypergeom, norm
+from scipy.special import gammaln, log_ndtr, logsumexp
 from torch import Tensor
 
 from fluxsae.features.config import SelectionConfig
@@ -112,6 +111,8 @@ class CaptionLabeller:
 
         The exact permutation test of one term. None for a text that is no term of the captions; 1 with too few images.
         """
+        from scipy.stats import hypergeom  # takes a second to import, and browsing needs none of it
+
         holds = self._captions_with(text)
         if holds is None:
             return None
@@ -244,7 +245,7 @@ def rank_sum(
     n_rest = max(n_prompts - n_top, 1)
     above = (ranks.mean(axis=0, dtype=np.float64) - (n_top + 1) / 2) / n_rest
     spread = np.sqrt((n_prompts + 1) / (12 * n_top * n_rest))
-    return above, norm.logsf((above - 0.5) / spread)
+    return above, log_ndtr((0.5 - above) / spread)
 
 
 def caption_vocabulary(prompts: Sequence[str], *, limit: int) -> list[str]:

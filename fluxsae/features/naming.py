@@ -17,8 +17,8 @@ STRENGTHS: Final = {"strong": 2 / 3, "middle": 1 / 3, "weak": 0.0}
 """Levels of activation -> the share of a feature's highest score above which they begin, the strongest first."""
 OFTEN: Final = 0.5
 """Share of the images from which a feature that fires is no sure sign of what fewer images show."""
-NEVER_SURE: Final = 0.75
-"""Most that the name of such a feature is trusted."""
+NEVER_SURE: Final = 0.7
+"""Most that such a name is trusted as a whole, and where its feature does not fire strongly."""
 PLACES: Final = {
     "inside": "on it",
     "above": "above it",
@@ -32,7 +32,7 @@ PLACES: Final = {
 """Where a feature fires beside what it is named after -> in words; the first one that holds is told."""
 ON_IT: Final = "inside"
 """The place that a name alone promises; every other one is told beside it."""
-_WIDTH, _PRIOR, _BINS = 0.1, 4.0, 100
+_WIDTH, _PRIOR, _BINS = 0.1, 2.0, 100
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ class NameChecker:
         holds = self._captions[1].holds(label.text)
         if holds is None:
             return self._in_proportion(label, p_value, scores)
-        return measured_name(label, p_value, own.numpy(), holds, ids=np.flatnonzero(self.held_out))
+        maximum, ids = float(scores.max()), np.flatnonzero(self.held_out)
+        return measured_name(label, p_value, own.numpy() / max(maximum, 1e-12), holds, ids=ids)
 
     def _p_value(self, label: Label, own: Float[Tensor, " held_out"]) -> float | None:
         for labeller in (self._captions[1], self._phrases[1]):
@@ -193,19 +194,20 @@ def random_named(
 def measured_name(
     label: Label,
     p_value: float,
-    scores: Float[np.ndarray, " images"],
+    shares: Float[np.ndarray, " images"],
     holds: Bool[np.ndarray, " images"],
     *,
     ids: np.ndarray,
 ) -> NameCheck:
-    """A name with its precision and recall on held-out images, whose captions hold it or not; `ids` are theirs."""
-    shares, base = scores / max(float(scores.max()), 1e-12), float(holds.mean())
-    precision = precision_curve(shares, holds)
+    """A name with its precision and recall on held-out images, whose captions hold it or not; `ids` are theirs.
+
+    `shares` are their scores as shares of the feature's highest in the whole run.
+    """
+    base, precision = float(holds.mean()), precision_curve(shares, holds)
     trust = np.clip((precision - base) / max(1.0 - base, 1e-12), 0.0, 1.0)
-    often = float((scores > 0).mean())
-    if often >= OFTEN > base:
-        trust = np.minimum(trust, NEVER_SURE)
     fires = shares > 0
+    most = NEVER_SURE if float(fires.mean()) >= OFTEN > base else 1.0
+    trust = np.where(STRENGTHS["strong"] > CURVE_LEVELS, np.minimum(trust, most), trust)
     weights = shares[fires]
     return NameCheck(
         label,
@@ -213,7 +215,7 @@ def measured_name(
         base=base,
         precision=precision.tolist(),
         recall=[float((shares[holds] >= max(level, 1e-12)).mean()) if holds.any() else 0.0 for level in CURVE_LEVELS],
-        confidence=float(np.interp(weights, CURVE_LEVELS, trust) @ weights / max(weights.sum(), 1e-12)),
+        confidence=min(most, float(np.interp(weights, CURVE_LEVELS, trust) @ weights / max(weights.sum(), 1e-12))),
         curve=trust.tolist(),
         levels=strength_levels(shares, holds, ids=ids),
     )

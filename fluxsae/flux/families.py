@@ -270,7 +270,8 @@ class Flux1(Family):
 
     def unpack(self, pipe: Any, packed: Latents, grid: TokenGrid) -> Tensor:
         """Inverse of `pack`."""
-        return unpack_cells(packed, grid) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        cells: Tensor = unpack_cells(packed, grid) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        return cells
 
 
 class Flux2(Family):
@@ -408,7 +409,8 @@ class Flux2(Family):
         """The mode in patches of 2 x 2 cells, normalised by the autoencoder's batch norm."""
         patches = pipe._patchify_latents(encoded.latent_dist.mode())
         mean, std = self._statistics(pipe, patches)
-        return rearrange((patches - mean) / std, "batch channels rows cols -> batch (rows cols) channels")
+        packed: Tensor = rearrange((patches - mean) / std, "batch channels rows cols -> batch (rows cols) channels")
+        return packed
 
     def unpack(self, pipe: Any, packed: Latents, grid: TokenGrid) -> Tensor:
         """Inverse of `pack`."""

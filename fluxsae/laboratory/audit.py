@@ -95,7 +95,8 @@ class AuditReport:
 def separation(values: Mapping[str, Sequence[Measured]], measure: str, kind: str) -> float:
     """How many standard deviations between seeds the trained SAEs are better than another kind of dictionary.
 
-    Where no direction is better, the distance. NaN where a kind was not measured; 0 where both are equal throughout.
+    Where no direction is better, the distance. NaN where a kind was not measured, 0 where both are equal throughout,
+    infinite where only the seeds are.
     """
     trained = np.array([one.get(measure, np.nan) for one in values[TRAINED]])
     others = np.array([one.get(measure, np.nan) for one in values.get(kind, ())])
@@ -106,7 +107,7 @@ def separation(values: Mapping[str, Sequence[Measured]], measure: str, kind: str
     direction = MEASURES[measure] or np.sign(gap)
     if abs(gap) <= 1e-9:
         return 0.0
-    return float(direction * gap / max(spread, 1e-12)) if np.isfinite(gap) else float("nan")
+    return float(direction * gap / spread) if spread > 0 else float(direction * np.sign(gap) * np.inf)
 
 
 def rank_with_truth(values: Mapping[str, Sequence[Measured]], measure: str) -> float:
@@ -213,7 +214,7 @@ def measure(sae: SparseAutoencoder, sample: Sample) -> dict[str, float]:
     """Every measure that needs no further pass of FLUX."""
     sums, firing = ReconstructionSums.empty(sae.config.d_model), FiringSums.empty(sae.config.n_features)
     for x in sample.x:
-        acts = sae.encode_sparse(x)
+        acts = sae.encode_sparse(x, sigma=sample.sigmas[:, None])
         sums.update(x, sae.decode_sparse(acts))
         firing.update(acts)
     found = {"FVU": sums.fvu(), "L0": firing.l0(), "dead share": firing.dead_share()}
@@ -288,7 +289,8 @@ def _overlaps(
     """Mean IoU of each concept's best feature with the masks of the second half, its threshold from the first."""
     halves = truth.halves
     chosen, place = np.unique(best, return_inverse=True)
-    maps = torch.stack([sae.encode(image)[..., chosen].amax(0).T for image in sample.x]).double().numpy()
+    levels = sample.sigmas[:, None]
+    maps = torch.stack([sae.encode(image, sigma=levels)[..., chosen].amax(0).T for image in sample.x]).double().numpy()
     found = np.full(len(best), np.nan)
     for row in np.flatnonzero(halves.usable):
         own = maps[:, place[row]]

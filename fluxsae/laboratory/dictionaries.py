@@ -4,7 +4,7 @@ None of them has a table of noise levels.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,7 @@ RIDGE = 1e-3
 _REFERENCE_ROWS = 20_000
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Rows:
     """Token rows in memory as a source of training batches."""
 
@@ -30,11 +30,10 @@ class Rows:
     batch_size: int
     seed: int
     reads_ahead: bool = False
+    d_model: int = field(init=False)
 
-    @property
-    def d_model(self) -> int:
-        """Width of the rows."""
-        return self.rows.shape[1]
+    def __post_init__(self) -> None:
+        self.d_model = self.rows.shape[1]
 
     @property
     def order(self) -> str:

@@ -166,4 +166,5 @@ def _empty_sae(like: SparseAutoencoder, *, n_features: int) -> SparseAutoencoder
 def _span(rows: Float[Tensor, "n d"]) -> Float[Tensor, "r d"]:
     """An orthonormal basis of the rows' span."""
     _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
-    return vectors[values > LEAST_SHARE * values[0]]
+    kept: Float[Tensor, "r d"] = vectors[values > LEAST_SHARE * values[0]]
+    return kept

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from fluxsae.features.naming import PLACES, NamePlace
 from fluxsae.flux.hookpoints import TokenGrid
@@ -16,7 +16,7 @@ GROUND: Final = "background"
 OF_THINGS: Final = tuple(attribute for attribute in ATTRIBUTES if attribute != GROUND)
 FIRES: Final = 0.5
 """Share of a feature's highest score from which an image counts where its place is found."""
-LEAST_SHARE: Final = 0.9
+LEAST_SHARE: Final = 0.8
 """Share of the images that a place must hold for before it is told of a feature."""
 LEAST_IMAGES: Final = 4
 
@@ -69,7 +69,7 @@ def places_of(token: int, cover: Cover, grid: TokenGrid) -> Bool[np.ndarray, " p
 def find_place(
     name: str,
     scores: Float[np.ndarray, " images"],
-    tokens: Int[np.ndarray, " images"],
+    tokens: Integer[np.ndarray, " images"],
     scenes: Mapping[int, Scene],
     *,
     grid: TokenGrid,

@@ -377,7 +377,7 @@ class _Laboratory:
             found |= dict(zip([arm.name for arm in arms], self._outcomes(key, arms, saes), strict=True))
         found["another prompt"] = self._prompt_editing(key)
         n_cases = len(self.bench.cases[key])
-        missing = {method: [] for method in self.config.methods if method not in choices}
+        missing: dict[str, Sequence[Outcome]] = {method: [] for method in self.config.methods if method not in choices}
         tallies = {
             name: Tally.of(outcomes, wanted=wanted, n_failed=n_failed + n_cases - len(outcomes))
             for name, outcomes in (missing | found).items()

@@ -308,7 +308,7 @@ def _figure(title: str, value: Any) -> Iterator[tuple[str, str]]:
         yield title, _number(value)
 
 
-def _number(value: Real) -> str:
+def _number(value: Real | float) -> str:
     number = float(value)
     return f"{number:,.0f}" if number.is_integer() and abs(number) >= 10 else f"{number:.3g}"
 

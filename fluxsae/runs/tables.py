@@ -491,8 +491,20 @@ def load_directions(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none where there is no file."""
+    """The objects of a JSON-lines file; none where there is no file.
+
+    Raises:
+        FluxSaeError: a line is no JSON object, as in a file that was cut off.
+    """
     path = Path(path)
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    try:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FluxSaeError(
+            f"{path} is not valid JSON ({error}). Restore it or run the stage that writes it."
+        ) from error
+    if not all(isinstance(line, dict) for line in found):
+        raise FluxSaeError(f"{path} must hold a JSON object a line. Restore it or run the stage that writes it.")
+    return found

@@ -142,7 +142,7 @@ def steer(
     """Applies `edits` to every generation of `pipe` inside the `with`, on the conditional pass.
 
     Args:
-        pipe: a FluxPipeline; its hooks are gone when the `with` ends, however it ends.
+        pipe: a FLUX pipeline; its hooks are gone when the `with` ends, however it ends.
         saes: the SAE of each hook point (or `hookpoint@variant`) that an edit names; they move to the device on which
             FLUX computes.
         edits: one flat list for all images of a batch, or one list an image.

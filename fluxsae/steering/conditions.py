@@ -1,16 +1,20 @@
 """When an edit acts: a concept that is there before it does."""
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from jaxtyping import Bool, Float
 from pydantic import Field, GetPydanticSchema
-from torch import Tensor
 
 from fluxsae.checked import FromList, checked
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
+
+if TYPE_CHECKING:  # edits are data, which loads without torch
+    from jaxtyping import Bool, Float
+    from torch import Tensor
 
 Extent = Literal["image", "token"]
 
@@ -44,16 +48,19 @@ class Condition:
         return {"features": list(self.features), "above": self.above, "at": self.at, "label": self.label}
 
     def where_present(
-        self, acts: Mapping[int, Float[Tensor, "*tokens"]], reference_acts: Float[Tensor, " n_features"]
-    ) -> Bool[Tensor, "*tokens"]:
+        self,
+        acts: 'Mapping[int, Float[Tensor, "*tokens"]]',
+        reference_acts: 'Float[Tensor, " n_features"]',
+    ) -> 'Bool[Tensor, "*tokens"]':
         """The tokens at which any of the features is above the level; those of unknown reference need level 0."""
-        found = acts[self.features[0]].new_zeros(acts[self.features[0]].shape, dtype=bool)
-        for feature in self.features:
-            reference = reference_acts[feature].to(acts[feature])
-            found |= (acts[feature] > self.above * reference) & ((reference > 0) | (self.above == 0))
-        return found
+        hits = [
+            (acts[feature] > self.above * reference) & ((reference > 0) | (self.above == 0))
+            for feature in self.features
+            for reference in [reference_acts[feature].to(acts[feature])]
+        ]
+        return functools.reduce(operator.or_, hits)
 
-    def check(self, reference_acts: Float[Tensor, " n_features"], *, hookpoint: HookPoint) -> None:
+    def check(self, reference_acts: 'Float[Tensor, " n_features"]', *, hookpoint: HookPoint) -> None:
         """Raises a FluxSaeError where the SAE at `hookpoint` cannot tell whether the condition holds."""
         if not self.features:
             raise FluxSaeError(

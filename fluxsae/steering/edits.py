@@ -1,5 +1,6 @@
 """Steering edits and recipes as data: checked when made, JSON in, JSON out."""
 
+import codecs
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ NEEDS_REFERENCE: Final = ("add", "clamp")
 MAX_STRENGTH: Final = 10_000.0
 MAX_EDITS: Final = 64
 """Most edits on one image."""
+MAX_PIXELS: Final = 64 * 2**20
+"""Pixels of the largest image that is opened for its recipe."""
 PNG_KEY: Final = "fluxsae.recipes"
 RECIPE_SCHEMA: Final = 1
 
@@ -341,6 +344,8 @@ def load_recipes(path: str | Path) -> list[Recipe]:
     if not path.is_file():
         raise FluxSaeError(f"{path} is not a file; give a PNG or JSON file that fluxsae wrote.")
     loaded = _loads(_recipe_text(path), str(path))
+    if loaded == []:
+        raise FluxSaeError(f"{path} is an empty list; give a PNG or JSON file that fluxsae wrote.")
     return [Recipe.from_dict(values) for values in (loaded if isinstance(loaded, list) else [loaded])]
 
 
@@ -350,7 +355,8 @@ def _recipe_text(path: Path) -> str:
     if content.startswith(b"\x89PNG") or path.suffix.lower() == ".png":
         return _png_text(path)
     try:
-        return content.decode("utf-8")
+        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if is_wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise FluxSaeError(
             f"{path} is neither a PNG nor JSON text; give a PNG or JSON file that fluxsae wrote."
@@ -359,10 +365,13 @@ def _recipe_text(path: Path) -> str:
 
 def _png_text(path: Path) -> str:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                size = f"{image.width} x {image.height}"
+                raise FluxSaeError(f"{path} has {size} pixels; give an image that fluxsae wrote.")
             image.load()
             text = image.info.get(PNG_KEY)
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise FluxSaeError(
             f"{path} is not a readable PNG ({error}); give a PNG or JSON file that fluxsae wrote."
         ) from error

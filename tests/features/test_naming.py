@@ -68,7 +68,7 @@ def test_images_of_one_prompt_stay_in_one_half() -> None:
     prompts = [f"prompt {i // 3}" for i in range(300)] + [""] * 100
     held_out = held_out_half(prompts, [str(i) for i in range(400)], seed=0)
     assert (held_out[:300].reshape(-1, 3).sum(axis=1) % 3 == 0).all()
-    assert held_out.sum() == pytest.approx(200, abs=3)
+    assert held_out[:300:3].sum() + held_out[300:].sum() == 100  # of 100 prompts and 100 pictures
     assert 20 < held_out[300:].sum() < 80  # pictures without a prompt are told apart
 
 
@@ -80,7 +80,7 @@ def test_a_planted_name_is_found_with_its_precision_on_the_other_half(world: Wor
     assert (pure.label.text, half.label.text) == ("red", "blue")
     assert pure.q_value < 1e-6
     assert pure.base == pytest.approx(0.25, abs=0.06)
-    assert pure.precision[-1] > 0.85
+    assert pure.precision[-1] > 0.75
     assert 0.4 < half.precision[-1] < 0.8
     assert pure.recall[0] == pytest.approx(60 / (N_IMAGES / 4), abs=0.1)
     assert pure.recall[-1] < pure.recall[5] <= pure.recall[0]
@@ -165,7 +165,8 @@ def test_a_feature_of_half_of_the_images_is_no_sure_sign_of_a_rarer_thing() -> N
     seldom = measured_name(label, 0.0, np.where(often > 0.5, often, 0.0), red, ids=ids)
     assert frequent.curve is not None
     assert seldom.curve is not None
-    assert max(frequent.curve) <= NEVER_SURE < max(seldom.curve)
+    assert max(frequent.curve[:7]) <= NEVER_SURE < max(seldom.curve[:7])
+    assert frequent.curve[-1] > NEVER_SURE  # where it fires strongly the held-out images bear it out
     assert frequent.confidence < 0.5 < seldom.confidence  # most of what it fires on is not red
 
 
@@ -196,3 +197,16 @@ def test_columns_hold_none_for_features_without_a_name(world: World) -> None:
     assert {len(values) for values in columns.values()} == {2}
     assert all(values[1] is None for values in columns.values())
     assert [len(images) for images in columns["level_images"][0]] == [4, 4, 0]
+
+
+def test_strengths_are_shares_of_the_highest_score_in_the_whole_run(world: World) -> None:
+    scores = world.planted(0, purity=1.0, rng=np.random.default_rng(6))
+    chosen = np.flatnonzero((scores > 0) & ~world.checker.held_out)[0]
+    (plain,) = world.named([scores])
+    scores[chosen] = 2.0  # twice what any held-out image reaches
+    (half,) = world.named([scores])
+    assert plain is not None
+    assert half is not None
+    assert plain.levels[0].n_images > 0
+    assert half.levels[0].n_images == 0
+    assert half.recall[6] == 0 < plain.recall[6]

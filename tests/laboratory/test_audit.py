@@ -105,6 +105,7 @@ def test_separation_is_in_standard_deviations_of_the_seeds_and_positive_where_tr
     assert separation(values([0.1, 0.2, 0.3], [0.5, 0.7]), "FVU", UNTRAINED) == pytest.approx(4.0)  # smaller is better
     assert separation(values([0.1, 0.2, 0.3], [0.5, 0.7], "IoU"), "IoU", UNTRAINED) == pytest.approx(-4.0)
     assert separation(values([10.0, 10.0], [10.0, 10.0], "L0"), "L0", UNTRAINED) == 0
+    assert separation(values([10.0, 10.0], [2.0, 3.0], "L0"), "L0", UNTRAINED) == np.inf
     assert np.isnan(separation(values([0.1], [0.5]), "FVU", UNTRAINED))
     assert np.isnan(separation(values([0.1, 0.2], [0.5]), "FVU", PCA))
 

@@ -246,13 +246,13 @@ def test_the_opening_is_the_clear_swap_that_changes_least_else_at_rising_strengt
 ) -> None:
     swaps = search(named, tiny_flux)
 
-    def scored(swap: Swap, score: float, collateral: float, *, is_safe: bool = True) -> Swap:
-        return replace(swap, score=replace(swap.score, score=score, collateral=collateral, is_safe=is_safe))
+    def scored(swap: Swap, score: float, collateral: float, *, looks_natural: bool = True) -> Swap:
+        return replace(swap, score=replace(swap.score, score=score, collateral=collateral, looks_natural=looks_natural))
 
     first, second = swaps
     assert opening_swap([scored(first, 0.5, 0.4), scored(second, 0.2, 0.1)]) == scored(second, 0.2, 0.1)
     assert opening_swap([scored(first, 0.5, 0.4), scored(second, 0.05, 0.1)]) == scored(first, 0.5, 0.4)
-    assert opening_swap([scored(first, 0.5, 0.4, is_safe=False)]) is None
+    assert opening_swap([scored(first, 0.5, 0.4, looks_natural=False)]) is None
     write_opening(named, tiny_flux, {PLACE: random_sae()}, first)
     opening = named.load_opening(PLACE)
     assert opening is not None

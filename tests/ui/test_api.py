@@ -1,6 +1,7 @@
 """The contract of every endpoint, against a served page: gradio_client, plain HTTP and MCP."""
 
 import base64
+import io
 import json
 import re
 import threading
@@ -9,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import page_server
 import pytest
 import requests
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError, ValidationError
+from mcp import ClientSession
+from mcp.client.streamable_http import streamablehttp_client
 from PIL import Image
 
 from fluxsae.runs.folder import RunFolder
@@ -22,7 +26,7 @@ from fluxsae.ui.kit.snippets import tool_name
 
 ENDPOINTS = {
     "/heatmap", "/read_picture", "/features_at", "/explain", "/search_features", "/feature", "/directions", "/steer",
-    "/sweep",
+    "/sweep", "/compare", "/swap", "/silence", "/layers",
 }  # fmt: skip
 PROMPT = "a large red circle on a black background"
 REFUSALS = (ValidationError, AppError)
@@ -73,9 +77,11 @@ def test_exactly_the_named_endpoints_are_offered(client: Client) -> None:
         "num_inference_steps",
         "step",
         "limit",
+        "run",
     ]
     assert list(parameters(client, "/sweep")) == [
         "prompt", "hookpoint", "feature", "mode", "strengths", "steps", "region", "seed", "num_inference_steps",
+        "run",
     ]  # fmt: skip
     for name in ENDPOINTS:
         assert all(entry["type"].get("description") for entry in parameters(client, name).values()), name
@@ -96,6 +102,10 @@ def test_an_argument_is_called_required_where_a_call_without_it_is_refused(clien
         "/directions": {"feature"},
         "/steer": {"prompt", "edits"},
         "/sweep": {"prompt", "feature", "strengths"},
+        "/compare": {"prompt", "other"},
+        "/swap": {"prompt", "old", "new"},
+        "/silence": {"feature"},
+        "/layers": set(),
     }
 
 
@@ -230,6 +240,49 @@ def test_sweep_gives_an_image_a_strength_and_accepts_json_text(
     assert [row["strength"] for row in rows] == [0, 2, 4]
     assert rows[0]["distance"] == 0 < rows[2]["distance"]
     assert len(client.predict(**arguments, strengths="[1]", region=None, api_name="/sweep")[0]) == 1
+
+
+def test_compare_finds_what_differs_and_gives_both_images(client: Client) -> None:
+    other = PROMPT.replace("red", "blue")
+    features, one, two = client.predict(prompt=PROMPT, other=other, limit=6, api_name="/compare")
+    assert len(features) == 6
+    assert {"red", "blue"} & {feature["label"] for feature in features}
+    changes = [abs(feature["relative"] - feature["other_relative"]) for feature in features]
+    assert min(changes) > 0
+    assert Image.open(one).tobytes() != Image.open(two).tobytes()
+
+
+def test_silence_gives_what_each_word_leaves_with_the_images_tried(client: Client, best: dict[str, Any]) -> None:
+    found, images = client.predict(feature=best["feature"], limit=2, api_name="/silence")
+    assert (found["feature"], len(found["words"]), len(images)) == (best["feature"], 2, 3)
+    assert [word["left"] for word in found["words"]] == sorted(word["left"] for word in found["words"])
+    assert all(word["word"] not in word["prompt"].split() for word in found["words"])
+
+
+def test_swap_gives_an_image_that_its_recipe_makes_again(client: Client) -> None:
+    before, after, facts = client.predict(
+        prompt=PROMPT, old="red", new="green", num_inference_steps=20, api_name="/swap"
+    )
+    assert isinstance(facts["is_read"], bool)
+    edits = [edit.to_dict() for edit in Recipe.from_dict(facts["recipe"]).edits]
+    again = client.predict(prompt=PROMPT, edits=edits, api_name="/steer")
+    assert [Image.open(one).tobytes() for one in (before, after)] == [Image.open(one).tobytes() for one in again[:2]]
+
+
+def test_layers_matches_features_of_two_hook_points(client: Client, place: str) -> None:
+    found = client.predict(limit=3, api_name="/layers")
+    assert (len(found["pairs"]), found["second"]) == (3, place)
+    assert found["pairs"][0]["first"]["hookpoint"] == found["first"] != place
+    assert found["n_pairs"] >= 3
+    with pytest.raises(REFUSALS, match="Both hook points are"):
+        client.predict(first=place, second=place, api_name="/layers")
+
+
+def test_a_run_is_asked_for_by_name_and_an_unknown_one_is_refused(client: Client) -> None:
+    for run in (None, "miniature"):
+        assert client.predict(query="", limit=1, run=run, api_name="/search_features")
+    with pytest.raises(REFUSALS, match="run is 'other'; give one of miniature"):
+        client.predict(query="", limit=1, run="other", api_name="/search_features")
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -381,6 +434,31 @@ def test_mcp_answers_and_refuses_like_the_others(page: page_server.Page) -> None
     assert not found.get("isError")
     refused = mcp(page, "tools/call", name=name, arguments={"query": "", "limit": 0})
     assert "limit is 0" in json.dumps(refused)
+
+
+@pytest.mark.parametrize("wants_progress", [False, True])
+def test_a_real_mcp_client_gets_json_and_images(page: page_server.Page, wants_progress: bool) -> None:
+    async def hear(*_: Any) -> None:
+        return None
+
+    async def ask() -> list[Any]:
+        async with (
+            streamablehttp_client(f"{page.url}/gradio_api/mcp/") as (reader, writer, _),
+            ClientSession(reader, writer) as session,
+        ):
+            await session.initialize()
+            arguments = {"prompt": PROMPT, "limit": 2}
+            found = await session.call_tool("heatmap", arguments, progress_callback=hear if wants_progress else None)
+            return list(found.content)
+
+    contents = anyio.run(ask)
+    assert [content.type for content in contents] == ["image", "text", "text", *["image", "text"] * 2]
+    picture = Image.open(io.BytesIO(base64.b64decode(contents[0].data)))
+    assert picture.size == (128, 128)
+    texts = [json.loads(content.text) for content in contents if content.type == "text"]
+    assert texts[0]["url"].startswith(page.url)
+    assert [feature["feature"] for feature in texts[1]]
+    assert "of its maximum" in texts[2]["caption"]
 
 
 def test_the_log_holds_no_prompt(page: page_server.Page, client: Client) -> None:

@@ -12,14 +12,19 @@ from fluxsae.features.cards import CardLevel, CardName
 from fluxsae.features.silencing import prompts_without_words
 from fluxsae.ui.serve.lane import Done, StepDone
 from fluxsae.ui.serve.session import Workbench
-from fluxsae.ui.tabs.gallery.desk import GalleryDesk, facts, sentence
+from fluxsae.ui.tabs.gallery.desk import PAGE, GalleryDesk, facts, sentence
 from fluxsae.ui.tabs.gallery.words import WordsDesk
 
 
 def test_the_gallery_filters_and_counts(bench: Workbench) -> None:
     desk = GalleryDesk(bench)
-    everything = desk.gallery("", LATE, "any", False, "number", 5)
-    assert [card["feature"] for card in everything["cards"]] == [0, 1, 2, 3, 4]
+    n_features, pages = len(bench.cards[LATE]), []
+    for start in range(0, n_features + PAGE, PAGE):  # the last begins behind the end
+        pages.append(desk.gallery("", LATE, "any", False, "number", start))
+    assert [card["feature"] for page in pages for card in page["cards"]] == list(range(n_features))
+    assert f"{n_features} of {n_features} features" in pages[-1]["summary"]
+    assert pages[0]["more"].endswith(f" of {n_features - PAGE}")
+    assert pages[-1]["more"] is None
     dead = desk.gallery("", LATE, "dead", False, "best")
     assert [card["feature"] for card in dead["cards"]] == [0]
     assert desk.gallery("4", LATE, "any", False, "best")["cards"][0]["feature"] == 4

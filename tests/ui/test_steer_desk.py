@@ -141,7 +141,7 @@ def test_a_swap_puts_a_name_where_the_old_one_fires_and_says_what_it_cannot_do()
         (("triangle", "green"), "No feature of “triangle” clearly fires"),
         (("red", "red"), "cannot replace itself"),
         (("red", "attic"), "'attic' is no name"),
-        ((["red"], "green"), "is no name"),
+        ((["red"], "green"), "give text of 1 to 200 characters"),
     ):
         with pytest.raises(FluxSaeError, match=refused):
             list(desk.swap(prompt, 1000344, 20, *names))
@@ -175,8 +175,9 @@ def test_a_slider_that_the_page_never_made_is_refused_before_work(
 def test_a_slider_that_acts_only_where_its_name_is_becomes_an_edit_with_all_features_of_that_name(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    label, features = bench.cards[LATE].labels[3], [3, 5]
-    monkeypatch.setattr(bench.cards[LATE], "named", lambda: {label: features})
+    label, features, cards = "red", [3, 5], bench.cards[LATE]
+    monkeypatch.setattr(cards, "labels", [label] * len(cards))
+    monkeypatch.setattr(cards, "named", lambda: {label: features})
     sliders = Sliders(bench, LATE)
     slider = sliders.slider(LATE, features[0])
     assert slider["when"] is None

@@ -205,6 +205,28 @@ class RehearsalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PageConfig:
+    """What is served, and to how many."""
+
+    images: int = 20_000
+    """Images of the run."""
+    features: int = 12_288
+    """Features at each of two hook points."""
+    side: int = 1024
+    """Width and height of the images, in pixels."""
+    steps: int = 20
+    """Denoising steps of a picture."""
+    visitors: int = 50
+    """Visitors who browse while one has pictures made."""
+    seconds: float = 40.0
+    """How long they do."""
+    folder: Path | None = None
+    """Folder for run and FLUX, 300 MB; left out, one of the system's temporary folders. Deleted in the end."""
+    keep: bool = False
+    """Leave run and FLUX in the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PicturesConfig:
     """What is drawn, read and trained."""
 
@@ -278,6 +300,7 @@ CONFIGS: dict[str, type[Any]] = {
     "gpu": GpuConfig,
     "growth": GrowthConfig,
     "memory": MemoryConfig,
+    "page": PageConfig,
     "pictures": PicturesConfig,
     "quality": QualityConfig,
     "rehearsal": RehearsalConfig,

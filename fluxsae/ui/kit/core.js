@@ -113,13 +113,15 @@ FS.drawHeat = async (
     gain = 1,
     smooth = true,
     spotlight = false,
+    most = Infinity,
     side = 0,
   },
 ) => {
   const token = (canvas._fsToken = (canvas._fsToken || 0) + 1);
   const image = await FS.image(url).catch(() => null);
   if (!image || canvas._fsToken !== token) return;
-  const scale = Math.max(1, side / Math.max(image.naturalWidth, image.naturalHeight));
+  const longest = Math.max(image.naturalWidth, image.naturalHeight);
+  const scale = Math.min(Math.max(1, side / longest), most / longest);
   const width = Math.round(image.naturalWidth * scale), height = Math.round(image.naturalHeight * scale);
   canvas.width = width;
   canvas.height = height;
@@ -236,9 +238,11 @@ FS.bar = (fraction, colour, text) =>
     FS.el("span", { style: { width: `${Math.max(1, Math.min(1, fraction || 0) * 100)}%`, background: colour } }),
   );
 
+// Pixels of the longer side of a thumbnail: the large pictures of FLUX.1-dev are drawn small.
+FS.thumbSide = 192;
 FS.thumb = (url, map, rows, cols, options = {}) => {
   const canvas = FS.el("canvas", { class: "fs-thumb", width: 64, height: 64, "aria-hidden": "true" });
-  FS.drawHeat(canvas, { url, map, rows, cols, opacity: 1, spotlight: true, ...options });
+  FS.drawHeat(canvas, { url, map, rows, cols, opacity: 1, spotlight: true, most: FS.thumbSide, ...options });
   return canvas;
 };
 

@@ -159,4 +159,10 @@ def _variables(selector: str, colours: dict[str, str]) -> str:
 def _texts(extension: str) -> list[str]:
     """The files of one kind in this folder, in which elements are defined, and then in those of the tabs."""
     files = [*sorted((UI / "kit").glob(f"*.{extension}")), *sorted((UI / "tabs").glob(f"*/*.{extension}"))]
-    return [file.read_text(encoding="utf-8") for file in files]
+    return [_stripped(file.read_text(encoding="utf-8")) for file in files]
+
+
+def _stripped(text: str) -> str:
+    """Without indents and lines of comment: the page's configuration holds all scripts and styles."""
+    lines = (line.strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("//"))

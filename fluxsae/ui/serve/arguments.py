@@ -95,15 +95,21 @@ class Limits:
         places = [SaeName.parse(name) for name in self.hookpoints]
         return str(next(name for name in places if name.place == places[-1].place))
 
+    @property
+    def first_hookpoint(self) -> str:
+        """The earliest hook point."""
+        return next(iter(self.hookpoints))
+
 
 @dataclass(frozen=True)
 class OfRun:
     """Default of an argument that the served run decides."""
 
-    name: Literal["default_hookpoint", "default_steps"]
+    name: Literal["default_hookpoint", "first_hookpoint", "default_steps"]
 
 
 RUN_HOOKPOINT: Final[Any] = OfRun("default_hookpoint")
+FIRST_HOOKPOINT: Final[Any] = OfRun("first_hookpoint")
 RUN_STEPS: Final[Any] = OfRun("default_steps")
 
 
@@ -321,6 +327,11 @@ Prompt = Annotated[
     _text(MAX_PROMPT_CHARACTERS, blank=False),
     _schema("string", f"What the image shows, 1 to {MAX_PROMPT_CHARACTERS:,} characters."),
 ]
+Label = Annotated[
+    str,
+    _text(MAX_QUERY_CHARACTERS, blank=False),
+    _schema("string", "Name of features of this run, as their labels say it."),
+]
 Caption = Annotated[
     str,
     _text(MAX_PROMPT_CHARACTERS, blank=True),
@@ -354,6 +365,9 @@ HookPointPath = Annotated[
     str,
     BeforeValidator(_check_hookpoint),
     _schema("string", "The SAE, by its place in FLUX: a module path, with @variant where there are several."),
+]
+OtherHookPoint = Annotated[
+    str, BeforeValidator(_check_hookpoint), _schema("string", "Another module path of this run, to compare with.")
 ]
 Seed = Annotated[
     int, _whole(0, lambda info: MAX_SEED), _schema("integer", f"Random seed, 0 to {MAX_SEED}; same seed, same image.")

@@ -13,6 +13,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.runs.names import SaeName
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.ui.serve.arguments import (
+    FIRST_HOOKPOINT,
     RUN_HOOKPOINT,
     RUN_STEPS,
     Caption,
@@ -21,11 +22,13 @@ from fluxsae.ui.serve.arguments import (
     Edits,
     Feature,
     HookPointPath,
+    Label,
     Limit,
     Limits,
     Mode,
     OfRun,
     OneStep,
+    OtherHookPoint,
     PatchColumn,
     PatchRow,
     Picture,
@@ -76,8 +79,10 @@ class Request(BaseModel):
         Raises:
             RequestError: a value is out of range; the message names field, value and allowed range.
         """
+        decided = {name for name, field in cls.model_fields.items() if isinstance(field.default, OfRun)}
+        given = {name: value for name, value in values.items() if value is not None or name not in decided}
         try:
-            return cls.model_validate({**cls.defaults(limits), **values}, context=limits)
+            return cls.model_validate({**cls.defaults(limits), **given}, context=limits)
         except ValidationError as error:
             raise RequestError({str(item["loc"][0]): _message(item) for item in error.errors()}) from None
 
@@ -93,6 +98,12 @@ class Request(BaseModel):
         return {
             name: getattr(limits, value.name) if isinstance(value, OfRun) else value for name, value in given.items()
         }
+
+    @classmethod
+    def fixed_defaults(cls) -> dict[str, Any]:
+        """Argument -> default, of those that are the same in every run."""
+        given = {name: field.default for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in given.items() if not isinstance(value, OfRun)}
 
     @classmethod
     def properties(cls) -> dict[str, dict[str, Any]]:
@@ -152,7 +163,7 @@ class HeatmapRequest(PictureRequest):
     results = (
         Result("image", "image", "The image."),
         Result("features", "json", FEATURES),
-        Result("overlays", "gallery", "The image with the heatmap of each feature."),
+        Result("overlays", "gallery", "The image with the heatmap of each of the first 16 features."),
     )
     prompt: Prompt
     hookpoint: HookPointPath = RUN_HOOKPOINT
@@ -169,7 +180,7 @@ class ReadPictureRequest(Request):
     uses_flux = True
     results = (
         Result("features", "json", FEATURES),
-        Result("overlays", "gallery", "The picture with the heatmap of each feature."),
+        Result("overlays", "gallery", "The picture with the heatmap of each of the first 16 features."),
         Result("familiarity", "json", "Whether the picture is like the run's own; if not, no name is sure."),
     )
     picture: Picture
@@ -260,6 +271,74 @@ class DirectionsRequest(Request):
     hookpoint: HookPointPath = RUN_HOOKPOINT
     feature: Feature
     n_neighbours: Limit = 12
+
+
+class LayersRequest(Request):
+    """Matches the features of two hook points by the images that they fire on, and names what each has alone."""
+
+    endpoint = "layers"
+    results = (
+        Result(
+            "comparison",
+            "json",
+            "Matched features with their correlation, features of each hook point without a counterpart, how many of "
+            "each there are, and the correlation by chance.",
+        ),
+    )
+    first: HookPointPath = FIRST_HOOKPOINT
+    second: OtherHookPoint = RUN_HOOKPOINT
+    limit: Limit = 20
+
+
+class CompareRequest(PictureRequest):
+    """Makes the images of two prompts at one seed, and finds the features that differ most between them."""
+
+    endpoint = "compare"
+    results = (
+        Result("features", "json", "Features with their share of their maximum in each image; most different first."),
+        Result("image", "image", "The image of the first prompt."),
+        Result("other_image", "image", "The image of the other prompt."),
+    )
+    prompt: Prompt
+    other: Prompt
+    hookpoint: HookPointPath = RUN_HOOKPOINT
+    seed: Seed = 0
+    num_inference_steps: Steps = RUN_STEPS
+    limit: Limit = 12
+
+
+class SilenceRequest(Request):
+    """Makes a feature's best image again without each word of its caption in turn, and measures what is left of it."""
+
+    endpoint = "silence"
+    results = (
+        Result("words", "json", "Prompt, seed, and for each word the share of the feature's peak that is left."),
+        Result("images", "gallery", "The image of the whole prompt, then one without each word."),
+    )
+    uses_flux = True
+    hookpoint: HookPointPath = RUN_HOOKPOINT
+    feature: Feature
+    limit: Limit = 20
+
+
+class SwapRequest(PictureRequest):
+    """Finds edits that put one name in place of another in an image, and makes the image with the best of them."""
+
+    endpoint = "swap"
+    results = (
+        Result("before", "image", "The image without edits."),
+        Result("after", "image", "The image with edits."),
+        Result(
+            "recipe_and_measurements",
+            "json",
+            "The recipe that makes the image again, the measurements, and whether CLIP recognises the new name.",
+        ),
+    )
+    prompt: Prompt
+    old: Label
+    new: Label
+    seed: Seed = 0
+    num_inference_steps: Steps = RUN_STEPS
 
 
 class SteerRequest(PictureRequest):

@@ -6,15 +6,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.firing import Fired, features_at, fired, first_thing, ranked_features
+from fluxsae.features.firing import (
+    Fired,
+    differing_features,
+    features_at,
+    fired,
+    first_thing,
+    ranked_features,
+    shares_of_maximum,
+)
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, then
-from fluxsae.ui.kit.snippets import PICTURE, snippets
+from fluxsae.ui.kit.snippets import PICTURE
 from fluxsae.ui.serve.arguments import MAX_RESULTS
+from fluxsae.ui.serve.downloads import Downloads, npz_bytes, whole_number
 from fluxsae.ui.serve.endpoints import Answers
+from fluxsae.ui.serve.pictures import thumbnail_url
 from fluxsae.ui.serve.reading import Reading, StepView
 from fluxsae.ui.serve.schemas import (
+    CompareRequest,
     ExplainRequest,
     FeaturesAtRequest,
     HeatmapRequest,
@@ -59,7 +72,7 @@ class HeatmapDesk(Desk):
         self.example_seed = example["seed"] if example else 0
 
     def answers(self) -> Answers:
-        """/heatmap, /read_picture, /features_at and /explain."""
+        """/heatmap, /read_picture, /features_at, /explain and /compare."""
         return {
             HeatmapRequest: self.heatmap,
             ReadPictureRequest: self.read_picture,
@@ -67,7 +80,33 @@ class HeatmapDesk(Desk):
                 self.features_at(request), lambda found: features_json(self.bench.cards[request.hookpoint], found)
             ),
             ExplainRequest: self.explain,
+            CompareRequest: self.differing,
         }
+
+    def downloads(self) -> Downloads:
+        """activations.npz: all that fires in an image that was made lately, as (step, patch, feature, value)."""
+        return {"activations.npz": self._activations}
+
+    def _activations(self, asked: Mapping[str, str]) -> bytes:
+        given = {name: whole_number(asked, name) for name in ("seed", "num_inference_steps")}
+        request = HeatmapRequest.parse(
+            self.limits, prompt=asked.get("prompt"), hookpoint=asked.get("hookpoint"), **given
+        )
+        reading = self.bench.kept_reading(*request.made_from)
+        if reading is None:
+            raise FluxSaeError("This image is not kept any more. Make it again, then download.")
+        maps = reading.maps[request.hookpoint]
+        return npz_bytes(
+            {
+                "steps": np.array(maps.steps),
+                "sigmas": np.array(maps.sigmas),
+                "step": np.array(maps.steps)[maps.rows // maps.n_tokens],
+                "row": maps.rows % maps.n_tokens // reading.grid.cols,
+                "column": maps.rows % maps.n_tokens % reading.grid.cols,
+                "feature": maps.features,
+                "value": maps.values,
+            }
+        )
 
     def example(self, hookpoint: str) -> dict[str, Any] | None:
         """The ready example, from the run folder."""
@@ -91,10 +130,7 @@ class HeatmapDesk(Desk):
         rows = [
             round((len(images) - 1) * place / max(1, N_SAMPLES - 1)) for place in range(min(N_SAMPLES, len(images)))
         ]
-        return [
-            {"image": views.webp_url(images.thumbnail(row)), "caption": images.prompts[row]}
-            for row in dict.fromkeys(rows)
-        ]
+        return [{"image": thumbnail_url(images, row), "caption": images.prompts[row]} for row in dict.fromkeys(rows)]
 
     def surprise(self) -> tuple[str, int, int]:
         """Prompt, seed and steps of some image of the run."""
@@ -196,6 +232,21 @@ class HeatmapDesk(Desk):
         cards = self.bench.cards[first.hookpoint]
         return then(self.readings(first.made_from, second.made_from), lambda pair: diff(pair, cards, limit=SHOWN + 2))
 
+    def differing(self, request: CompareRequest) -> Events[tuple[Any, Any, Any]]:
+        """Steps of two images, then the features that differ most, and the images."""
+        cards, (prompt, seed, steps) = self.bench.cards[request.hookpoint], request.made_from
+
+        def answer(pair: list[Reading]) -> tuple[Any, Any, Any]:
+            maps = [reading.maps[request.hookpoint] for reading in pair]
+            shares = [shares_of_maximum(each.peaks(None), cards) for each in maps]
+            found = [
+                {**views.summary(cards, f), "relative": float(shares[0][f]), "other_relative": float(shares[1][f])}
+                for f in differing_features(maps, cards, limit=request.limit)
+            ]
+            return found, pair[0].image, pair[1].image
+
+        return then(self.readings((prompt, seed, steps), (request.other, seed, steps)), answer)
+
     def heatmap(self, request: HeatmapRequest) -> Events[tuple[Any, Any, Any]]:
         """Steps, then image, ranked features and overlays."""
 
@@ -284,7 +335,7 @@ class HeatmapDesk(Desk):
 
         def see(view: StepView) -> dict[str, Any]:
             nonlocal shown
-            told = {"image": views.webp_url(view.preview), "step": view.step, "sigma": view.sigma}
+            told = {"image": views.data_url(view.preview), "step": view.step, "sigma": view.sigma}
             maps = view.maps.get(hookpoint)
             if maps is None:
                 return told
@@ -300,6 +351,9 @@ class HeatmapDesk(Desk):
 
         return see
 
+    def _code(self, request: FeaturesAtRequest | ExplainRequest) -> dict[str, str]:
+        return self.code(type(request), {**_shown(request), "picture": request.picture and PICTURE})
+
     def _patch(self, request: FeaturesAtRequest, features: list[Fired]) -> dict[str, Any]:
         cards = self.bench.cards[request.hookpoint]
         shown = with_alike(features, PATCH_SHOWN, cards.labels)
@@ -307,7 +361,7 @@ class HeatmapDesk(Desk):
             **_shown(request),
             "at": time.monotonic(),  # asked again, it is told again
             "features": [fired_chip(cards, feature) for feature in shown],
-            "code": _code(request),
+            "code": self._code(request),
         }
 
     def _why(self, request: ExplainRequest, found: dict[str, Any]) -> dict[str, Any]:
@@ -324,7 +378,7 @@ class HeatmapDesk(Desk):
             ],
             "places": [{**each, "place": self.bench.word(each["hookpoint"])} for each in found["hookpoints"]],
             "picture": _shown(request)["picture"],
-            "code": _code(request),
+            "code": self._code(request),
         }
 
 
@@ -336,7 +390,3 @@ def _values(page: Mapping[str, Any]) -> dict[str, Any]:
 def _shown(request: FeaturesAtRequest | ExplainRequest) -> dict[str, Any]:
     """A request's values for the page, a visitor's own picture by its name."""
     return {**request.model_dump(exclude={"picture"}), "picture": request.picture and request.picture.digest}
-
-
-def _code(request: FeaturesAtRequest | ExplainRequest) -> dict[str, str]:
-    return snippets(type(request), {**_shown(request), "picture": request.picture and PICTURE})

@@ -87,7 +87,7 @@ FS.define("fs-given", (root, data) => {
         class: "fs-sample",
         type: "button",
         "aria-label": `Sample ${at + 1}: ${sample.caption}`,
-        onclick: () => take(sample.image, ""),
+        onclick: async () => take(await FS.inline(sample.image), ""),
       },
       FS.el("img", { src: sample.image, alt: "" }),
     )

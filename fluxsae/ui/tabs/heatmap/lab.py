@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardIndex, varied
+from fluxsae.features.cards import CardIndex
 from fluxsae.features.firing import (
     CONFIDENCE,
     Fired,
@@ -29,6 +29,7 @@ from fluxsae.pictures.heatmaps import feature_colour, overlay, token_heatmap
 from fluxsae.runs.folder import RunFolder
 from fluxsae.ui.kit import views
 from fluxsae.ui.serve.arguments import MAX_RESULTS
+from fluxsae.ui.serve.pictures import made_url, thumbnail_url
 from fluxsae.ui.serve.reading import Reading
 
 log = logging.getLogger("fluxsae.app")
@@ -86,18 +87,22 @@ def fired_chip(cards: CardIndex, feature: Fired) -> dict[str, Any]:
 def overlays(
     reading: Reading, cards: CardIndex, features: Sequence[Fired], *, step: int | None
 ) -> list[tuple[Image.Image, str]]:
-    """Each feature's overlay on the image, at the scale of the feature's run-wide maximum, with a caption."""
+    """The first features' overlays on the image, at the scale of each one's run-wide maximum, with a caption."""
+    maps = reading.maps[str(cards.hookpoint)]
+    with views.DRAWING:
+        return [_overlay(reading, cards, maps, each, step=step) for each in features[: views.MAX_OVERLAYS]]
+
+
+def _overlay(
+    reading: Reading, cards: CardIndex, maps: SparseMaps, each: Fired, *, step: int | None
+) -> tuple[Image.Image, str]:
     import torch
 
-    maps = reading.maps[str(cards.hookpoint)]
-    made = []
-    for each in features:
-        acts, maximum = torch.from_numpy(maps.acts(each.feature, step)), cards.features[each.feature].max_act
-        heat = token_heatmap(acts, reading.grid, reference=maximum)
-        label, number = cards.labels[each.feature], f"feature {each.feature}"
-        caption = f"{f'{label} ({number})' if label else number}: {100 * each.relative:.0f} % of its maximum"
-        made.append((overlay(reading.image, heat, min_side=views.OVERLAY_SIDE), caption))
-    return made
+    acts, maximum = torch.from_numpy(maps.acts(each.feature, step)), cards.features[each.feature].max_act
+    heat = token_heatmap(acts, reading.grid, reference=maximum)
+    label, number = cards.labels[each.feature], f"feature {each.feature}"
+    caption = f"{f'{label} ({number})' if label else number}: {100 * each.relative:.0f} % of its maximum"
+    return overlay(reading.image, heat, min_side=views.OVERLAY_SIDE), caption
 
 
 def with_alike(features: Sequence[Fired], limit: int, labels: Sequence[str | None]) -> list[Fired]:
@@ -117,7 +122,7 @@ def lab(reading: Reading, cards: CardIndex, *, limit: int, pinned: int | None = 
     count = Counter(cards.labels[int(feature)] for feature in np.flatnonzero(maps.peaks(None)))
     return {
         "kind": "live",
-        "image": views.image_url(reading.image),
+        "image": views.image_url(reading.image, is_own=reading.picture is not None),
         "prompt": reading.prompt,
         "seed": reading.seed,
         "num_inference_steps": reading.settings.num_inference_steps,
@@ -134,8 +139,11 @@ def lab(reading: Reading, cards: CardIndex, *, limit: int, pinned: int | None = 
             }
             for f in features
         ],
-        **_patches(cards, *_telling_patches(maps, cards)),
-        "previews": {str(step): views.webp_url(preview) for step, preview in reading.previews.items()},
+        **_patches(cards, *telling_patches(maps, cards)),
+        "previews": {
+            str(step): views.data_url(preview) if reading.picture else made_url(preview)
+            for step, preview in reading.previews.items()
+        },
         "picture": reading.picture and reading.picture.digest,
         "changed": list(reading.picture.notes) if reading.picture else [],
         "notices": views.notices(reading.unread, reading.image) if reading.picture is None else given_notices(reading),
@@ -152,7 +160,7 @@ def example_lab(cards: CardIndex, *, limit: int) -> dict[str, Any] | None:
     heat = {feature: cards.heatmaps(feature)[image_id] for feature in features}
     planes = {feature: views.byte_map(heat[feature].ravel(), 1.0) for feature in features}
     shown = [fired(cards, f, float(heat[f].max()) * cards.features[f].max_act) for f in features]
-    return _example(cards, planes, shown, image=views.webp_url(row.thumbnail), prompt=row.prompt, seed=row.seed)
+    return _example(cards, planes, shown, image=thumbnail_url(cards.images, image_id), prompt=row.prompt, seed=row.seed)
 
 
 def opening_lab(run: RunFolder, cards: CardIndex) -> dict[str, Any] | None:
@@ -243,20 +251,36 @@ def _patches(cards: CardIndex, features: np.ndarray, values: np.ndarray) -> dict
     }
 
 
-def _telling_patches(maps: SparseMaps, cards: CardIndex) -> tuple[np.ndarray, np.ndarray]:
+def telling_patches(maps: SparseMaps, cards: CardIndex) -> tuple[np.ndarray, np.ndarray]:
     """The most telling features of each token and their share of their maximum, as (features, bytes)."""
-    n_tokens = maps.n_tokens
-    patches = np.zeros((n_tokens, PER_PATCH), dtype=np.int64)
-    values = np.zeros((n_tokens, PER_PATCH), dtype=np.uint8)
-    for token in range(n_tokens):
-        found = maps.at(token, None)
-        acts, features = np.array(list(found.values())), list(found)
-        scores = dict(zip(features, telling(acts, cards, features), strict=True))
-        shares = dict(zip(features, shares_of_maximum(acts, cards, features), strict=True))
-        best = varied(sorted(features, key=lambda f: -scores[f]), cards.labels)[:PER_PATCH]
-        patches[token, : len(best)] = best
-        values[token, : len(best)] = [max(1, round(shares[f] * 255)) for f in best]
+    tokens, features, acts = maps.strongest(None)
+    order = np.lexsort((features, -telling(acts, cards, features), tokens))
+    tokens, features, acts = tokens[order], features[order], acts[order]
+    names = {label: number for number, label in enumerate(dict.fromkeys(filter(None, cards.labels)))}
+    labels = np.array([names.get(label or "", -1) for label in cards.labels])[features]
+    # the first of every label, then the second of each; those without one at the end
+    turns = np.where(labels < 0, len(features), _ranks(tokens * (len(names) + 1) + labels + 1))
+    order = np.lexsort((np.arange(len(tokens)), turns, tokens))
+    tokens, features, acts = tokens[order], features[order], acts[order]
+    places = _ranks(tokens)
+    shown = places < PER_PATCH
+    patches = np.zeros((maps.n_tokens, PER_PATCH), dtype=np.int64)
+    values = np.zeros((maps.n_tokens, PER_PATCH), dtype=np.uint8)
+    patches[tokens[shown], places[shown]] = features[shown]
+    shares = shares_of_maximum(acts[shown], cards, features[shown])
+    values[tokens[shown], places[shown]] = np.maximum(1, np.rint(shares * 255))
     return patches, values
+
+
+def _ranks(keys: np.ndarray) -> np.ndarray:
+    """How many equal keys stand before each."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    begins = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(keys) else np.zeros(0, dtype=np.int64)
+    counts = np.diff(np.r_[begins, len(keys)])
+    ranks = np.empty(len(keys), dtype=np.int64)
+    ranks[order] = np.arange(len(keys)) - np.repeat(begins, counts)
+    return ranks
 
 
 def _strongest_patches(planes: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from fluxsae.ui.kit.shell import EACH, IDLE, QUIET, Shell, end_at_idle, making, with_progress
+from fluxsae.ui.kit.shell import EACH, IDLE, QUIET, Shell, end_runs, making, with_progress
 from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.endpoints import in_lane
 from fluxsae.ui.serve.guard import guarded
@@ -46,11 +46,13 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
         elem_classes="fs-progress",
     )
     lab = gr.HTML(
-        desk.example(bench.limits.default_hookpoint),
+        None,
         html_template=element("fs-lab"),
         js_on_load=mount(select="select", patch="submit", steer="edit", page="expand", why="apply"),
         elem_id="heatmap-lab",
     )
+    # on its own: with FLUX.1-dev's maps it is as large as the rest of the page
+    shell.app.load(lambda: desk.example(bench.limits.default_hookpoint), None, lab, **QUIET)
     hookpoint, seed, pinned, steps = _settings(desk)
     patch = gr.HTML(None, html_template=element("fs-patch"), js_on_load=mount(), elem_id="heatmap-patch")
     why = gr.HTML(None, html_template=element("fs-why"), js_on_load=mount(), elem_id="heatmap-why")
@@ -64,6 +66,7 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
                 placeholder="the same prompt with one word changed",
             )
             compare_go = gr.Button("Compare", variant="primary", scale=1, min_width=110, elem_id="heatmap-compare-go")
+        compare_status = gr.HTML(IDLE, html_template=element("fs-status"), js_on_load=mount())
         diff = gr.HTML(
             None, html_template=element("fs-diff"), js_on_load=mount(select="select"), elem_id="heatmap-diff"
         )
@@ -81,7 +84,6 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
         yield from with_progress(events, makes="heatmap-lab", n=3)
 
     show = making(desk.show, makes="heatmap-lab", n=3)
-    compare = making(desk.compare, makes="heatmap-diff")
     asked, shown, lane = [prompt, hookpoint, seed, steps], [status, lab, patch, current], in_lane(status)
     painted = [*asked, shell.selection]
     reseeded = gr.on(
@@ -98,9 +100,9 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
     )
     comparing = gr.on(
         [compare_go.click, other.submit],
-        compare,
+        making(desk.compare, makes="heatmap-diff"),
         [prompt, other, hookpoint, seed, steps],
-        [status, diff],
+        [compare_status, diff],
         **lane,
     )
     hookpoint.change(
@@ -128,10 +130,8 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
     )
     linked = shell.open_link("heatmap", desk.linked, asked)
     linking = linked.submit(show, painted, shown, **lane)
-    runs = [running, surprised, comparing, asking, explaining, reading, linking]
-    stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
-    for run in runs:
-        end_at_idle(run, status)
+    runs = [running, surprised, asking, explaining, reading, linking]
+    end_runs(stop, (status, runs), (compare_status, [comparing]))
 
 
 def _settings(desk: HeatmapDesk) -> tuple[gr.Radio, gr.Number, gr.Checkbox, gr.Slider]:

@@ -567,7 +567,22 @@ FS.define("fs-lab", (root, data) => {
         list,
       ),
     ),
-    FS.actions(data, report),
+    FS.actions(
+      data,
+      report,
+      data.kind === "live" &&
+        FS.file(
+          `${data.files}/activations.npz?${
+            FS.query({
+              prompt: data.prompt,
+              hookpoint: data.hookpoint,
+              seed: data.seed,
+              num_inference_steps: data.num_inference_steps,
+            })
+          }`,
+          "Activations as npz",
+        ),
+    ),
     FS.code(data.code),
   );
   root.choose = (feature) => {

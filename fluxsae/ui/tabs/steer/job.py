@@ -13,7 +13,7 @@ from fluxsae.steering.edits import Recipe, SaeSource, SteeringEdit
 from fluxsae.ui.serve.given import GivenPicture
 from fluxsae.ui.serve.lane import OnStep
 from fluxsae.ui.serve.reading import NOTHING, Unread, unread
-from fluxsae.ui.serve.session import Workbench
+from fluxsae.ui.serve.session import EMBEDDED, Workbench
 
 if TYPE_CHECKING:
     from fluxsae.flux import Snapshot
@@ -151,7 +151,7 @@ def run_origin(bench: Workbench) -> Any:
     """Where the models of this page's recipes come from."""
     from fluxsae.steering.sweeps import Origin
 
-    repo, _, revision = (EMBEDDED_RUN if bench.source == "embedded" else bench.source).partition("@")
+    repo, _, revision = (EMBEDDED_RUN if bench.source == EMBEDDED else bench.name).partition("@")
     saes = tuple(
         SaeSource(SaeName.parse(name), repo, bench.run.sae_subfolder(name), revision or None)
         for name in bench.hookpoints

@@ -498,7 +498,25 @@ FS.define("fs-result", (root, data) => {
       context.fillRect(at % data.cols, Math.floor(at / data.cols), 1, 1);
     });
   };
-  let focus = null, brush = 1, stroked = false;
+  let focus = null, brush = 1, stroked = false, last = null;
+  // The brush is a disc, of one patch where there are few and of five across where there are 64 x 64.
+  const radius = Math.floor(Math.max(data.rows, data.cols) / 32);
+  const dab = (at) => {
+    const row = Math.floor(at / data.cols), column = at % data.cols;
+    for (let y = -radius; y <= radius; y += 1) {
+      for (let x = -radius; x <= radius; x += 1) {
+        const isInside = row + y >= 0 && row + y < data.rows && column + x >= 0 && column + x < data.cols;
+        if (isInside && x * x + y * y <= radius * (radius + 1)) mask[(row + y) * data.cols + column + x] = brush;
+      }
+    }
+    last = at;
+  };
+  // A quick hand skips patches: all between two points are painted.
+  const stroke = (from, to) => {
+    const [x, y] = [from % data.cols, Math.floor(from / data.cols)];
+    const [dx, dy] = [to % data.cols - x, Math.floor(to / data.cols) - y], n = Math.max(Math.abs(dx), Math.abs(dy), 1);
+    for (let i = 1; i <= n; i += 1) dab(Math.round(y + (dy * i) / n) * data.cols + Math.round(x + (dx * i) / n));
+  };
   const cell = (event) => {
     const rect = grid.getBoundingClientRect();
     const row = Math.min(
@@ -517,15 +535,15 @@ FS.define("fs-result", (root, data) => {
   grid.addEventListener("pointerdown", (event) => {
     grid.setPointerCapture(event.pointerId);
     brush = mask[cell(event)] ? 0 : 1;
-    mask[cell(event)] = brush;
     focus = null;
+    dab(cell(event));
     paint();
   });
   grid.addEventListener("pointerup", () => mark());
   grid.addEventListener("pointercancel", () => mark());
   grid.addEventListener("pointermove", (event) => {
     if (event.buttons) {
-      mask[cell(event)] = brush;
+      stroke(last ?? cell(event), cell(event));
       paint();
     }
   });
@@ -536,7 +554,8 @@ FS.define("fs-result", (root, data) => {
     else if (event.key !== " ") return;
     event.preventDefault();
     if (event.key === " ") {
-      mask[focus] = mask[focus] ? 0 : 1;
+      brush = mask[focus] ? 0 : 1;
+      dab(focus);
       mark();
     }
     paint();
@@ -623,7 +642,14 @@ FS.define("fs-result", (root, data) => {
       FS.el(
         "div",
         { class: "fs-row fs-wrap" },
-        data.measurement &&
+        data.measurement && !data.random &&
+          FS.el("button", {
+            class: "fs-button fs-small",
+            type: "button",
+            text: "Compare with a random direction (makes 3 images)",
+            onclick: () => FS.emit(root, "control", {}),
+          }),
+        data.measurement && data.random &&
           FS.toggle({
             label: "Right half",
             options: [["after", "after"], ["random", "a random direction"]],
@@ -653,7 +679,7 @@ FS.define("fs-result", (root, data) => {
           recipe: data.recipe,
           measurement: data.measurement,
         }),
-        download("fluxsae.png", `data:image/png;base64,${data.png}`, data.recipe ? "Image with recipe" : "Image"),
+        download("fluxsae.png", data.png, data.recipe ? "Image with recipe" : "Image"),
         recipe,
       ),
       FS.code(data.code),
@@ -674,7 +700,9 @@ FS.changed = (share) => {
 FS.calibration = ({ false_alarms, n_pictures }) =>
   false_alarms === null
     ? "These bounds were not calibrated in this run."
-    : `At most ${FS.percent(false_alarms)} of FLUX's own unedited images are beyond them (from ${n_pictures} of this run).`;
+    : `At most ${
+      FS.percent(false_alarms)
+    } of FLUX's own unedited images are beyond them (from ${n_pictures} of this run).`;
 
 FS.measured = (data, isRandom) => {
   const measurement = isRandom ? data.random_measurement : data.measurement;
@@ -759,6 +787,19 @@ FS.define("fs-strip", (root, data) => {
             FS.el("span", { class: "fs-num", text: cell.short }),
             FS.el("span", { class: "fs-quiet", text: cell.natural ? "looks natural" : "not natural" }),
           )
+        ),
+      ),
+      FS.el(
+        "div",
+        { class: "fs-row fs-wrap fs-tight" },
+        data.cells.map((cell, at) =>
+          FS.el("a", {
+            class: "fs-button fs-small",
+            href: cell.image,
+            download: `strength-${at + 1}.webp`,
+            text: `Save ${at + 1}`,
+            "aria-label": `Save the image at ${cell.short}, at full size`,
+          })
         ),
       ),
       FS.el("p", {
