@@ -171,7 +171,10 @@ def _open_parquet(path: Path, columns: Sequence[str]) -> pq.ParquetFile:
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """One feature's line in `features.parquet`; what `select` adds is None until it has run."""
+    """One feature's line in `features.parquet`. A new column is a field here.
+
+    `features/analysis.py` fills it with what scores tell, or `train/select.py` with names, which are None until then.
+    """
 
     feature: int
     feature_class: str
@@ -213,6 +216,12 @@ class FeatureRow:
     """How far to trust the label at 0, 10, ..., 100 % of `max_act`: 0 is chance, 1 certainty."""
     label_by: str | None = None
     """"person" where labels.csv gives the label; never stored."""
+    caption_words: list[str] | None = None
+    """Words of captions that stand out on its images, the first one first."""
+    clip_phrases: list[str] | None = None
+    """Phrases that CLIP finds in its images, the first one first."""
+    silent_images: list[int] | None = None
+    """Ids of images that look like its top images to CLIP, and on which it is silent."""
     name_p_value: float | None = None
     """Chance that the label fits random held-out images as well: a permutation test of one name."""
     name_q_value: float | None = None
