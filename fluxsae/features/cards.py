@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.errors import FluxSaeError, maker
 from fluxsae.features.labels import CURVE_LEVELS, STOP_WORDS
 from fluxsae.features.naming import STRENGTHS
 from fluxsae.features.selection import rank_features
@@ -412,7 +412,7 @@ class CardIndex:
         try:
             found = self.run.load_directions(self.hookpoint)
             if any(len(tensor) != len(self.features) for tensor in found.values()):
-                raise FluxSaeError(f"{path} is of another number of features. Run `python -m train.directions` again.")
+                raise FluxSaeError(f"{path} is of another number of features. Make it again: {maker('directions')}.")
         except FluxSaeError as error:
             self.problems.append(str(error))
             return {}
@@ -425,7 +425,7 @@ class CardIndex:
                 path, grid = self.run.heatmaps_path(self.hookpoint), f"{self.info.rows} x {self.info.cols}"
                 raise FluxSaeError(
                     f"{path} has maps of {found.rows} x {found.cols} patches, and the run's images have {grid}. "
-                    "Run `python -m train.analyze` again."
+                    f"Make them again: {maker('score')}."
                 )
         except FluxSaeError as error:
             self.problems.append(str(error))

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import torch
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.errors import FluxSaeError, maker
 from fluxsae.features.cards import CardIndex
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
@@ -302,7 +302,7 @@ class Workbench:
             embeddings = self.run.load_embeddings()
             if len(embeddings.vectors) != len(self.images):
                 raise FluxSaeError(
-                    f"{self.run.embeddings_path} is of another number of images; run `train.embed` again"
+                    f"{self.run.embeddings_path} is of another number of images. Make it again: {maker('embed')}."
                 )
             return load_embedder(embeddings.model)
         except FluxSaeError as error:
