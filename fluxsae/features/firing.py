@@ -180,8 +180,8 @@ def fired(cards: CardIndex, feature: int, activation: float, *, score: float = 0
     """A feature at this activation."""
     share = shares_of_maximum(np.array([activation]), cards, [feature])
     sure = float(cards.label_confidence_at(share, [feature])[0]) if cards.labels[feature] else None
-    measured = cards.name_at(float(share[0]), feature) or (None, None, None)
-    return Fired(feature, activation, float(share[0]), sure, *measured, cards.places[feature], score)
+    precision, recall, lift = cards.name_at(float(share[0]), feature) or (None, None, None)
+    return Fired(feature, activation, float(share[0]), sure, precision, recall, lift, cards.places[feature], score)
 
 
 def telling(acts: np.ndarray, cards: CardIndex, features: Sequence[int] | np.ndarray | None = None) -> np.ndarray:

@@ -121,7 +121,7 @@ class NameChecker:
         self.held_out = held_out_half(prompts, subjects, seed=self.config.seed)
         self._captions, self._phrases = [], []
         for half in (~self.held_out, self.held_out):
-            chosen = np.flatnonzero(half)
+            chosen = np.flatnonzero(half).tolist()
             said, told = ([texts_[i] for i in chosen] for texts_ in (prompts, subjects))
             self._captions.append(CaptionLabeller(said, config=self.config))
             self._phrases.append(PhraseLabeller(vocabulary, texts, images[chosen], told, config=self.config))

@@ -32,11 +32,12 @@ def cover_of(name: str, scene: Scene, grid: TokenGrid) -> Cover | None:
     """How much of each token's patch shows what is named, 0 to 1; None where the scene does not show it."""
     things = _things(name, scene)
     if things:
-        return np.max([covered_share(thing, grid) for thing in things], axis=0)
+        shown: Cover = np.max([covered_share(thing, grid) for thing in things], axis=0)
+        return shown
     if not _is_of_ground(name, scene):
         return None
-    shown = np.sum([np.zeros(grid.n_tokens), *(covered_share(thing, grid) for thing in scene.objects)], axis=0)
-    ground: Cover = 1 - np.clip(shown, 0, 1)
+    hidden = np.sum([np.zeros(grid.n_tokens), *(covered_share(thing, grid) for thing in scene.objects)], axis=0)
+    ground: Cover = 1 - np.clip(hidden, 0, 1)
     return ground
 
 
@@ -49,7 +50,7 @@ def places_of(token: int, cover: Cover, grid: TokenGrid) -> Bool[np.ndarray, " p
     row, col = divmod(token, grid.cols)
     rows, cols = np.nonzero(cover.reshape(grid.rows, grid.cols) >= COVERED)
     if not len(rows):  # all of it is too thin for any patch
-        rows, cols = (each[None] for each in divmod(int(cover.argmax()), grid.cols))
+        rows, cols = (np.array([each]) for each in divmod(int(cover.argmax()), grid.cols))
     nearest = int(np.argmin(np.hypot(rows - row, cols - col)))
     down, right = row - int(rows[nearest]), col - int(cols[nearest])
     is_off, touches = cover[token] < COVERED, max(abs(down), abs(right)) <= 1
@@ -81,9 +82,12 @@ def find_place(
     None with fewer than `LEAST_IMAGES` on either half.
     """
     strong = [int(i) for i in np.flatnonzero(scores >= FIRES * max(float(scores.max()), 1e-12)) if int(i) in scenes]
-    covers = {image: cover_of(name, scenes[image], grid) for image in strong}
-    shown = [image for image in strong if covers[image] is not None]
-    at = np.array([places_of(int(tokens[image]), covers[image], grid) for image in shown]).reshape(-1, len(PLACES))
+    found = {image: cover_of(name, scenes[image], grid) for image in strong}
+    covers = {image: cover for image, cover in found.items() if cover is not None}
+    shown = [*covers]
+    at = np.array([places_of(int(tokens[image]), cover, grid) for image, cover in covers.items()]).reshape(
+        -1, len(PLACES)
+    )
     is_out = held_out[shown]
     if min(is_out.sum(), (~is_out).sum()) < LEAST_IMAGES:
         return None

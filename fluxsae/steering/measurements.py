@@ -160,6 +160,8 @@ def measure_unedited(
         before = generate(pipe, list(whole), seeds=list(own), settings=settings)
         with capture(pipe, [hookpoint], None, sink=keep):
             after = generate(pipe, list(less), seeds=list(own), settings=settings)
+        assert isinstance(before, list)
+        assert isinstance(after, list)
         shares = torch.stack(outside).mean(dim=0).tolist()
         errors = zip(*(denoising_errors(pipe, pictures, settings) for pictures in (before, after)), strict=True)
         found += [(share, _ratio(*pair)) for share, pair in zip(shares, errors, strict=True)]

@@ -52,8 +52,8 @@ def calibrated_range(measured: Sequence[tuple[float, float]], *, false_alarms: f
         return NaturalRange()
     n = len(measured)
     rank = min(n, math.ceil((n + 1) * (1 - false_alarms / 2) - 1e-9))
-    bounds = [sorted(values)[rank - 1] for values in zip(*measured, strict=True)]
-    return NaturalRange(*bounds, false_alarms=max(false_alarms, 2 * (1 - rank / (n + 1))), n_pictures=n)
+    share, ratio = (sorted(values)[rank - 1] for values in zip(*measured, strict=True))
+    return NaturalRange(share, ratio, false_alarms=max(false_alarms, 2 * (1 - rank / (n + 1))), n_pictures=n)
 
 
 @torch.no_grad()

@@ -56,11 +56,14 @@ def _batches(source: Source, step: int, n_steps: int, with_sigmas: bool) -> Iter
 
 def _send(batch: Batch, device: torch.device, stream: "torch.cuda.Stream | None") -> _Sent:
     if stream is None:
-        return _Sent(Batch(*(each if each is None else each.to(device).float() for each in batch)), None)
+        levels = None if batch.sigmas is None else batch.sigmas.to(device).float()
+        return _Sent(Batch(batch.rows.to(device).float(), levels), None)
     with torch.cuda.stream(stream):  # the stream knows its device; a new thread would take the first
-        pinned = [each if each is None else each.pin_memory() for each in batch]
-        sent = (each if each is None else each.to(stream.device, non_blocking=True).float() for each in pinned)
-        return _Sent(Batch(*sent), stream.record_event())
+        rows = batch.rows.pin_memory().to(stream.device, non_blocking=True).float()
+        levels = batch.sigmas
+        if levels is not None:
+            levels = levels.pin_memory().to(stream.device, non_blocking=True).float()
+        return _Sent(Batch(rows, levels), stream.record_event())
 
 
 def _one_ahead(batches: Iterator[_Sent]) -> Iterator[_Sent]:

@@ -292,8 +292,9 @@ class _Search:
     def _limits(self, feature: int) -> TokenLimits:
         if self.limits is None:
             known = load_limits(self.run, self.place)
-            is_calibrated = known is not None and known.natural.false_alarms is not None
-            self.limits = known if is_calibrated else self._measure_limits(feature)
+            if known is None or known.natural.false_alarms is None:
+                known = self._measure_limits(feature)
+            self.limits = known
         return self.limits
 
     def _measure_limits(self, feature: int) -> TokenLimits:
