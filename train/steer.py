@@ -192,8 +192,9 @@ def _again(config: SteerConfig, path: Path) -> Variant:
     )
     saes = _recipe_saes(recipe, config.run, device=execution_device(pipe))
     variant = reproduce(pipe, saes, recipe, allow_mismatch=config.allow_mismatch)
+    match = describe_match(path, variant.image)  # before the file is written: it may be the recipe's own
     write_image(config.out, variant)
-    print(f"{path} made again: {config.out} ({describe_match(path, variant.image)})")
+    print(f"{path} made again: {config.out} ({match})")
     return variant
 
 

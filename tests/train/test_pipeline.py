@@ -90,6 +90,14 @@ def test_other_options_for_a_complete_stage_are_refused_with_both_values(finishe
         main(replace(finished, set=(*OPTIONS, "score.images=9"), only=("score",)))
 
 
+def test_the_run_of_another_flux_is_refused_and_its_recipe_kept(finished: PipelineConfig) -> None:
+    toml = RunFolder(finished.run).toml_path
+    before = toml.read_text()
+    with pytest.raises(FluxSaeError, match=r"is a run of .* not of another/flux"):
+        main(replace(finished, flux="another/flux"))
+    assert toml.read_text() == before
+
+
 def test_a_stage_done_again_makes_the_later_ones_run_again(finished: PipelineConfig) -> None:
     assert words(main(replace(finished, only=("analyze",), force=True))) == {"analyze": "done"}
     assert words(main(replace(finished, from_="score"))) == {
