@@ -1,5 +1,6 @@
 """Scores of a run's SAEs: reconstruction, transfer, flow loss and concepts, measured on images of their own."""
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +66,17 @@ class Evaluation:
         if self.transfer is not None:
             found["transfer"] = [cell.to_dict() for cell in self.transfer]
         nested = {"concepts": self.concepts, "steering": self.steering, "pairs": self.pairs, "audit": self.audit}
-        return found | {name: report.to_dict() for name, report in nested.items() if report is not None}
+        found |= {name: report.to_dict() for name, report in nested.items() if report is not None}
+        return {name: _without_nan(value) for name, value in found.items()}
+
+
+def _without_nan(value: Any) -> Any:
+    """The same value with None for what too few images could not tell."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def evaluate(

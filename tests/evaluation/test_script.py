@@ -107,7 +107,7 @@ def test_scenes_of_another_flux_are_refused(run: RunFolder, tiny_flux: FluxPipel
 def test_a_run_without_saes_or_a_wrong_part_is_refused(run: RunFolder, tiny_flux: FluxPipeline) -> None:
     with pytest.raises(FluxSaeError, match="allowed are reconstruction, transfer, flow, concepts"):
         evaluate(run, tiny_flux, parts=[])
-    with pytest.raises(FluxSaeError, match="no hook point"):
+    with pytest.raises(FluxSaeError, match="no SAE"):
         evaluate(run, tiny_flux, hookpoints=["layer1"])
     (run.sae_path(HERE) / "model.safetensors").unlink()
     with pytest.raises(FluxSaeError, match=r"no SAE at .*Train one first"):

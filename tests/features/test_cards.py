@@ -191,7 +191,7 @@ def test_searches_that_cannot_be_answered_are_refused_or_empty(index: CardIndex)
 
 
 def test_a_hook_point_that_the_run_does_not_have_is_refused(selected: Synthetic) -> None:
-    with pytest.raises(FluxSaeError, match="no hook point"):
+    with pytest.raises(FluxSaeError, match="no SAE"):
         CardIndex(selected.run, "layer7")
 
 

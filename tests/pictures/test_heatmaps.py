@@ -232,7 +232,7 @@ def test_the_heatmap_script_refuses_what_does_not_exist_before_any_model_work(
     good = train.heatmap.HeatmapConfig(prompt="a star", run=tiny_run.path)
     for wrong, named in (
         (replace(good, feature=64), "0 to 63"),
-        (replace(good, hookpoint="layer7"), "no hook point"),
+        (replace(good, hookpoint="layer7"), "no SAE"),
         (replace(good, run=Path("nowhere")), "nowhere"),
     ):
         with pytest.raises(FluxSaeError, match=named):

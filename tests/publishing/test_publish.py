@@ -200,7 +200,7 @@ def test_a_pull_of_one_hook_point_or_of_what_browsing_needs_is_a_run_of_its_own(
     for part, options in ((early, f"{EARLY}"), (browse, "part=browse")):
         with pytest.raises(CallError, match=f"holds only a part of user/parts .*{re.escape(options)}"):
             machine.call("fluxsae.publishing.publish:push_run", part.path, "user/parts")
-    with pytest.raises(CallError, match=r"This run has no hook point transformer_blocks.2.ff; it has"):
+    with pytest.raises(CallError, match=r"This run has no SAE transformer_blocks.2.ff; it has"):
         machine.call("fluxsae.publishing.publish:pull_run", "user/parts", into=tmp_path / "x", hookpoints=["layer2"])
 
 

@@ -644,13 +644,13 @@ def test_fit_writes_an_sae_that_knows_its_ground_and_skips_what_is_complete(coll
         run=collected_run, hookpoints=("layer3",), steps=(6,), k=(3, 5), batch_size=64, epochs=3, device="cpu"
     )
     assert main(config).word == "done"
-    sae = SparseAutoencoder.from_pretrained(collected_run, subfolder="sae/transformer_blocks.3.ff")
+    sae = SparseAutoencoder.from_pretrained(collected_run, subfolder="sae/transformer_blocks.3.ff@topk-3")
     assert sae.config.k == 3
     assert (sae.reference_acts > 0).any()
     ground = sae.config.trained_on
     assert ground is not None
     assert (ground.flux_id, ground.steps, ground.sigmas, ground.n_tokens) == ("tiny", (6,), (0.7,), 16)
-    measured = RunFolder(collected_run).load_metrics("layer3")
+    measured = RunFolder(collected_run).load_metrics("layer3@topk-3")
     assert measured["n_images"] == 4, "every tenth image is held out"
     assert measured["n_tokens"] == 64, "one step of the two"
     assert measured["l0"] == 3
@@ -677,14 +677,11 @@ def test_saes_of_a_sweep_are_dealt_to_the_processes_and_come_out_the_same(tmp_pa
         peers = Apart(rank, 2)
         own = replace(config, run=dealt.path)
         place = HookPoint.parse("layer3")
-        fit._fit(own, dealt, fit._from_disk(own, place, peers), peers)
-    for folder in (RunFolder.sae_path, lambda run, place: run.work_path("fit") / place / "topk-5"):
-        one, other = (
-            load_tensors(folder(run, "transformer_blocks.3.ff") / "model.safetensors") for run in (alone, dealt)
-        )
-        assert all(torch.equal(one[name], other[name]) for name in one)
-    assert dealt.load_metrics("layer3") == alone.load_metrics("layer3")
-    assert (dealt.work_path("fit") / "transformer_blocks.3.ff" / "topk-7" / "model.safetensors").is_file()
+        fit._fit(own, dealt, fit._from_disk(own, place, peers), fit._asked(own, dealt, None), peers)
+    for name in ("layer3@topk-3", "layer3@topk-5", "layer3@topk-7"):
+        one, other = (load_tensors(run.sae_path(name) / "model.safetensors") for run in (alone, dealt))
+        assert all(torch.equal(one[tensor], other[tensor]) for tensor in one)
+        assert dealt.load_metrics(name) == alone.load_metrics(name)
 
 
 def test_fit_refuses_what_cannot_be_trained(collected_run: Path) -> None:

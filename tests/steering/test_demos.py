@@ -369,7 +369,7 @@ def test_steer_writes_a_picture_that_its_recipe_makes_again(run: RunFolder, feat
     [
         ({}, "prompt is missing"),
         ({"prompt": "a red circle"}, "feature is missing"),
-        ({"prompt": "a red circle", "feature": 1, "hookpoint": "layer7"}, "no hook point"),
+        ({"prompt": "a red circle", "feature": 1, "hookpoint": "layer7"}, "no SAE"),
         ({"prompt": "a red circle", "feature": 999, "steps": (0, 2)}, "feature is 999"),
         ({"prompt": "a red circle", "feature": 1, "when": "nothing like it"}, "has the label 'nothing like it'"),
         ({"prompt": "a red circle", "edits": "[{}]"}, r"edits\[0\]"),

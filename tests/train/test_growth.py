@@ -91,16 +91,16 @@ def grown(base: Stages, tmp_path: Path) -> Stages:
 
 
 def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderTiny
 
     decoded: list[int] = []
-    decode: Callable[..., object] = AutoencoderKL.decode
+    decode: Callable[..., object] = AutoencoderTiny.decode
 
-    def counted(self: AutoencoderKL, z: Tensor, *args: object, **options: object) -> object:
+    def counted(self: AutoencoderTiny, z: Tensor, *args: object, **options: object) -> object:
         decoded.append(len(z))
         return decode(self, z, *args, **options)
 
-    monkeypatch.setattr(AutoencoderKL, "decode", counted)
+    monkeypatch.setattr(AutoencoderTiny, "decode", counted)
     return decoded
 
 

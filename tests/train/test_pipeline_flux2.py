@@ -12,6 +12,7 @@ from fluxsae.ui.build import build_app
 from fluxsae.ui.serve.lane import Done
 from fluxsae.ui.serve.schemas import HeatmapRequest, SteerRequest
 from fluxsae.ui.serve.session import Workbench
+from fluxsae.ui.serve.shelf import Shelf
 from fluxsae.ui.tabs.heatmap.desk import HeatmapDesk
 from fluxsae.ui.tabs.steer.desk import SteerDesk
 from train.pipeline import PipelineConfig, main
@@ -35,7 +36,7 @@ def test_a_run_of_flux2_is_made_and_served(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setenv("FLUXSAE_FLUX", str(tmp_path / "klein"))
     bench = Workbench(run)
-    build_app(bench)
+    build_app(Shelf([bench]))
     request = HeatmapRequest.parse(bench.limits, prompt="a red star")
     *_, done = HeatmapDesk(bench).answers()[HeatmapRequest](request)
     assert isinstance(done, Done)

@@ -333,7 +333,7 @@ def test_raw_http_numbers_that_are_none_are_refused(page: page_server.Page, numb
 @pytest.mark.parametrize("more", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["plain", "as a file"])
 def test_a_file_of_the_servers_machine_is_no_picture_of_the_visitors(page: page_server.Page, more: Any) -> None:
     path = str(page_server.ROOT / "docs" / "heatmap.png")
-    body = {"data": [{"path": path, **more}, "", None, None, 0, 4]}
+    body = {"data": [{"path": path, **more}, "", None, None, 0, 4, None]}
     answer = requests.post(f"{page.url}/gradio_api/call/read_picture", json=body, timeout=30)
     assert answer.status_code in {400, 422}
     assert "give a data URL" in answer.text or "not uploaded by a user" in answer.text

@@ -153,5 +153,5 @@ def test_short_names_and_integral_floats_are_understood() -> None:
 
 def test_the_validator_marks_only_the_wrong_argument() -> None:
     names = list(HEATMAP)
-    marks = validator(HeatmapRequest, LIMITS, names)(*{**HEATMAP, "seed": -1}.values())
+    marks = validator(lambda values: HeatmapRequest.parse(LIMITS, **values), names)(*{**HEATMAP, "seed": -1}.values())
     assert [mark["is_valid"] for mark in marks] == [name != "seed" for name in names]

@@ -153,7 +153,7 @@ class ReadJob:
 def described_saes(run: RunFolder) -> list[SaeName]:
     """The SAEs that can be shown: one that was trained or adopted and not scored yet has no features to show."""
     names = run.sae_names()
-    return [name for name in names if run.features_path(name).is_file()] or names
+    return [n for n in names if run.features_path(n).is_file() or run.scores_path(n).is_file()] or names
 
 
 class Workbench:

@@ -203,5 +203,7 @@ def test_image_and_recipe_are_downloaded_and_the_recipe_loads_again(visit: Open,
     assert "Measurements" in (tmp_path / "report.html").read_text()
     other = visit()
     go_to(other, "Steer")
-    other.locator("input[type=file]").first.set_input_files(picture)
+    with other.expect_file_chooser() as chooser:
+        other.get_by_role("button", name="Load a recipe").click()
+    chooser.value.set_files(picture)
     expect(other.locator(".fs-edit output")).to_contain_text("3 × its activation removed")
