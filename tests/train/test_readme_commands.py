@@ -85,6 +85,8 @@ def say(script: str, words: list[str]) -> None:
     before, sys.argv = sys.argv, [script, *words]
     try:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, f"{script} {words}: {end.code}"
     finally:
         sys.argv = before
 
