@@ -1,6 +1,6 @@
 # The whole interface: make app | test | bench | soak | rehearsal | screenshots. Each does all its own set-up in .venv.
 #   PYTHON=...  the interpreter to build .venv with (3.11 or newer; found by itself when unset)
-#   JOBS=3      test processes (browsers wait more than they compute)
+#   JOBS=2      test processes
 #   MODEL=...   whose dimensions `make rehearsal` has: flux1-dev, flux2-klein, or tiny to try it
 #   TESTS=...   what `make test` hands to pytest, e.g. TESTS=tests/sae
 
@@ -11,7 +11,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 .NOTPARALLEL:
 
 PYTHON ?=
-JOBS ?= 3
+JOBS ?= 2
 TESTS ?= tests
 MODEL ?= flux1-dev
 VENV := .venv
