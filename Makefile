@@ -52,7 +52,7 @@ browser: $(DEV_STAMP)
 	@$(PY) -m tests.browser
 
 tests: $(DEV_STAMP)
-	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope --durations 15 -q $(TESTS)
+	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder --durations 15 -q $(TESTS)
 
 bench: $(DEV_STAMP) ## measured speed: training against other tools, steering, scale (an hour)
 	$(PY) -m train.benchmarks training

@@ -6,9 +6,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import tyro
 from tqdm import tqdm
@@ -44,7 +44,7 @@ def start(
         warnings.simplefilter("ignore")
     try:
         if isinstance(options, type):
-            parse = partial(tyro.cli, options, args=words, description=described(description))
+            parse = partial(tyro.cli, plainly(options), args=words, description=described(description))
             results = [main(config) for config in _configs(options, words, parse)]
             return results[-1]
         return main(options(words))
@@ -85,6 +85,16 @@ def _shared_out(defaults: Sequence[Any], asked: Sequence[Any], parse: Callable[.
         if own:
             found.append(replace(config, hookpoints=tuple(own)))
     return [*found, *([replace(parse(), hookpoints=tuple(map(str, sorted(left))))] if left else [])]
+
+
+def plainly(kind: type[Config]) -> type[Config]:
+    """The same options, whose help does not end in "(default: None)": their texts say what being left out means."""
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.default is None:
+            kind.__annotations__[field.name] = Annotated[field.type, tyro.conf.arg(help_behavior_hint="")]
+        elif is_dataclass(field.type):
+            plainly(field.type)  # type: ignore[arg-type]
+    return kind
 
 
 def described(text: str | None) -> str:

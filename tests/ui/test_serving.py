@@ -24,8 +24,9 @@ from fluxsae.miniature.scenes import ATTRIBUTES, vocabulary
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.ui.kit.shell import with_progress
 from fluxsae.ui.serve.guard import guarded, visitor_of, without_folders
+from fluxsae.ui.serve.kept import ResultCache
 from fluxsae.ui.serve.lane import Cancelled, Done, FluxLane, Pending, StepDone, Waiting
-from fluxsae.ui.serve.session import ReadJob, ResultCache, Workbench
+from fluxsae.ui.serve.session import ReadJob, Workbench
 from fluxsae.ui.serve.shelf import open_shelf
 from fluxsae.ui.serve.visitors import MAX_PENDING, WINDOW, VisitorLimits
 from fluxsae.ui.tabs.gallery.desk import GalleryDesk

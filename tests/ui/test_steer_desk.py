@@ -19,8 +19,9 @@ from fluxsae.steering.edits import Recipe, SteeringEdit
 from fluxsae.steering.naturalness import NaturalRange
 from fluxsae.ui.kit.links import decode_view
 from fluxsae.ui.serve.lane import Done
+from fluxsae.ui.serve.opening import open_workbench
 from fluxsae.ui.serve.schemas import SteerRequest, SweepRequest
-from fluxsae.ui.serve.session import Workbench, open_workbench
+from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.steer.desk import STRIP, SteerDesk
 from fluxsae.ui.tabs.steer.feature_sliders import Sliders
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob

@@ -30,6 +30,14 @@ FS.svg = (tag, props = {}, ...children) => {
   return node;
 };
 
+FS.button = (text, onclick, props = {}) =>
+  FS.el("button", { class: "fs-button fs-small", type: "button", text, onclick, ...props });
+// Where a feature that is shown leads to; `detail` has its hookpoint and number.
+FS.leads = (root, detail) => [
+  FS.button("Steer with this", () => FS.emit(root, "steer", detail), { class: "fs-button fs-small fs-primary" }),
+  FS.button("Open its page", () => FS.emit(root, "page", detail)),
+];
+
 FS.bytes = (base64) => Uint8Array.from(atob(base64 || ""), (character) => character.charCodeAt(0));
 FS.percent = (fraction) => (fraction === null || fraction === undefined ? "–" : `${Math.round(fraction * 100)} %`);
 FS.number = (value, digits = 3) => {
@@ -273,7 +281,7 @@ FS.code = (snippets) => {
   };
   for (const name of names) {
     tabs.append(
-      FS.el("button", { class: "fs-button fs-small", type: "button", text: name, onclick: () => show(name) }),
+      FS.button(name, () => show(name)),
     );
   }
   show(names[0]);

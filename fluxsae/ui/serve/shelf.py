@@ -7,7 +7,8 @@ from typing import Any
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.serve.arguments import shortened
-from fluxsae.ui.serve.session import EMBEDDED, INSTEAD, Workbench, embedded_workbench, open_workbench
+from fluxsae.ui.serve.opening import INSTEAD, embedded_workbench, open_workbench
+from fluxsae.ui.serve.session import EMBEDDED, Workbench
 
 MAX_RUNS = 12
 

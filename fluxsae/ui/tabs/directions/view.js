@@ -223,28 +223,11 @@ FS.define("fs-map", (root, data) => {
         FS.el(
           "span",
           { class: "fs-row" },
-          FS.el("button", {
-            class: "fs-button fs-small",
-            type: "button",
-            text: "+",
-            "aria-label": "Zoom in",
-            onclick: () => zoom(1.4),
-          }),
-          FS.el("button", {
-            class: "fs-button fs-small",
-            type: "button",
-            text: "−",
-            "aria-label": "Zoom out",
-            onclick: () => zoom(1 / 1.4),
-          }),
-          FS.el("button", {
-            class: "fs-button fs-small",
-            type: "button",
-            text: "Whole map",
-            onclick: () => {
-              Object.assign(view, { x: 0, y: 0, zoom: 1 });
-              paint();
-            },
+          FS.button("+", () => zoom(1.4), { "aria-label": "Zoom in" }),
+          FS.button("−", () => zoom(1 / 1.4), { "aria-label": "Zoom out" }),
+          FS.button("Whole map", () => {
+            Object.assign(view, { x: 0, y: 0, zoom: 1 });
+            paint();
           }),
           FS.file(data.file, "CSV"),
         ),
@@ -265,7 +248,6 @@ FS.define("fs-map", (root, data) => {
 FS.define("fs-near", (root, data) => {
   const map = document.querySelector("fs-map");
   if (map && map.data && map.data.hookpoint === data.hookpoint && map.choose) map.choose(data.feature);
-  const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: data.feature });
   const report = () => {
     const shown = document.querySelector("fs-map");
     const chart = shown && shown.data && shown.data.hookpoint === data.hookpoint ? shown.querySelector("canvas") : null;
@@ -306,18 +288,7 @@ FS.define("fs-near", (root, data) => {
       FS.el(
         "div",
         { class: "fs-row" },
-        FS.el("button", {
-          class: "fs-button fs-small fs-primary",
-          type: "button",
-          text: "Steer with this",
-          onclick: () => go("steer"),
-        }),
-        FS.el("button", {
-          class: "fs-button fs-small",
-          type: "button",
-          text: "Open its page",
-          onclick: () => go("gallery"),
-        }),
+        FS.leads(root, { hookpoint: data.hookpoint, feature: data.feature }),
       ),
       data.alignment === null ? null : FS.el("p", {
         class: "fs-quiet",

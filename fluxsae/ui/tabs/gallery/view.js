@@ -69,15 +69,10 @@ FS.define("fs-gallery", (root, data) => {
       FS.el(
         "div",
         { class: "fs-row fs-centre" },
-        FS.el("button", {
-          class: "fs-button",
-          type: "button",
-          text: data.more,
-          onclick: (event) => {
-            event.currentTarget.disabled = true; // until the next page is there
-            FS.emit(root, "more", {});
-          },
-        }),
+        FS.button(data.more, (event) => {
+          event.currentTarget.disabled = true; // until the next page is there
+          FS.emit(root, "more", {});
+        }, { class: "fs-button" }),
       ),
     );
   }
@@ -163,27 +158,12 @@ FS.define("fs-feature", (root, data) => {
         FS.el(
           "div",
           { class: "fs-row fs-wrap fs-tight" },
-          FS.el("button", {
-            class: "fs-button fs-primary",
-            type: "button",
-            text: "Steer with this",
-            onclick: () => go("steer"),
-          }),
-          FS.el("button", {
-            class: "fs-button",
-            type: "button",
-            text: "Show in map",
-            onclick: () => go("map"),
-          }),
-          FS.el("button", {
-            class: "fs-button",
-            type: "button",
-            text: "Close",
-            onclick: () => {
-              root.replaceChildren();
-              FS.emit(root, "close", {});
-            },
-          }),
+          FS.button("Steer with this", () => go("steer"), { class: "fs-button fs-primary" }),
+          FS.button("Show in map", () => go("map"), { class: "fs-button" }),
+          FS.button("Close", () => {
+            root.replaceChildren();
+            FS.emit(root, "close", {});
+          }, { class: "fs-button" }),
         ),
       ),
       FS.el("p", { text: data.sentence }),
@@ -271,14 +251,11 @@ FS.define("fs-feature", (root, data) => {
         FS.el(
           "div",
           { class: "fs-row" },
-          FS.el("button", {
-            class: "fs-button",
-            type: "button",
-            text: `Which word silences it? (${data.silencing})`,
-            "aria-label": "Which word silences it?",
-            disabled: !data.silencing,
-            onclick: () => FS.emit(root, "why", { hookpoint: data.hookpoint, feature: data.feature }),
-          }),
+          FS.button(
+            `Which word silences it? (${data.silencing})`,
+            () => FS.emit(root, "why", { hookpoint: data.hookpoint, feature: data.feature }),
+            { class: "fs-button", "aria-label": "Which word silences it?", disabled: !data.silencing },
+          ),
         ),
       ),
     ),
