@@ -9,12 +9,14 @@ from tiny_flux import SETTINGS
 
 import fluxsae.flux
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import capture
+from fluxsae.flux import block_hooks, capture
+from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
 from fluxsae.runs.folder import RunFolder
 from fluxsae.sae.config import SaeConfig, TrainedOn
 from fluxsae.sae.model import SparseAutoencoder
-from fluxsae.ui.serve.reading import read_image
+from fluxsae.ui.serve.given import GivenPicture
+from fluxsae.ui.serve.reading import read_given, read_image
 from fluxsae.ui.serve.session import Workbench
 
 
@@ -28,6 +30,22 @@ def test_an_sae_of_another_hook_point_is_refused_as_in_steering(tiny_flux) -> No
     with pytest.raises(FluxSaeError, match=r"hookpoint is transformer_blocks\.2\.ff, not transformer_blocks\.1\.ff"):
         read_image(tiny_flux, {"transformer_blocks.2.ff": sae}, **asked)
     assert read_image(tiny_flux, {"transformer_blocks.1.ff": sae}, **asked).grid.n_tokens == 16
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["made", "own picture"])
+def test_an_image_whose_activations_are_no_numbers_is_refused_by_step(tiny_flux, is_given: bool) -> None:
+    place = "transformer_blocks.1.ff"
+    sae = SparseAutoencoder(SaeConfig(architecture="l1", d_model=32, n_features=8))
+    asked = {"prompt": "a red circle", "seed": 0, "settings": SETTINGS}
+    with (
+        block_hooks(tiny_flux, {HookPoint.parse("layer0"): lambda call: call.tokens / 0 if call.step == 2 else None}),
+        pytest.raises(FluxSaeError, match=r"At step 2 of transformer_blocks.1.ff, the activations of this image hold"),
+    ):
+        if is_given:
+            picture = GivenPicture(32, 32, bytes(32 * 32 * 3))
+            read_given(tiny_flux, {place: sae}, picture, metrics={place: {}}, **asked)
+        else:
+            read_image(tiny_flux, {place: sae}, **asked)
 
 
 @pytest.mark.parametrize("has_ground", [True, False])
