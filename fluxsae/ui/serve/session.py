@@ -100,6 +100,10 @@ class LoadedFlux:
         self.most = most
         self._pipes: OrderedDict[tuple[str | None, ...], Any] = OrderedDict()
 
+    def find(self, source: str, revision: str | None, device: str, dtype: str | None) -> Any | None:
+        """A model, if it is loaded."""
+        return self._pipes.get((source, revision, device, dtype))
+
     def get(self, source: str, revision: str | None, device: str, dtype: str | None) -> Any:
         """A model, loaded unless it is there; others make room first."""
         key = (source, revision, device, dtype)
@@ -282,9 +286,28 @@ class Workbench:
     @property
     def pipe(self) -> Any:
         """FLUX; loading takes seconds (the miniature) to minutes (FLUX.1-dev). Used inside the lane only."""
+        return self.fluxes.get(*self._flux_key)
+
+    @property
+    def _flux_key(self) -> tuple[str, str | None, str, str | None]:
         # As the run was made, where it says so: thresholds and card values belong to that rounding.
         revision = None if self.has_local_flux else self.info.flux_revision
-        return self.fluxes.get(self.flux_source, revision, self.device, self.info.dtype)
+        return self.flux_source, revision, self.device, self.info.dtype
+
+    @property
+    def flux_remarks(self) -> list[str]:
+        """How the FLUX in memory differs from one that is whole and exact; nothing while none is loaded."""
+        pipe = self.fluxes.find(*self._flux_key)
+        if pipe is None:
+            return []
+        from fluxsae.flux import is_offloaded, why_inexact
+
+        inexact = why_inexact(pipe)
+        return [
+            *([f"here {inexact}: its activations are not the model's own"] if inexact else []),
+            *(["offloaded here: exact, but each part comes to the GPU in its turn, so images take longer"]
+              if is_offloaded(pipe) else []),
+        ]  # fmt: skip
 
     @property
     def embedder(self) -> ImageEmbedder | None:
