@@ -294,7 +294,6 @@ def collect(
     total = sum(len(manifest.image_ids(index)) - present[index] for index in wanted)
     done = 0
     left_out = LeftOut(len(plan), set().union(*(writer.left_out() for writer in writers.values())))
-
     for index in wanted:
         new = manifest.image_ids(index)[present[index] :]
         rows = capture_rows(pipe, plan, new, request, on_bad=left_out.add)
@@ -305,6 +304,17 @@ def collect(
         done += len(new)
         if on_images is not None:
             on_images(done, total)
+    return len(left_out.image_ids)
+
+
+def count_left_out(plan: ImagePlan, folders: Mapping[HookPoint, str | Path]) -> int:
+    """How many images a collection of one process or several leaves out.
+
+    Raises:
+        FluxSaeError: more than `MAX_BAD_SHARE` of them.
+    """
+    left_out = LeftOut(len(plan), set().union(*(ShardFolder(folder).left_out() for folder in folders.values())))
+    left_out.check("Each is logged above with its step.")
     return len(left_out.image_ids)
 
 

@@ -22,6 +22,7 @@ from fluxsae.activations.collection import (
     build_request,
     capture_rows,
     collect,
+    count_left_out,
     live_sources,
     stream_shapes,
 )
@@ -514,6 +515,9 @@ def test_collection_leaves_a_bad_image_out_and_counts_it(
     assert DiskReader(folder).rows([0, 1], torch.arange(17 * 16), epoch=0).any(dim=1).all()
     # The same command again finds it done, and still counts what is missing.
     assert collect(tiny_flux, plan, request, folders=folders, manifests=manifests) == 1
+    assert count_left_out(plan, folders) == 1
+    with pytest.raises(FluxSaeError, match="1 of 19 images would be left out"):
+        count_left_out(plan.first(19), folders)
 
 
 def test_collection_stops_when_too_many_images_are_bad(tiny_flux: FluxPipeline, tmp_path: Path) -> None:
