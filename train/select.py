@@ -140,7 +140,13 @@ def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
 
     if config.vocabulary is None:
         return caption_vocabulary(prompts, limit=config.max_phrases)
-    phrases = [line.strip() for line in config.vocabulary.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = config.vocabulary.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FluxSaeError(
+            f"{config.vocabulary} cannot be read as text ({error}). Name a UTF-8 file with one phrase a line."
+        ) from error
+    phrases = [line.strip() for line in lines if line.strip()]
     if not phrases:
         raise FluxSaeError(f"{config.vocabulary} holds no phrase; write one a line")
     return phrases

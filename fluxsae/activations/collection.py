@@ -24,6 +24,7 @@ from fluxsae.flux import (
     read_picture,
     schedule_sigmas,
 )
+from fluxsae.flux.bad_numbers import LeftOut, OnBad, bad_items, check_finite, describe_bad
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.sources import PictureSet
@@ -33,12 +34,6 @@ _log = logging.getLogger(__name__)
 
 SEED_BLOCK = 1_000_000
 """Image seeds of one purpose lie in a block of this size, so that no two images of a run share one."""
-
-MAX_BAD_SHARE = 0.05
-"""Of a collection's images may be left out since they hold NaN or infinite numbers; beyond it something is wrong."""
-
-OnBad = Callable[[int, str], None]
-"""Called with (image id, what is wrong) for an image that is to be left out; may raise to stop."""
 
 OnImages = Callable[[int, int], None]
 """Called with (images done, images in all)."""
@@ -187,43 +182,19 @@ def capture_rows(
     }
 
 
-def check_finite(call: BlockCall, names: Sequence[str]) -> None:
-    """Refuses activations that are no numbers, before anything is made of them; `names` says what each item is.
-
-    Raises:
-        FluxSaeError: an item of the batch holds NaN or an infinite number.
-    """
-    bad = [names[item] for item in _bad_items(call)]
-    if bad:
-        raise FluxSaeError(_describe_bad(call, ", ".join(bad)))
-
-
-def _bad_items(call: BlockCall) -> list[int]:
-    is_sound = call.tokens.flatten(1).isfinite().all(1).tolist()
-    return [item for item, sound in enumerate(is_sound) if not sound]
-
-
-def _describe_bad(call: BlockCall, names: str) -> str:
-    return (
-        f"At step {call.step} of {call.hookpoint}, the activations of {names} hold NaN or infinite "
-        f"numbers; nothing was made of them. FLUX ran in {str(call.tokens.dtype).removeprefix('torch.')}: float16 "
-        "overflows in it, so load it in bfloat16 or float32; if it was loaded so, try another GPU."
-    )
-
-
 def _capture_batch(
     pipe: Any, plan: ImagePlan, image_ids: Sequence[int], request: CaptureRequest, on_bad: OnBad | None
 ) -> dict[HookPoint, Rows]:
     kept: dict[tuple[HookPoint, int], tuple[Tensor, Tensor]] = {}
 
     def keep(call: BlockCall) -> None:
-        names = [f"image {i}" for i in image_ids]
+        names, where = [f"image {i}" for i in image_ids], {"hookpoint": call.hookpoint, "step": call.step}
         if on_bad is None:
-            check_finite(call, names)
-        bad = _bad_items(call)
+            check_finite(call.tokens, names, **where)
+        bad = bad_items(call.tokens)
         for item in bad:
             assert on_bad is not None
-            on_bad(image_ids[item], _describe_bad(call, names[item]))
+            on_bad(image_ids[item], describe_bad(call.tokens, names[item], **where))
         n_tokens = call.tokens.shape[1]
         index = torch.stack([kept_tokens(request, i, call.step, n_tokens=n_tokens) for i in image_ids])
         tokens = call.tokens.gather(1, index.to(call.tokens.device)[..., None].expand(-1, -1, call.tokens.shape[2]))
@@ -322,26 +293,29 @@ def collect(
     present = {index: min(writers[h].n_present(index) for h in writers if index in missing[h]) for index in wanted}
     total = sum(len(manifest.image_ids(index)) - present[index] for index in wanted)
     done = 0
-    left_out: set[int] = set().union(*(writer.left_out() for writer in writers.values()))
-
-    def leave_out(image_id: int, reason: str) -> None:
-        if image_id not in left_out:
-            left_out.add(image_id)
-            _log.warning("image %d of %d is left out. %s", image_id, len(plan), reason)
-        if len(left_out) > MAX_BAD_SHARE * len(plan):
-            raise FluxSaeError(f"{len(left_out)} of {len(plan)} images would be left out, too many to go on. {reason}")
-
+    left_out = LeftOut(len(plan), set().union(*(writer.left_out() for writer in writers.values())))
     for index in wanted:
         new = manifest.image_ids(index)[present[index] :]
-        rows = capture_rows(pipe, plan, new, request, on_bad=leave_out)
-        bad = [image_id for image_id in manifest.image_ids(index) if image_id in left_out]
+        rows = capture_rows(pipe, plan, new, request, on_bad=left_out.add)
+        bad = [image_id for image_id in manifest.image_ids(index) if image_id in left_out.image_ids]
         for hookpoint, writer in writers.items():
             if index in missing[hookpoint]:
                 writer.write(index, *_added(writer, index, rows[hookpoint], present[index]), left_out=bad)
         done += len(new)
         if on_images is not None:
             on_images(done, total)
-    return len(left_out)
+    return len(left_out.image_ids)
+
+
+def count_left_out(plan: ImagePlan, folders: Mapping[HookPoint, str | Path]) -> int:
+    """How many images a collection of one process or several leaves out.
+
+    Raises:
+        FluxSaeError: more than `MAX_BAD_SHARE` of them.
+    """
+    left_out = LeftOut(len(plan), set().union(*(ShardFolder(folder).left_out() for folder in folders.values())))
+    left_out.check("Each is logged above with its step.")
+    return len(left_out.image_ids)
 
 
 def _added(
@@ -403,6 +377,9 @@ class LiveImages:
     Batches of images are dealt to the processes in turn and their rows exchanged: every process has all rows, which do
     not depend on how many processes there are. Rows that a hook point has not asked for yet wait for it; beyond
     `waiting_bytes` the oldest are forgotten, and made again if they are asked for after all.
+
+    An image with NaN or infinite activations is left out and logged with its step: the rows of another image of its
+    shard stand in its place, at all hook points.
     """
 
     def __init__(
@@ -423,6 +400,8 @@ class LiveImages:
         self._shards = [ids[start : start + images_per_shard] for start in range(0, len(ids), images_per_shard)]
         self._waiting: OrderedDict[tuple[int, int, HookPoint], Tensor] = OrderedDict()
         self._waiting_bytes = waiting_bytes
+        self._left_out: dict[int, LeftOut] = {}
+        """By epoch: each makes the images anew."""
 
     def d_model(self, hookpoint: HookPoint) -> int:
         """Width of a hook point's rows."""
@@ -441,7 +420,7 @@ class LiveImages:
         """A hook point's rows of a shard's images.
 
         Raises:
-            FluxSaeError: so many epochs that the seeds would leave their block.
+            FluxSaeError: so many epochs that the seeds would leave their block, or too many images are left out.
         """
         if (epoch, shard, hookpoint) not in self._waiting:
             made = self._make(shard, epoch)
@@ -468,16 +447,49 @@ class LiveImages:
         pieces: dict[HookPoint, list[Tensor]] = {place: [] for place in self._request.hookpoints}
         for start in range(0, len(batches), world_size):
             turn = batches[start : start + world_size]
-            own = capture_rows(self._pipe, plan, turn[rank], self._request) if rank < len(turn) else None
+            own = self._capture(plan, turn[rank]) if rank < len(turn) else None
             for source, images in enumerate(turn):
                 for place, made in pieces.items():
                     if own is not None and source == rank:
-                        rows = own[place][0].flatten(0, 2)
+                        rows = own[place]
                     else:
-                        shape = (len(images) * self._rows_per_image(place), self.d_model(place))
+                        shape = (len(images), self._rows_per_image(place), self.d_model(place))
                         rows = torch.empty(shape, dtype=torch.bfloat16)
                     made.append(self._peers.broadcast_(rows, source=source) if self._peers else rows)
-        return {place: torch.cat(made) for place, made in pieces.items()}
+        joined = {place: torch.cat(made) for place, made in pieces.items()}
+        left_out = self._left_out.setdefault(epoch, LeftOut(len(self._plan)))
+        return {place: rows.flatten(0, 1) for place, rows in _without_bad(joined, ids, left_out).items()}
+
+    def _capture(self, plan: ImagePlan, image_ids: Sequence[int]) -> dict[HookPoint, Tensor]:
+        """Rows (images, rows, d_model) of each hook point; NaN where an image is to be left out."""
+        bad: dict[int, str] = {}
+        made = capture_rows(self._pipe, plan, image_ids, self._request, on_bad=bad.setdefault)
+        rows = {place: tokens.flatten(1, 2) for place, (tokens, _) in made.items()}
+        for image_id, reason in bad.items():
+            _log.warning("image %d is left out. %s", image_id, reason)
+            for tokens in rows.values():
+                tokens[list(image_ids).index(image_id)] = torch.nan
+        return rows
+
+
+def _without_bad(
+    rows: dict[HookPoint, Float[Tensor, "images rows d_model"]], image_ids: Sequence[int], left_out: LeftOut
+) -> dict[HookPoint, Float[Tensor, "images rows d_model"]]:
+    """The rows with those of sound images in place of NaN, which every process sees alike.
+
+    Raises:
+        FluxSaeError: too many images are left out.
+    """
+    bad = bad_items(next(iter(rows.values())))
+    if not bad:
+        return rows
+    left_out.image_ids.update(image_ids[item] for item in bad)
+    left_out.check("Each is logged above with its step.")
+    sound = [item for item in range(len(image_ids)) if item not in bad]
+    if not sound:
+        raise FluxSaeError(f"All {len(bad)} images of a shard hold NaN or infinite numbers; try another GPU.")
+    chosen = torch.tensor([sound[item % len(sound)] if item in bad else item for item in range(len(image_ids))])
+    return {place: tokens[chosen] for place, tokens in rows.items()}
 
 
 class LiveReader:

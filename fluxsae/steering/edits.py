@@ -271,6 +271,8 @@ class Recipe:
     device: str = "cpu"
     flux_weights: str | None = None
     adapters: Annotated[tuple[str, ...], FromList] | None = None
+    is_exact: bool | None = None
+    """False where FLUX was quantised or cached; None in recipes of before this field."""
 
     def __post_init__(self) -> None:
         for name, most in (("index", len(self.batch) - 1), ("shared_steps", self.settings.num_inference_steps)):
@@ -299,6 +301,7 @@ class Recipe:
             "device": self.device,
             "flux_weights": self.flux_weights,
             "adapters": None if self.adapters is None else list(self.adapters),
+            "is_exact": self.is_exact,
         }
 
     @classmethod

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Final, Self
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.functional import interpolate, normalize
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.silencing import prompts_without_words
 from fluxsae.flux import BlockCall, block_hooks, capture, default_settings, generate
+from fluxsae.flux.bad_numbers import check_finite
 from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
@@ -114,18 +116,24 @@ def measure_token_limits(
     steps: Sequence[int] | None = None,
     quantile: float = QUANTILE,
 ) -> TokenLimits:
-    """The limits of a hook point's clean tokens, from unsteered generations of these prompts, in batches that fit."""
+    """The limits of a hook point's clean tokens, from unsteered generations of these prompts, in batches that fit.
+
+    Raises:
+        FluxSaeError: activations are NaN or infinite.
+    """
     settings = settings or default_settings(pipe)
     samples: dict[float, list[Tensor]] = {}
 
-    def keep(call: BlockCall) -> None:
+    def keep(call: BlockCall, names: Sequence[str]) -> None:
+        check_finite(call.tokens, names, hookpoint=call.hookpoint, step=call.step)
         pair = torch.stack(norm_and_residual(call.tokens, sae, sigma=call.sigma), dim=-1)
         samples.setdefault(call.sigma, []).append(pair.reshape(-1, 2).cpu())
 
     size = batch_within_memory(pipe, settings)
     for start in range(0, len(prompts), size):
         batch = slice(start, start + size)
-        with capture(pipe, [hookpoint], steps, sink=keep, stop_early=True):
+        names = [f"{prompt!r:.60}" for prompt in prompts[batch]]
+        with capture(pipe, [hookpoint], steps, sink=partial(keep, names=names), stop_early=True):
             generate(pipe, list(prompts[batch]), seeds=list(seeds[batch]), settings=settings, output_type="latent")
     return limits_of({sigma: torch.cat(parts) for sigma, parts in samples.items()}, quantile=quantile)
 

@@ -180,7 +180,7 @@ def reproduce(
 
 
 def _check_flux(pipe: Any, recipe: Recipe, allow_mismatch: Collection[Mismatch]) -> None:
-    recorded = FluxIdentity(recipe.flux_id, recipe.flux_revision, recipe.flux_weights, recipe.adapters, is_exact=None)
+    recorded = FluxIdentity(recipe.flux_id, recipe.flux_revision, recipe.flux_weights, recipe.adapters, recipe.is_exact)
     found = identity_differences(recorded, flux_identity(pipe))
     refused = [name for name in found if name not in allow_mismatch]
     if refused:
@@ -274,6 +274,7 @@ def _recipe(
         device=execution_device(pipe).type,
         flux_weights=identity.weights,
         adapters=identity.adapters,
+        is_exact=identity.is_exact,
     )
 
 

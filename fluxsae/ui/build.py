@@ -7,7 +7,7 @@ import gradio as gr
 
 from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.kit.header import header_html
-from fluxsae.ui.kit.shell import Shell
+from fluxsae.ui.kit.shell import QUIET, Shell
 from fluxsae.ui.kit.theme import build_theme, page_css, page_head
 from fluxsae.ui.serve.downloads import download_route, offer
 from fluxsae.ui.serve.endpoints import add_endpoint
@@ -73,6 +73,8 @@ def _build_page(
             with gr.Tab(tab.title, id=tab.name) as place:
                 tab.build(desk, shell, place)
     header.value = header_html(shelf, bench)  # last: what is damaged is found while tabs are built
+    # FLUX is loaded after the page is built, and only then says whether it is offloaded or quantised
+    app.load(lambda: header_html(shelf, bench) if bench.flux_remarks else gr.skip(), None, header, **QUIET)
     shell.tell_bad_links(*(tab.name for tab, desk in desks.items() if desk.answers()))
 
 

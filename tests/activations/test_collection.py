@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +22,15 @@ from fluxsae.activations.collection import (
     build_request,
     capture_rows,
     collect,
+    count_left_out,
     live_sources,
     stream_shapes,
 )
 from fluxsae.activations.mixing import DiskReader, mixing_buffer
 from fluxsae.activations.shards import ShardFolder
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.analysis import describe_features
+from fluxsae.features.config import AnalysisConfig
 from fluxsae.features.scores import ScoreMatrix
 from fluxsae.features.scoring import (
     ScoreParts,
@@ -186,7 +190,7 @@ def test_processes_that_train_straight_from_flux_share_the_batches_of_one(monkey
     request = CaptureRequest((place,), (1, 3), GenerationSettings(), tokens_per_image=5, batch_size=2)
     generated: list[tuple[int, ...]] = []
 
-    def rows_of(pipe: Any, plan: ImagePlan, image_ids: Any, request: CaptureRequest) -> Any:
+    def rows_of(pipe: Any, plan: ImagePlan, image_ids: Any, request: CaptureRequest, **_: Any) -> Any:
         generated.append(tuple(plan.seed(i) for i in image_ids))
         seeds = torch.tensor(generated[-1])[:, None, None, None]
         return {place: ((seeds * 10 + torch.arange(10).reshape(2, 5, 1)).expand(-1, -1, -1, 4).bfloat16(), None)}
@@ -220,7 +224,7 @@ def fake_flux(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     generated: list[tuple[int, ...]] = []
     n_tokens = {IMAGE: 5, TEXT: 3}
 
-    def rows_of(pipe: Any, plan: ImagePlan, image_ids: Any, request: CaptureRequest) -> Any:
+    def rows_of(pipe: Any, plan: ImagePlan, image_ids: Any, request: CaptureRequest, **_: Any) -> Any:
         generated.append(tuple(plan.seed(i) for i in image_ids))
         seeds = torch.tensor(generated[-1])[:, None, None, None].bfloat16()
         return {place: (seeds + 100 * torch.rand(1, 1, n, 4).bfloat16(), None) for place, n in n_tokens.items()}
@@ -511,6 +515,9 @@ def test_collection_leaves_a_bad_image_out_and_counts_it(
     assert DiskReader(folder).rows([0, 1], torch.arange(17 * 16), epoch=0).any(dim=1).all()
     # The same command again finds it done, and still counts what is missing.
     assert collect(tiny_flux, plan, request, folders=folders, manifests=manifests) == 1
+    assert count_left_out(plan, folders) == 1
+    with pytest.raises(FluxSaeError, match="1 of 19 images would be left out"):
+        count_left_out(plan.first(19), folders)
 
 
 def test_collection_stops_when_too_many_images_are_bad(tiny_flux: FluxPipeline, tmp_path: Path) -> None:
@@ -521,6 +528,71 @@ def test_collection_stops_when_too_many_images_are_bad(tiny_flux: FluxPipeline, 
     ):
         collect(tiny_flux, plan, request, folders={request.hookpoints[0]: tmp_path}, manifests=manifests)
     assert not any(shard.path.exists() for shard in ShardFolder(tmp_path).shards)
+
+
+def spoil_in(pipe: FluxPipeline, *batches: int) -> AbstractContextManager[Any]:
+    """The second image of these batches, counted from 0, turns bad at step 1."""
+    seen: list[int] = []
+
+    def spoil(call: BlockCall) -> torch.Tensor | None:
+        seen.extend([call.step] * (call.step == 1))
+        return spoil_second(call) if call.step == 1 and len(seen) - 1 in batches else None
+
+    return block_hooks(pipe, {HookPoint.parse("transformer_blocks.0"): spoil})
+
+
+def score_twenty(pipe: FluxPipeline, path: Path, *spoiled: int, **changes: Any) -> tuple[RunFolder, int]:
+    saes, request = score_request(pipe, batch_size=5, images_per_part=10, **changes)
+    request = replace(request, plan=ImagePlan.build(["a red star"] * 20, seed=0, purpose="score"))
+    run = RunFolder(path)
+    run.save_info(RunInfo(flux_id="tiny", settings=request.settings, hookpoints=tuple(map(str, HOOKPOINTS))))
+    parts = ScoreParts(run, request)
+    with spoil_in(pipe, *spoiled):
+        score_images(pipe, saes, parts)
+    return run, merge_parts(parts)
+
+
+def test_scoring_leaves_a_bad_image_out_of_everything_and_counts_it(
+    tiny_flux: FluxPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sound, n_sound = score_twenty(tiny_flux, tmp_path / "sound")
+    spoiled, n_spoiled = score_twenty(tiny_flux, tmp_path / "spoiled", 2)  # image 11, when its step 0 was counted
+    assert (n_sound, n_spoiled) == (0, 1)
+    assert "image 11 of 20 is left out. At step 1 of" in caplog.text
+    others = [i for i in range(20) if i != 11]
+    for place in HOOKPOINTS:
+        clean, matrix = (ScoreMatrix.load(run.scores_path(place)) for run in (sound, spoiled))
+        assert (clean.left_out, matrix.left_out) == ((), (11,))
+        assert torch.equal(matrix.stored()[others], clean.stored()[others])
+        assert not matrix.stored()[11].any()
+        all_stats, stats = (FeatureStats.load(run.stats_path(place)) for run in (sound, spoiled))
+        assert (stats.n_images, stats.n_tokens * 20) == (19, all_stats.n_tokens * 19)
+        assert torch.equal(stats.image_counts, (matrix.stored() > 0).sum(0))
+        assert 11 not in Heatmaps.load(spoiled.heatmaps_path(place)).image_ids
+        assert spoiled.load_metrics(place)["image_fvu"]["n_images"] == 19
+        assert len(describe_features(matrix, stats, AnalysisConfig())) == matrix.n_features
+    assert len(spoiled.load_images()) == 20
+
+
+def test_scoring_stops_when_too_many_images_are_bad(tiny_flux: FluxPipeline, tmp_path: Path) -> None:
+    with pytest.raises(FluxSaeError, match=r"2 of 20 images would be left out, too many to go on\. At step 1"):
+        score_twenty(tiny_flux, tmp_path, 0, 3)  # the first batch is made twice
+
+
+def test_a_live_source_puts_a_sound_image_in_the_place_of_a_bad_one(
+    tiny_flux: FluxPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan, request, _ = bad_images(tiny_flux)
+    with spoil_in(tiny_flux, 0, 1):  # the shapes are read off at step 0 of a generation that ends there
+        images = LiveImages(tiny_flux, plan, request, images_per_shard=10, held_out_every=0)
+        with pytest.raises(FluxSaeError, match="2 of 20 images would be left out"):
+            images.take(request.hookpoints[0], 0, epoch=0)
+    with spoil_in(tiny_flux, 1):
+        images = LiveImages(tiny_flux, plan, request, images_per_shard=10, held_out_every=0)
+        rows = images.take(request.hookpoints[0], 0, epoch=0).reshape(10, 16, -1)
+    assert "image 6 is left out. At step 1 of transformer_blocks.1.ff" in caplog.text
+    assert rows.isfinite().all()
+    assert [i for i in range(10) if i != 6 and torch.equal(rows[i], rows[6])] == [7]
 
 
 def test_scoring_refuses_numbers_that_are_none_by_prompt_and_seed(tiny_flux: FluxPipeline) -> None:

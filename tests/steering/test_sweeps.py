@@ -200,7 +200,11 @@ def test_in_bfloat16_strength_0_of_the_last_batch_is_the_baseline_bit_for_bit() 
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("flux", {"flux_id": "user/other", "flux_weights": "0" * 64}), ("adapters", {"adapters": ("adapter 0",)})],
+    [
+        ("flux", {"flux_id": "user/other", "flux_weights": "0" * 64}),
+        ("adapters", {"adapters": ("adapter 0",)}),
+        ("is_exact", {"is_exact": False}),
+    ],
 )
 def test_a_recipe_of_another_flux_is_refused_or_allowed_by_name(name: str, changes: dict[str, object]) -> None:
     pipe = build_tiny_flux()

@@ -182,6 +182,10 @@ class MemoryConfig:
     """One measurement, in this process; left out, all of them, each in its own."""
     d_model: int = 3072
     """Width of the activations."""
+    images: int | None = None
+    """Images of `scoring`, `record-...` and `limits-...`; left out, a batch of FLUX.1-dev's: 8, 32 and 16."""
+    steps: int = 5
+    """Steps of `scoring`."""
     score_images: int = 20_000
     """Images of `select` and `compare`."""
     score_features: int = 49_152

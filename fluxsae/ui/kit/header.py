@@ -53,5 +53,9 @@ def flux_words(bench: Workbench) -> str:
     if bench.is_miniature:
         return "the miniature, a toy FLUX whose inside can be checked"
     revision = f" at {bench.info.flux_revision[:8]}" if bench.info.flux_revision else ""
-    differs = "" if bench.info.is_exact else ", quantised or cached: its activations are not the model's own"
-    return f"{without_folders(bench.info.flux_id)}{revision}{differs}"
+    made = (
+        []
+        if bench.info.is_exact
+        else ["quantised or cached when the run was made: its activations are not the model's own"]
+    )
+    return ", ".join([f"{without_folders(bench.info.flux_id)}{revision}{made}", *bench.flux_remarks])

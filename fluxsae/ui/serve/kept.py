@@ -61,6 +61,10 @@ class LoadedFlux:
         self.most = most
         self._pipes: OrderedDict[tuple[str | None, ...], Any] = OrderedDict()
 
+    def find(self, source: str, revision: str | None, device: str, dtype: str | None) -> Any | None:
+        """A model, if it is loaded."""
+        return self._pipes.get((source, revision, device, dtype))
+
     def get(self, source: str, revision: str | None, device: str, dtype: str | None) -> Any:
         """A model, loaded unless it is there; others make room first."""
         key = (source, revision, device, dtype)

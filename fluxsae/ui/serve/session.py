@@ -217,9 +217,28 @@ class Workbench:
     @property
     def pipe(self) -> Any:
         """FLUX; loading takes seconds (the miniature) to minutes (FLUX.1-dev). Used inside the lane only."""
+        return self.fluxes.get(*self._flux_key)
+
+    @property
+    def _flux_key(self) -> tuple[str, str | None, str, str | None]:
         # As the run was made, where it says so: thresholds and card values belong to that rounding.
         revision = None if self.has_local_flux else self.info.flux_revision
-        return self.fluxes.get(self.flux_source, revision, self.device, self.info.dtype)
+        return self.flux_source, revision, self.device, self.info.dtype
+
+    @property
+    def flux_remarks(self) -> list[str]:
+        """How the FLUX in memory differs from one that is whole and exact; nothing while none is loaded."""
+        pipe = self.fluxes.find(*self._flux_key)
+        if pipe is None:
+            return []
+        from fluxsae.flux import is_offloaded, why_inexact
+
+        inexact = why_inexact(pipe)
+        return [
+            *([f"here {inexact}: its activations are not the model's own"] if inexact else []),
+            *(["offloaded here: exact, but each part comes to the GPU in its turn, so images take longer"]
+              if is_offloaded(pipe) else []),
+        ]  # fmt: skip
 
     @property
     def embedder(self) -> ImageEmbedder | None:
