@@ -92,5 +92,8 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": MAX_FILE_SIZE,
         "max_threads": MAX_THREADS,
         "footer_links": [],
-        "app_kwargs": {"exception_handlers": exception_handlers(), "routes": [picture_route(), download_route(), script_route()]},
+        "app_kwargs": {
+            "exception_handlers": exception_handlers(),
+            "routes": [picture_route(), download_route(), script_route()],
+        },
     }

@@ -57,7 +57,7 @@ LIGHT: Final = {
 DARK: Final = LIGHT | {
     "accent": "#a7a2ff",
     "button": ACCENT.c500,
-    "button-hover": "#7d76dd",
+    "button-hover": ACCENT.c600,
     "link": ACCENT.c300,
     "ink": "#ececf2",
     "title": "#c9c9d6",

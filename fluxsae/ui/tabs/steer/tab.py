@@ -61,8 +61,8 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
                 )
             found = gr.HTML(None, html_template=element("fs-found"), js_on_load=mount(), elem_id="steer-found")
             with gr.Row():
-                go = gr.Button("Steer", variant="primary", elem_id="steer-go")
-                strip_go = gr.Button("Compare strengths", elem_id="steer-strip-go")
+                go = gr.Button("Steer", variant="primary", min_width=100, elem_id="steer-go")
+                strip_go = gr.Button("Compare strengths", min_width=190, elem_id="steer-strip-go")
                 stop = gr.Button("Stop", elem_id="steer-stop", elem_classes="fs-stop", min_width=70)
             costs = gr.HTML(elem_id="steer-costs")
         with gr.Column(scale=6, min_width=300):
