@@ -197,6 +197,16 @@ def test_a_condition_names_few_of_the_many_features_that_a_large_run_has_of_a_na
     assert Sliders(bench, LATE).slider(LATE, 3)["present"]["features"] == many[:32]
 
 
+def test_what_the_prompt_has_is_offered_first_to_be_replaced(bench: Workbench) -> None:
+    desk = SteerDesk(bench)
+    first, second, third = list(desk.names)[:3]
+    names, chosen = desk.replaceable(f"a {third} thing", first)
+    assert (names[0], chosen) == (third, third)
+    assert sorted(names) == sorted(desk.names)
+    assert desk.replaceable(f"a {third} {second} thing", second)[1] == second
+    assert desk.replaceable("zzz", second) == (list(desk.names), second)
+
+
 def test_a_swap_that_is_read_is_told_and_its_earlier_sliders_come_along(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

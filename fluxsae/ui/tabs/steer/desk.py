@@ -8,7 +8,7 @@ from typing import Any
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import best_example
-from fluxsae.features.vocabulary import NameKinds
+from fluxsae.features.vocabulary import NameKinds, has_name
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.steering.edits import SteeringEdit, load_recipes, png_bytes, with_features
 from fluxsae.ui.kit import views
@@ -249,6 +249,12 @@ class SteerDesk(Desk):
         """The two names of the first starter, if it is a swap."""
         found = [edit["label"] for starter in self.starters[:1] for edit in starter["edits"][:2]]
         return found if len(set(found)) == 2 and all(name in self.names for name in found) else None
+
+    def replaceable(self, prompt: Any, name: Any) -> tuple[list[str], Any]:
+        """The names, those that the prompt has first; and the one on screen, or the first where the prompt lacks it."""
+        said = [other for other in self.names if has_name(str(prompt), other)]
+        others = [other for other in self.names if other not in said]
+        return [*said, *others], name if name in said or not said else said[0]
 
     def kin(self, name: Any) -> list[str]:
         """The names that are used like one in the run's prompts; all others where none is."""
