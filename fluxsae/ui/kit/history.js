@@ -6,7 +6,11 @@
     if (!tab || history.state?.tab === tab) return;
     history[history.state?.tab ? "pushState" : "replaceState"]({ ...history.state, tab }, "");
   };
-  new MutationObserver(remember).observe(document, { subtree: true, attributeFilter: ["aria-selected"] });
+  new MutationObserver(remember).observe(document, {
+    subtree: true,
+    childList: true, // the first tab comes selected
+    attributeFilter: ["aria-selected"],
+  });
   addEventListener("popstate", ({ state }) => {
     const named = [...document.querySelectorAll('#tabs [role="tab"]')];
     named.find((tab) => tab.textContent.trim() === state?.tab)?.click();
