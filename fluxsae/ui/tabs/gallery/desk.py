@@ -26,7 +26,7 @@ from fluxsae.ui.tabs.gallery.words import WordsDesk
 PAGE = 24
 """Cards shown at first, and added by each "show more"."""
 TURNS = 32
-"""Different searches at a time: who asks first searches, and those who ask the same meanwhile wait for what is found."""
+"""Different searches at a time: who asks first searches; those who ask the same meanwhile wait for what is found."""
 THUMBS = 3
 PICTURES = 8
 SORTS = {
