@@ -8,7 +8,7 @@ import gradio as gr
 from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.kit.header import header_html
 from fluxsae.ui.kit.shell import QUIET, Shell
-from fluxsae.ui.kit.theme import build_theme, page_css, page_head
+from fluxsae.ui.kit.theme import build_theme, page_css, page_head, script_route
 from fluxsae.ui.serve.downloads import download_route, offer
 from fluxsae.ui.serve.endpoints import add_endpoint
 from fluxsae.ui.serve.lane import MAX_WAITING
@@ -94,5 +94,8 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": MAX_FILE_SIZE,
         "max_threads": MAX_THREADS,
         "footer_links": [],
-        "app_kwargs": {"exception_handlers": exception_handlers(), "routes": [picture_route(), download_route()]},
+        "app_kwargs": {
+            "exception_handlers": exception_handlers(),
+            "routes": [picture_route(), download_route(), script_route()],
+        },
     }

@@ -25,7 +25,8 @@ from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.steer.desk import STRIP, SteerDesk
 from fluxsae.ui.tabs.steer.feature_sliders import Sliders
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob
-from fluxsae.ui.tabs.steer.words import even_notches, natural_turns, share_seen, where_it_changed
+from fluxsae.ui.tabs.steer.swap import FoundSwap
+from fluxsae.ui.tabs.steer.words import even_notches, natural_turns, read_words, share_seen, where_it_changed
 
 
 def test_a_sliders_middle_changes_nothing_and_its_ends_are_two_modes(bench: Workbench) -> None:
@@ -131,7 +132,7 @@ def test_a_swap_puts_a_name_where_the_old_one_fires_and_says_what_it_cannot_do()
     assert steps
     *asked, page = done.value
     assert asked == [prompt, 1000344, 20]
-    assert page["unread"] is None
+    assert (page["unread"], page["read"]) == (None, ["red", "green"])
     old, *new = page["edits"]
     assert (old["label"], {slider["label"] for slider in new}) == ("red", {"green"})
     assert old["turn"] < 0 < new[0]["turn"]
@@ -186,6 +187,41 @@ def test_a_slider_that_acts_only_where_its_name_is_becomes_an_edit_with_all_feat
     assert edit.when == Condition(tuple(features), label=label)
     assert sliders.slider_of(edit)["when"] == slider["present"]
     assert sliders.sent({"edits": [{**slider, "when": slider["present"]}]})[0]["when"] == slider["present"]
+
+
+def test_a_condition_names_few_of_the_many_features_that_a_large_run_has_of_a_name(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards, many = bench.cards[LATE], list(range(3000))
+    monkeypatch.setattr(cards, "labels", ["red"] * len(cards))
+    monkeypatch.setattr(cards, "named", lambda: {"red": many})
+    assert Sliders(bench, LATE).slider(LATE, 3)["present"]["features"] == many[:32]
+
+
+def test_what_the_prompt_has_is_offered_first_to_be_replaced(bench: Workbench) -> None:
+    desk = SteerDesk(bench)
+    first, second, third = list(desk.names)[:3]
+    names, chosen = desk.replaceable(f"a {third} thing", first)
+    assert (names[0], chosen) == (third, third)
+    assert sorted(names) == sorted(desk.names)
+    assert desk.replaceable(f"a {third} {second} thing", second)[1] == second
+    assert desk.replaceable("zzz", second) == (list(desk.names), second)
+
+
+def test_a_swap_that_is_read_is_told_and_its_earlier_sliders_come_along(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = SteerDesk(bench)
+    old, new = list(desk.names)[:2]
+    found = FoundSwap((SteeringEdit(HookPoint.parse(LATE), desk.names[old][0], "scale", -1.0),), is_read=True)
+    monkeypatch.setattr(bench, "cached", lambda job: iter([Done(found)]))
+    before = desk.sliders.page([{**desk.sliders.slider(LATE, 3), "turn": 0.5}])
+    (done,) = desk.swap_on("a star", 0, 20, old, new, before)
+    page = done.value[-1]
+    assert [(slider["feature"], slider["turn"]) for slider in page["undo"]] == [(3, 0.5)]
+    assert page["read"] == [old, new]
+    assert read_words(page["read"], desk.names) == [f"“{old}” became “{new}”: CLIP recognises it in this image."]
+    assert read_words(["<b>", new], desk.names) == []
 
 
 def test_an_endpoint_takes_a_condition_by_label(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

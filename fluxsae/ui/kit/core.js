@@ -388,7 +388,7 @@ FS.define = (name, draw) => {
 
 // Ties a gr.HTML component to its element: value in, fs-* events out. `keep` makes what the visitor changed the value
 // that every later event sends: Gradio drops or forgets what an event carries while the one before is under way.
-FS.mount = (root, props, trigger, watch, events) => {
+FS.feed = (root, props, trigger, watch, events) => {
   const node = root.querySelector("[data-fs]");
   node.keep = (value) => {
     node._fsValue = value;

@@ -32,7 +32,7 @@ def header_html(shelf: Shelf, bench: Workbench) -> str:
     return (
         f'<header class="fs-head"><div class="fs-brand">{LOGO}<div><h1>fluxsae</h1>'
         "<p>See which features fire inside FLUX, and steer them.</p></div></div>"
-        f'<details class="fs-about-run"><summary><span>{escape(flux_words(bench))} </span>Details</summary>'
+        f'<details class="fs-about-run"><summary><span>{escape(flux_words(bench))} </span><b>Details</b></summary>'
         f'<dl class="fs-facts">{terms}</dl></details></header>{_chooser(shelf, bench)}{notice}'
     )
 

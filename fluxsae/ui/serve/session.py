@@ -436,24 +436,17 @@ class Workbench:
         """FLUX and the autoencoders, ready to use."""
         _ = (self.pipe, self.saes)
 
-    def prepare(self) -> None:
-        """Imports what the first image needs; once the page is served this would fight it for the interpreter."""
-        try:
-            if self._runs_flux:
-                import fluxsae.flux  # noqa: F401
-        except Exception:  # browsing needs none of it, and the visitor who does gets the same error, in words
-            log.exception("FLUX cannot be imported")
-
     @property
     def _runs_flux(self) -> bool:
         return not self.lacks_flux and (self.has_local_flux or self.device != "cpu")
 
     def warm_up(self) -> None:
-        """Loads what the first visitor would wait for: FLUX in its lane first, then CLIP."""
+        """Loads what the first visitor would wait for: FLUX in its lane first, then CLIP and what searches need."""
         try:
             if self._runs_flux:
                 self.lane.call(self.load_models)
-            _ = self.embedder
+            for cards in self.cards.values():
+                cards.search("any", limit=1, embedder=self.embedder)
         except Exception:  # the visitor who needs it gets the same error, in words
             log.exception("warming up failed")
 

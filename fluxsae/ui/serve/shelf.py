@@ -49,11 +49,6 @@ class Shelf:
         """What follows this page's address for a run; nothing for the first."""
         return "" if bench is self.first else bench.slug
 
-    def prepare(self) -> None:
-        """Imports what the first image needs; once the page is served this would fight it for the interpreter."""
-        for bench in self.runs.values():
-            bench.prepare()
-
     def warm_up(self) -> None:
         """Loads what the first visitor would wait for, in the background."""
         threading.Thread(target=self.first.warm_up, name="warm-up", daemon=True).start()

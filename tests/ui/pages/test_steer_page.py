@@ -12,6 +12,7 @@ from steps import (
     chosen,
     generate,
     go_to,
+    nothing_serious,
     turn,
     wait_until_turned,
 )
@@ -160,6 +161,10 @@ def test_one_name_is_put_in_place_of_another(visit: Open) -> None:
     assert labels[0] == old
     assert set(labels[1:]) == {new}
     expect(page.locator(".toast-body")).to_have_count(0)
+    expect(page.locator(".fs-words li").first).to_contain_text(f"“{old}” became “{new}”")
+    page.get_by_role("button", name="Undo the swap").click()
+    expect(page.locator(".fs-edit")).to_have_count(0)
+    expect(page.locator(".fs-starter").first).to_be_visible()
 
 
 def test_the_strip_shows_seven_strengths_and_draws_the_natural_range(visit: Open) -> None:
@@ -169,6 +174,8 @@ def test_the_strip_shows_seven_strengths_and_draws_the_natural_range(visit: Open
     page.locator("#steer-strip-go").click()
     expect(page.locator("fs-strip li")).to_have_count(7)
     expect(page.locator(".fs-edit .fs-hint").first).to_be_visible()
+    page.set_viewport_size(PHONE)  # the strip is scrolled sideways there
+    nothing_serious(page)
 
 
 def test_the_natural_range_goes_when_the_steps_of_an_edit_change(visit: Open) -> None:

@@ -323,6 +323,11 @@ FS.define("fs-near", (root, data) => {
 
 FS.define("fs-compared", (root, data) => {
   const side = (feature) => FS.nameLink(root, feature);
+  const pairOf = (pair) => [
+    side(pair.first),
+    FS.el("span", { class: "fs-quiet fs-num", text: pair.correlation.toFixed(2) }),
+    side(pair.second),
+  ];
   const alone = (title, features, n) =>
     FS.el(
       "section",
@@ -352,20 +357,36 @@ FS.define("fs-compared", (root, data) => {
         FS.el(
           "ul",
           { class: "fs-plain" },
-          data.pairs.map((pair) =>
-            FS.el(
-              "li",
-              { class: "fs-pair" },
-              side(pair.first),
-              FS.el("span", { class: "fs-quiet fs-num", text: pair.correlation.toFixed(2) }),
-              side(pair.second),
-            )
-          ),
+          data.pairs.map((pair) => FS.el("li", { class: "fs-pair" }, pairOf(pair))),
         ),
       ),
       alone(`Only in ${data.word_first}`, data.only_first, data.n_only_first),
       alone(`Only in ${data.word_second}`, data.only_second, data.n_only_second),
     ),
+    data.names.length
+      ? FS.el(
+        "section",
+        { class: "fs-block" },
+        FS.el("h3", { class: "fs-h", text: `Where the names of ${data.word_first} live on` }),
+        FS.el("p", {
+          class: "fs-quiet",
+          text:
+            `How many features of each name have a counterpart in ${data.word_second}, and the one that is matched best.`,
+        }),
+        FS.el(
+          "ul",
+          { class: "fs-plain" },
+          data.names.map((name) =>
+            FS.el(
+              "li",
+              { class: "fs-lives" },
+              FS.el("span", { class: "fs-num fs-quiet", text: `${name.n_in_both} of ${name.n_features}` }),
+              pairOf(name),
+            )
+          ),
+        ),
+      )
+      : null,
     FS.el("div", { class: "fs-row" }, FS.file(data.file, "All matches as CSV")),
   );
 });

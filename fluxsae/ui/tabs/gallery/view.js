@@ -107,7 +107,12 @@ FS.facts = (facts) =>
     "dl",
     { class: "fs-stats" },
     facts.filter(Boolean).map(([term, value, help]) =>
-      FS.el("div", { title: help || "" }, FS.el("dt", { text: term }), FS.el("dd", { class: "fs-num", text: value }))
+      FS.el(
+        "div",
+        {},
+        FS.el("dt", {}, term, help ? FS.el("span", { class: "fs-help", text: help }) : null),
+        FS.el("dd", { class: "fs-num", text: value }),
+      )
     ),
   );
 

@@ -22,6 +22,8 @@ MAX_AMPLIFY: Final = 1.0
 """The right end of a slider: multiples of the feature's usual strength that are added."""
 MAX_SLIDERS: Final = 6
 SUGGESTED: Final = 14
+MAX_PRESENT: Final = 32
+"""Features of a name, best ranked first, that tell whether an image shows it; a large run has hundreds."""
 
 
 class Sliders:
@@ -53,7 +55,7 @@ class Sliders:
         """A slider in its middle."""
         card = views.chip(self.bench.cards[hookpoint], feature)
         label = card.get("label") or ""
-        present = Condition(tuple(self.named(hookpoint).get(label, (feature,))), label=label)
+        present = Condition(tuple(self.named(hookpoint).get(label, (feature,))[:MAX_PRESENT]), label=label)
         fresh = {"turn": 0.0, "steps": None, "region": None, "when": None, "present": present.to_dict()}
         return {**card, **fresh, "word": self.bench.word(hookpoint)}
 

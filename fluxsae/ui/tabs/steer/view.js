@@ -33,9 +33,17 @@ FS.naturalOf = (picture) => {
 
 FS.define("fs-edits", (root, data) => {
   if (data.starters) FS.starters = data.starters; // they come with the page, not with every slider
-  const state = { edits: data.edits, given: data.given || null }, unfolded = new WeakSet();
+  const state = { edits: data.edits, given: data.given || null, undo: data.undo || null }, unfolded = new WeakSet();
   const keep = () =>
-    root.keep({ ...data, starters: undefined, unread: undefined, edits: state.edits, given: state.given });
+    root.keep({
+      ...data,
+      starters: undefined,
+      unread: undefined,
+      read: undefined,
+      undo: undefined,
+      edits: state.edits,
+      given: state.given,
+    });
   const tell = () => {
     keep();
     FS.emit(root, "turn");
@@ -290,6 +298,17 @@ FS.define("fs-edits", (root, data) => {
               });
               changed(true);
             }),
+            state.undo
+              ? FS.el("button", {
+                class: "fs-button fs-small",
+                type: "button",
+                text: "Undo the swap",
+                onclick: () => {
+                  Object.assign(state, { edits: state.undo, undo: null });
+                  changed(true);
+                },
+              })
+              : null,
           )
           : null,
       ),
@@ -741,7 +760,7 @@ FS.define("fs-strip", (root, data) => {
       FS.el("h3", { class: "fs-h", text: `${data.label || `Feature ${data.feature}`} at seven strengths` }),
       FS.el(
         "ol",
-        { class: "fs-cells" },
+        { class: "fs-cells", tabIndex: 0, "aria-label": "Images at seven strengths" }, // scrolled sideways on a phone
         data.cells.map((cell) =>
           FS.el(
             "li",
