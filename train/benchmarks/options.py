@@ -32,10 +32,10 @@ class CausesConfig:
 class ConditionsConfig:
     """How much to measure."""
 
-    pictures: int = 12
-    """Pictures of each concept that show it, and as many that do not; half of them choose the level."""
-    above: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0)
-    """Levels to choose from: multiples of a feature's usual activation."""
+    pictures: int = 6
+    """Pictures of each concept that show it, and as many that do not, for the report."""
+    development: int = 400
+    """Other pictures, unedited, on which the conditions are chosen; a multiple of 16."""
     seed: int = 3_000_000
     """Of scenes and noise."""
     run: Path | None = None
