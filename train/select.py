@@ -155,6 +155,8 @@ def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
 def _select(
     run: RunFolder, hookpoint: str, checker: NameChecker, scenes: dict[int, Scene], config: SelectConfig
 ) -> None:
+    import torch
+
     from fluxsae.features.naming import kept_names, name_columns, random_named
     from fluxsae.features.scores import ScoreMatrix
     from fluxsae.features.selection import (
@@ -169,12 +171,14 @@ def _select(
     scores, subjects, embeddings = matrix.stored(), run.load_images().subjects, _unit_vectors(run)
     judged = feature_coherence(scores, embeddings, subjects, config=config.selection)
     groups, n_top = prompt_groups(subjects), config.selection.top_images
+    left_out = torch.tensor(matrix.left_out, dtype=torch.long)
     proposed, checks, silent = [], [], []
     for column in iter_columns(scores):
         proposed.append(checker.propose(column))
         checks.append(checker.check(column, proposed[-1]))
         top = top_unique(column, groups, n=n_top)
-        silent.append(nearest_silent_images(column, embeddings, top, n=config.n_silent).tolist())
+        known = column.index_fill(0, left_out, 1.0)  # nobody knows whether the feature is silent in those
+        silent.append(nearest_silent_images(known, embeddings, top, n=config.n_silent).tolist())
     names = kept_names(checks, max_q=config.selection.max_q)
     alive = [scores[:, f].float() for f in np.flatnonzero([name is not None for name in checks])[:RANDOM_FEATURES]]
     by_chance = random_named(checker, alive, names, seed=config.selection.seed)

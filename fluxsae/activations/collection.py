@@ -188,13 +188,13 @@ def _capture_batch(
     kept: dict[tuple[HookPoint, int], tuple[Tensor, Tensor]] = {}
 
     def keep(call: BlockCall) -> None:
-        names, where = [f"image {i}" for i in image_ids], {"hookpoint": call.hookpoint, "step": call.step}
+        names = [f"image {i}" for i in image_ids]
         if on_bad is None:
-            check_finite(call.tokens, names, **where)
+            check_finite(call.tokens, names, hookpoint=call.hookpoint, step=call.step)
         bad = bad_items(call.tokens)
         for item in bad:
             assert on_bad is not None
-            on_bad(image_ids[item], describe_bad(call.tokens, names[item], **where))
+            on_bad(image_ids[item], describe_bad(call.tokens, names[item], hookpoint=call.hookpoint, step=call.step))
         n_tokens = call.tokens.shape[1]
         index = torch.stack([kept_tokens(request, i, call.step, n_tokens=n_tokens) for i in image_ids])
         tokens = call.tokens.gather(1, index.to(call.tokens.device)[..., None].expand(-1, -1, call.tokens.shape[2]))

@@ -404,13 +404,14 @@ def generate_with_acts(
     def encode(call: BlockCall) -> None:
         if call.step not in steps[call.hookpoint]:
             return
-        where = {"hookpoint": call.hookpoint, "step": call.step}
+        place, step, sae = call.hookpoint, call.step, saes[call.hookpoint]
         if on_bad is None:
-            check_finite(call.tokens, names, **where)
-        tokens, sae = call.tokens.to(saes[call.hookpoint].W_enc.device), saes[call.hookpoint]
-        for place in (bad := bad_items(call.tokens)):
+            check_finite(call.tokens, names, hookpoint=place, step=step)
+        bad = bad_items(call.tokens)
+        for item in bad:
             assert on_bad is not None
-            on_bad(place, describe_bad(call.tokens, names[place], **where))
+            on_bad(item, describe_bad(call.tokens, names[item], hookpoint=place, step=step))
+        tokens = call.tokens.to(sae.W_enc.device)
         if bad:
             tokens = tokens.clone()
             tokens[bad] = 0

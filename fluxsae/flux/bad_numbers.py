@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 MAX_BAD_SHARE = 0.05
 """Of a stage's images may be left out since they hold NaN or infinite numbers; beyond it something is wrong."""
 
-OnBad = Callable[[int, str], None]
+OnBad = Callable[[int, str], object]
 """Called with (image id, what is wrong) for an image that is to be left out; may raise to stop."""
 
 

@@ -8,7 +8,7 @@ import torch
 from tiny_flux import D_MODEL, SETTINGS, build_tiny_flux
 
 from fluxsae import FluxSaeError, SteeringEdit, generate, steer
-from fluxsae.flux import FluxPipeline, denoise_to, generate_from
+from fluxsae.flux import FluxPipeline, denoise_to, embed_prompts, generate_from, initial_noise, velocity
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.model import SparseAutoencoder
@@ -94,6 +94,23 @@ def test_each_run_begins_anew(tiny_flux: FluxPipeline) -> None:
         )
     assert not np.array_equal(first, plain(tiny_flux))
     assert np.array_equal(second, plain(tiny_flux))
+
+
+def test_a_pass_beside_a_run_does_not_make_it_forget_that_the_condition_has_held(tiny_flux: FluxPipeline) -> None:
+    edited: list[tuple[int, bool]] = []
+    embeddings = embed_prompts(tiny_flux, PROMPTS[:1], SETTINGS)
+    latents = initial_noise(tiny_flux, [1], SETTINGS)
+
+    def look_aside(step: int, n_steps: int) -> None:
+        if step == 1:
+            velocity(tiny_flux, latents, embeddings, step=0, settings=SETTINGS)
+
+    with steer(
+        tiny_flux, {HERE: build_sae([PRESENT, ABSENT, ABSENT])}, [edit(Condition((1,), 0.5))],
+        on_edit=lambda call: edited.append((call.call.step, bool(call.delta.any()))),
+    ):  # fmt: skip
+        generate(tiny_flux, PROMPTS[:1], seeds=[1], settings=SETTINGS, output_type="latent", on_step=look_aside)
+    assert edited == [(0, False), (1, True), (0, False), (2, True), (3, True)]
 
 
 def test_at_tokens_the_edit_acts_only_where_the_feature_is(tiny_flux: FluxPipeline) -> None:

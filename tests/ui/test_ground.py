@@ -88,7 +88,7 @@ def test_flux_is_held_in_the_type_its_run_was_made_in(recorded, asked, monkeypat
 def test_the_header_says_that_flux_is_offloaded_or_quantised_once_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     shelf = Shelf([Workbench(RunFolder(miniature_path("run")))])
     bench, pipe = shelf.first, build_tiny_flux()
-    bench.info = replace(bench.info, flux_id="owner/flux")
+    bench.info = replace(bench.info, flux_id="owner/flux", flux_revision=None)
     monkeypatch.setattr(fluxsae.flux, "load_flux", lambda *_, **__: pipe)
     before = header_html(shelf, bench)
     _ = bench.pipe

@@ -54,8 +54,6 @@ def flux_words(bench: Workbench) -> str:
         return "the miniature, a toy FLUX whose inside can be checked"
     revision = f" at {bench.info.flux_revision[:8]}" if bench.info.flux_revision else ""
     made = (
-        []
-        if bench.info.is_exact
-        else ["quantised or cached when the run was made: its activations are not the model's own"]
+        "" if bench.info.is_exact else ", quantised or cached when the run was made, so not the model's own activations"
     )
     return ", ".join([f"{without_folders(bench.info.flux_id)}{revision}{made}", *bench.flux_remarks])
