@@ -218,10 +218,10 @@ FS.define("fs-feature", (root, data) => {
           ),
         )
         : null,
+      section("In numbers", null, FS.facts(data.facts)),
       FS.el(
         "div",
         { class: "fs-columns" },
-        section("In numbers", null, FS.facts(data.facts)),
         data.histogram.length
           ? section(
             "How strongly it fires",
