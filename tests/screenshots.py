@@ -16,11 +16,10 @@ FILM_MOST, FRAME_MS, LAST_MS = 1_000_000, 160, 2400
 
 
 def heatmap(page: Page) -> None:
-    """The image that the page opens on made anew, its features, and the heat of the first word that lights up."""
+    """The image that the page opens on made anew, its features, and the first one's heat."""
     page.get_by_label("Keep this seed").check()
     page.locator("#heatmap-go").click()
     page.wait_for_function("document.querySelector('fs-lab').data.kind === 'live'")
-    page.locator("fs-lab .fs-word").first.click()
 
 
 def film(page: Page) -> list[Image.Image]:
@@ -43,7 +42,7 @@ def save_film(frames: list[Image.Image], path: Path) -> None:
         ValueError: it is larger than a README should load.
     """
     shown = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=shown, loop=0, quality=80, method=6)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=shown, loop=0, quality=80)
     if path.stat().st_size > FILM_MOST:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; make it smaller than {FILM_MOST}.")
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,13 +10,11 @@ from desk_data import EARLY, LATE, reading
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from fluxsae.ui.build import build_app
-from fluxsae.ui.kit.theme import page_css, page_head, script_route
+from fluxsae.ui.kit.theme import page_head, script_route
 from fluxsae.ui.kit.views import coarse
 from fluxsae.ui.serve.downloads import csv_bytes, download_route, offer
 from fluxsae.ui.serve.pictures import KeptPictures, made_url, picture_route, thumbnail_url
 from fluxsae.ui.serve.session import ReadJob, Workbench
-from fluxsae.ui.serve.shelf import Shelf
 from fluxsae.ui.tabs.directions.desk import DirectionsDesk
 from fluxsae.ui.tabs.gallery.desk import GalleryDesk
 from fluxsae.ui.tabs.heatmap.desk import HeatmapDesk
@@ -53,15 +50,6 @@ def test_the_scripts_are_one_file_that_browsers_keep_and_the_page_holds_only_its
     assert "FS.feed = " in answer.text
     assert 'FS.define("fs-result"' in answer.text
     assert len(head) < 4000
-
-
-def test_the_configuration_is_small_and_tells_nothing_of_single_features(bench: Workbench) -> None:
-    app = build_app(Shelf([bench]))
-    page = {**app.get_config_file(), "css": page_css(), "head": page_head()}
-    text = json.dumps(page, separators=(",", ":"))
-    assert len(text) < 200_000  # of 300 kB: a run of 12,288 features at two hook points adds 16
-    large = [e for e in page["components"] if len(json.dumps(e["props"].get("value"))) > 12_000]
-    assert not large, [e["props"].get("elem_id") for e in large]
 
 
 @pytest.mark.parametrize(

@@ -198,30 +198,32 @@ def test_a_condition_names_few_of_the_many_features_that_a_large_run_has_of_a_na
     assert Sliders(bench, LATE).slider(LATE, 3)["present"]["features"] == many[:32]
 
 
-def test_what_the_prompt_has_is_offered_first_to_be_replaced(bench: Workbench) -> None:
-    desk = SteerDesk(bench)
-    first, second, third = list(desk.names)[:3]
-    names, chosen = desk.replaceable(f"a {third} thing", first)
-    assert (names[0], chosen) == (third, third)
-    assert sorted(names) == sorted(desk.names)
-    assert desk.replaceable(f"a {third} {second} thing", second)[1] == second
-    assert desk.replaceable("zzz", second) == (list(desk.names), second)
+@pytest.fixture
+def named_desk(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> SteerDesk:
+    """A desk of a run whose features have three names."""
+    for cards in bench.cards.values():
+        monkeypatch.setattr(cards, "named", lambda: {"red": [1], "green": [2], "blue": [3]})
+    return SteerDesk(bench)
+
+
+def test_what_the_prompt_has_is_offered_first_to_be_replaced(named_desk: SteerDesk) -> None:
+    assert named_desk.replaceable("a blue thing", "red") == (["blue", "red", "green"], "blue")
+    assert named_desk.replaceable("a blue and green thing", "green") == (["green", "blue", "red"], "green")
+    assert named_desk.replaceable("a thing", "green") == (["red", "green", "blue"], "green")
 
 
 def test_a_swap_that_is_read_is_told_and_its_earlier_sliders_come_along(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+    named_desk: SteerDesk, bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk = SteerDesk(bench)
-    old, new = list(desk.names)[:2]
-    found = FoundSwap((SteeringEdit(HookPoint.parse(LATE), desk.names[old][0], "scale", -1.0),), is_read=True)
+    found = FoundSwap((SteeringEdit(HookPoint.parse(LATE), 1, "scale", -1.0),), is_read=True)
     monkeypatch.setattr(bench, "cached", lambda job: iter([Done(found)]))
-    before = desk.sliders.page([{**desk.sliders.slider(LATE, 3), "turn": 0.5}])
-    (done,) = desk.swap_on("a star", 0, 20, old, new, before)
+    before = named_desk.sliders.page([{**named_desk.sliders.slider(LATE, 3), "turn": 0.5}])
+    (done,) = named_desk.swap_on("a star", 0, 20, "red", "green", before)
     page = done.value[-1]
     assert [(slider["feature"], slider["turn"]) for slider in page["undo"]] == [(3, 0.5)]
-    assert page["read"] == [old, new]
-    assert read_words(page["read"], desk.names) == [f"“{old}” became “{new}”: CLIP recognises it in this image."]
-    assert read_words(["<b>", new], desk.names) == []
+    assert page["read"] == ["red", "green"]
+    assert read_words(page["read"], named_desk.names) == ["“red” became “green”: CLIP recognises it in this image."]
+    assert read_words(["<b>", "green"], named_desk.names) == []
 
 
 def test_an_endpoint_takes_a_condition_by_label(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

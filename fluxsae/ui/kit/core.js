@@ -295,7 +295,7 @@ FS.code = (snippets) => {
 };
 
 // A small column chart: values, with words for screen readers and a label under the first and last column.
-FS.columns = (values, { label, first, last, colour } = {}) => {
+FS.columns = (values, { label, first, last, colour, unit } = {}) => {
   const width = 240, height = 64, most = Math.max(...values, 1e-12), step = width / Math.max(values.length, 1);
   const bars = values.map((value, at) => {
     const tall = Math.max(value > 0 ? 1.5 : 0, (value / most) * height);
@@ -312,6 +312,7 @@ FS.columns = (values, { label, first, last, colour } = {}) => {
     "figure",
     { class: "fs-chart" },
     FS.el("figcaption", { text: label }),
+    FS.el("span", { class: "fs-quiet fs-num fs-hint", text: `highest bar: ${FS.number(most)} ${unit}` }),
     FS.svg(
       "svg",
       { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, preserveAspectRatio: "none" },

@@ -1,5 +1,6 @@
 """What holds on every tab, in a real browser: refusals, the feature that follows, screen sizes, screen readers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from steps import (
 )
 
 from fluxsae.ui.kit.links import encode_view
+from train.benchmarks.page.visits import config_text
 
 pytestmark = pytest.mark.browser
 
@@ -69,6 +71,15 @@ def test_the_about_tab_has_code_for_every_endpoint(visit: Open, served: page_ser
     expect(page.locator("fs-endpoints .fs-endpoint")).to_have_count(13)
     page.locator("fs-endpoints summary").first.click()
     expect(page.locator("fs-endpoints pre").first).to_contain_text(served.url)
+
+
+def test_the_configuration_that_a_browser_loads_is_small(served: page_server.Page) -> None:
+    text = config_text(served.url, served.process)
+    assert len(text) < 230_000  # at most 300 kB are wanted; 12,288 features at two hook points made 177 kB
+    value_of = {
+        each["props"].get("elem_id"): str(each["props"].get("value")) for each in json.loads(text)["components"]
+    }
+    assert [name for name, value in value_of.items() if len(value) > 12_000] == []  # what grows with a run is fetched
 
 
 def prepare(page: Page, tab: str) -> None:

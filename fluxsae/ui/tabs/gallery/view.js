@@ -198,17 +198,18 @@ FS.define("fs-feature", (root, data) => {
           ),
         )
         : null,
+      section("In numbers", null, FS.facts(data.facts)),
       FS.el(
         "div",
         { class: "fs-columns" },
-        section("In numbers", null, FS.facts(data.facts)),
         data.histogram.length
           ? section(
             "How strongly it fires",
             null,
             FS.columns(data.histogram, {
-              label: "Patches by activation (log scale)",
-              first: FS.number(data.histogram_edges[0]),
+              label: "Number of patches by activation (a step to the right multiplies it)",
+              unit: "patches",
+              first: `${FS.number(data.histogram_edges[0])} activation units`,
               last: FS.number(data.histogram_edges[data.histogram_edges.length - 1]),
               colour: data.colour,
             }),
@@ -219,7 +220,8 @@ FS.define("fs-feature", (root, data) => {
             "When it fires",
             null,
             FS.columns(data.step_profile, {
-              label: "Mean activation by denoising step",
+              label: "Mean activation of a patch by denoising step",
+              unit: "activation units",
               first: `step ${data.steps[0]}, noisy`,
               last: `step ${data.steps[data.steps.length - 1]}, clear`,
               colour: data.colour,
