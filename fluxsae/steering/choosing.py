@@ -37,7 +37,7 @@ class ChosenCondition:
 
 def choose_condition(
     acts: Float[np.ndarray, "images steps tokens features"],
-    is_present: Present,
+    is_present: Present | Sequence[bool],
     *,
     features: Sequence[int],
     reference_acts: Float[np.ndarray, " features"],
@@ -65,7 +65,7 @@ def choose_condition(
     Raises:
         FluxSaeError: fewer than `N_FOLDS` images with or without the concept, or no feature whose reference is known.
     """
-    known = np.flatnonzero(np.asarray(reference_acts) > 0)
+    is_present, known = np.asarray(is_present, dtype=bool), np.flatnonzero(np.asarray(reference_acts) > 0)
     counts = int(is_present.sum()), int((~is_present).sum())
     if min(counts) < N_FOLDS or not len(known):
         raise FluxSaeError(
