@@ -123,8 +123,8 @@ def _telling(units: Units, is_present: Present, *, best: int, limit: int) -> lis
         model = LogisticRegression(
             C=inverse_penalty, l1_ratio=1.0, solver="liblinear", class_weight="balanced", random_state=0
         )
-        found = np.flatnonzero(model.fit(pooled, is_present).coef_[0])
-        found = [best, *(int(place) for place in found if place != best)]
+        picked = np.flatnonzero(model.fit(pooled, is_present).coef_[0])
+        found = [best, *(int(place) for place in picked if place != best)]
         if len(found) > limit:
             break
         kept = found
