@@ -37,7 +37,7 @@ class ChosenCondition:
 
 def choose_condition(
     acts: Float[np.ndarray, "images steps tokens features"],
-    is_present: Present,
+    is_present: Present | Sequence[bool],
     *,
     features: Sequence[int],
     reference_acts: Float[np.ndarray, " features"],
@@ -47,7 +47,8 @@ def choose_condition(
 ) -> ChosenCondition:
     """The condition that holds in most images with the concept, and in at most `false_alarms` of those without.
 
-    Compared are the best feature alone, and a weighted sum of at most `limit` features that a sparse regression picks.
+    Compared are the best feature alone; the best pair of it, where both have to fire at one patch; and a weighted sum
+    of at most `limit` features that a sparse regression picks.
     The weights are those of a logistic regression on one patch of each image: first the one where the best feature is
     highest, then the one where the sum is, in turn (Andrews et al. 2002). The level is the lowest that keeps to
     `false_alarms` in further images of the kind.
@@ -64,7 +65,7 @@ def choose_condition(
     Raises:
         FluxSaeError: fewer than `N_FOLDS` images with or without the concept, or no feature whose reference is known.
     """
-    known = np.flatnonzero(np.asarray(reference_acts) > 0)
+    is_present, known = np.asarray(is_present, dtype=bool), np.flatnonzero(np.asarray(reference_acts) > 0)
     counts = int(is_present.sum()), int((~is_present).sum())
     if min(counts) < N_FOLDS or not len(known):
         raise FluxSaeError(
@@ -72,21 +73,27 @@ def choose_condition(
             f"reference activation. Give at least {N_FOLDS} images of each kind, and features that fire."
         )
     units = np.asarray(acts, dtype=np.float32)[..., known] / np.asarray(reference_acts, dtype=np.float32)[known]
-    best = _best_alone(units, is_present)
-    told, weights = [best], np.ones(1)
-    level, detected, wrong = _tried(units[..., told], is_present, np.ones((len(units), 1)), false_alarms)
+    best, every = _best_alone(units, is_present), np.ones((len(units), 1))
+    told, weights, least = [best], np.ones(1), 1
+    level, detected, wrong = _tried(units[..., told], is_present, every, false_alarms)
+    pair = _pair(units, is_present, best=best) if limit > 1 else told
+    both = _tried(units[..., pair].min(axis=-1, keepdims=True), is_present, every, false_alarms)
+    if both[1] > detected:
+        level, detected, wrong = both
+        told, least = pair, len(pair)
     several = _telling(units, is_present, best=best, limit=limit)
     chosen = units[..., several]
     for rounds in ROUNDS if len(several) > 1 else ():
         together = _tried(chosen, is_present, _held_out_weights(chosen, is_present, rounds=rounds), false_alarms)
         if together[1] > detected:
             level, detected, wrong = together
-            told, weights = several, _fitted(chosen, is_present, rounds=rounds)
+            told, weights, least = several, _fitted(chosen, is_present, rounds=rounds), 1
     condition = Condition(
         tuple(int(features[known[place]]) for place in told),
         above=round(level, 4),
         label=label,
-        weights=tuple(round(float(weight), 4) for weight in weights) if len(told) > 1 else (),
+        weights=tuple(round(float(weight), 4) for weight in weights) if len(weights) > 1 else (),
+        least=least,
     )
     return ChosenCondition(condition, detected, wrong)
 
@@ -99,6 +106,13 @@ def _best_alone(units: Units, is_present: Present) -> int:
     return int(ranks[is_present].mean(axis=0).argmax())
 
 
+def _pair(units: Units, is_present: Present, *, best: int) -> list[int]:
+    """`best` and the feature that tells the images apart best together with it: by the smaller act of each patch."""
+    pairs = np.minimum(units[..., [best]], units)
+    pairs[..., best] = 0.0
+    return [best, _best_alone(pairs, is_present)]
+
+
 def _telling(units: Units, is_present: Present, *, best: int, limit: int) -> list[int]:
     """`best`, and the features that a sparse logistic regression on the first step's highest acts keeps (L1)."""
     from sklearn.linear_model import LogisticRegression
@@ -109,8 +123,8 @@ def _telling(units: Units, is_present: Present, *, best: int, limit: int) -> lis
         model = LogisticRegression(
             C=inverse_penalty, l1_ratio=1.0, solver="liblinear", class_weight="balanced", random_state=0
         )
-        found = np.flatnonzero(model.fit(pooled, is_present).coef_[0])
-        found = [best, *(int(place) for place in found if place != best)]
+        picked = np.flatnonzero(model.fit(pooled, is_present).coef_[0])
+        found = [best, *(int(place) for place in picked if place != best)]
         if len(found) > limit:
             break
         kept = found

@@ -31,9 +31,10 @@ class Condition:
         label: what the features stand for. Given alone, the run says which features carry it: `with_features`.
         weights: one for each feature: present is where the weighted sum of their activations, each in multiples of its
             reference activation, is above the level. `fluxsae.steering.choosing` finds such weights.
+        least: without weights, how many of the features have to be above the level at one token.
 
     Raises:
-        FluxSaeError: neither features nor a label, weights for other features, or a value out of range.
+        FluxSaeError: neither features nor a label, weights or `least` for other features, or a value out of range.
     """
 
     features: Annotated[tuple[Annotated[int, Field(ge=0, le=2**31 - 1)], ...], FromList] = ()
@@ -41,6 +42,7 @@ class Condition:
     at: Annotated[str, GetPydanticSchema(lambda _, schema: schema(Extent))] = "image"
     label: Annotated[str, Field(max_length=200)] = ""
     weights: Annotated[tuple[Annotated[float, Field(ge=-100, le=100)], ...], FromList] = ()
+    least: Annotated[int, Field(ge=1)] = 1
 
     def __post_init__(self) -> None:
         if not self.features and not self.label.strip():
@@ -50,15 +52,21 @@ class Condition:
                 f"The condition has {len(self.weights)} weights for {len(self.features)} features. Give one weight a "
                 "feature, or none."
             )
+        if self.least > 1 and (self.weights or self.least > len(self.features)):
+            raise FluxSaeError(
+                f"least is {self.least} with {len(self.features)} features and {len(self.weights)} weights. It is at "
+                "most the number of features, and 1 where there are weights."
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """The condition as JSON values; `weights` is there where the condition has some."""
+        """The condition as JSON values; `weights` and `least` are there where they say something."""
         return {
             "features": list(self.features),
             "above": self.above,
             "at": self.at,
             "label": self.label,
             **({"weights": list(self.weights)} if self.weights else {}),
+            **({"least": self.least} if self.least > 1 else {}),
         }
 
     def where_present(
@@ -66,7 +74,7 @@ class Condition:
         acts: 'Mapping[int, Float[Tensor, "*tokens"]]',
         reference_acts: 'Float[Tensor, " n_features"]',
     ) -> 'Bool[Tensor, "*tokens"]':
-        """The tokens at which any of the features, or their weighted sum, is above the level.
+        """The tokens at which enough of the features, or their weighted sum, are above the level.
 
         Features of unknown reference need level 0, and count for nothing in a sum.
         """
@@ -75,11 +83,11 @@ class Condition:
             terms = [acts[f].float() * (weight / reference_acts[f].to(acts[f].device)) for f, weight in known]
             return functools.reduce(operator.add, terms) > self.above
         hits = [
-            (acts[feature] > self.above * reference) & ((reference > 0) | (self.above == 0))
+            ((acts[feature] > self.above * reference) & ((reference > 0) | (self.above == 0))).int()
             for feature in self.features
             for reference in [reference_acts[feature].to(acts[feature])]
         ]
-        return functools.reduce(operator.or_, hits)
+        return functools.reduce(operator.add, hits) >= self.least
 
     def check(self, reference_acts: 'Float[Tensor, " n_features"]', *, hookpoint: HookPoint) -> None:
         """Raises a FluxSaeError where the SAE at `hookpoint` cannot tell whether the condition holds."""

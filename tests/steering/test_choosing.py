@@ -54,6 +54,20 @@ def test_a_concept_that_no_feature_tells_alone_gets_a_weighted_sum_at_one_patch(
     assert alone.detected < 0.2
 
 
+def test_a_concept_that_two_features_tell_together_gets_both() -> None:
+    # orange fires red's and yellow's features half as much as these do: no weighted sum tells it from both
+    rng = np.random.default_rng(4)
+    kind = np.arange(300) % 6  # yellow, orange, red, and three colours that fire neither
+    acts = np.zeros((300, 1, N_TOKENS, 5), dtype=np.float32)
+    acts[:, 0, 1, 0] = np.array([0.0, 0.5, 1.0, 0.0, 0.0, 0.0])[kind] * rng.uniform(0.8, 1.2, 300)
+    acts[:, 0, 1, 1] = np.array([1.0, 0.5, 0.0, 0.0, 0.0, 0.0])[kind] * rng.uniform(0.8, 1.2, 300)
+    acts[..., 2:] = rng.uniform(0.0, 0.3, (300, 1, N_TOKENS, 3))
+    found = choose_condition(acts, kind == 1, features=range(5), reference_acts=np.ones(5))
+    assert set(found.condition.features) == {0, 1}
+    assert found.condition.least == 2
+    assert (found.detected, found.false_alarms) == (1.0, 0.0)
+
+
 def test_one_feature_is_kept_where_it_is_enough_and_its_number_is_the_callers() -> None:
     acts, _, references = planted(120, seed=2)
     is_blue = np.arange(120) % 3 == 0

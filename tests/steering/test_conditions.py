@@ -152,6 +152,16 @@ def test_weights_ask_for_a_sum_at_one_token(tiny_flux: FluxPipeline) -> None:
         assert np.array_equal(found, untouched) == is_same
 
 
+def test_least_asks_for_several_features_at_one_token(tiny_flux: FluxPipeline) -> None:
+    both, apart = [[1.6] + [0.0] * 15, [0.8] + [0.0] * 15], [[1.6] + [0.0] * 15, [0.0, 0.8] + [0.0] * 14]
+    untouched = plain(tiny_flux)
+    for acts, is_same in ((both, False), (apart, True)):
+        sae = build_sae([acts])
+        sae.reference_acts[2] = 1.0
+        found = image(tiny_flux, sae, [edit(Condition((1, 2), 0.5, least=2))])
+        assert np.array_equal(found, untouched) == is_same
+
+
 def test_a_feature_of_unknown_reference_counts_for_nothing_in_a_sum(tiny_flux: FluxPipeline) -> None:
     sae = build_sae([[[1.6], [5.0]]])
     found = image(tiny_flux, sae, [edit(Condition((1, 2), 0.81, weights=(1.0, 1.0)))])
@@ -185,6 +195,7 @@ def test_a_generation_taken_up_midway_decides_as_the_whole_one(tiny_flux: FluxPi
         Condition((1,), 0.0, "token", label="red"),
         Condition(label="a red thing"),
         Condition((3, 7), 0.25, weights=(1.0, -0.5)),
+        Condition((3, 7), 0.25, least=2),
     ],
 )
 def test_a_condition_reads_back_from_its_json(when: Condition) -> None:
@@ -207,6 +218,8 @@ def test_a_condition_reads_back_from_its_json(when: Condition) -> None:
         ({"features": [1], "weights": [1, 2]}, "2 weights for 1 features"),
         ({"label": "red", "weights": [1]}, "1 weights for 0 features"),
         ({"features": [1], "weights": [1000]}, "weights"),
+        ({"features": [1], "least": 2}, "least is 2 with 1 features"),
+        ({"features": [1, 2], "weights": [1, 1], "least": 2}, "and 2 weights"),
         ("red", "when"),
     ],
 )

@@ -76,12 +76,11 @@ class _Work:
 
     @property
     def window(self) -> tuple[int, int]:
-        """The steps of the edits: as in the steering laboratory."""
+        """The steps of the edits."""
         from fluxsae.flux import default_settings
-        from fluxsae.laboratory.config import LaboratoryConfig
 
-        usual, n_steps = LaboratoryConfig(), default_settings(self.pipe).num_inference_steps
-        return round(usual.starts[0] * n_steps), round(usual.stop * n_steps)
+        n_steps = default_settings(self.pipe).num_inference_steps
+        return round(self.config.start * n_steps), n_steps
 
     def choose(self, concepts: "Sequence[Concept]") -> "dict[Concept, ChosenCondition]":
         """The condition of each concept that enough unedited images show and lack."""

@@ -36,6 +36,8 @@ class ConditionsConfig:
     """Pictures of each concept that show it, and as many that do not, for the report."""
     development: int = 400
     """Other pictures, unedited, on which the conditions are chosen; a multiple of 16."""
+    start: float = 0.2
+    """Where the edits begin, as a fraction of the schedule; they act to its end."""
     seed: int = 3_000_000
     """Of scenes and noise."""
     run: Path | None = None
