@@ -1,4 +1,4 @@
-"""The README's list of commands, in its order, on the miniature with 16 images; and interrupted, then repeated."""
+"""The README's list of commands, in its order, on the miniature with 32 images; and interrupted, then repeated."""
 
 import json
 import re
@@ -40,9 +40,9 @@ batch_size = 128
 epochs = 8
 
 [score]
-images = 16
-batch_size = 8
-images_per_part = 8
+images = 32
+batch_size = 16
+images_per_part = 16
 n_top = 4
 thumbnail_side = 64
 
