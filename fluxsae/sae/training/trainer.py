@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.sae.config import SaeConfig
+from fluxsae.sae.config import Precision, SaeConfig
 from fluxsae.sae.kernels import default_precision, sparse_pays
 from fluxsae.sae.kernels.adam import AdamStep, adam_
 from fluxsae.sae.model import SparseAutoencoder
@@ -37,7 +37,7 @@ class SaeTrainer:
         self.n_steps = n_steps
         self.processes = processes or Processes()
         self.device = sae.W_enc.device
-        self.precision = default_precision(self.device) if config.precision == "auto" else config.precision
+        self.precision: Precision = default_precision(self.device) if config.precision == "auto" else config.precision
         self.is_sparse = _is_sparse(config, sae.config, self.device)
         self.step_count = torch.zeros((), device=self.device)
         self.moments = {
