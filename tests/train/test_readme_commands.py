@@ -21,9 +21,8 @@ hookpoints = ["transformer_blocks.1.ff", "transformer_blocks.3"]
 steps = [16]
 
 [collect]
-images = 16
-held_out_every = 2 # so that features fire there, which edits need
-batch_size = 8
+images = 32
+batch_size = 16
 
 [[fit]]
 hookpoints = ["transformer_blocks.1.ff"]
