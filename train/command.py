@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar, get_type_hints
 
 import tyro
 from tqdm import tqdm
@@ -89,11 +89,13 @@ def _shared_out(defaults: Sequence[Any], asked: Sequence[Any], parse: Callable[.
 
 def plainly(kind: type[Config]) -> type[Config]:
     """The same options, whose help does not end in "(default: None)": their texts say what being left out means."""
+    types = get_type_hints(kind, include_extras=True)
     for field in fields(kind):  # type: ignore[arg-type]
+        own = types[field.name]
         if field.default is None:
-            kind.__annotations__[field.name] = Annotated[field.type, tyro.conf.arg(help_behavior_hint="")]
-        elif is_dataclass(field.type):
-            plainly(field.type)  # type: ignore[arg-type]
+            kind.__annotations__[field.name] = Annotated[own, tyro.conf.arg(help_behavior_hint="")]
+        elif isinstance(own, type) and is_dataclass(own):
+            plainly(own)
     return kind
 
 

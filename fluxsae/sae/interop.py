@@ -84,16 +84,13 @@ def _modern_saelens(config: dict[str, Any]) -> dict[str, Any]:
     config = {renamed.get(name, name): value for name, value in config.items()}
     config = {"architecture": "standard", "activation_fn": "relu", **config}
     if config["activation_fn"] == "topk" and config["architecture"] == "standard":
-        config |= {"architecture": "topk", "activation_fn": "relu", "k": _own_k(config)}
+        k = (config.get("activation_fn_kwargs") or {}).get("k")
+        config |= {"architecture": "topk", "activation_fn": "relu", "k": k}
     if isinstance(config.get("normalize_activations"), bool):
         config["normalize_activations"] = "expected_average_only_in" if config["normalize_activations"] else "none"
     if "hook_z" in str(config.get("hook_name", "")):
         config.setdefault("reshape_activations", "hook_z")
     return config
-
-
-def _own_k(config: Mapping[str, Any]) -> Any:
-    return (config.get("activation_fn_kwargs") or {}).get("k")
 
 
 def _check_saelens(config: Mapping[str, Any], path: Path) -> None:

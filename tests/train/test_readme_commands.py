@@ -1,4 +1,4 @@
-"""The README's list of commands, in its order, on the miniature with 16 images; and interrupted, then repeated."""
+"""The README's list of commands, in its order, on the miniature with 32 images; and interrupted, then repeated."""
 
 import json
 import re
@@ -21,9 +21,8 @@ hookpoints = ["transformer_blocks.1.ff", "transformer_blocks.3"]
 steps = [16]
 
 [collect]
-images = 16
-held_out_every = 2 # so that features fire there, which edits need
-batch_size = 8
+images = 32
+batch_size = 16
 
 [[fit]]
 hookpoints = ["transformer_blocks.1.ff"]
@@ -40,9 +39,9 @@ batch_size = 128
 epochs = 8
 
 [score]
-images = 16
-batch_size = 8
-images_per_part = 8
+images = 32
+batch_size = 16
+images_per_part = 16
 n_top = 4
 thumbnail_side = 64
 

@@ -3,9 +3,11 @@
 import math
 import os
 import pickle
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +27,10 @@ from fluxsae.steering.edits import SteeringEdit
 from fluxsae.ui.serve import session, zero
 from fluxsae.ui.serve.guard import guarded
 from fluxsae.ui.serve.lane import Done, StepDone
-from fluxsae.ui.serve.schemas import DirectionsRequest
+from fluxsae.ui.serve.schemas import DirectionsRequest, ExplainRequest
 from fluxsae.ui.serve.session import ReadJob, Workbench
 from fluxsae.ui.tabs.directions.desk import DirectionsDesk
+from fluxsae.ui.tabs.heatmap.why import ExplainJob
 from fluxsae.ui.tabs.steer.job import SteerJob
 from fluxsae.ui.tabs.steer.swap import SwapJob
 
@@ -52,8 +55,8 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("loads") / "log.txt"
 
 
-@pytest.fixture(scope="module")
-def bench(loads: Path) -> Iterator[Workbench]:
+@contextmanager
+def lent_bench(loads: Path) -> Iterator[Workbench]:
     """The embedded run on a Space that borrows its GPU."""
 
     def noted(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,6 +75,12 @@ def bench(loads: Path) -> Iterator[Workbench]:
         bench.is_served_by = os.getpid()
         yield bench
     spaces.end_workers()
+
+
+@pytest.fixture(scope="module")
+def bench(loads: Path) -> Iterator[Workbench]:
+    with lent_bench(loads) as found:
+        yield found
 
 
 def note(log: Path, word: str) -> None:
@@ -135,6 +144,28 @@ def test_an_image_is_made_in_another_process_and_is_the_one_of_this_process(benc
     assert found.image.tobytes() == expected.image.tobytes()
     for name, maps in expected.maps.items():
         np.testing.assert_array_equal(found.maps[name].values, maps.values)
+
+
+def compare_explanations(loads: str) -> None:
+    """One of another process beside one of this process, which must not have taken any gradient before it forks."""
+    with lent_bench(Path(loads)) as bench:
+        job = ExplainJob(ExplainRequest.parse(bench.limits, prompt=PROMPT, feature=504, limit=2))
+        found, passes = value(bench, job), list[tuple[int, int]]()
+        plain = Workbench(RunFolder(miniature_path("run")), source="embedded")
+        expected = job.run(plain, lambda step, n_steps, view=None: passes.append((step, n_steps)))
+        assert found.explanation.to_dict() == expected.explanation.to_dict()
+        assert [n for n, _ in passes] == list(range(passes[0][1]))
+        assert b"torch" not in pickle.dumps(found), "results hold no tensors"
+
+
+def test_an_explanation_is_made_in_another_process_and_is_the_one_of_this_process(tmp_path: Path) -> None:
+    code = f"import test_zero; test_zero.compare_explanations({str(tmp_path / 'loads.txt')!r})"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parent, *Path(__file__).parents[1:3]])),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_refusal_keeps_its_words(bench: Workbench) -> None:

@@ -104,7 +104,14 @@ class GalleryDesk(Desk):
             **views.thumb_grid(cards),
             "start": start,
             "summary": _summary_words(request.query, [reasons[feature] for feature in kept], len(cards)),
-            "cards": [{**self._card(cards, feature), "reason": reasons[feature]} for feature in page],
+            "cards": [
+                {
+                    **views.chip(cards, feature),
+                    "pictures": views.card_thumbs(cards, feature, limit=THUMBS),
+                    "reason": reasons[feature],
+                }
+                for feature in page
+            ],
             "more": f"Show {min(PAGE, left)} more of {left:,}" if left else None,
             "file": f"{self.files}/features.csv?{urlencode(asked)}",
             "code": self.code(SearchRequest, request.model_dump()),
@@ -156,9 +163,6 @@ class GalleryDesk(Desk):
         """Feature -> why it was found, best first; every feature for an empty query."""
         found = views.hits(self.bench, hookpoint, query, limit=self.limits.hookpoints[hookpoint])
         return {hit.feature: hit.reason for hit in found}
-
-    def _card(self, cards: CardIndex, feature: int) -> dict[str, Any]:
-        return {**views.chip(cards, feature), "pictures": views.card_thumbs(cards, feature, limit=THUMBS)}
 
 
 def _passing(cards: CardIndex, features: list[int], feature_class: str, coherent_only: bool) -> list[int]:

@@ -80,7 +80,8 @@ def _less(bench: Workbench, slider_of: SliderOf, hookpoint: str, demo: Mapping[s
     try:
         recipe = Recipe.from_dict(demo["recipes"]["less"])
         made = _starter(recipe, slider_of, _pictures(bench.run.demo_image_path(hookpoint, demo["image"]), 3), 1, 0)
-        panels = [_panel(Recipe.from_dict(dict(demo["recipes"][side]))) for side in ("less", "before", "more")]
+        recipes = [Recipe.from_dict(dict(demo["recipes"][side])) for side in ("less", "before", "more")]
+        panels = ["; ".join(map(short_words, recipe.edits)) for recipe in recipes]
         clear, label_less = clarity(demo["score"]), demo["score"].get("label_less")
     except (KeyError, TypeError, ValueError, FluxSaeError) as error:
         log.warning("a demo of %s is passed over: %s", hookpoint, error)
@@ -126,8 +127,3 @@ def _pictures(path: Path, count: int) -> list[Image.Image]:
         return []
     with Image.open(path) as strip:
         return split_pictures(strip.convert("RGB"), count)
-
-
-def _panel(recipe: Recipe) -> str:
-    """What was done in one picture of a demo."""
-    return "; ".join(map(short_words, recipe.edits))
