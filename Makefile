@@ -2,7 +2,7 @@
 #   PYTHON=...  the interpreter to build .venv with (3.11 or newer; found by itself when unset)
 #   JOBS=2      test processes
 #   MODEL=...   whose dimensions `make rehearsal` has: flux1-dev, flux2-klein, or tiny to try it
-#   IMAGES=16   images that `make rehearsal` collects, and as many that it scores
+#   IMAGES=16   images that `make rehearsal` collects, and as many that it scores; at least 10
 #   TESTS=...   what `make test` hands to pytest, e.g. TESTS=tests/sae
 
 SHELL := /bin/bash
