@@ -93,10 +93,10 @@ def test_a_feature_that_is_added_shows_its_picture_unturned_and_is_in_view(visit
     expect(page.locator(".fs-edit")).to_be_in_viewport()
 
 
-def test_the_old_result_is_dimmed_until_the_new_one_is_there(visit: Open) -> None:
+def test_the_old_pictures_are_dimmed_until_the_new_ones_are_there(visit: Open) -> None:
     page = visit()
     go_to(page, "Steer")
-    opacity = "getComputedStyle(document.querySelector('#steer-result')).opacity"
+    opacity = "getComputedStyle(document.querySelector('#steer-result :is(img, canvas)')).opacity"
     status = "document.querySelector('#steer-status fs-status').data"  # told by hand: a real run may end within a frame
     page.evaluate(f"{status} = {{ state: 'working', step: 3, n_steps: 20, makes: 'steer-result' }}")
     page.wait_for_function(f"{opacity} < 0.9", polling=50)
