@@ -14,8 +14,10 @@ from pydantic import BeforeValidator, Field, GetPydanticSchema, InstanceOf, Skip
 from fluxsae.checked import FromList, checked, from_object, made_from, short
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.flux.identity import FluxIdentity, identity_differences
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.names import SaeName
+from fluxsae.sae.config import Mismatch
 from fluxsae.steering.conditions import Condition, FeaturesOf, filled_in
 
 Mode = Literal["scale", "add", "clamp", "ablate", "project_out"]
@@ -221,6 +223,8 @@ class SaeSource:
     path: str
     subfolder: str = ""
     revision: str | None = None
+    fingerprint: str | None = None
+    """What tells the SAE from another of the same name; None in recipes of before this field."""
 
     def to_dict(self) -> dict[str, Any]:
         """The source as JSON values; the key is not "path", which Gradio's clients would try to download."""
@@ -229,6 +233,7 @@ class SaeSource:
             "source": self.path,
             "subfolder": self.subfolder,
             "revision": self.revision,
+            **({} if self.fingerprint is None else {"fingerprint": self.fingerprint}),
         }
 
     @classmethod
@@ -283,6 +288,29 @@ class Recipe:
     def edits(self) -> tuple[SteeringEdit, ...]:
         """This image's own edits."""
         return self.batch[self.index]
+
+    @property
+    def identity(self) -> FluxIdentity:
+        """The FLUX that made the image."""
+        return FluxIdentity(self.flux_id, self.flux_revision, self.flux_weights, self.adapters, self.is_exact)
+
+    def differences(self, flux: FluxIdentity, fingerprints: Mapping[str, str | None]) -> dict[Mismatch, str]:
+        """What differs between where it was made and here, in words; what one side does not know is no difference.
+
+        `fingerprints` are those of the SAEs here, by name.
+        """
+        found: dict[Mismatch, str] = dict(identity_differences(self.identity, flux).items())
+        edited = {str(edit.hookpoint) for edits in self.batch for edit in edits}
+        others = [
+            name
+            for source in self.saes
+            if (name := str(source.hookpoint)) in edited
+            and None not in (source.fingerprint, fingerprints.get(name))
+            and source.fingerprint != fingerprints[name]
+        ]
+        if others:
+            found["sae"] = f"the SAE of {', '.join(others)} is another one, whose features mean something else"
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON values."""

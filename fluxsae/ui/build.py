@@ -68,7 +68,7 @@ def _build_page(
     selection = gr.State({"hookpoint": bench.limits.default_hookpoint, "feature": None})
     address = gr.Textbox(visible=False)
     with gr.Tabs(elem_id="tabs") as tabs:
-        shell = Shell(app, selection, tabs, address, endpoints=endpoints)
+        shell = Shell(app, selection, tabs, address, endpoints=endpoints, fingerprints=bench.fingerprints)
         for tab, desk in desks.items():
             with gr.Tab(tab.title, id=tab.name) as place:
                 tab.build(desk, shell, place)

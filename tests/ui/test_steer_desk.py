@@ -1,6 +1,7 @@
 """What the Steer tab answers: sliders, starters, strips and swaps."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.grids import join_pictures
 from fluxsae.steering.conditions import Condition
 from fluxsae.steering.demos import DemoConfig
-from fluxsae.steering.edits import Recipe, SteeringEdit
+from fluxsae.steering.edits import Recipe, SaeSource, SteeringEdit
 from fluxsae.steering.naturalness import NaturalRange
 from fluxsae.ui.kit.links import decode_view
 from fluxsae.ui.serve.lane import Done
@@ -23,8 +24,8 @@ from fluxsae.ui.serve.opening import open_workbench
 from fluxsae.ui.serve.schemas import SteerRequest, SweepRequest
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.steer.desk import STRIP, SteerDesk
-from fluxsae.ui.tabs.steer.feature_sliders import Sliders
-from fluxsae.ui.tabs.steer.job import Steered, SteerJob
+from fluxsae.ui.tabs.steer.feature_sliders import MAX_SLIDERS, Sliders
+from fluxsae.ui.tabs.steer.job import Steered, SteerJob, run_origin
 from fluxsae.ui.tabs.steer.swap import FoundSwap
 from fluxsae.ui.tabs.steer.words import even_notches, natural_turns, read_words, share_seen, where_it_changed
 
@@ -46,6 +47,62 @@ def test_a_sliders_middle_changes_nothing_and_its_ends_are_two_modes(bench: Work
 def test_an_edit_that_no_slider_stands_for_is_refused_not_bent(bench: Workbench, mode: str, strength: float) -> None:
     with pytest.raises(FluxSaeError, match=f"No slider can show {mode} {strength:g}"):
         Sliders(bench, LATE).page_of([SteeringEdit(HookPoint.parse(LATE), 3, mode, strength)])
+
+
+def test_more_edits_than_sliders_are_refused_not_dropped(bench: Workbench) -> None:
+    edits = [SteeringEdit(HookPoint.parse(LATE), feature, "scale", 0.0).to_dict() for feature in range(MAX_SLIDERS + 1)]
+    with pytest.raises(FluxSaeError, match=f"There are {MAX_SLIDERS + 1} edits, and the page holds at most"):
+        SteerDesk(bench).linked({"prompt": "a circle", "edits": edits})
+
+
+def recipe_here(bench: Workbench, **changes: Any) -> Recipe:
+    """As the page writes it, with one edit of feature 3."""
+    place = HookPoint.parse(LATE)
+    given = {
+        "prompt": "a circle", "seed": 1, "settings": bench.info.settings, "flux_id": bench.info.flux_id,
+        "saes": run_origin(bench).saes, "batch": ((SteeringEdit(place, 3, "scale", 0.0),),),
+    }  # fmt: skip
+    return Recipe(**{**given, **changes})
+
+
+def test_a_recipe_of_this_run_fills_the_page(bench: Workbench, tmp_path: Path) -> None:
+    recipe = recipe_here(bench)
+    assert {source.fingerprint for source in recipe.saes} == {sae.fingerprint for sae in bench.saes.values()} != {None}
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    *_, page = SteerDesk(bench).loaded(str(tmp_path / "recipe.json"))
+    assert [edit["feature"] for edit in page["edits"]] == [3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flux_id": "user/other"}, "FLUX is miniature .*, not user/other"),
+        ({"adapters": ("adapter 0",)}, "adapters are none, not adapter 0"),
+        ({"is_exact": False}, "is_exact is True, not False"),
+        ({"saes": (SaeSource(HookPoint.parse(LATE), "user/other", fingerprint="0" * 16),)}, f"the SAE of {LATE} is"),
+        ({"width": 512}, "width is .*, not 512"),
+        ({"guidance_scale": 1.0}, r"guidance_scale is 3.5, not 1.0"),
+        ({"true_cfg_scale": 2.0}, r"true_cfg_scale is 1.0, not 2.0"),
+        ({"negative_prompt": "a star"}, "negative_prompt is '', not 'a star'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_recipe_that_would_make_another_image_here_is_refused(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(bench, "info", replace(bench.info, adapters=()))
+    recipe, fields = recipe_here(bench), set(Recipe.__dataclass_fields__)
+    settings = replace(recipe.settings, **{name: value for name, value in changes.items() if name not in fields})
+    own = {name: value for name, value in changes.items() if name in fields}
+    (tmp_path / "recipe.json").write_text(replace(recipe, settings=settings, **own).to_json())
+    with pytest.raises(FluxSaeError, match=f"This recipe was made elsewhere: {message}"):
+        SteerDesk(bench).loaded(str(tmp_path / "recipe.json"))
+
+
+def test_a_file_of_several_recipes_is_refused_not_cut(bench: Workbench, tmp_path: Path) -> None:
+    (tmp_path / "grid.json").write_text(f"[{recipe_here(bench).to_json()}, {recipe_here(bench).to_json()}]")
+    with pytest.raises(FluxSaeError, match="holds 2 recipes, and the page shows one"):
+        SteerDesk(bench).loaded(str(tmp_path / "grid.json"))
 
 
 def test_a_feature_that_was_just_added_is_shown_unturned_with_one_image(
@@ -107,6 +164,15 @@ def test_the_handle_splits_what_changed() -> None:
     assert where_it_changed(before, after) == 0.5
     after.paste((255, 0, 0), (30, 0, 40, 10))
     assert where_it_changed(before, after) == pytest.approx(0.875)
+
+
+def test_a_demo_of_an_earlier_sae_is_no_starter(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = demo_of(3, 0.3, None)
+    monkeypatch.setattr(bench, "demos", lambda name: [demo] if name == LATE else [])
+    for fingerprint, n in ((bench.fingerprints[LATE], 1), ("0" * 16, 0)):
+        sources = [SaeSource(HookPoint.parse(LATE), "user/name", fingerprint=fingerprint).to_dict()]
+        demo["recipes"] = {side: {**recipe, "saes": sources} for side, recipe in demo["recipes"].items()}
+        assert len(SteerDesk(bench).starters) == n
 
 
 def test_a_demo_that_nobody_sees_change_is_no_starter(

@@ -23,6 +23,7 @@ from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance, load_
 from fluxsae.runs.folder import RunFolder, library_versions
 from fluxsae.runs.names import SaeName
 from fluxsae.runs.tables import ImageTable
+from fluxsae.sae.fingerprint import file_fingerprint
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.ui.serve.arguments import Limits
 from fluxsae.ui.serve.given import GivenPicture
@@ -135,7 +136,9 @@ class Workbench:
         found = {}
         for name in described_saes(self.run):
             try:
-                found[str(name)] = CardIndex(self.run, name)
+                cards = CardIndex(self.run, name)
+                self._check_size(name, len(cards))
+                found[str(name)] = cards
             except FluxSaeError as error:
                 self.problems[str(error)] = None
         if not found:
@@ -143,6 +146,18 @@ class Workbench:
         for cards in found.values():
             self.problems.update(dict.fromkeys(cards.problems))
         return found
+
+    def _check_size(self, name: SaeName, n_features: int) -> None:
+        """Refuses features that are described beside an SAE with more or fewer of them."""
+        if not self.run.has_sae(name):
+            return
+        config: dict[str, Any] = self.readable(functools.partial(self.run.load_sae_config, name), {})
+        said = config.get("n_features", n_features)
+        if said != n_features:
+            raise FluxSaeError(
+                f"The SAE of {name} has {said} features, and {n_features} are described, which are another SAE's. "
+                f"Describe them again: {maker('score')}."
+            )
 
     def readable(self, load: Callable[[], T], otherwise: T) -> T:
         """What a file that a page can do without holds; something else where it is damaged, which is then told."""
@@ -213,6 +228,15 @@ class Workbench:
             name: SparseAutoencoder.from_pretrained(path, subfolder=self.run.sae_subfolder(name), device=self.device)
             for name in self.hookpoints
         }
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """What tells the SAE of each hook point from another of the same name."""
+        found = {
+            name: self.readable(functools.partial(file_fingerprint, self.run.sae_path(name)), None)
+            for name in self.hookpoints
+        }
+        return {name: fingerprint for name, fingerprint in found.items() if fingerprint is not None}
 
     @property
     def pipe(self) -> Any:

@@ -97,7 +97,7 @@ class DirectionsDesk(Desk):
         """Every direction of a hook point on a plane, with the names of its neighbourhoods."""
         place = self._place(hookpoint)
         is_here = isinstance(selection, Mapping) and selection.get("hookpoint") == place
-        return {**self._map(place), "selected": selection["feature"] if is_here else None}
+        return {**self._map(place), "selected": selection.get("feature") if is_here else None}
 
     def near(self, selection: Any) -> dict[str, Any] | None:
         """What lies near the chosen feature."""

@@ -10,7 +10,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import best_example
 from fluxsae.features.vocabulary import NameKinds, has_name
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.steering.edits import SteeringEdit, load_recipes, png_bytes, with_features
+from fluxsae.steering.edits import Recipe, SteeringEdit, load_recipes, png_bytes, with_features
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, Picture, then
 from fluxsae.ui.kit.snippets import PICTURE
@@ -160,15 +160,37 @@ class SteerDesk(Desk):
         return (*request.made_from, self.sliders.page_of(request.edits))
 
     def loaded(self, path: str) -> Filled:
-        """What a recipe file fills the tab with."""
+        """What a recipe file fills the tab with.
+
+        Raises:
+            FluxSaeError: no recipe, one of several images, or one that would make another image here.
+        """
         try:
-            recipe = load_recipes(Path(path))[0]
+            recipes = load_recipes(Path(path))
         except FluxSaeError as error:  # without this machine's folders
             name = Path(path).name
             raise FluxSaeError(f"{name} is no recipe of fluxsae: {str(error).replace(path, name)}") from error
+        if len(recipes) > 1:
+            raise FluxSaeError(
+                f"This file holds {len(recipes)} recipes, and the page shows one. Give one in a file of its own."
+            )
+        recipe = recipes[0]
+        self._check_recipe(recipe)
         edits, steps = [edit.to_dict() for edit in recipe.edits], recipe.settings.num_inference_steps
         given = {"prompt": recipe.prompt, "seed": recipe.seed, "num_inference_steps": steps, "edits": edits}
         return self.linked(given)
+
+    def _check_recipe(self, recipe: Recipe) -> None:
+        """Refuses a recipe of another FLUX, SAE or settings than this page's."""
+        found = recipe.differences(self.bench.info.identity, self.bench.fingerprints)
+        here = self.bench.settings(recipe.settings.num_inference_steps).to_dict()
+        settings = {name: value for name, value in recipe.settings.to_dict().items() if value != here[name]}
+        told = [*found.values(), *(f"{name} is {here[name]!r}, not {value!r}" for name, value in settings.items())]
+        if told:
+            raise FluxSaeError(
+                f"This recipe was made elsewhere: {'; '.join(told)}. Open it on the page of the run where it was made, "
+                "or make its image with python -m train.steer --recipe."
+            )
 
     def matches(self, query: Any) -> dict[str, Any] | None:
         """The sliders that a search finds, to choose from; None without a query."""

@@ -48,8 +48,17 @@ class Sliders:
         }
 
     def page_of(self, edits: Sequence[SteeringEdit]) -> dict[str, Any]:
-        """The sliders that stand for edits."""
-        return self.page([self.slider_of(edit) for edit in edits[:MAX_SLIDERS]])
+        """The sliders that stand for edits.
+
+        Raises:
+            FluxSaeError: there are more than the page holds, or no slider stands for one.
+        """
+        if len(edits) > MAX_SLIDERS:
+            raise FluxSaeError(
+                f"There are {len(edits)} edits, and the page holds at most {MAX_SLIDERS} features on sliders. Use the "
+                "/steer endpoint, which takes more."
+            )
+        return self.page([self.slider_of(edit) for edit in edits])
 
     def slider(self, hookpoint: str, feature: int) -> dict[str, Any]:
         """A slider in its middle."""

@@ -609,8 +609,8 @@ FS.define("fs-result", (root, data) => {
     if (!data.recipe) return;
     const { prompt, seed, settings, batch, index } = asked();
     recipe.href = recipeFile(asked());
-    FS.packView({ tab: "steer", prompt, edits: batch[index], seed, num_inference_steps: settings.num_inference_steps })
-      .then((text) => (data.link = text));
+    const view = { prompt, edits: batch[index], seed, num_inference_steps: settings.num_inference_steps };
+    FS.packView({ tab: "steer", saes: data.saes, ...view }).then((text) => (data.link = text));
   };
   root.append(
     FS.el(
