@@ -189,7 +189,7 @@ class SteerDesk(Desk):
         if told:
             raise FluxSaeError(
                 f"This recipe was made elsewhere: {'; '.join(told)}. Open it on the page of the run where it was made, "
-                "or make its image with python -m train.steer --recipe."
+                "or make its image in Python: fluxsae.steering.sweeps.reproduce(pipe, saes, recipe)."
             )
 
     def matches(self, query: Any) -> dict[str, Any] | None:
