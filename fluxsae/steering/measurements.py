@@ -70,6 +70,7 @@ class TokenLimits:
         return is_odd_size | (residuals > self.residual_high[place])
 
 
+@torch.no_grad()
 def norm_and_residual(
     x: Float[Tensor, "*batch d_model"], sae: SparseAutoencoder, *, sigma: float | None = None
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
@@ -79,16 +80,14 @@ def norm_and_residual(
     """
     level = None if sigma is None else sae.nearest_sigma(sigma)
     rows: Tensor = x.reshape(-1, x.shape[-1])
-    pairs = [
-        _norm_and_residual(part.float(), sae, level)
-        for part in rows.split(tokens_at_once(sae.config.n_features, x.device))
-    ]
-    norms, residuals = (torch.cat(parts).reshape(x.shape[:-1]) for parts in zip(*pairs, strict=True))
-    return norms, residuals
-
-
-def _norm_and_residual(values: Tensor, sae: SparseAutoencoder, sigma: float | None) -> tuple[Tensor, Tensor]:
-    return values.norm(dim=-1), (values - sae.reconstruct(values, sigma=sigma)).norm(dim=-1)
+    # Written into one tensor each: small results kept between the chunks leave holes in memory that no chunk fits into.
+    norms, residuals = (torch.empty(len(rows), device=x.device) for _ in range(2))
+    at_once = tokens_at_once(sae.config.n_features, x.device)
+    for values, norm, residual in zip(*(all_.split(at_once) for all_ in (rows, norms, residuals)), strict=True):
+        values = values.float()
+        norm.copy_(values.norm(dim=-1))
+        residual.copy_((values - sae.reconstruct(values, sigma=level)).norm(dim=-1))
+    return norms.reshape(x.shape[:-1]), residuals.reshape(x.shape[:-1])
 
 
 def limits_of(samples: Mapping[float, Float[Tensor, "tokens 2"]], *, quantile: float = QUANTILE) -> TokenLimits:
