@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 from PIL import Image, PngImagePlugin
 from pydantic import BeforeValidator, Field, GetPydanticSchema, InstanceOf, SkipValidation
@@ -14,11 +14,13 @@ from pydantic import BeforeValidator, Field, GetPydanticSchema, InstanceOf, Skip
 from fluxsae.checked import FromList, checked, from_object, made_from, short
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.flux.identity import FluxIdentity, identity_differences
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.names import SaeName
 from fluxsae.sae.config import Mismatch
 from fluxsae.steering.conditions import Condition, FeaturesOf, filled_in
+
+if TYPE_CHECKING:
+    from fluxsae.flux.identity import FluxIdentity
 
 Mode = Literal["scale", "add", "clamp", "ablate", "project_out"]
 
@@ -290,15 +292,19 @@ class Recipe:
         return self.batch[self.index]
 
     @property
-    def identity(self) -> FluxIdentity:
+    def identity(self) -> "FluxIdentity":
         """The FLUX that made the image."""
+        from fluxsae.flux.identity import FluxIdentity  # loads torch, which `--help` can do without
+
         return FluxIdentity(self.flux_id, self.flux_revision, self.flux_weights, self.adapters, self.is_exact)
 
-    def differences(self, flux: FluxIdentity, fingerprints: Mapping[str, str | None]) -> dict[Mismatch, str]:
+    def differences(self, flux: "FluxIdentity", fingerprints: Mapping[str, str | None]) -> dict[Mismatch, str]:
         """What differs between where it was made and here, in words; what one side does not know is no difference.
 
         `fingerprints` are those of the SAEs here, by name.
         """
+        from fluxsae.flux.identity import identity_differences
+
         found: dict[Mismatch, str] = dict(identity_differences(self.identity, flux).items())
         edited = {str(edit.hookpoint) for edits in self.batch for edit in edits}
         others = [

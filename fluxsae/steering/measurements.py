@@ -83,8 +83,8 @@ def norm_and_residual(
     # Written into one tensor each: small results kept between the chunks leave holes in memory that no chunk fits into.
     norms, residuals = (torch.empty(len(rows), device=x.device) for _ in range(2))
     at_once = tokens_at_once(sae.config.n_features, x.device)
-    for values, norm, residual in zip(*(all_.split(at_once) for all_ in (rows, norms, residuals)), strict=True):
-        values = values.float()
+    for part, norm, residual in zip(*(each.split(at_once) for each in (rows, norms, residuals)), strict=True):
+        values = part.float()
         norm.copy_(values.norm(dim=-1))
         residual.copy_((values - sae.reconstruct(values, sigma=level)).norm(dim=-1))
     return norms.reshape(x.shape[:-1]), residuals.reshape(x.shape[:-1])

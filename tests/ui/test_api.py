@@ -446,7 +446,7 @@ def test_a_real_mcp_client_gets_json_and_images(served: page_server.Page, wants_
             found = await session.call_tool("heatmap", arguments, progress_callback=hear if wants_progress else None)
             return list(found.content)
 
-    contents = anyio.run(ask)
+    contents = page_server.in_a_thread(anyio.run, ask)
     assert [content.type for content in contents] == ["image", "text", "text", *["image", "text"] * 2]
     picture = Image.open(io.BytesIO(base64.b64decode(contents[0].data)))
     assert picture.size == (128, 128)

@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio.to_thread
 import gradio as gr
+import page_server
 import pytest
 import starlette.requests
 import whole_run
@@ -193,7 +194,7 @@ def test_a_generator_that_waits_holds_no_thread_and_hears_a_cancel_at_once() -> 
         gate.set()
         return int(busy)
 
-    assert asyncio.run(scenario()) == 0
+    assert page_server.in_a_thread(asyncio.run, scenario()) == 0
 
 
 @pytest.mark.parametrize(
