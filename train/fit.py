@@ -366,7 +366,8 @@ def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Da
 def _from_flux(
     config: FitConfig, run: RunFolder, hookpoints: Sequence[HookPoint], peers: Processes, pipe: Any
 ) -> _Data:
-    from fluxsae.activations.collection import build_manifests, build_request, capture_rows, live_sources
+    from fluxsae.activations.collection import build_manifests, build_request, capture_rows
+    from fluxsae.activations.live import live_sources
     from fluxsae.activations.shards import ActivationManifest
     from fluxsae.flux.bad_numbers import LeftOut
     from train.collect import describe_run, describe_splits, save_run
