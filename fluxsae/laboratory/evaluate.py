@@ -22,6 +22,7 @@ from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
 from fluxsae.features.scores import ScoreMatrix
 from fluxsae.features.scoring import trained_steps
 from fluxsae.flux import AnyFlux, execution_device, flux_identity, schedule_sigmas, settings_ground, token_grid
+from fluxsae.flux.bad_numbers import LeftOut
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.audit import AuditReport, run_audit
@@ -350,7 +351,7 @@ class _Work:
         generator = torch.Generator().manual_seed(config.seed)
         for batch in iter_activations(
             self.pipe, images, {hookpoint: steps}, settings=self.settings, batch_size=config.batch_size,
-            on_progress=on_progress, doing="rows to train on",
+            on_progress=on_progress, doing="rows to train on", left_out=LeftOut(len(images)),
         ):  # fmt: skip
             x = batch.tokens[hookpoint].cpu()
             parts.append(x[:, :, torch.randperm(x.shape[2], generator=generator)[:keep]].flatten(0, 2))
