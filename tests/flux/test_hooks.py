@@ -25,8 +25,8 @@ from fluxsae.flux import (
     nearest_step,
     schedule_sigmas,
 )
+from fluxsae.flux.clock import step_clock
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.flux.hooks import step_clock
 
 # Hook points
 
