@@ -18,6 +18,7 @@ from fluxsae.features.score_parts import ScoreParts, ScoreRequest
 from fluxsae.features.scores import (
     ScoreAccumulator,
     ScoreMatrix,
+    fingerprint_metadata,
     left_out_metadata,
     merge_score_files,
 )
@@ -140,7 +141,8 @@ def _score_part(  # noqa: PLR0917 - all that a part is made of
     for name, accumulator in accumulators.items():
         fvu = torch.stack([torch.cat(fvus[name, step]) for step in request.steps[name]], dim=1)
         entries = {**collectors[name].pop(), _FVU: fvu}
-        _save_part(parts.scores_path(name, part), accumulator, entries, left_out=bad)
+        told = {**left_out_metadata(bad), **fingerprint_metadata(saes[name].fingerprint)}
+        _save_part(parts.scores_path(name, part), accumulator, entries, told)
     if with_images:
         write_images(parts.images_path(part), rows)
 
@@ -263,11 +265,11 @@ def _image_row(request: ScoreRequest, image_id: int, image: Image.Image) -> Imag
 
 
 def _save_part(
-    path: Path, accumulator: ScoreAccumulator, entries: Mapping[str, Tensor], *, left_out: Sequence[int]
+    path: Path, accumulator: ScoreAccumulator, entries: Mapping[str, Tensor], told: Mapping[str, str]
 ) -> None:
     stats = accumulator.stats()
     tensors = {"S": accumulator.scores(), "argmax_token": accumulator.argmax_tokens(), **stats.tensors(), **entries}
-    save_tensors(path, tensors, metadata={**stats.metadata(), **left_out_metadata(left_out)})
+    save_tensors(path, tensors, metadata={**stats.metadata(), **told})
 
 
 def merge_parts(parts: ScoreParts) -> int:

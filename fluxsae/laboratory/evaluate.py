@@ -19,7 +19,7 @@ from fluxsae.evaluation.reconstruction import (
     transfer_table,
 )
 from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
-from fluxsae.features.scores import ScoreMatrix
+from fluxsae.features.scores import load_scores
 from fluxsae.features.scoring import trained_steps
 from fluxsae.flux import AnyFlux, execution_device, flux_identity, schedule_sigmas, settings_ground, token_grid
 from fluxsae.flux.bad_numbers import LeftOut
@@ -271,7 +271,7 @@ class _Work:
         path = self.run.scores_path(hookpoint)
         if self.config.steps or not path.is_file():
             return self.steps[hookpoint]
-        return list(ScoreMatrix.load(path).steps)
+        return list(load_scores(self.run, hookpoint).steps)
 
     def steering(self, on_progress: OnProgress | None) -> dict[HookPoint, LaboratoryReport]:
         self._need_scenes("steering")

@@ -140,7 +140,7 @@ def run_pairs(
     rows = {concept: [at for at, (own, _) in enumerate(drawn) if own == concept] for concept in concepts}
     draws = []
     for found, own in zip(acts, matches, strict=True):
-        table = found.reshape(len(drawn), 1 + len(ATTRIBUTES), -1)
+        table = found.reshape(len(drawn), 1 + len(ATTRIBUTES), found.shape[1])
         responses = [
             feature_responses(table[rows[concept], :, feature], concept.attribute) for feature, concept in own.items()
         ]

@@ -1,5 +1,6 @@
 """FLUX and SAEs to S: the right maxima, once per image, the same bytes however often it was cut off."""
 
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.features.analysis import describe_features
 from fluxsae.features.config import AnalysisConfig
 from fluxsae.features.score_parts import ScoreParts, ScoreRequest
-from fluxsae.features.scores import ScoreMatrix
+from fluxsae.features.scores import ScoreMatrix, load_scores
 from fluxsae.features.scoring import (
     check_trained_step,
     generate_with_acts,
@@ -113,6 +114,21 @@ def test_every_image_and_token_is_counted(scored: RunFolder) -> None:
         assert stats.n_images == len(PLAN)
         assert stats.n_tokens == len(PLAN) * n_steps * n_tokens
         assert int(stats.counts.sum()) <= 4 * stats.n_tokens
+
+
+def test_scores_know_their_sae_and_are_refused_with_another(
+    tiny_flux: FluxPipeline, scored: RunFolder, tmp_path: Path
+) -> None:
+    run, place = RunFolder(shutil.copytree(scored.path, tmp_path / "run")), HOOKPOINTS[0]
+    sae = score_request(tiny_flux)[0][place]
+    scores = load_scores(run, place)  # no SAE beside them: they may have been copied alone
+    table = describe_features(scores, FeatureStats.load(run.stats_path(place)), AnalysisConfig())
+    assert scores.sae_fingerprint == table.sae_fingerprint == sae.fingerprint
+    sae.save_pretrained(run.sae_path(place))
+    load_scores(run, place)
+    SparseAutoencoder(sae.config, seed=2).save_pretrained(run.sae_path(place))
+    with pytest.raises(FluxSaeError, match=r"changed after scoring.*Score it again with --force"):
+        load_scores(run, place)
 
 
 def test_heatmaps_cover_the_best_images(scored: RunFolder) -> None:
