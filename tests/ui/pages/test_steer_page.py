@@ -154,7 +154,7 @@ def test_starters_come_back_and_a_strip_goes_with_its_feature(visit: Open) -> No
 def test_one_name_is_put_in_place_of_another(visit: Open) -> None:
     page = visit()
     go_to(page, "Steer")
-    old, new = (page.locator(f"#steer-{which} input").input_value() for which in ("old", "new"))
+    old, new = (page.locator(f"#steer-{which} input").input_value().partition(" (")[0] for which in ("old", "new"))
     page.locator("#steer-swap").click()
     wait_until_turned(page)
     labels = page.locator(".fs-edit .fs-label").all_inner_texts()
