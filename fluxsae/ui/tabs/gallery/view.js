@@ -254,7 +254,7 @@ FS.define("fs-feature", (root, data) => {
       FS.code(data.code),
       section(
         "Which word causes it?",
-        "FLUX makes its top image again without each word of the caption in turn, at the same seed. The feature depends on the word whose removal silences it.",
+        "FLUX makes up to three of its top images again without each word of the caption in turn, at the same seed. The feature depends on the word whose removal silences it.",
         FS.el(
           "div",
           { class: "fs-row" },
