@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from desk_data import LATE
+from desk_data import LATE, reading
 from PIL import Image
 
 from fluxsae.errors import FluxSaeError
@@ -279,9 +279,23 @@ def named_desk(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> SteerDesk:
 
 
 def test_what_the_prompt_has_is_offered_first_to_be_replaced(named_desk: SteerDesk) -> None:
-    assert named_desk.names.replaceable("a blue thing", "red") == (["blue", "red", "green"], "blue")
-    assert named_desk.names.replaceable("a blue and green thing", "green") == (["green", "blue", "red"], "green")
-    assert named_desk.names.replaceable("a thing", "green") == (["red", "green", "blue"], "green")
+    def replaceable(prompt: str, name: str) -> tuple[list[str], str]:
+        return named_desk.names.replaceable(prompt, 0, 20, name)
+
+    assert replaceable("a blue thing", "red") == (["blue", "red", "green"], "blue")
+    assert replaceable("a blue and green thing", "green") == (["green", "blue", "red"], "green")
+    assert replaceable("a thing", "green") == (["red", "green", "blue"], "green")
+
+
+def test_what_surely_fires_in_an_image_that_was_read_is_offered_first_too(
+    named_desk: SteerDesk, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards, kept = bench.cards[LATE], replace(reading(), prompt="a thing")  # features 1 and 2 fire
+    monkeypatch.setattr(bench, "kept_reading", lambda *asked: kept if asked == ("a thing", 7, 20) else None)
+    sure = np.where(np.arange(len(cards)) == 1, 0.6, 0.9)  # 3 is surely blue, where it fires
+    monkeypatch.setattr(cards, "label_confidence_at", lambda shares: np.where(shares > 0, sure, 0.0))
+    assert named_desk.names.replaceable("a thing", 7, 20, "red") == (["green", "red", "blue"], "green")
+    assert named_desk.names.replaceable("a thing", 8, 20, "red") == (["red", "green", "blue"], "red")
 
 
 def tally(worked: int, tried: int, high: float) -> dict[str, Any]:

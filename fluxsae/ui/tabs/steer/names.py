@@ -7,6 +7,7 @@ from typing import Any, Final
 import numpy as np
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.firing import CONFIDENCE, shares_of_maximum
 from fluxsae.features.vocabulary import NameKinds, has_name
 from fluxsae.files import map_array
 from fluxsae.sae.fingerprint import WEIGHTS_NAME
@@ -47,11 +48,25 @@ class SwapNames:
         kept = {name: [feature for feature in features if acts[feature] > 0] for name, features in self.known.items()}
         return {name: features for name, features in kept.items() if features}
 
-    def replaceable(self, prompt: Any, name: Any) -> tuple[list[str], Any]:
-        """The names, those that the prompt has first; and the one on screen, or the first where the prompt lacks it."""
-        said = [other for other in self.known if has_name(str(prompt), other)]
-        others = [other for other in self.known if other not in said]
-        return [*said, *others], name if name in said or not said else said[0]
+    def replaceable(self, prompt: Any, seed: Any, steps: Any, name: Any) -> tuple[list[str], Any]:
+        """The names, those of this image first; and the one on screen, or the first where it is none of the image.
+
+        Of the image are those that the prompt has, and those that surely fire, where it was read lately.
+        """
+        fires = self._firing(prompt, seed, steps)
+        own = [other for other in self.known if other in fires or has_name(str(prompt), other)]
+        others = [other for other in self.known if other not in own]
+        return [*own, *others], name if name in own or not own else own[0]
+
+    def _firing(self, prompt: Any, seed: Any, steps: Any) -> set[str]:
+        """The names that surely fire in an image; none where it was not read lately."""
+        reading = self.bench.kept_reading(prompt, seed, steps)
+        if reading is None:
+            return set()
+        cards = self.bench.cards[self.hookpoint]
+        shares = shares_of_maximum(reading.maps[self.hookpoint].peaks(None), cards)
+        is_sure = cards.label_confidence_at(shares) >= CONFIDENCE["sure"]
+        return {name for name, features in self.known.items() if is_sure[features].any()}
 
     def choices(self, name: Any, shown: Any = None) -> list[tuple[str, str]]:
         """(Words, name) of what may replace a name; `shown` is on screen, and is offered in any case.

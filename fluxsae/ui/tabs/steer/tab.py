@@ -41,7 +41,7 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
                 js_on_load=mount(turn="input", begin="submit"),
                 elem_id="steer-edits",
             )
-            old, new, swap_go, swap_status = _swap_row(desk, tab, prompt)
+            old, new, swap_go, swap_status = _swap_row(desk, tab, [prompt, seed, steps])
             with gr.Row():
                 find = gr.Textbox(
                     label="Find a feature",
@@ -124,8 +124,11 @@ def _tell_costs(desk: SteerDesk, shell: Shell, costs: gr.HTML, runs: list[Any]) 
         run.success(cost, None, costs, **QUIET)
 
 
-def _swap_row(desk: SteerDesk, tab: gr.Tab, prompt: gr.Textbox) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button, gr.HTML]:
-    """What goes, what comes in its place, the button and its progress; not shown where there are no two names."""
+def _swap_row(desk: SteerDesk, tab: gr.Tab, picture: list[Any]) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button, gr.HTML]:
+    """What goes, what comes in its place, the button and its progress; not shown where there are no two names.
+
+    `picture` is prompt, seed and denoising steps.
+    """
     names = list(desk.names.known)
     old, new = desk.first_swap() or names[:2] if len(names) > 1 else (None, None)
     with gr.Column(elem_classes="fs-swap", visible=len(names) > 1):
@@ -143,11 +146,11 @@ def _swap_row(desk: SteerDesk, tab: gr.Tab, prompt: gr.Textbox) -> tuple[gr.Drop
     # names of one kind are found when the tab is opened: of 20,000 prompts that takes seconds
     tab.select(guarded(lambda name, other: gr.Dropdown(desk.names.choices(name, other))), [one, other], other, **QUEUED)
 
-    def offer(prompt: Any, name: Any) -> Any:
-        choices, chosen = desk.names.replaceable(prompt, name)
+    def offer(prompt: Any, seed: Any, steps: Any, name: Any) -> Any:
+        choices, chosen = desk.names.replaceable(prompt, seed, steps, name)
         return gr.Dropdown(choices, value=chosen)
 
-    gr.on([tab.select, prompt.blur], guarded(offer), [prompt, one], one, **QUIET)
+    gr.on([tab.select, picture[0].blur], guarded(offer), [*picture, one], one, **QUIET)
 
     def offer_new(name: Any) -> Any:
         choices = desk.names.choices(name)
