@@ -187,7 +187,7 @@ FS.define("fs-feature", (root, data) => {
       data.levels.length
         ? section(
           "How true the name is at each strength",
-          "Images that the name was not taken from, and the share of their captions that hold it.",
+          "Images that were not used to find the name, and the share of their captions that contain it.",
           ...data.levels.map((level) =>
             FS.el(
               "div",
@@ -246,7 +246,7 @@ FS.define("fs-feature", (root, data) => {
       data.silent.length
         ? section(
           "Similar images without it",
-          "The images most similar to its top images on which it does not fire.",
+          "Images on which it does not fire, the most similar to its top images first.",
           FS.pictures(data.silent, { rows: data.rows, cols: data.cols, colour: "var(--fs-line)" }),
         )
         : null,
