@@ -32,16 +32,18 @@ EACH: Final[Mapping[str, Any]] = {**QUEUED, "trigger_mode": "multiple"}
 none comes to carry what an earlier one did, as "always_last" would."""
 
 
-def working(event: StepDone, *, makes: str) -> dict[str, Any]:
-    """The progress bar's data after a denoising step; `makes` is the id of what is dimmed until it is shown anew."""
-    return {"state": "working", "step": event.step, "n_steps": event.n_steps, "makes": makes}
+def working(event: StepDone, *, makes: str, counts: str = "Denoising step") -> dict[str, Any]:
+    """The progress bar's data after a step; `makes` is the id of what is dimmed until it is shown anew."""
+    return {"state": "working", "step": event.step, "n_steps": event.n_steps, "makes": makes, "counts": counts}
 
 
-def with_progress(events: Iterable[StepDone | Done[Any]], *, makes: str, n: int = 1) -> Iterator[tuple[Any, ...]]:
+def with_progress(
+    events: Iterable[StepDone | Done[Any]], *, makes: str, n: int = 1, counts: str = "Denoising step"
+) -> Iterator[tuple[Any, ...]]:
     """(progress bar, the `n` things that are made) after every event: nothing new until all is done."""
     for event in events:
         if isinstance(event, StepDone):
-            yield working(event, makes=makes), *(gr.skip(),) * n
+            yield working(event, makes=makes, counts=counts), *(gr.skip(),) * n
         else:
             yield IDLE, *(event.value if n > 1 else (event.value,))
 

@@ -12,7 +12,7 @@ FS.define("fs-status", (root, data) => {
     FS.el(
       "div",
       { class: "fs-status", role: "status", "data-makes": data.makes },
-      FS.el("span", { class: "fs-num", text: `Denoising step ${data.step} of ${data.n_steps}` }),
+      FS.el("span", { class: "fs-num", text: `${data.counts} ${data.step} of ${data.n_steps}` }),
       FS.bar(data.step / data.n_steps, "var(--fs-accent)", "progress"),
       FS.el("span", { class: "fs-quiet fs-num", text: time }),
     ),

@@ -7,7 +7,7 @@ import numpy as np
 import page_server
 import pytest
 from PIL import Image
-from playwright.sync_api import expect
+from playwright.sync_api import Locator, Page, expect
 from steps import (
     DESKTOP,
     PHONE,
@@ -210,3 +210,57 @@ def test_the_page_lays_heat_over_a_picture_as_the_library_does(visit: Open) -> N
     shown = np.array(drawn, dtype=np.uint8).reshape(8, 8, 4)[..., :3]
     expected = np.asarray(overlay(Image.fromarray(picture), heat.astype(np.float32) / 255, smooth=False))
     assert np.abs(shown.astype(int) - expected.astype(int)).max() <= 1
+
+
+def ask_why(page: Page, name: str = "Why does it fire?") -> Locator:
+    page.get_by_role("button", name=name).click()
+    panel = page.locator("fs-lab .fs-why")
+    expect(panel).to_be_visible()
+    return panel
+
+
+def choose_red(page: Page) -> None:
+    card = page.locator("fs-lab .fs-card", has_text="red").first
+    if not card.is_visible():  # folded, since its name is a guess here
+        page.locator("fs-lab .fs-side > .fs-list > details > summary", has_text="with uncertain names").click()
+    card.click()
+
+
+def test_why_a_feature_fires_is_told_under_it_and_belongs_to_it_alone(visit: Open) -> None:
+    page = visit()
+    generate(page)
+    choose_red(page)
+    panel = ask_why(page)
+    expect(panel.get_by_role("heading", name="Why “red” fires")).to_be_visible()
+    first = panel.locator("li").first
+    expect(first).to_contain_text("“red”")
+    assert first.locator(".fs-tilt").get_attribute("aria-label") == f"red: {first.locator('.fs-num').inner_text()}"
+    for words in ("One step (step 3 of 20, at noise level 0.96)", "Without any word", "does not reconstruct"):
+        expect(panel).to_contain_text(words)
+    page.locator("fs-lab .fs-card[aria-pressed=false]").first.click()
+    expect(panel).not_to_be_visible()
+    choose_red(page)
+    expect(panel).to_be_visible()
+    panel.get_by_role("button", name="Close why it fires").click()
+    expect(panel).not_to_be_visible()
+
+
+def test_why_answers_for_a_patch_by_keyboard_and_leads_to_earlier_features(visit: Open) -> None:
+    page = visit(viewport=PHONE)
+    generate(page)
+    choose_red(page)
+    page.locator(".fs-stage").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Why at row 4, column 4?").focus()
+    page.keyboard.press("Enter")
+    panel = page.locator("fs-lab .fs-why")
+    expect(panel).to_contain_text("the patch in row 4, column 4")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.wait_for_function(  # told where it is seen: below the image, which stays
+        "document.querySelector('.fs-why').getBoundingClientRect().top >= "
+        "document.querySelector('.fs-stage').getBoundingClientRect().bottom"
+    )
+    link = panel.locator(".fs-link").first
+    feature = link.locator(".fs-num").inner_text().removeprefix("#")
+    link.click()
+    expect(page.locator("#gallery-feature")).to_contain_text(feature)

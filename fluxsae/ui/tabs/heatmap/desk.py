@@ -7,6 +7,7 @@ from typing import Any
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import Fired, features_at, ranked_features
+from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, then
 from fluxsae.ui.kit.snippets import snippets
 from fluxsae.ui.serve.arguments import MAX_RESULTS
@@ -17,6 +18,8 @@ from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.heatmap.lab import diff, example_lab, features_json, fired_chip, lab, overlays, with_alike
 from fluxsae.ui.tabs.heatmap.why import ExplainJob, explanation_json
 
+LEAST_DRIVE = 0.05
+"""Share of its maximum in the run from which a feature counts as firing where it is explained."""
 SHOWN = 10
 """Cards beside the image."""
 PATCH_SHOWN = 6
@@ -105,6 +108,14 @@ class HeatmapDesk(Desk):
         found = self.features_at(request.model_copy(update={"limit": MAX_RESULTS}))
         return then(found, lambda features: self._patch(request, features))
 
+    def why(self, values: Mapping[str, Any], asked: Any) -> Events[dict[str, Any]]:
+        """Steps, then why a feature of the image on screen fires, at a patch or over the whole image."""
+        if not isinstance(asked, Mapping):
+            raise FluxSaeError("Choose a feature first: its number is missing.")
+        named = {name: asked.get(name) for name in ("feature", "step", "row", "column")}
+        request = ExplainRequest.parse(self.limits, **values, **named)
+        return then(self.explain(request), lambda found: self._why(request, found))
+
     def compare(self, prompt: Any, other: Any, hookpoint: Any, seed: Any, steps: Any) -> Events[dict[str, Any]]:
         """Steps of two images, then what fires in one and not in the other."""
         common = {"hookpoint": hookpoint, "seed": seed, "num_inference_steps": steps}
@@ -163,6 +174,22 @@ class HeatmapDesk(Desk):
             "at": time.monotonic(),  # asked again, it is told again
             "features": [fired_chip(cards, feature) for feature in shown],
             "code": snippets(FeaturesAtRequest, request.model_dump()),
+        }
+
+    def _why(self, request: ExplainRequest, found: dict[str, Any]) -> dict[str, Any]:
+        cards = self.bench.cards
+        return {
+            **found,
+            "at": time.monotonic(),  # asked again, it is told again
+            "asked_step": request.step,
+            # below, shares of next to nothing would be told as hundreds of percent
+            "fires": found["drive"] >= LEAST_DRIVE * float(cards[request.hookpoint].max_acts[request.feature]),
+            "features": [
+                {**views.chip(cards[each["hookpoint"]], each["feature"]), "share": each["share"]}
+                for each in found["features"]
+            ],
+            "places": [{**each, "place": self.bench.word(each["hookpoint"])} for each in found["hookpoints"]],
+            "code": snippets(ExplainRequest, request.model_dump()),
         }
 
 

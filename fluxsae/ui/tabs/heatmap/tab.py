@@ -48,10 +48,11 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
     lab = gr.HTML(
         desk.example(bench.limits.default_hookpoint),
         html_template=element("fs-lab"),
-        js_on_load=mount(select="select", patch="submit", steer="edit", page="expand"),
+        js_on_load=mount(select="select", patch="submit", steer="edit", page="expand", why="apply"),
         elem_id="heatmap-lab",
     )
     patch = gr.HTML(None, html_template=element("fs-patch"), js_on_load=mount(), elem_id="heatmap-patch")
+    why = gr.HTML(None, html_template=element("fs-why"), js_on_load=mount(), elem_id="heatmap-why")
     with gr.Accordion("Compare with another prompt: what differs?", open=False, elem_id="heatmap-compare"):
         with gr.Row():
             other = gr.Textbox(
@@ -70,6 +71,9 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
 
     def ask(values: Any, place: gr.EventData) -> Iterator[Any]:
         yield from with_progress(desk.patch(values, place._data), makes="heatmap-patch")
+
+    def ask_why(values: Any, asked: gr.EventData) -> Iterator[Any]:
+        yield from with_progress(desk.why(values, asked._data), makes="heatmap-why", counts="Pass")
 
     show = making(desk.show, makes="heatmap-lab", n=3)
     compare = making(desk.compare, makes="heatmap-diff")
@@ -105,6 +109,7 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
         [status, patch],
         **{**lane, "show_progress": "hidden", "trigger_mode": EACH["trigger_mode"]},
     )
+    explaining = lab.apply(guarded(ask_why), current, [status, why], trigger_mode="always_last", **lane)
     shell.remember(lab, diff)
     shell.open_on(lab.edit, "steer")
     shell.open_on(lab.expand, "gallery")
@@ -114,7 +119,7 @@ def build_heatmap_tab(desk: HeatmapDesk, shell: Shell, tab: gr.Tab) -> None:
     )
     linked = shell.open_link("heatmap", desk.linked, asked)
     linking = linked.submit(show, asked, shown, **lane)
-    runs = [running, surprised, comparing, asking, linking]
+    runs = [running, surprised, comparing, asking, explaining, linking]
     stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
     for run in runs:
         end_at_idle(run, status)

@@ -21,6 +21,8 @@ FS.define("fs-lab", (root, data) => {
     cell: null,
   };
 
+  const isOf = (answer) =>
+    answer && ["prompt", "seed", "hookpoint", "num_inference_steps"].every((key) => answer[key] === data[key]);
   const plane = (feature, at) => planes.get(feature).subarray(at * tokens, (at + 1) * tokens);
   const gain = (map) => (view.scale === "shared" ? 1 : 255 / Math.max(1, map.reduce((a, b) => Math.max(a, b), 0)));
 
@@ -48,7 +50,20 @@ FS.define("fs-lab", (root, data) => {
   });
 
   const picture = { prompt: data.prompt, seed: data.seed, num_inference_steps: data.num_inference_steps };
+  const whyPanel = FS.el("div", { class: "fs-why-slot", hidden: true });
+  const whyWaits = FS.el("span", { class: "fs-quiet fs-why-waits", text: "FLUX is measuring this…" });
+  const stepNow = () => (view.plane === 0 ? null : data.steps[view.plane - 1]);
+  const askWhy = (cell) => {
+    const [row, column] = cell || [null, null];
+    FS.emit(root, "why", { feature: view.feature, step: stepNow(), row, column });
+  };
   const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: view.feature, picture });
+  const tellWhy = () => {
+    const why = root.why;
+    const isShown = isOf(why) && why.feature === view.feature && why.asked_step === stepNow();
+    whyPanel.hidden = !isShown;
+    whyPanel.replaceChildren(...(isShown ? [FS.why(root, why)] : []));
+  };
   const draw = () => {
     const feature = features.get(view.feature);
     legend.replaceChildren();
@@ -75,6 +90,7 @@ FS.define("fs-lab", (root, data) => {
     legend.append(
       FS.legend(FS.number(most), view.scale === "shared" ? "its maximum in the whole run" : "its maximum here"),
     );
+    tellWhy();
     caption.replaceChildren(
       FS.el(
         "span",
@@ -104,6 +120,21 @@ FS.define("fs-lab", (root, data) => {
           text: "Open its page",
           onclick: () => go("page"),
         }),
+        FS.el("button", {
+          class: "fs-button fs-small",
+          type: "button",
+          text: "Why does it fire?",
+          onclick: () => askWhy(null),
+        }),
+        view.pinned
+          ? FS.el("button", {
+            class: "fs-button fs-small",
+            type: "button",
+            text: `Why at row ${view.asked[0]}, column ${view.asked[1]}?`,
+            onclick: () => askWhy(view.asked),
+          })
+          : null,
+        whyWaits,
       ),
     );
   };
@@ -207,13 +238,16 @@ FS.define("fs-lab", (root, data) => {
   };
   const ask = (row, column) => {
     point(row, column);
+    view.pinned = true;
+    view.asked = [row, column];
+    draw();
     const found = fires(row, column);
     FS.say(
       found.length
         ? `Patch ${row}, ${column}: ${found.map((item) => name(item.feature)).join(", ")}`
         : `Patch ${row}, ${column}`,
     );
-    FS.emit(root, "patch", { row, column, step: view.plane === 0 ? null : data.steps[view.plane - 1] });
+    FS.emit(root, "patch", { row, column, step: stepNow() });
   };
   const leave = () => {
     cursor.hidden = !view.pinned;
@@ -223,7 +257,6 @@ FS.define("fs-lab", (root, data) => {
   stage.addEventListener("pointerleave", leave);
   stage.addEventListener("blur", leave);
   stage.addEventListener("click", (event) => {
-    view.pinned = true;
     ask(...at(event));
   });
   stage.addEventListener("keydown", (event) => {
@@ -375,8 +408,6 @@ FS.define("fs-lab", (root, data) => {
     };
   };
   // What fires at the patch that was asked about, beside the picture; it stays while the picture does.
-  const isOf = (patch) =>
-    patch && ["prompt", "seed", "hookpoint", "num_inference_steps"].every((key) => patch[key] === data[key]);
   const asked = FS.el("div", { class: "fs-asked", hidden: true });
   root.tellPatch = (patch) => {
     root.patch = patch;
@@ -384,8 +415,16 @@ FS.define("fs-lab", (root, data) => {
     if (asked.hidden) {
       view.pinned = false;
       cursor.hidden = true;
+    } else {
+      view.asked = [patch.row, patch.column];
     }
+    draw();
     asked.replaceChildren(...(asked.hidden ? [] : [FS.patch(root, patch)]));
+  };
+  root.tellWhy = (why) => {
+    root.why = why;
+    tellWhy();
+    if (!whyPanel.hidden) FS.bringIntoView(whyPanel);
   };
   root.tellPatch(root.patch);
   const notices = (data.notices || []).map((text) => FS.el("p", { class: "fs-notice", text }));
@@ -407,6 +446,7 @@ FS.define("fs-lab", (root, data) => {
           FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}` }),
         ),
         caption,
+        whyPanel,
         steps,
         FS.el("div", { class: "fs-row fs-wrap fs-controls" }, controls),
         toggles,
@@ -436,7 +476,6 @@ FS.define("fs-lab", (root, data) => {
   if (!data.features.length) {
     list.append(FS.el("p", { class: "fs-quiet", text: "No feature fires in this image at this step." }));
   }
-  draw();
 });
 
 // Takes the feature that was chosen on another tab into this one; asks for its map where it is not among the cards.
