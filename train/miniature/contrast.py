@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerFast
 
 from train.miniature.bank import SceneBank, to_unit_range
 from train.miniature.models import CLIP_CONFIG, CLIP_PREPROCESSING, build_tokenizer
@@ -74,11 +73,11 @@ def train_clip(bank: SceneBank, clip: CLIP, folder: Path, clock: StageClock, *, 
     checkpoint.load_average(clip)
 
 
-def save_clip(clip: CLIP, folder: Path, *, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
+def save_clip(clip: CLIP, folder: Path) -> None:
     """Write the folder that `open_clip` loads as `local-dir:`; weights in fp16."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": CLIP_PREPROCESSING}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {name: tensor.detach().cpu().half().contiguous() for name, tensor in clip.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
-    (tokenizer or build_tokenizer()).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)

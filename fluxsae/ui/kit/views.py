@@ -1,15 +1,13 @@
 """What several tabs draw, as plain JSON values: pictures, heatmaps, and a feature in a line."""
 
 import base64
-import difflib
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fluxsae.features.cards import CardIndex, FeatureCard
-from fluxsae.miniature.captions import SYNONYMS
-from fluxsae.miniature.drawing import ATTRIBUTES
+from fluxsae.miniature.captions import nearest_word
 from fluxsae.pictures.heatmaps import feature_colour
 from fluxsae.runs.tables import encode_webp
 from fluxsae.ui.serve.reading import Unread
@@ -93,8 +91,8 @@ def notices(unread: Unread, image: Image.Image) -> list[str]:
     if unread.words:
         words = ", ".join(map(_with_known_word, unread.words[:8]))
         found.append(
-            f"The miniature does not know {words}, so the image ignores it. Use its shapes, colours, textures, "
-            "sizes, positions and backgrounds: “a large red striped circle on the left on a black background”."
+            f"The miniature does not know {words}, so the image ignores it. Use its things, colours, textures, "
+            "sizes, positions and places: “a large red striped cat on the left in a meadow”."
         )
     if unread.tokens:
         found.append(f"The prompt is too long: FLUX did not read its last {unread.tokens} words and signs (tokens).")
@@ -105,10 +103,9 @@ def notices(unread: Unread, image: Image.Image) -> list[str]:
 
 def _with_known_word(word: str) -> str:
     """An unknown word in quotes, with the known one that it is likely meant to be."""
-    known = [name for values in ATTRIBUTES.values() for name in values]
-    near = difflib.get_close_matches(word.lower(), [*known, *SYNONYMS], n=1, cutoff=0.75)
+    near = nearest_word(word.lower())
     shown = word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}…"
-    return f"“{shown}”" + (f" (“{near[0]}”?)" if near else "")
+    return f"“{shown}”" + (f" (“{near}”?)" if near else "")
 
 
 def card_pictures(cards: CardIndex, card: FeatureCard, *, limit: int) -> list[dict[str, Any]]:

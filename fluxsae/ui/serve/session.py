@@ -205,8 +205,7 @@ class Workbench:
         """The words that the miniature knows, kind by kind; empty for a FLUX that reads any."""
         if not self.is_miniature:
             return ""
-        kinds = ("shape", "colour", "texture", "size", "position", "background")
-        return "It knows: " + "; ".join(" ".join(ATTRIBUTES[kind]) for kind in kinds) + " background"
+        return "It knows: " + "; ".join(" ".join(values) for values in ATTRIBUTES.values()) + " background"
 
     @functools.cached_property
     def unrelated_distance(self) -> float | None:

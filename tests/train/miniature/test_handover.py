@@ -1,21 +1,14 @@
 """The handover stage of the miniature's training: single-stream blocks read other captions, nothing else changes."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from fluxsae.errors import FluxSaeError
-from train.miniature.__main__ import MiniatureConfig
-from train.miniature.bank import SceneBank
 from train.miniature.flow import pack, predict_velocity
 from train.miniature.handover import SHARE, Handover, draw_order
 from train.miniature.models import LATENT_CHANNELS, build_generator, build_tokenizer, tokenize
-from train.miniature.stages import _train_generator
 
 PROMPTS = ["a large red circle", "a small blue star on a black background", "two green rings"]
 
@@ -92,18 +85,6 @@ def test_hooks_are_gone_after_removal_and_idle_after_a_fault(
     with torch.no_grad():
         assert torch.equal(after_fault, predict_velocity(generator, **inputs))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
-
-
-def test_a_later_stage_of_other_weights_is_refused_before_training(tmp_path: Path, generator: nn.ModuleDict) -> None:
-    for stage, finished in (("flow", True), ("guidance", True)):
-        (tmp_path / stage).mkdir()
-        (tmp_path / stage / "clock.json").write_text(json.dumps({"step": 1, "elapsed": 1.0, "finished": finished}))
-        save_file(dict(generator.named_parameters()), tmp_path / stage / "average.safetensors")
-    nothing = torch.zeros(0)
-    with pytest.raises(FluxSaeError, match="Remove the folder guidance"):
-        _train_generator(
-            MiniatureConfig(checkpoints=tmp_path), SceneBank(nothing, nothing, nothing), nothing, generator
-        )
 
 
 def test_most_examples_read_another_caption() -> None:

@@ -1,4 +1,4 @@
-"""The picture book's things: outlines, parts, masks and grounds."""
+"""The miniature's things: outlines, parts, masks and grounds."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.miniature.drawing import COLOURS, IMAGE_SIZE
-from train.miniature.picture_book.drawing import (
+from fluxsae.miniature.drawing import (
     ATTRIBUTES,
+    COLOURS,
+    IMAGE_SIZE,
     RADII,
     TINTS,
     Scene,
@@ -21,8 +22,8 @@ from train.miniature.picture_book.drawing import (
     render_scene,
     sample_scene,
 )
-from train.miniature.picture_book.grounds import GROUNDS, PLACES, ground_pixels
-from train.miniature.picture_book.outlines import THINGS
+from fluxsae.miniature.grounds import GROUNDS, PLACES, ground_pixels
+from fluxsae.miniature.outlines import THINGS
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -1,5 +1,6 @@
-"""The picture book's training: where it begins, its clocks, its processes, its exam."""
+"""The miniature's training: where it begins, its clocks, its processes, its exam."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,46 +10,33 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
-from fluxsae.miniature import miniature_path
+from fluxsae.errors import FluxSaeError
+from fluxsae.miniature.captions import check_prompt, prompted_attributes
+from fluxsae.miniature.drawing import SceneObject, is_held_out, render_scene, sample_scene
 from fluxsae.sae.training.processes import Processes
 from train.miniature import progress
+from train.miniature.__main__ import MiniatureConfig, main
 from train.miniature.bank import draw_bank
-from train.miniature.exam import format_tally
-from train.miniature.models import TEXT_TOKENS, tokenize
-from train.miniature.picture_book.__main__ import ConstantClock, PausingClock, PictureBookConfig, main
-from train.miniature.picture_book.bank import draw_chunk
-from train.miniature.picture_book.captions import check_prompt, prompted_attributes
-from train.miniature.picture_book.drawing import SceneObject, is_held_out, render_scene, sample_scene
-from train.miniature.picture_book.exam import ATTRIBUTES_OF_EXAM, FIRST_PROMPTS, exam_prompts, take_exam
-from train.miniature.picture_book.models import build_book_tokenizer, load_autoencoder, load_generator
-from train.miniature.progress import Checkpoint, StageClock, average_gradients, batch_seed
+from train.miniature.exam import FIRST_PROMPTS, exam_prompts, format_tally, take_exam
+from train.miniature.models import TEXT_TOKENS, build_tokenizer, load_autoencoder, load_generator, tokenize
+from train.miniature.progress import Checkpoint, ConstantClock, StageClock, average_gradients, batch_seed
+from train.miniature.stages import _begin
 
 
-def test_the_training_begins_with_the_known_words_rows() -> None:
-    folder = miniature_path("flux")
-    generator = load_generator(folder)
-    before = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer").get_vocab()
-    now = build_book_tokenizer().get_vocab()
-    encoder = generator["text_encoder_2"].get_input_embeddings().weight.detach()
-    known = T5EncoderModel.from_pretrained(folder / "text_encoder_2", torch_dtype=torch.float32)
-    rows = known.get_input_embeddings().weight.detach()
-    for word in ("red", "striped", "star", "[end]", "left"):
-        assert torch.equal(encoder[now[word]], rows[before[word]])
-    assert torch.equal(encoder[now["thing"]], rows[before["shape"]])
-    fresh = encoder[now["cat"]]
-    assert not torch.isclose(rows, fresh).all(dim=1).any()
-    assert 0.5 < float(fresh.std() / rows.std()) < 2
+def test_other_words_are_refused_before_training(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["unicorn"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(FluxSaeError, match="other words"):
+        load_generator(tmp_path)
 
 
 def test_a_bank_holds_captions_of_its_scenes() -> None:
-    bank = draw_bank(
-        6, seed=1, device=torch.device("cpu"), workers=1, draw_chunk=draw_chunk, tokenizer=build_book_tokenizer()
-    )
+    bank = draw_bank(6, seed=1, device=torch.device("cpu"), workers=1)
     assert bank.images.shape == (6, 3, 128, 128)
     assert bank.captions.shape == (6, 6, TEXT_TOKENS)
-    unknown = build_book_tokenizer().get_vocab()["[unknown]"]
+    unknown = build_tokenizer().get_vocab()["[unknown]"]
     assert not (bank.captions == unknown).any()
     assert ((bank.centres > 20) & (bank.centres < 108)).all()
 
@@ -64,7 +52,7 @@ def test_training_waits_while_the_pause_file_lies_there(tmp_path: Path, monkeypa
             pause.unlink()
 
     monkeypatch.setattr("time.sleep", sleep)
-    assert list(PausingClock("flow", 2, None, pause=pause).ticks()) == [0, 1]
+    assert list(StageClock("flow", 2, None, pause=pause).ticks()) == [0, 1]
     assert len(waits) == 3
 
 
@@ -164,17 +152,17 @@ def test_a_perfect_painter_passes_and_a_blank_one_fails() -> None:
     assert all(all(answers) for answers in tally.values())
     blank = take_exam(lambda prompts, seeds: [Image.new("RGB", (128, 128), "white")], n_prompts=1)
     assert not any(blank[1, name][0] for name in ("number", "thing", "colour", "texture"))
-    assert "number" in format_tally(tally, ATTRIBUTES_OF_EXAM)
+    assert "number" in format_tally(tally)
 
 
-def test_the_training_goes_from_its_origin_to_a_pipeline_that_can_be_examined(
+def test_the_training_goes_from_nothing_to_a_pipeline_that_can_be_examined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
     moment = 1e-4
-    config = PictureBookConfig(
+    config = MiniatureConfig(
         checkpoints=tmp_path / "checkpoints",
-        output=tmp_path / "flux",
+        output=tmp_path,
         scenes=4,
         autoencoder_minutes=moment,
         flow_minutes=moment,
@@ -188,14 +176,23 @@ def test_the_training_goes_from_its_origin_to_a_pipeline_that_can_be_examined(
         device="cpu",
     )
     main(config)
-    encoder = load_autoencoder(config.checkpoints).encoder.state_dict()
-    main(replace(config, action="export"))
-    assert (tmp_path / "flux" / "transformer" / "config.json").exists()
-    main(replace(config, action="finish"))
-    finished = load_autoencoder(config.output)
-    # Stored in half precision.
-    assert all(torch.allclose(value, encoder[name], atol=2e-3) for name, value in finished.encoder.state_dict().items())
+    # Only the decoder has changed since the latents were made; stored in half precision.
+    first, last = (load_autoencoder(folder) for folder in (config.checkpoints, tmp_path / "flux"))
+    encoder = first.encoder.state_dict()
+    assert all(torch.allclose(value, encoder[name], atol=2e-3) for name, value in last.encoder.state_dict().items())
     words = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'clip'}")(["two red cats"])
-    assert words[0, :4].tolist() == [*tokenize(build_book_tokenizer(), ["two red cat"])[0, :4]]
+    assert words[0, :4].tolist() == [*tokenize(build_tokenizer(), ["two red cat"])[0, :4]]
+    assert load_generator(tmp_path / "flux")["transformer"].config.guidance_embeds
     main(replace(config, action="examine"))
     assert "all prompted attributes of all prompts" in capsys.readouterr().out
+    main(replace(config, action="export", output=tmp_path / "flow"))
+    assert (tmp_path / "flow" / "flux" / "transformer" / "config.json").exists()
+
+
+def test_a_stage_that_is_not_finished_is_refused_where_a_later_one_began(tmp_path: Path) -> None:
+    for stage, finished in (("flow", False), ("guidance", True)):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "clock.json").write_text(json.dumps({"step": 1, "elapsed": 1.0, "finished": finished}))
+    with pytest.raises(FluxSaeError, match="Remove the folder guidance"):
+        _begin(MiniatureConfig(checkpoints=tmp_path), "flow")
+    assert _begin(MiniatureConfig(checkpoints=tmp_path), "guidance").is_finished

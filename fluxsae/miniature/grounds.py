@@ -8,11 +8,16 @@ import functools
 import numpy as np
 from jaxtyping import Float
 
-from fluxsae.miniature.drawing import BACKGROUNDS, IMAGE_SIZE
-
+IMAGE_SIZE = 128
+"""Width and height of a scene, in pixels."""
 Picture = Float[np.ndarray, "rows cols 3"]
 Pixels = Float[np.ndarray, "rows cols"]
-PLAIN = tuple(BACKGROUNDS)
+PLAIN: dict[str, tuple[int, int, int]] = {
+    "black": (18, 18, 22),
+    "white": (242, 242, 238),
+    "gray": (130, 131, 136),
+    "brown": (92, 63, 44),
+}
 PLACES = ("meadow", "sea", "desert", "night")
 GROUNDS = (*PLAIN, *PLACES)
 
@@ -83,8 +88,8 @@ def _night() -> Picture:
 @functools.cache
 def ground_pixels(ground: str) -> Picture:
     """The empty ground, RGB 0 to 255, not rounded; do not write into it."""
-    if ground in BACKGROUNDS:
-        pixels: Picture = np.array(BACKGROUNDS[ground]) * _GLOW[..., None]
+    if ground in PLAIN:
+        pixels: Picture = np.array(PLAIN[ground]) * _GLOW[..., None]
     else:
         pixels = {"meadow": _meadow, "sea": _sea, "desert": _desert, "night": _night}[ground]()
     pixels.setflags(write=False)
