@@ -49,7 +49,7 @@ def test_a_scene_compared_with_itself_is_unchanged() -> None:
     before = scene(colour="blue")
     outcome = compare_scenes(before, before, RED)
     assert outcome.is_specific
-    assert (outcome.n_others, outcome.n_unchanged) == (5, 5)  # shape, texture, size, position and background
+    assert (outcome.n_others, outcome.n_unchanged) == (5, 5)  # thing, texture, size, position and background
     assert not outcome.is_success(wanted=True)
     assert outcome.is_success(wanted=False)
 
@@ -111,9 +111,9 @@ def test_a_prompt_names_all_that_an_edit_is_not_about_unless_told_otherwise(
 ) -> None:
     others = [Concept(name, "") for name in ATTRIBUTES if name != concept.attribute]
     full = draw_subject(concept, has_concept=has_concept, seed=seed).prompt
-    assert all(_named(full, other) is not None or other.attribute == "shape" for other in others)
+    assert all(_named(full, other) is not None or other.attribute == "thing" for other in others)
     bare = draw_subject(concept, has_concept=has_concept, seed=seed, named=0.0).prompt
-    assert all(_named(bare, other) is None or other.attribute == "shape" for other in others)
+    assert all(_named(bare, other) is None or other.attribute == "thing" for other in others)
 
 
 @given(st.sampled_from(CONCEPTS), st.integers(0, 10_000))
@@ -275,7 +275,7 @@ def test_the_headline_is_the_mean_over_targeted_concepts_and_narrower_than_each(
     wide = Tally(4, Estimate(0.5, 0.0, 1.0), Estimate(1.0, 1.0, 1.0), Estimate(1.0, 1.0, 1.0))
     results = [
         ConceptResult(concept, "amplify", (3,), {"feature": wide}, {})
-        for concept in (RED, Concept("texture", "dotted"), Concept("shape", "ring"))
+        for concept in (RED, Concept("texture", "dotted"), Concept("thing", "cat"))
     ]
     report = LaboratoryReport({}, (), tuple(results), ())
     success, specificity = report.headline("amplify") or (None, None)

@@ -47,13 +47,13 @@ def read(before: Scene, after: Scene, attribute: str, old: str, new: str) -> tup
     order = (0, 1) if far[0][0] + far[1][1] <= far[0][1] + far[1][0] else (1, 0)
     pairs = [(thing, after.objects[at]) for thing, at in zip(before.objects, order, strict=True)]
     done = all(getattr(now, attribute) == new for was, now in pairs if getattr(was, attribute) == old)
-    kept = [name for name in ("shape", "colour", "texture", "size", "position") if name != attribute]
+    kept = [name for name in ("thing", "colour", "texture", "size", "position") if name != attribute]
     same = all(getattr(was, name) == getattr(now, name) for was, now in pairs for name in kept)
     others = all(getattr(was, attribute) in (old, getattr(now, attribute)) for was, now in pairs)
     return done, same and others and before.background == after.background
 
 
-@pytest.fixture(scope="module", params=["colour", "texture", "shape"])
+@pytest.fixture(scope="module", params=["colour", "texture", "thing"])
 def tried(request: pytest.FixtureRequest) -> tuple[str, list[Tried]]:
     """Swaps of names of one attribute on fresh pictures of two objects that show what their prompts say."""
     attribute = str(request.param)
@@ -123,7 +123,7 @@ def test_what_a_swap_says_it_did_it_did(tried: tuple[str, list[Tried]]) -> None:
     wrongly = share("CLIP reads it where it is not done", list(np.logical_and(claimed, np.logical_not(done))), every)
     share("done by the prompt at the same seed", [each.prompt_does for each in found], every)
     assert alone >= 0.8
-    assert wrongly <= 0.15  # shapes too: their swaps rarely work, and the page rarely says that one did
+    assert wrongly <= 0.15  # things too: their swaps rarely work, and the page rarely says that one did
     if attribute == "colour":
         assert sum(claimed) >= len(found) / 2
         assert right >= 0.8
