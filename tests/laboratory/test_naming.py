@@ -39,7 +39,7 @@ def is_true(label: str, scene: Scene) -> bool:
     words = set(label.split())
     if "background" in words:
         return words == {scene.background, "background"}
-    things = ({thing.shape, thing.colour, thing.texture, thing.size, thing.position} for thing in scene.objects)
+    things = ({thing.thing, thing.colour, thing.texture, thing.size, thing.position} for thing in scene.objects)
     return any(words <= values for values in things)
 
 
