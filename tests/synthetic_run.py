@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fluxsae.features.scores import write_scores
+from fluxsae.features.scores import merge_score_files
 from fluxsae.files import save_tensors
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.flux.settings import GenerationSettings
@@ -117,7 +117,7 @@ def _write(synthetic: Synthetic) -> None:
     _write_heatmaps(synthetic, rows)
     part = run.work_path("score") / "part.safetensors"
     save_tensors(part, {"S": synthetic.scores, "argmax_token": synthetic.argmax.to(torch.int32)})
-    write_scores(run.scores_path(HOOKPOINT), [part], steps=(8, 16), grid=GRID)
+    merge_score_files(run.scores_path(HOOKPOINT), [part], steps=(8, 16), grid=GRID)
     sae = SparseAutoencoder(SaeConfig(architecture="topk", d_model=24, n_features=len(FEATURES), k=4))
     sae.save_pretrained(run.sae_path(HOOKPOINT))
 

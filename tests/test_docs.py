@@ -1,15 +1,19 @@
 """What the README says is so: its commands exist, its snippets run, its pictures are there."""
 
 import ast
+import importlib
 import importlib.util
 import re
-import subprocess
-import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from fluxsae.errors import MAKERS
+from fluxsae.sae import SaeConfig, SparseAutoencoder
+from fluxsae.sae.interop import to_sparsify
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -34,7 +38,9 @@ def test_every_torchrun_command_leaves_its_script_all_of_its_options() -> None:
     from torch.distributed.run import get_args_parser
 
     scripts = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "train").glob("*.py"))
-    commands = re.findall(r"^\s*torchrun (--.*?)(?:\s{2,}#.*)?$", "\n".join([*TEXT.values(), scripts]), re.MULTILINE)
+    commands = re.findall(
+        r"^\s*(?:\.venv/bin/)?torchrun (--.*?)(?:\s{2,}#.*)?$", "\n".join([*TEXT.values(), scripts]), re.MULTILINE
+    )
     assert len(commands) >= 6
     for command in commands:
         _, _, options = command.partition(" train.")
@@ -50,6 +56,27 @@ def test_the_examples_of_every_help_text_stand_on_lines_of_their_own() -> None:
     # tyro joins lines that are not indented
     joined = re.compile(r"^(?:python|torchrun) .*\n(?:python|torchrun) ", re.MULTILINE)
     assert [name for name, text in texts.items() if joined.search(text)] == []
+
+
+@pytest.mark.parametrize("page", GUIDE_NAMES)
+def test_programs_of_the_venv_are_named_with_their_folder(page: str) -> None:
+    assert re.findall(r"(?:^\s*|`)(?:hf|pip|torchrun|pytest|ruff|mypy|trackio) .*", TEXT[page], re.MULTILINE) == []
+
+
+def test_every_mark_that_contributing_names_is_one_of_the_tests() -> None:
+    (line,) = re.findall(r"^- Mark a test (.*) if it", TEXT["CONTRIBUTING.md"], re.MULTILINE)
+    marks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    assert set(re.findall(r"`(\w+)`", line)) == {mark.partition(":")[0] for mark in marks}
+
+
+def test_messages_of_the_library_name_its_own_call_before_a_script() -> None:
+    for script, call in MAKERS.items():
+        module, _, name = call.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), name))
+        assert importlib.util.find_spec(f"train.{script}")
+    sources = {path: path.read_text() for path in (ROOT / "fluxsae").rglob("*.py")}
+    named = re.compile(r'^.*["\'`]\S*.*(?:[Rr]un|with|again) `?(?:python -m )?train\.\w+.*$', re.MULTILINE)
+    assert {path.name: found for path, text in sources.items() if (found := named.findall(text))} == {}
 
 
 @pytest.mark.parametrize("page", TEXT)
@@ -104,12 +131,23 @@ def test_lines_and_tables_stay_narrow(page: str) -> None:
     assert [line for line in lines if line.startswith("|") and line.count("|") > 6] == []
 
 
-def test_the_first_snippet_of_the_readme_runs_as_it_is(tmp_path: Path) -> None:
-    code = snippets("README.md", "python")[0]
+def test_every_python_snippet_is_fenced_so_that_the_next_test_runs_it() -> None:
+    indented = re.compile(r"^ {4}(?:from \w[\w.]* import|import \w|\w+ = \w+[.(])", re.MULTILINE)
+    assert [page for page in GUIDE_NAMES if indented.search(TEXT[page])] == []
+
+
+SNIPPETS = [(page, code) for page in GUIDE_NAMES for code in snippets(page, "python") if "gradio_client" not in code]
+"""All but calls of a served page, which `tests/ui/test_api.py` makes."""
+
+
+@pytest.mark.parametrize("code", [code for _, code in SNIPPETS], ids=[page for page, _ in SNIPPETS])
+def test_every_snippet_runs_as_it_stands(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fluxsae").symlink_to(ROOT / "fluxsae")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "before.png").read_bytes() != (tmp_path / "after.png").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    to_sparsify(SparseAutoencoder(SaeConfig(architecture="topk", d_model=4, n_features=8, k=2)), "downloaded")
+    exec(code, {})
+    if "before.png" in code:
+        assert Path("before.png").read_bytes() != Path("after.png").read_bytes()
 
 
 def test_the_tutorial_runs_and_shows_its_pictures() -> None:

@@ -9,7 +9,7 @@ import synthetic_run
 import torch
 from PIL import Image
 
-from fluxsae.features.scores import ScoreAccumulator, write_scores
+from fluxsae.features.scores import ScoreAccumulator, merge_score_files
 from fluxsae.files import save_tensors, write_bytes
 from fluxsae.runs.folder import RunFolder
 from fluxsae.runs.tables import encode_webp
@@ -71,7 +71,7 @@ def _write_scores(run: RunFolder, hookpoint: str, synthetic: synthetic_run.Synth
         accumulator.update(image_ids, acts, step=step)
     part = run.work_path("score") / "part.safetensors"
     save_tensors(part, {"S": accumulator.scores(), "argmax_token": accumulator.argmax_tokens()})
-    write_scores(run.scores_path(hookpoint), [part], steps=info.steps, grid=synthetic_run.GRID)
+    merge_score_files(run.scores_path(hookpoint), [part], steps=info.steps, grid=synthetic_run.GRID)
     part.unlink()
     accumulator.stats().save(run.stats_path(hookpoint))
 

@@ -52,7 +52,8 @@ def main(config: AnalyzeConfig) -> StageResult:
 
 def _analyze(config: AnalyzeConfig, run: RunFolder, hookpoints: list[HookPoint]) -> None:
     from fluxsae.features.analysis import class_counts, describe_features
-    from fluxsae.features.scores import FeatureStats, ScoreMatrix
+    from fluxsae.features.scores import ScoreMatrix
+    from fluxsae.features.statistics import FeatureStats
 
     for hookpoint in hookpoints:
         scores = ScoreMatrix.load(run.scores_path(hookpoint))

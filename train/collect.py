@@ -53,11 +53,11 @@ class CollectConfig(FluxOptions):
     batch_size: int = 8
     """Images generated together."""
     images_per_shard: int = 32
-    """Images in one file."""
+    """Images in one shard (a file of activations)."""
     held_out_every: int = 10
     """Every n-th image is held out for evaluation."""
     activations: Path | None = None
-    """Folder for the shards; left out, `activations` in the run folder."""
+    """Folder for the shards (files of activations); left out, `activations` in the run folder."""
     force: bool = False
     """Delete what was collected with other settings and start anew."""
 
@@ -90,17 +90,17 @@ def _as_collected(config: CollectConfig, info: RunInfo) -> CollectConfig:
     return replace(config, hookpoints=info.hookpoints)
 
 
-def activations_path(config: CollectConfig) -> Path:
-    """Where the shards go, one folder a hook point."""
+def activations_path(run: Path, chosen: Path | None) -> Path:
+    """Where the shards of a run are, one folder a hook point: in the chosen folder, or else in the run."""
     from fluxsae.runs.folder import RunFolder
 
-    return config.activations or RunFolder(config.run).activations_path
+    return chosen or RunFolder(run).activations_path
 
 
 def _outputs(config: CollectConfig) -> list[Path]:
     from fluxsae.activations.shards import expected_files, find_folders
 
-    folder = activations_path(config)
+    folder = activations_path(config.run, config.activations)
     folders = [folder / str(HookPoint.parse(name)) for name in config.hookpoints] or find_folders(folder) or [folder]
     return [path for folder in folders for path in expected_files(folder)]
 
@@ -150,7 +150,10 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
             pipe,
             plan,
             request,
-            folders={hookpoint: activations_path(config) / str(hookpoint) for hookpoint in request.hookpoints},
+            folders={
+                hookpoint: activations_path(config.run, config.activations) / str(hookpoint)
+                for hookpoint in request.hookpoints
+            },
             manifests=manifests,
             rank=peers.rank,
             world_size=peers.world_size,
@@ -163,11 +166,11 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
 def _make_room(config: CollectConfig, run: RunFolder, manifests: dict[HookPoint, ActivationManifest]) -> None:
     needed = sum(manifest.bytes_on_disk for manifest in manifests.values())
     n_images = next(iter(manifests.values())).n_images
-    print(f"collect: {n_images} images, {needed / 1e9:.3f} GB in {activations_path(config)}")
+    print(f"collect: {n_images} images, {needed / 1e9:.3f} GB in {activations_path(config.run, config.activations)}")
     if config.force:
         start_over(run, "collect", stage_config(config))
         for hookpoint in manifests:
-            shutil.rmtree(activations_path(config) / str(hookpoint), ignore_errors=True)
+            shutil.rmtree(activations_path(config.run, config.activations) / str(hookpoint), ignore_errors=True)
 
 
 def report_pictures(plan: ImagePlan, *, asked: int) -> None:

@@ -40,13 +40,17 @@ def start(
         warnings.simplefilter("ignore")
     try:
         if isinstance(options, type):
-            hint = "With -v other packages show their warnings and progress, and errors their traceback."
-            return main(tyro.cli(options, args=words, description=f"{description}\n\n{hint}"))
+            return main(tyro.cli(options, args=words, description=described(description)))
         return main(options(words))
     except FluxSaeError as error:
         if is_verbose:
             raise
         sys.exit(f"Error: {error}")
+
+
+def described(text: str | None) -> str:
+    """A script's description for its help, with the flag that all scripts have."""
+    return f"{text}\n\n    -v    other packages show their warnings and progress, and errors their traceback"
 
 
 class Bars:

@@ -28,11 +28,11 @@ class CompareLayersConfig:
     run: Path = Path("runs/miniature")
     """Run folder that was scored."""
     first: str | None = None
-    """Hook point; without it the first of the run."""
+    """Hook point; left out, the first of the run."""
     second: str | None = None
-    """Hook point; without it the last of the run (of `other_run`)."""
+    """Hook point; left out, the last of the run (of `other_run`)."""
     other_run: Path | None = None
-    """Run folder of the second hook point, of the same prompts and seeds; without it `run` itself."""
+    """Run folder of the second hook point, of the same prompts and seeds; left out, `run` itself."""
     counterpart: float = COUNTERPART
     """Correlation from which a feature counts as having a counterpart."""
     min_images: int = 5

@@ -29,6 +29,7 @@ from train.flux_options import default_hookpoints, default_steps
 from train.recipes import RecipeOptions, build_recipe, build_stage_configs, parse_recipe_options
 from train.render import RenderConfig
 from train.score import ScoreConfig
+from train.stages import STAGES
 
 if TYPE_CHECKING:
     from fluxsae.activations.shards import ActivationManifest
@@ -250,8 +251,7 @@ class Machine:
 def stages(plan: Plan, machine: Machine) -> list[Stage]:
     """The stages of a run, in order, without those that the recipe skips."""
     found = [_fitted(stage, machine) for stage in (*_flux_stages(plan, machine), *_later_stages(plan, machine))]
-    order = ("collect", "fit", "score", "analyze", "embed", "select", "directions", "render")
-    return sorted((s for s in found if s.name not in plan.skip), key=lambda stage: order.index(stage.name))
+    return sorted((s for s in found if s.name not in plan.skip), key=lambda stage: list[str](STAGES).index(stage.name))
 
 
 def _fitted(stage: Stage, machine: Machine) -> Stage:

@@ -4,7 +4,7 @@
     python -m train.deploy_space --repo user/fluxsae --run user/name@v1            # a published run, pinned
     python -m train.deploy_space --repo user/fluxsae --run runs/mine               # a run folder, copied into the Space
 
-Needs a token that may write: log in with `hf auth login`, or set HF_TOKEN.
+Needs a token that may write: log in with `.venv/bin/hf auth login`, or set HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FRONT_MATTER = ("title", "sdk", "sdk_version", "app_file", "python_version")
 
 @dataclass(frozen=True)
 class DeployConfig:
-    """What runs where. Log in first with `hf auth login`, or set HF_TOKEN."""
+    """What runs where. Log in first with `.venv/bin/hf auth login`, or set HF_TOKEN."""
 
     repo: str
     """The Space, as user/name; made if it does not exist."""

@@ -28,23 +28,23 @@ class ExplainConfig:
     seed: int = 0
     """Seed of the image."""
     step: int | None = None
-    """Step that is explained, 0-based; without it, the earliest of the noise levels the SAE was trained on."""
+    """Step that is explained, 0-based; left out, the earliest of the noise levels the SAE was trained on."""
     row: int | None = None
-    """With --column: explain the feature at this patch, 0-based from the top; without, over the whole image."""
+    """With --column: explain the feature at this patch, 0-based from the top; left out, over the whole image."""
     column: int | None = None
     """0-based from the left."""
     limit: int = 8
     """Earlier features that are tried."""
     run: Path | None = None
-    """Run folder with the SAEs; without it the embedded miniature's."""
+    """Run folder with the SAEs; left out, the embedded miniature's."""
     hookpoint: str | None = None
-    """Hook point of the feature; without it the last of the run."""
+    """Hook point of the feature; left out, the last of the run."""
     flux: str | None = None
-    """FLUX to load, a name, folder or Hub repository; without it the run's own."""
+    """FLUX to load, a name, folder or Hub repository; left out, the run's own."""
     allow_mismatch: tuple[Mismatch, ...] = ()
     """What may differ from what the SAEs were trained on, by name."""
     device: str | None = None
-    """cuda, mps or cpu; without it, the best that is there."""
+    """cuda, mps or cpu; left out, the best that is there."""
     out: Path | None = None
     """JSON file to write the explanation into."""
 

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.sae.config import Architecture, SaeConfig, TrainedOn
+from fluxsae.sae.config import KINDS, Architecture, SaeConfig, TrainedOn
 from fluxsae.sae.training.config import TrainConfig
+from train.collect import activations_path
 from train.command import Bars, start
 from train.flux_options import FluxOptions
 from train.processes import processes
@@ -42,8 +43,8 @@ _DEAD_TOKENS_AT_MOST = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitConfig(TrainConfig, FluxOptions):
-    """What to train, on what, and how."""
+class FitOptions:
+    """What to train, and on what: the options that come first in the help."""
 
     run: Path = Path("runs/miniature")
     """Run folder with collected activations."""
@@ -56,6 +57,8 @@ class FitConfig(TrainConfig, FluxOptions):
     k: tuple[int, ...] = ()
     """Active features a token; several values train several SAEs in one pass, the first becomes the run's. Left out, an
     eighth of the width of the activations, at most 64."""
+    epochs: int = 10
+    """Passes over the data."""
     l1_coeff: tuple[float, ...] = (1e-3,)
     """l1: weight of the sparsity penalty; several values as with k."""
     l0_coeff: float = 1e-3
@@ -65,31 +68,35 @@ class FitConfig(TrainConfig, FluxOptions):
     n_features: int | None = None
     """Number of features, instead of the expansion factor."""
     auxk_coeff: float = 1 / 32
-    """Weight of the auxiliary loss of dead features (0 = off)."""
+    """Weight of AuxK, an auxiliary loss in which dead features explain what the SAE missed; 0 switches it off."""
     dead_after_tokens: int | None = None
     """A feature is dead after this many tokens without firing; left out, a tenth of the run, at most a million."""
     batch_size: int = 2048
     """Tokens in a batch, over all processes."""
     buffer_gb: float = 4.0
-    """Memory for shuffling, GB; from_flux shares it out among the hook points."""
+    """Memory for shuffling, GB; with --from-flux shared among the hook points."""
     activations: Path | None = None
-    """Folder of the shards; left out, `activations` in the run folder."""
-    from_flux: bool = False
-    """Take activations straight from FLUX, without the disk; the options of `train.collect` then apply."""
-    images: int = 320
-    """from_flux: images an epoch."""
-    tokens_per_image: int | None = 512
-    """from_flux: tokens kept of each image and step."""
-    images_at_once: int = 8
-    """from_flux: images generated together."""
-    epochs: int = 10
-    """Passes over the data."""
+    """Folder of the shards (files of activations); left out, `activations` in the run folder."""
     track: str | None = None
-    """Project name for trackio; left out, metrics stay in metrics.jsonl."""
+    """Project name for trackio, a tracker of experiments; left out, metrics go to metrics.jsonl only."""
     push_to: str | None = None
-    """Hub repository that the run is pushed to afterwards."""
+    """Hub repository (user/name) that gets the run when the stage is complete."""
     force: bool = False
     """Train anew, also where a complete SAE or a checkpoint is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(FluxOptions, TrainConfig, FitOptions):
+    """What to train, on what, and how."""
+
+    from_flux: bool = False
+    """Take activations straight from FLUX, without the disk; the options from --flux on belong to it."""
+    images: int = 320
+    """With --from-flux: images an epoch."""
+    tokens_per_image: int | None = 512
+    """With --from-flux: tokens kept of each image and step."""
+    images_at_once: int = 8
+    """With --from-flux: images generated together."""
 
     def training(self) -> TrainConfig:
         """The settings of the loop alone."""
@@ -148,17 +155,11 @@ def _hookpoints(config: FitConfig, run: RunFolder, pipe: Any) -> list[HookPoint]
         from train.flux_options import default_hookpoints
 
         return default_hookpoints(len(pipe.transformer.transformer_blocks))
-    folder = _activations(config)
+    folder = activations_path(config.run, config.activations)
     found = [HookPoint.parse(path.name) for path in find_folders(folder)]
     if not found:
         raise FluxSaeError(f"{folder} holds no activations. Run `python -m train.collect --run {run.path}` first.")
     return found
-
-
-def _activations(config: FitConfig) -> Path:
-    from fluxsae.runs.folder import RunFolder
-
-    return config.activations or RunFolder(config.run).activations_path
 
 
 def _work_path(run: RunFolder, hookpoint: HookPoint) -> Path:
@@ -252,7 +253,7 @@ def build_sae_configs(config: FitConfig, source: Source, trained_on: TrainedOn |
     """
     n_features = config.n_features or config.expansion_factor * source.d_model
     n_tokens = config.training().n_steps(source.n_batches) * source.batch_size
-    needs_k = config.arch in ("topk", "batchtopk", "matryoshka")
+    needs_k = KINDS[config.arch].needs_k
     if config.k and not needs_k:
         raise FluxSaeError(f"k is {config.k}, but {config.arch} has no k. Leave it out, or choose --arch topk.")
     ks: tuple[int | None, ...] = (config.k or (max(1, min(64, source.d_model // 8)),)) if needs_k else (None,)
@@ -277,7 +278,7 @@ def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Da
     from fluxsae.activations.mixing import mixing_buffer
     from fluxsae.activations.shards import ShardFolder
 
-    folder = ShardFolder(_activations(config) / str(hookpoint))
+    folder = ShardFolder(activations_path(config.run, config.activations) / str(hookpoint))
     folder.check_complete(hookpoint=hookpoint)
     steps = tuple(sorted(set(config.steps))) or folder.manifest.steps
     source = mixing_buffer(
@@ -402,7 +403,9 @@ def _tracker(config: FitConfig, name: str) -> Callable[[Mapping[str, Any], int],
     try:
         import trackio
     except ImportError as error:
-        raise FluxSaeError("--track needs trackio. Install it (pip install trackio), or leave --track out.") from error
+        raise FluxSaeError(
+            "--track needs trackio. Install it (python -m pip install trackio), or leave --track out."
+        ) from error
     tracked = trackio.init(project=config.track, name=name, config={"arch": config.arch, "k": list(config.k)})
 
     def log(line: Mapping[str, Any], step: int) -> None:

@@ -1,6 +1,6 @@
 """Makes one image and shows where one feature fires in it.
 
-python -m train.heatmap --prompt "a red star on a black background" --feature 7
+python -m train.heatmap --prompt "a red star on a black background" --feature 504
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class HeatmapConfig:
     prompt: str
     """What the image shows."""
     feature: int | None = None
-    """Number of the feature; without it the one that fires most, relative to its maximum over the run."""
+    """Number of the feature; left out, the one that fires most, relative to its maximum over the run."""
     run: Path | None = None
-    """Run folder with the SAE; without it the embedded miniature's."""
+    """Run folder with the SAE; left out, the embedded miniature's."""
     hookpoint: str | None = None
-    """Hook point; without it the last of the run."""
+    """Hook point; left out, the last of the run."""
     seed: int = 0
     """Seed of the image."""
     step: int | None = None
-    """Step whose activations are shown, 0-based; without it the highest over the steps the SAE was trained on."""
+    """Step whose activations are shown, 0-based; left out, the highest over the steps the SAE was trained on."""
     num_inference_steps: int | None = None
-    """Denoising steps; without it the run's own number."""
+    """Denoising steps; left out, the run's own number."""
     scale: Literal["feature", "image"] = "feature"
     """feature: fractions of the feature's maximum over the run; image: of this image's maximum."""
     opacity: float = 0.8
@@ -59,7 +59,7 @@ class HeatmapConfig:
     out: Path = Path("heatmap.png")
     """The picture to write: image and overlay side by side, PNG."""
     flux: str | None = None
-    """FLUX to load, a name, folder or Hub repository; without it the run's own."""
+    """FLUX to load, a name, folder or Hub repository; left out, the run's own."""
     device: str | None = None
     """cuda, mps or cpu; left out, the best that is there."""
 

@@ -3,11 +3,13 @@
     python -m train.pipeline --recipe miniature
     python -m train.pipeline --recipe flux-dev-evening
     python -m train.pipeline --recipe runs/mine/run.toml --run runs/again
-    python -m train.pipeline --flux miniature --set fit.k=16 score.images=400 --from score
+    python -m train.pipeline --flux miniature --run runs/small --set fit.k=16 score.images=400
+    python -m train.pipeline --flux miniature --set render.n_features=60 --from render --force
     python -m train.pipeline --only select render --force
 
-A stage that is complete is skipped, a stage that was cut off is taken up where it stopped. The recipe is saved into
-the run as run.toml, with what was changed; `python -m train.cost --recipe ...` says beforehand what a recipe costs.
+A stage that is complete with the same settings is skipped; other settings are an error; --force runs it again. A stage
+that was stopped continues where it stopped. The recipe is saved into the run as run.toml, with what was changed.
+`python -m train.cost --recipe ...` prints beforehand what a recipe costs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,35 +26,22 @@ import tyro
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.miniature import miniature_path
-from train import analyze, collect, directions, embed, find_demos, fit, render, score, select
 from train.command import start
 from train.recipes import (
-    PIPELINE_STAGES,
     RECIPES,
+    SCRIPTS,
     RecipeOptions,
-    StageName,
     build_recipe,
     build_stage_configs,
     parse_recipe_options,
 )
-from train.stages import StageResult, check_push, format_table, push_complete
+from train.stages import STAGES, StageName, StageResult, check_push, format_table, push_complete
 from train.steer import EMBEDDED
 
 if TYPE_CHECKING:
     from fluxsae.runs.folder import RunFolder
 
 
-_MAINS: dict[StageName, Callable[..., StageResult | None]] = {
-    "collect": collect.main,
-    "fit": fit.main,
-    "score": score.main,
-    "analyze": analyze.main,
-    "embed": embed.main,
-    "select": select.main,
-    "directions": directions.main,
-    "render": render.main,
-    "demos": find_demos.main,
-}
 _OPENS_FLUX: tuple[StageName, ...] = ("collect", "score")
 
 
@@ -92,7 +81,7 @@ def main(config: PipelineConfig) -> list[StageResult]:
     results = []
     for stage in chosen:
         extra = {"open_flux": open_flux} if stage in _OPENS_FLUX else {}
-        found = [_MAINS[stage](own, **extra) for own in configs[stage]]
+        found = [SCRIPTS[stage].main(own, **extra) for own in configs[stage]]
         results += [result for result in found if result is not None]
     print("\n" + format_table(results))
     if config.export is not None:
@@ -158,11 +147,9 @@ def choose_stages(config: PipelineConfig) -> list[StageName]:
     """
     if config.only and config.from_ is not None:
         raise FluxSaeError("--from and --only contradict each other. Give one of them.")
-    skipped = set(config.skip)
-    if config.only:
-        return [stage for stage in PIPELINE_STAGES if stage in config.only]
-    first = PIPELINE_STAGES.index(config.from_) if config.from_ is not None else 0
-    return [stage for stage in PIPELINE_STAGES[first:] if stage not in skipped]
+    first = STAGES.index(config.from_) if config.from_ is not None else 0
+    wanted = config.only or [stage for stage in STAGES[first:] if stage not in config.skip]
+    return [stage for stage in STAGES if stage in wanted]
 
 
 def parse_arguments(arguments: Sequence[str]) -> PipelineConfig:

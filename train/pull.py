@@ -3,7 +3,7 @@
     python -m train.pull --repo user/name@v1 --into runs/theirs
     python -m train.pull --repo user/name --into runs/small --hookpoints layer15 --part browse
 
-A private or gated repository needs a token: log in with `hf auth login`, or set HF_TOKEN.
+A private or gated repository needs a token: log in with `.venv/bin/hf auth login`, or set HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PullConfig:
     into: Path
     """The folder to make; it appears when everything has arrived."""
     hookpoints: tuple[str, ...] = ()
-    """Only these hook points; all when none is given."""
+    """Only these hook points; left out, all."""
     part: Part = "all"
     """browse leaves out what only scoring and steering need: SAE weights and S."""
     overwrite: bool = False

@@ -3,7 +3,7 @@
     python -m train.push --run runs/mine --repo user/name --tag v1 --tables user/name-tables
     python -m train.push --run runs/mine --repo user/name-sae --sae layer15          # one SAE alone
 
-Needs a token that may write: log in with `hf auth login`, or set HF_TOKEN.
+Needs a token that may write: log in with `.venv/bin/hf auth login`, or set HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PushConfig:
-    """What goes where. Log in first with `hf auth login`, or set HF_TOKEN."""
+    """What goes where. Log in first with `.venv/bin/hf auth login`, or set HF_TOKEN."""
 
     run: Path
     """The run folder."""

@@ -32,9 +32,9 @@ class RenderConfig:
     run: Path = Path("runs/miniature")
     """Run folder that was scored and analysed."""
     hookpoints: tuple[str, ...] = ()
-    """Hook points; all of the run's without them."""
+    """Hook points; left out, all of the run."""
     features: tuple[int, ...] = ()
-    """Features to show; without them the best ones by coherence and label."""
+    """Features to show; left out, the best ones by coherence and label."""
     n_features: int = 12
     """How many of the best features to show."""
     rows: int = 6

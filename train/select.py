@@ -36,7 +36,7 @@ class SelectConfig:
     run: Path = Path("runs/miniature")
     """Run folder that was scored, analysed and embedded."""
     vocabulary: Path | None = None
-    """Text file with a phrase a line for labels through CLIP; without it the words of the captions (of
+    """Text file with a phrase a line for labels through CLIP; left out, the words of the captions (of
     pictures without any: of prompts of our own)."""
     max_phrases: int = 2000
     """Phrases taken from the captions, the most frequent ones."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fluxsae.errors import FluxSaeError
 
@@ -16,9 +16,19 @@ if TYPE_CHECKING:
     from fluxsae.sae.training.processes import Processes
 
 
-STAGES = ("collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos")
-"""Every stage that `run.json` records, in order: a stage that is done again makes the later ones stale."""
+StageName = Literal["collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+"""Every stage, in order: a stage that is done again makes the later ones stale. A new stage is a name here, a script
+beside this file, and a line in `SCRIPTS` of `train/recipes/`."""
 
+_NEEDS = {
+    "analyze": ("score",),
+    "embed": ("score",),
+    "select": ("analyze", "embed"),
+    "render": ("analyze",),
+    "demos": ("analyze",),
+}
+"""Stages whose files a stage reads, all with a script of the same name."""
 
 _RENAMED = {"n_images": "images", "hookpoint": "hookpoints", "step": "steps"}
 _RENAMED_IN = ("collect", "fit", "score", "render")
@@ -66,7 +76,7 @@ def run_stage(
     the record.
 
     Raises:
-        FluxSaeError: the stage is complete with another config and `force` is off.
+        FluxSaeError: the stage is complete with another config and `force` is off, or one it needs is out of date.
     """
     from fluxsae.runs.folder import StageRecord
     from fluxsae.sae.training.processes import Processes
@@ -85,6 +95,7 @@ def run_stage(
             if peers.rank == 0:
                 print(f"{name}: complete, skipped ({record.seconds:.0f} s, {record.megabytes:.1f} MB when it ran)")
             return StageResult(name, "skipped", record.seconds, record.megabytes)
+    _check_needs(run, name)
     peers.wait()
     start = time.perf_counter()
     work()
@@ -101,6 +112,18 @@ def run_stage(
         print(f"{name}: done in {seconds:.0f} s, {megabytes:.1f} MB")
     peers.wait()
     return StageResult(name, "done", seconds, megabytes)
+
+
+def _check_needs(run: RunFolder, name: str) -> None:
+    """Refuses files of a stage that is out of date; a run without records of earlier stages was made by other means."""
+    recorded = run.load_info().stages if run.exists() else {}
+    for needed in _NEEDS.get(name, ()):
+        is_begun = any(stage in recorded for stage in STAGES[: list[str](STAGES).index(needed)])
+        if is_begun and needed not in recorded:
+            raise FluxSaeError(
+                f"{name} needs {needed}, which is not complete in {run.path}: it was stopped, or an earlier stage was "
+                f"run again after it. Run `python -m train.{needed} --run {run.path}` first."
+            )
 
 
 def _recorded(run: RunFolder, name: str, *, by_hookpoint: bool) -> StageRecord | None:
@@ -134,7 +157,7 @@ def start_over(run: RunFolder, name: str, entries: Iterable[str] | None = None) 
 
 
 def _later(name: str) -> tuple[str, ...]:
-    return STAGES[STAGES.index(name) + 1 :] if name in STAGES else ()
+    return STAGES[list[str](STAGES).index(name) + 1 :] if name in STAGES else ()
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], *, names: Iterable[str]) -> str:

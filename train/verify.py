@@ -1,10 +1,11 @@
 """Say what is wrong with a run folder or a Hub repository: schema, shapes, finite values, hashes, dangling ids.
 
-    python -m train.verify runs/mine
-    python -m train.verify runs/mine --write-checksums     # writes the hashes of a sound folder that has none
-    python -m train.verify user/name@v1
+    python -m train.verify --run runs/mine
+    python -m train.verify --run runs/mine --write-checksums     # writes the hashes of a sound folder that has none
+    python -m train.verify --run user/name@v1
 
-Nothing in the run is changed unless asked for. The exit status is 1 where something is wrong.
+`--run` may be left out before the name. Nothing in the run is changed unless asked for. The exit status is 1 where
+something is wrong.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 class VerifyConfig:
     """What to check."""
 
-    run: tyro.conf.Positional[str]
+    run: str | None = None
     """A run folder, or a Hub repository as user/name or user/name@revision."""
+    place: tyro.conf.Positional[str | None] = None
+    """The same, without --run."""
     write_checksums: bool = False
     """Write the hash of every file (SHA256SUMS) where there are none yet and nothing is wrong."""
 
@@ -39,9 +42,12 @@ def main(config: VerifyConfig) -> Verdict:
     from fluxsae.publishing.checksums import write_checksums
     from fluxsae.publishing.verify import verify_run
 
-    if config.write_checksums and not Path(config.run).is_dir():
-        raise FluxSaeError(f"{config.run} is no folder; --write-checksums is for a run folder on this machine.")
-    run = _find_run(config.run)
+    place = config.run or config.place
+    if place is None or None not in (config.run, config.place):
+        raise FluxSaeError("Name one run: --run with a folder, or with a Hub repository as user/name.")
+    if config.write_checksums and not Path(place).is_dir():
+        raise FluxSaeError(f"{place} is no folder; --write-checksums is for a run folder on this machine.")
+    run = _find_run(place)
     verdict = verify_run(run)
     for problem in verdict.problems:
         print(f"WRONG   {problem}")

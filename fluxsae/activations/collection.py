@@ -406,7 +406,7 @@ class LiveImages:
             made = self._make(shard, epoch)
             self._waiting |= {(epoch, shard, place): rows for place, rows in made.items()}
         rows = self._waiting.pop((epoch, shard, hookpoint))
-        while sum(map(_n_bytes, self._waiting.values())) > self._waiting_bytes:
+        while sum(tensor.nbytes for tensor in self._waiting.values()) > self._waiting_bytes:
             self._waiting.popitem(last=False)
         return rows
 
@@ -437,10 +437,6 @@ class LiveImages:
                         rows = torch.empty(shape, dtype=torch.bfloat16)
                     made.append(self._peers.broadcast_(rows, source=source) if self._peers else rows)
         return {place: torch.cat(made) for place, made in pieces.items()}
-
-
-def _n_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 class LiveReader:

@@ -14,20 +14,8 @@ from einops import rearrange
 from jaxtyping import BFloat16, Int
 from torch import Tensor
 
-from fluxsae.activations.shards import ActivationManifest, ActivationShard, ShardFolder, ShardWriter, Split
+from fluxsae.activations.shards import ShardFolder, Split
 from fluxsae.errors import FluxSaeError
-
-__all__ = [
-    "ActivationManifest",
-    "ActivationShard",
-    "DiskReader",
-    "MixingBuffer",
-    "RowReader",
-    "ShardFolder",
-    "ShardWriter",
-    "Split",
-    "mixing_buffer",
-]
 
 _FEWEST_SHUFFLE_BYTES = 1 << 20
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import BFloat16, Int
 from torch import Tensor
 
-from fluxsae.errors import FluxSaeError, check_positive
+from fluxsae.errors import FluxSaeError, check_positive, maker
 from fluxsae.files import (
     check_free_space,
     load_tensors,
@@ -151,9 +151,7 @@ class ActivationShard:
             FluxSaeError: with the remedy.
         """
         if not self.path.is_file():
-            raise FluxSaeError(
-                f"{self.path} is missing. Start the same `python -m train.collect` again; it fills gaps."
-            )
+            raise FluxSaeError(f"{self.path} is missing. Fill the gap with the same settings: {maker('collect')}.")
         header = read_header(self.path)
         for name, expected in self._metadata().items():
             if header.metadata.get(name) != expected:
@@ -229,7 +227,7 @@ class ShardFolder:
         self.path = Path(path)
         if not (self.path / _MANIFEST).is_file():
             raise FluxSaeError(
-                f"{self.path} holds no activations. Run `python -m train.collect`, or name their folder."
+                f"{self.path} holds no activations. Name their folder, or collect some: {maker('collect')}."
             )
         self.manifest = ActivationManifest.from_dict(read_json(self.path / _MANIFEST))
 

@@ -9,7 +9,8 @@ from scipy.sparse.csgraph import connected_components
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.config import AnalysisConfig
-from fluxsae.features.scores import HISTOGRAM_EDGES, FeatureStats, ScoreMatrix, TopImages
+from fluxsae.features.scores import ScoreMatrix, TopImages
+from fluxsae.features.statistics import HISTOGRAM_EDGES, FeatureStats
 from fluxsae.runs.tables import FeatureRow, FeatureTable
 
 FEATURE_CLASSES = ("dead", "rare", "common", "very common")

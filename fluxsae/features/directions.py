@@ -1,5 +1,6 @@
 """The geometry of decoder directions: neighbours, a map, alignment; and pictures of the map and of compared layers."""
 
+from collections import Counter
 from collections.abc import Sequence
 from colorsys import hls_to_rgb
 from dataclasses import dataclass, replace
@@ -164,10 +165,7 @@ def _joined(places: Sequence[Neighbourhood], *, apart: float = 0.3) -> list[Neig
 
 
 def _word_shares(labels: Sequence[str]) -> dict[str, float]:
-    counts: dict[str, int] = {}
-    for label in labels:
-        for word in set(label.split()):
-            counts[word] = counts.get(word, 0) + 1
+    counts = Counter(word for label in labels for word in set(label.split()))
     return {word: count / len(labels) for word, count in counts.items()}
 
 

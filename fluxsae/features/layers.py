@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.errors import FluxSaeError, maker
 
 COUNTERPART = 0.5
 """Correlation of two columns of S from which two features count as one that lives on."""
@@ -56,7 +56,9 @@ class LayerComparison:
         """
         missing = [field.name for field in fields(cls) if field.name not in tensors and field.default is MISSING]
         if missing:
-            raise FluxSaeError(f"the layer comparison lacks {', '.join(missing)}; run train.compare_layers again")
+            raise FluxSaeError(
+                f"The layer comparison lacks {', '.join(missing)}. Make it again: {maker('compare_layers')}."
+            )
         values: dict[str, Any] = {
             field.name: tensors[field.name].numpy() for field in fields(cls) if field.name in tensors
         }

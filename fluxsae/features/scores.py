@@ -12,21 +12,10 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.statistics import HISTOGRAM_EDGES, PLACE_SIDE, FeatureStats, coarse_cells
+from fluxsae.features.statistics import FeatureStats, coarse_cells
 from fluxsae.files import load_tensors, map_array, mapped_tensors, read_header, release_pages
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.sae.acts import SparseActs
-
-__all__ = [
-    "HISTOGRAM_EDGES",
-    "PLACE_SIDE",
-    "FeatureStats",
-    "ScoreAccumulator",
-    "ScoreMatrix",
-    "TopImages",
-    "max_over_tokens",
-    "write_scores",
-]
 
 
 @dataclass(frozen=True)
@@ -130,6 +119,7 @@ class ScoreAccumulator:
 
     Images may come in any order and an image's steps in separate updates; each (image, step) comes once. Merging two
     accumulators gives what one pass over both would have given: S, argmax tokens and counts exactly, sums to rounding.
+    `merge_score_files` does the same for part files, as several processes write them.
     """
 
     def __init__(self, n_features: int, *, grid: TokenGrid, steps: Sequence[int]) -> None:
@@ -232,9 +222,10 @@ def max_over_tokens(
     return scores.reshape(n_images, n_features), tokens.reshape(n_images, n_features)
 
 
-def write_scores(path: str | Path, parts: Sequence[Path], *, steps: Sequence[int], grid: TokenGrid) -> None:
-    """Writes `scores.safetensors` from part files with `S` (fp32) and `argmax_token`, in the order of their images.
+def merge_score_files(path: str | Path, parts: Sequence[Path], *, steps: Sequence[int], grid: TokenGrid) -> None:
+    """Merges part files with `S` (fp32) and `argmax_token` into `scores.safetensors`, in the order of their images.
 
+    This is how S of several processes, or of a run that was stopped, comes together; sums: `FeatureStats.merge`.
     One part is in memory at a time. S is stored in fp16, or in fp32 where fp16 would overflow.
     """
     headers = [read_header(part) for part in parts]

@@ -15,7 +15,8 @@ from torch import Tensor
 from fluxsae.activations.collection import ImagePlan, OnImages, check_finite
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.familiarity import image_fvu, summarise_fvu
-from fluxsae.features.scores import FeatureStats, ScoreAccumulator, ScoreMatrix, write_scores
+from fluxsae.features.scores import ScoreAccumulator, ScoreMatrix, merge_score_files
+from fluxsae.features.statistics import FeatureStats
 from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
 from fluxsae.files import load_tensors, read_json, remove_leftovers, save_tensors, write_json
 from fluxsae.flux import BlockCall, capture, generate, nearest_step, read_picture, token_grid
@@ -297,7 +298,7 @@ def merge_parts(parts: ScoreParts) -> None:
     run.save_images(_iter_rows(parts))
     for hookpoint, steps in request.steps.items():
         files = parts.all_scores(hookpoint)
-        write_scores(run.scores_path(hookpoint), files, steps=steps, grid=request.grids[hookpoint])
+        merge_score_files(run.scores_path(hookpoint), files, steps=steps, grid=request.grids[hookpoint])
         stats = reduce(FeatureStats.merge, (FeatureStats.load(file) for file in files))
         top = ScoreMatrix.load(run.scores_path(hookpoint)).top(request.n_top)
         write_heatmaps(run.heatmaps_path(hookpoint), files, top, scale=stats.maxima, grid=request.grids[hookpoint])

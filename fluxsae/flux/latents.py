@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
@@ -125,11 +125,29 @@ def differentiable_velocity(
             pooled_projections=embeddings.pooled,
             encoder_hidden_states=embeddings.prompt,
             txt_ids=torch.zeros(embeddings.prompt.shape[1], 3, device=device, dtype=dtype),
-            img_ids=pipe._prepare_latent_image_ids(len(latents), grid.rows, grid.cols, device, dtype),
+            img_ids=token_places(grid).to(device, dtype),
             joint_attention_kwargs={},
             return_dict=False,
         )
     return outputs[0]
+
+
+def token_places(grid: TokenGrid) -> Float[Tensor, "tokens 3"]:
+    """What FLUX's rotary embedding takes of each image token: 0, its row and its column."""
+    rows, cols = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.cols), indexing="ij")
+    return rearrange([torch.zeros_like(rows), rows, cols], "part row col -> (row col) part").float()
+
+
+def pack(latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens packed"]:
+    """Latents as the transformer takes them: a token for each 2 x 2 of them."""
+    return rearrange(latents, "b c (row i) (col j) -> b (row col) (c i j)", i=2, j=2)
+
+
+def unpack(
+    latents: Float[Tensor, "batch tokens packed"], grid: TokenGrid
+) -> Float[Tensor, "batch channels height width"]:
+    """Packed latents as the autoencoder takes them."""
+    return rearrange(latents, "b (row col) (c i j) -> b c (row i) (col j)", row=grid.rows, i=2, j=2)
 
 
 @contextmanager
@@ -156,9 +174,7 @@ def encode_images(pipe: Any, images: Sequence[Image]) -> Float[Tensor, "batch to
     with image_by_image(pipe):
         encoded = pipe.vae.encode(pixels)
     raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    latents = (raw - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-    packed: Tensor = pipe._pack_latents(latents, *latents.shape)
-    return packed
+    return pack((raw - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)
 
 
 @torch.no_grad()
@@ -166,8 +182,9 @@ def decode_latents(
     pipe: Any, latents: Float[Tensor, "batch tokens channels"], settings: GenerationSettings
 ) -> list[Image]:
     """Packed latents as PIL images, as FluxPipeline decodes them."""
-    unpacked = pipe._unpack_latents(latents, settings.height, settings.width, pipe.vae_scale_factor)
-    unpacked = unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    unpacked = (
+        unpack(latents, build_grid(pipe, settings)) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    )
     with image_by_image(pipe):
         pixels = pipe.vae.decode(unpacked.to(execution_device(pipe), pipe.vae.dtype), return_dict=False)[0]
     images: list[Image] = pipe.image_processor.postprocess(pixels, output_type="pil")

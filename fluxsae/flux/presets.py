@@ -145,7 +145,7 @@ def require_quantiser() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise FluxSaeError(
             "The presets int8 and nf4 need the package bitsandbytes, which is not installed. Run "
-            "`pip install 'fluxsae[quantized]'` (or `pip install bitsandbytes`), or use preset='offload'."
+            "`python -m pip install bitsandbytes`, or use preset='offload'."
         )
 
 

@@ -307,7 +307,7 @@ print(run.load_features("{hookpoints[-1] if hookpoints else ""}")[0])
 ```
 
 Browse it in a page on your machine, with the source of fluxsae: `FLUXSAE_RUN={repo_id}{at} make app`. Check a copy:
-`python -m train.verify {repo_id}{at}`, or `sha256sum -c SHA256SUMS` in its folder."""
+`python -m train.verify --run {repo_id}{at}`, or `sha256sum -c SHA256SUMS` in its folder."""
 
 
 def _tables(tables_repo: str | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.errors import FluxSaeError, maker
 from fluxsae.files import check_free_space, read_json, write_json, write_text
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.hub import transfer
@@ -115,7 +115,7 @@ def push_sae(
     hookpoint = run.check_hookpoint(hookpoint)
     _check_repo_ids(repo_id, None)
     if not run.has_sae(hookpoint):
-        raise FluxSaeError(f"{run.path} holds no SAE for {hookpoint}. Run `python -m train.fit` first.")
+        raise FluxSaeError(f"{run.path} holds no SAE for {hookpoint}. Train it first: {maker('fit')}.")
     folder = run.sae_path(hookpoint)
     plain = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     files: dict[str, Path | bytes] = {path.name: path for path in plain}
@@ -138,7 +138,7 @@ def push_tables(
     paths = {"images": run.images_path} | {str(hp): run.features_path(hp) for hp in run.hookpoints()}
     names = {name: path.relative_to(run.path).as_posix() for name, path in paths.items() if path.is_file()}
     if not names:
-        raise FluxSaeError(f"{run.path} has no tables yet. Run `python -m train.score` and `train.analyze` first.")
+        raise FluxSaeError(f"{run.path} has no tables yet. Score images first: {maker('score')}.")
     files: dict[str, Path | bytes] = {name: run.path / name for name in names.values()}
     files[run.card_path.name] = build_tables_card(run, names, model_repo).encode()
     transfer.create_repo(repo_id, repo_type="dataset", private=private)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fluxsae.activations.shards import ActivationShard, ShardFolder
-from fluxsae.errors import FluxSaeError
+from fluxsae.errors import FluxSaeError, maker
 from fluxsae.features.scores import ScoreMatrix
 from fluxsae.features.statistics import FeatureStats
 from fluxsae.files import map_array, read_header, read_json
@@ -144,7 +144,7 @@ class _WholeRun:
         yield from _counted("embeddings", len(vectors), self.n_images, "images")
         norms = np.linalg.norm(vectors, axis=1)
         if not np.isfinite(vectors).all() or (len(norms) and np.abs(norms - 1).max() > 0.02):
-            yield "has vectors that are not finite unit vectors. Run `python -m train.embed` again."
+            yield f"has vectors that are not finite unit vectors. Make it again: {maker('embed')}."
 
 
 class _AboutHookpoint:
@@ -229,7 +229,7 @@ class _AboutHookpoint:
             yield f"has the classes {sorted(unknown)}; allowed are {sorted(_CLASSES)}."
         for name in ("density", "mean_act", "max_act"):
             if not _is_sound(table.column(name).astype(np.float64)):
-                yield f"has values of {name} that are negative or not finite. Run `python -m train.analyze` again."
+                yield f"has values of {name} that are negative or not finite. Make it again: {maker('analyze')}."
         if "top_images" in table:
             yield from self._top_images(table)
         ids = (("neighbours", self.n_features, "features"), ("silent_images", self.whole.n_images, "images"))
@@ -247,7 +247,7 @@ class _AboutHookpoint:
         both = enumerate(zip(top, table.column("top_scores"), strict=True))
         wrong = [f for f, (images, scores) in both if not _are_near(values[list(images), f], scores)]
         if wrong:
-            yield f"has top scores that are not those in S (features {wrong[:5]}). Run `python -m train.analyze` again."
+            yield f"has top scores that are not those in S (features {wrong[:5]}). Make it again: {maker('analyze')}."
 
     def heatmaps(self, path: Path) -> Iterator[str]:
         maps = Heatmaps.load(path)
@@ -265,7 +265,7 @@ class _AboutHookpoint:
         header = read_header(path)
         for name, (dtype, shape) in header.shapes.items():
             if dtype.startswith("F") and not np.isfinite(np.asarray(map_array(path, name, header=header))).all():
-                yield f"{name} has values that are not finite. Run `python -m train.directions` again."
+                yield f"{name} has values that are not finite. Make it again: {maker('directions')}."
             if shape and name in ("neighbours", "similarities", "positions"):
                 yield from self._columns(shape[0])
         neighbours = self.run.load_directions(self.hookpoint)["neighbours"].numpy()
@@ -278,7 +278,7 @@ class _AboutHookpoint:
         swaps = self.run.load_swaps(self.hookpoint)
         for number, swap in enumerate(swaps, 1):
             if not all(isinstance(swap.get(name), str) for name in ("label", "new_label", "image")):
-                yield f"line {number} names no old and new label and picture. Run `python -m train.find_demos` again."
+                yield f"line {number} names no old and new label and picture. Make it again: {maker('find_demos')}."
         yield from self._shown([swap for swap in swaps if isinstance(swap.get("image"), str)])
 
     def _shown(self, lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -302,7 +302,7 @@ class _AboutHookpoint:
 
     def sheet(self, path: Path) -> Iterator[str]:
         if fault := _picture_fault(path.read_bytes()):
-            yield f"cannot be shown ({fault}). Run `python -m train.render` again."
+            yield f"cannot be shown ({fault}). Make it again: {maker('render')}."
 
     def _columns(self, n: int) -> Iterator[str]:
         yield from _counted("features", n, self.n_features, "features at this hook point")

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.errors import FluxSaeError, maker
 from fluxsae.files import atomic_path, load_tensors, map_array, read_header, save_tensors
 
 _IMAGE_ROW_GROUP = 128
@@ -220,12 +220,10 @@ class FeatureTable:
         missing = [name for name in _FEATURE_COLUMNS if name not in table.column_names]
         if missing:
             raise FluxSaeError(
-                f"A feature table needs the columns {', '.join(missing)}. Run `python -m train.analyze`."
+                f"A feature table needs the columns {', '.join(missing)}. Make it again: {maker('analyze')}."
             )
         if table["feature"].to_pylist() != list(range(table.num_rows)):
-            raise FluxSaeError(
-                "A feature table needs one row a feature, in order. Run `python -m train.analyze` again."
-            )
+            raise FluxSaeError(f"A feature table needs one row a feature, in order. Make it again: {maker('analyze')}.")
         self.table = table
 
     @classmethod
@@ -300,7 +298,7 @@ class FeatureTable:
     def _metadata(self, key: str) -> str:
         found = (self.table.schema.metadata or {}).get(key.encode())
         if found is None:
-            raise FluxSaeError(f"The feature table does not tell its {key}. Run `python -m train.analyze` again.")
+            raise FluxSaeError(f"The feature table lacks its {key}. Make it again: {maker('analyze')}.")
         return bytes(found).decode()
 
 
@@ -405,7 +403,7 @@ def load_directions(path: str | Path) -> dict[str, torch.Tensor]:
     tensors = load_tensors(path)
     missing = [name for name in ("neighbours", "similarities", "positions") if name not in tensors]
     if missing:
-        raise FluxSaeError(f"{path} lacks {', '.join(missing)}. Run `python -m train.directions` again.")
+        raise FluxSaeError(f"{path} lacks {', '.join(missing)}. Make it again: {maker('directions')}.")
     return tensors
 
 

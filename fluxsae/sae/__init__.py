@@ -1,6 +1,7 @@
 """Sparse autoencoders: the model, its strict files, its metrics, its training and the kernels it runs on.
 
-`interop` reads and writes the files of other tools.
+`interop` reads and writes the files of other tools. A new architecture is a name and a line of `KINDS` in `config`, its
+activation in `model`, its selection, penalty and gradient in `training/gradients`, and its names in `interop`.
 """
 
 from typing import TYPE_CHECKING

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import Field
 
@@ -33,8 +33,25 @@ SCHEMA_VERSION = 1
 Size = Annotated[int, Field(ge=1, le=1 << 30)]
 Weight = Annotated[float, Field(ge=0)]
 
-_NEEDS_K: frozenset[Architecture] = frozenset({"topk", "batchtopk", "matryoshka"})
-_HAS_THRESHOLD: frozenset[Architecture] = frozenset({"batchtopk", "matryoshka", "jumprelu"})
+
+class Kind(NamedTuple):
+    """What sets an architecture apart, beside its formulas."""
+
+    needs_k: bool = False
+    """Whether the number of active features is given."""
+    threshold: Literal["shared", "per feature"] | None = None
+    """shared: one number, found in training; per feature: a trained parameter; None: the file holds no `threshold`."""
+    selects_over_batch: bool = False
+    """Whether training keeps the largest activations of the whole batch."""
+
+
+KINDS: dict[Architecture, Kind] = {
+    "l1": Kind(),
+    "topk": Kind(needs_k=True),
+    "batchtopk": Kind(needs_k=True, threshold="shared", selects_over_batch=True),
+    "jumprelu": Kind(threshold="per feature"),
+    "matryoshka": Kind(needs_k=True, threshold="shared", selects_over_batch=True),
+}
 
 
 @checked(kw_only=True)
@@ -106,7 +123,7 @@ class SaeConfig:
     auxk_coeff: Weight = 1 / 32
     """topk, batchtopk, matryoshka: weight of the auxiliary loss of dead features (0 = off)."""
     auxk: int | None = None
-    """Dead features a token in the auxiliary loss; None = half of d_model."""
+    """Dead features a token in the auxiliary loss; left out, half of d_model."""
     dead_after_tokens: Annotated[int, Field(ge=1, le=1 << 50)] = 1_000_000
     """A feature is dead when it fired on none of this many tokens."""
     prefixes: Annotated[tuple[int, ...], FromList] = ()
@@ -115,7 +132,7 @@ class SaeConfig:
     """The training ground; None = unknown."""
 
     def __post_init__(self) -> None:
-        needs_k = self.architecture in _NEEDS_K
+        needs_k = self.kind.needs_k
         if self.k is not None and not needs_k:
             raise FluxSaeError(f"k is {self.k}, but {self.architecture} has no k. Leave it out, or choose topk.")
         for name, value, is_needed in (("k", self.k, needs_k), ("auxk", self.auxk, False)):
@@ -142,9 +159,14 @@ class SaeConfig:
         return self.prefixes or tuple(sorted(sizes))
 
     @property
+    def kind(self) -> Kind:
+        """What sets the architecture apart."""
+        return KINDS[self.architecture]
+
+    @property
     def has_threshold(self) -> bool:
         """Whether the file holds a `threshold`: one number (batchtopk, matryoshka) or one a feature (jumprelu)."""
-        return self.architecture in _HAS_THRESHOLD
+        return self.kind.threshold is not None
 
     @property
     def expansion_factor(self) -> float:
@@ -159,7 +181,7 @@ class SaeConfig:
             "input_mean": (self.d_model,), "input_scale": (), "reference_acts": column,
         }  # fmt: skip
         if self.has_threshold:
-            shapes["threshold"] = column if self.architecture == "jumprelu" else ()
+            shapes["threshold"] = () if self.kind.threshold == "shared" else column
         return shapes
 
     def to_dict(self) -> dict[str, Any]:

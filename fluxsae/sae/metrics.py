@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
@@ -40,11 +40,6 @@ def l0(acts: Float[Tensor, "*batch n_features"]) -> float:
 def density(acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, " n_features"]:
     """P(acts > 0) of each feature, over all leading dimensions."""
     return to_float64((acts > 0).reshape(-1, acts.shape[-1])).mean(0).float()
-
-
-def dead_features(tokens_since_fired: Int[Tensor, " n_features"], *, window: int) -> Bool[Tensor, " n_features"]:
-    """Which features never fired in the last `window` tokens."""
-    return tokens_since_fired >= window
 
 
 def density_histogram(densities: Float[Tensor, " n_features"]) -> dict[str, list[float] | list[int] | int]:

@@ -75,13 +75,8 @@ class SparseAutoencoder(nn.Module):
     def __init__(self, config: SaeConfig, *, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
-        parameters = (
-            "W_enc",
-            "W_dec",
-            "b_enc",
-            "b_dec",
-            *(("threshold",) if config.architecture == "jumprelu" else ()),
-        )
+        trained = ("threshold",) if config.kind.threshold == "per feature" else ()
+        parameters = ("W_enc", "W_dec", "b_enc", "b_dec", *trained)
         for name, shape in config.tensor_shapes().items():
             tensor = torch.zeros(shape)
             if name in parameters:

@@ -21,7 +21,7 @@ from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.sae.acts import tokens_at_once
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import EditedCall
-from fluxsae.steering.edits import IDENTITY, SteeringEdit
+from fluxsae.steering.edits import SteeringEdit
 from fluxsae.steering.sweeps import batch_within_memory
 
 QUANTILE: Final = 0.995
@@ -354,29 +354,6 @@ def region_pixels(
         return torch.full((height, width), bool(tokens.any()))
     cells = tokens.reshape(1, 1, grid.rows, grid.cols).float()
     return interpolate(cells, size=(height, width), mode="nearest")[0, 0] > 0
-
-
-def safe_range(
-    mode: str, strengths: Sequence[float], measurements: Sequence[EditMeasurement]
-) -> tuple[float, float] | None:
-    """The unbroken range of strengths around the mode's identity that are safe.
-
-    Only strengths that were measured count. A mode without an identity (`clamp`) starts at its smallest strength.
-    None where not even the nearest measured strength is safe.
-    """
-    identity = IDENTITY[mode]
-    centre = min(strengths) if identity is None else identity
-    points = sorted(zip(strengths, measurements, strict=True), key=lambda point: abs(point[0] - centre))
-    bounds = {-1: centre, 1: centre}
-    found = False
-    for side in bounds:
-        for strength, measurement in points:
-            if (strength - centre) * side < 0:
-                continue
-            if not measurement.is_safe:
-                break
-            bounds[side], found = strength, True
-    return (bounds[-1], bounds[1]) if found else None
 
 
 def random_directions(d_model: int, n: int, *, seed: int) -> Float[Tensor, "n d_model"]:

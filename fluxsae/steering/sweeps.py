@@ -65,9 +65,9 @@ class Variant:
 
 
 def strength_variants(
-    edits: SteeringEdit | Sequence[SteeringEdit], strengths: Sequence[float], *, with_baseline: bool = True
+    edits: SteeringEdit | Sequence[SteeringEdit], strengths: Sequence[float]
 ) -> list[tuple[SteeringEdit, ...]]:
-    """The edits at each strength, led by no edit at all where a baseline is wanted.
+    """The edits at each strength, led by no edit at all.
 
     Raises:
         FluxSaeError: a strength out of the mode's range, or none given.
@@ -75,8 +75,7 @@ def strength_variants(
     chosen = (edits,) if isinstance(edits, SteeringEdit) else tuple(edits)
     if not strengths:
         raise FluxSaeError("strengths is empty; give at least one number.")
-    variants = [tuple(with_strength(edit, strength) for edit in chosen) for strength in strengths]
-    return [(), *variants] if with_baseline else variants
+    return [(), *(tuple(with_strength(edit, strength) for edit in chosen) for strength in strengths)]
 
 
 def with_strength(edit: SteeringEdit, strength: float) -> SteeringEdit:

@@ -8,7 +8,7 @@ from fluxsae.ui.kit.header import header_html
 from fluxsae.ui.kit.shell import Shell
 from fluxsae.ui.kit.theme import build_theme, page_css, page_head
 from fluxsae.ui.serve.endpoints import add_endpoint
-from fluxsae.ui.serve.refusals import exception_handlers
+from fluxsae.ui.serve.malformed_calls import exception_handlers
 from fluxsae.ui.serve.session import Workbench, open_workbench
 from fluxsae.ui.tabs.registry import TABS
 

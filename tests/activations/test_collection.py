@@ -24,9 +24,10 @@ from fluxsae.activations.collection import (
     live_sources,
     stream_shapes,
 )
-from fluxsae.activations.mixing import DiskReader, ShardFolder, mixing_buffer
+from fluxsae.activations.mixing import DiskReader, mixing_buffer
+from fluxsae.activations.shards import ShardFolder
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.scores import FeatureStats, ScoreMatrix
+from fluxsae.features.scores import ScoreMatrix
 from fluxsae.features.scoring import (
     ScoreParts,
     ScoreRequest,
@@ -37,6 +38,7 @@ from fluxsae.features.scoring import (
     stream_grid,
     trained_steps,
 )
+from fluxsae.features.statistics import FeatureStats
 from fluxsae.flux import BlockCall, FluxPipeline, block_hooks, capture, default_settings, generate, schedule_sigmas
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxsae import files
-from fluxsae.activations.mixing import ActivationManifest, MixingBuffer, ShardFolder, ShardWriter, mixing_buffer
+from fluxsae.activations.mixing import MixingBuffer, mixing_buffer
+from fluxsae.activations.shards import ActivationManifest, ShardFolder, ShardWriter
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.settings import GenerationSettings
 
@@ -226,7 +227,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 from test_mixing import MANIFEST, rows_of
-from fluxsae.activations.mixing import ShardWriter
+from fluxsae.activations.shards import ShardWriter
 writer = ShardWriter(Path(sys.argv[1]), MANIFEST)
 for shard in writer.missing():
     torch.manual_seed(shard)

@@ -13,14 +13,13 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.features.analysis import class_counts, describe_features, find_companions, find_families
 from fluxsae.features.config import AnalysisConfig
 from fluxsae.features.scores import (
-    HISTOGRAM_EDGES,
-    FeatureStats,
     ScoreAccumulator,
     ScoreMatrix,
     TopImages,
     max_over_tokens,
-    write_scores,
+    merge_score_files,
 )
+from fluxsae.features.statistics import HISTOGRAM_EDGES, FeatureStats
 from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
 from fluxsae.files import load_tensors, save_tensors
 from fluxsae.flux.hookpoints import TokenGrid
@@ -169,7 +168,7 @@ def write_part(path: Path, accumulator: ScoreAccumulator, extra: dict[str, torch
 
 def test_parts_make_the_matrix(tmp_path: Path) -> None:
     parts = [write_part(tmp_path / f"{i}", accumulate(range(3 * i, 3 * i + 3))) for i in range(2)]
-    write_scores(tmp_path / "scores.safetensors", parts, steps=STEPS, grid=GRID)
+    merge_score_files(tmp_path / "scores.safetensors", parts, steps=STEPS, grid=GRID)
     matrix, whole = ScoreMatrix.load(tmp_path / "scores.safetensors"), accumulate(range(6))
     assert matrix.values.dtype == np.float16
     assert matrix.argmax_token.dtype == np.uint8
@@ -185,7 +184,7 @@ def test_scores_that_overflow_fp16_are_kept_in_fp32_and_tiny_ones_still_fire(tmp
     for highest, dtype in ((1e5, np.float32), (1e3, np.float16)):
         part = tmp_path / f"part-{highest}"
         save_tensors(part, {"S": torch.tensor([[highest, 1e-12, 0.0]]), "argmax_token": torch.zeros(1, 3).int()})
-        write_scores(tmp_path / "s", [part], steps=STEPS, grid=GRID)
+        merge_score_files(tmp_path / "s", [part], steps=STEPS, grid=GRID)
         values = ScoreMatrix.load(tmp_path / "s").values
         assert values.dtype == dtype
         assert (np.asarray(values) > 0).tolist() == [[True, True, False]]
@@ -277,7 +276,7 @@ def test_features_that_fire_on_the_same_images_are_companions_and_a_family() -> 
 def test_every_feature_gets_its_row(tmp_path: Path) -> None:
     accumulator = accumulate(range(6))
     part = write_part(tmp_path / "part", accumulator)
-    write_scores(tmp_path / "s", [part], steps=STEPS, grid=GRID)
+    merge_score_files(tmp_path / "s", [part], steps=STEPS, grid=GRID)
     config = AnalysisConfig(n_top_images=2, very_common_from=0.3)
     matrix, stats = ScoreMatrix.load(tmp_path / "s"), accumulator.stats()
     table = describe_features(matrix, stats, config)
@@ -299,7 +298,7 @@ def test_a_feature_that_never_fires_is_dead(tmp_path: Path) -> None:
     acts = torch.zeros(1, 6, 2)
     acts[0, 2, 0] = 0.5
     accumulator.update([0], SparseActs.from_dense(acts), step=0)
-    write_scores(tmp_path / "s", [write_part(tmp_path / "part", accumulator)], steps=(0,), grid=GRID)
+    merge_score_files(tmp_path / "s", [write_part(tmp_path / "part", accumulator)], steps=(0,), grid=GRID)
     table = describe_features(ScoreMatrix.load(tmp_path / "s"), accumulator.stats(), AnalysisConfig())
     assert [row.feature_class for row in table] == ["very common", "dead"]
     assert table[1].top_images == []

@@ -37,6 +37,7 @@ from fluxsae.flux import (
 )
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.hooks import step_clock
+from fluxsae.flux.latents import pack, token_places, unpack
 from fluxsae.miniature import miniature_path
 
 PROMPTS = ["a red circle", "a small blue star"]
@@ -572,6 +573,15 @@ def test_hooks_around_velocity_see_its_step(tiny_flux):
     assert [(call.step, call.is_conditional) for call in calls] == [(3, True), (3, True), (1, True)]
     with pytest.raises(FluxSaeError, match="do not fit"):
         velocity(tiny_flux, latents, embeddings, step=0, settings=WIDE)
+
+
+def test_packing_is_that_of_the_pipeline(tiny_flux):
+    latents = torch.randn(2, 4, 6, 10)
+    packed = pack(latents)
+    assert torch.equal(packed, tiny_flux._pack_latents(latents, *latents.shape))
+    assert torch.equal(unpack(packed, TokenGrid(3, 5)), latents)
+    places = tiny_flux._prepare_latent_image_ids(2, 3, 5, "cpu", torch.float32)
+    assert torch.equal(token_places(TokenGrid(3, 5)), places)
 
 
 def test_images_become_latents_that_decode_to_the_autoencoders_own_picture(tiny_flux):

@@ -255,6 +255,13 @@ def test_parts_that_are_not_there_are_no_problem_but_told(run: RunFolder) -> Non
     assert {f"directions/{LATE}.safetensors", "clip/embeddings.safetensors"} <= set(verdict.absent)
 
 
+def test_the_run_is_named_once_with_or_without_its_option(whole: RunFolder) -> None:
+    assert verify.main(verify.VerifyConfig(place=str(whole.path))).is_whole
+    for config in (verify.VerifyConfig(), verify.VerifyConfig(run="a", place="b")):
+        with pytest.raises(FluxSaeError, match="Name one run: --run"):
+            verify.main(config)
+
+
 def test_a_newer_schema_and_a_missing_run_are_refused(run: RunFolder, tmp_path: Path) -> None:
     values = json.loads(run.info_path.read_text())
     run.info_path.write_text(json.dumps({**values, "schema_version": 99}))

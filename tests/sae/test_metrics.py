@@ -10,7 +10,6 @@ from fluxsae.sae.acts import SparseActs
 from fluxsae.sae.metrics import (
     FiringSums,
     ReconstructionSums,
-    dead_features,
     density,
     density_histogram,
     fvu,
@@ -65,10 +64,6 @@ def test_merged_sums_equal_one_pass(sizes: list[int], offset: float, seed: int) 
     assert torch.equal(firing.density(), density(acts))
     assert firing.l0() == pytest.approx(l0(acts))
     assert firing.dead_share() == pytest.approx(float((density(acts) == 0).double().mean()))
-
-
-def test_dead_means_silent_for_the_whole_window() -> None:
-    assert dead_features(torch.tensor([0, 9, 10, 11]), window=10).tolist() == [False, False, True, True]
 
 
 def test_the_density_histogram_counts_every_feature_once() -> None:

@@ -17,7 +17,7 @@ import train.find_demos
 import train.steer
 import train.steering_grids
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.scores import write_scores
+from fluxsae.features.scores import merge_score_files
 from fluxsae.files import save_tensors
 from fluxsae.flux import FluxPipeline, capture, generate
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
@@ -63,7 +63,7 @@ def run(tiny_flux: FluxPipeline, tiny_flux_folder: Path, tmp_path_factory: pytes
     run.save_images(ImageRow(*row) for row in zip(seeds, PROMPTS, seeds, webps, strict=True))
     part = run.work_path("score") / "part.safetensors"
     save_tensors(part, {"S": scores, "argmax_token": tokens.to(torch.int32)})
-    write_scores(run.scores_path(PLACE), [part], steps=(2,), grid=TokenGrid(4, 4))
+    merge_score_files(run.scores_path(PLACE), [part], steps=(2,), grid=TokenGrid(4, 4))
     rows = [feature_row(feature, scores[:, feature], tokens[:, feature]) for feature in range(scores.shape[1])]
     metadata = {"steps": "[2]", "quantile_levels": "[0.5, 0.9]", "histogram_edges": "[0.1, 1.0]"}
     run.save_features(PLACE, FeatureTable.from_rows(rows, metadata=metadata))

@@ -23,7 +23,6 @@ from fluxsae.steering.measurements import (
     random_directions,
     random_features,
     region_pixels,
-    safe_range,
 )
 from fluxsae.steering.sweeps import strength_variants, sweep
 
@@ -198,25 +197,6 @@ def measurement(out_of_distribution: float, denoising_error_ratio: float | None 
 )
 def test_safe_is_what_stays_in_distribution_and_looks_like_flux(share, ratio, expected) -> None:
     assert measurement(share, ratio).is_safe is expected
-
-
-def test_a_broken_picture_ends_the_safe_range_though_its_tokens_are_usual() -> None:
-    found = [measurement(0.0, ratio) for ratio in (1.0, 1.2, 4.8)]
-    assert safe_range("add", [0.0, 0.3, 0.6], found) == (0.0, 0.3)
-
-
-@pytest.mark.parametrize(
-    ("mode", "strengths", "shares", "expected"),
-    [
-        ("add", [-4, -2, 0, 2, 4, 8], [0.5, 0.0, 0.0, 0.0, 0.05, 0.3], (-2, 4)),
-        ("add", [2, 4, 8], [0.3, 0.0, 0.0], None),  # a gap next to the identity breaks the range
-        ("scale", [-1, 0, 1, 2], [0.2, 0.0, 0.0, 0.2], (0, 1)),
-        ("ablate", [0.5, 1.0], [0.0, 0.0], (0.0, 1.0)),
-        ("clamp", [0, 1, 2], [0.0, 0.0, 0.9], (0, 1)),
-    ],
-)
-def test_the_safe_range_is_unbroken_around_the_identity(mode, strengths, shares, expected) -> None:
-    assert safe_range(mode, strengths, [measurement(share) for share in shares]) == expected
 
 
 def test_controls_have_unit_norm_and_are_not_the_feature_itself() -> None:

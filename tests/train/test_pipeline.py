@@ -14,10 +14,10 @@ from fluxsae.features.scores import ScoreMatrix
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.folder import RunFolder, RunInfo, StageRecord
 from fluxsae.sae.model import SparseAutoencoder
-from train import analyze, collect, score
+from train import analyze, collect, embed, score
 from train.flux_options import FluxOptions
 from train.pipeline import PipelineConfig, choose_stages, main, parse_arguments
-from train.recipes import PIPELINE_STAGES, RECIPES, build_recipe, build_stage_configs
+from train.recipes import RECIPES, SCRIPTS, build_recipe, build_stage_configs
 from train.stages import STAGES, StageResult, format_table, run_stage, start_over
 
 OPTIONS = (
@@ -178,7 +178,7 @@ def test_hook_points_may_have_saes_of_their_own(finished: PipelineConfig, tmp_pa
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_bundled_recipe_is_valid(name: str) -> None:
     recipe = build_recipe(parse_arguments(["--recipe", name]))
-    for stage in PIPELINE_STAGES:
+    for stage in STAGES:
         build_stage_configs(stage, recipe, RunFolder("r"))
     (collected,) = build_stage_configs("collect", recipe, RunFolder("r"))
     fitted = [place for fit in build_stage_configs("fit", recipe, RunFolder("r")) for place in fit.hookpoints]
@@ -226,6 +226,17 @@ def test_a_stage_that_was_recorded_under_older_names_is_still_complete(
         own["step"] = own.pop("steps")
     run.info_path.write_text(json.dumps(values))
     assert set(words(main(replace(finished, run=run.path))).values()) == {"skipped"}
+
+
+def test_scores_of_earlier_saes_are_not_described(finished: PipelineConfig, tmp_path: Path) -> None:
+    assert finished.run is not None
+    shutil.copytree(finished.run, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    run.save_info(run.load_info().without_stages(STAGES[STAGES.index("score") :]))  # as a new `fit` does
+    with pytest.raises(FluxSaeError, match=r"analyze needs score.*python -m train\.score"):
+        analyze.main(analyze.AnalyzeConfig(run=run.path))
+    with pytest.raises(FluxSaeError, match=r"embed needs score.*python -m train\.score"):
+        embed.main(embed.EmbedConfig(run=run.path))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +317,7 @@ def test_from_and_only_choose_the_stages() -> None:
 
 
 def test_every_stage_of_the_pipeline_is_known_in_its_order() -> None:
-    assert [stage for stage in STAGES if stage in PIPELINE_STAGES] == list(PIPELINE_STAGES)
+    assert tuple(SCRIPTS) == STAGES
 
 
 # Single scripts

@@ -16,7 +16,8 @@ import torch
 
 from fluxsae.features.analysis import describe_features
 from fluxsae.features.config import AnalysisConfig
-from fluxsae.features.scores import FeatureStats, ScoreAccumulator, ScoreMatrix, write_scores
+from fluxsae.features.scores import ScoreAccumulator, ScoreMatrix, merge_score_files
+from fluxsae.features.statistics import FeatureStats
 from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
 from fluxsae.files import load_tensors, save_tensors
 from fluxsae.flux.hookpoints import TokenGrid
@@ -97,7 +98,7 @@ def score_parts(folder: Path, n_images: int) -> list[Path]:
 
 
 def merge(folder: Path, parts: list[Path]) -> ScoreMatrix:
-    write_scores(folder / "scores.safetensors", parts, steps=(0,), grid=GRID)
+    merge_score_files(folder / "scores.safetensors", parts, steps=(0,), grid=GRID)
     stats = FeatureStats.load(parts[0])
     for part in parts[1:]:
         stats = stats.merge(FeatureStats.load(part))

@@ -1,6 +1,7 @@
 """The contract of every endpoint, against a served page: gradio_client, plain HTTP and MCP."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -51,6 +52,13 @@ def best(client: Client, place: str) -> dict[str, Any]:
 def parameters(client: Client, name: str) -> dict[str, Any]:
     info = client.view_api(return_format="dict", print_info=False)["named_endpoints"][name]
     return {parameter["parameter_name"]: parameter for parameter in info["parameters"]}
+
+
+def test_the_guide_s_call_of_the_page_runs(page: page_server.Page, capsys: pytest.CaptureFixture[str]) -> None:
+    guide = (page_server.ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    (code,) = (part for part in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "gradio_client" in part)
+    exec(code.replace("http://127.0.0.1:7860", page.url), {})
+    assert len(capsys.readouterr().out.strip().splitlines()) >= 5
 
 
 def test_exactly_the_named_endpoints_are_offered(client: Client) -> None:

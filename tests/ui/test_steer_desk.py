@@ -23,8 +23,8 @@ from fluxsae.ui.serve.schemas import (
 )
 from fluxsae.ui.serve.session import Workbench, open_workbench
 from fluxsae.ui.tabs.steer.desk import STRIP, SteerDesk
+from fluxsae.ui.tabs.steer.feature_sliders import Sliders
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob
-from fluxsae.ui.tabs.steer.sliders import Sliders
 from fluxsae.ui.tabs.steer.words import safe_turns, share_seen, where_it_changed
 
 

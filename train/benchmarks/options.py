@@ -23,7 +23,7 @@ class CausesConfig:
     seed: int = 41_000
     """Of scenes, features and pairs."""
     run: Path | None = None
-    """Run folder of the miniature; without it the embedded one."""
+    """Run folder of the miniature; left out, the embedded one."""
     draws: int = 2000
     """Bootstrap draws, over images."""
 
@@ -163,7 +163,7 @@ class MemoryConfig:
     """What is measured."""
 
     only: str | None = None
-    """One measurement, in this process; without it all of them, each in its own."""
+    """One measurement, in this process; left out, all of them, each in its own."""
     d_model: int = 3072
     """Width of the activations."""
     score_images: int = 20_000

@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, get_origin, get_type_hints
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
@@ -27,27 +27,34 @@ from fluxsae.checked import describe
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from train import analyze, collect, directions, embed, find_demos, fit, render, score, select
+from train.command import described
 from train.flux_options import FluxOptions
-from train.stages import renamed
+from train.stages import STAGES, StageName, StageResult, renamed
 
 if TYPE_CHECKING:
     from fluxsae.runs.folder import RunFolder
 
-StageName = Literal["collect", "fit", "score", "analyze", "embed", "select", "directions", "render", "demos"]
-PIPELINE_STAGES: tuple[StageName, ...] = get_args(StageName)
 RECIPES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml"))}
 """The bundled recipes by name."""
 
-_CONFIGS: dict[StageName, type[Any]] = {
-    "collect": collect.CollectConfig,
-    "fit": fit.FitConfig,
-    "score": score.ScoreConfig,
-    "analyze": analyze.AnalyzeConfig,
-    "embed": embed.EmbedConfig,
-    "select": select.SelectConfig,
-    "directions": directions.DirectionsConfig,
-    "render": render.RenderConfig,
-    "demos": find_demos.FindDemosConfig,
+
+class Script(NamedTuple):
+    """What runs a stage: the options of its script, and its `main`."""
+
+    options: type[Any]
+    main: Callable[..., StageResult | None]
+
+
+SCRIPTS: dict[StageName, Script] = {
+    "collect": Script(collect.CollectConfig, collect.main),
+    "fit": Script(fit.FitConfig, fit.main),
+    "score": Script(score.ScoreConfig, score.main),
+    "analyze": Script(analyze.AnalyzeConfig, analyze.main),
+    "embed": Script(embed.EmbedConfig, embed.main),
+    "select": Script(select.SelectConfig, select.main),
+    "directions": Script(directions.DirectionsConfig, directions.main),
+    "render": Script(render.RenderConfig, render.main),
+    "demos": Script(find_demos.FindDemosConfig, find_demos.main),
 }
 _FLUX_FIELDS = tuple(field.name for field in fields(FluxOptions))
 _PIPELINE_FIELDS = ("hookpoints", "steps", "skip")
@@ -94,7 +101,7 @@ def parse_recipe_options(kind: type[Options], arguments: Sequence[str], descript
     finder.add_argument("--recipe")
     name = finder.parse_known_args(arguments)[0].recipe
     default = kind() if name is None else kind.from_recipe(name)
-    return tyro.cli(kind, args=arguments, default=default, description=description)
+    return tyro.cli(kind, args=arguments, default=default, description=described(description))
 
 
 def find_recipe(name: str) -> Path:
@@ -145,7 +152,7 @@ def build_recipe(config: RecipeOptions) -> Recipe:
     }
     for assignment in config.set:
         _assign(stages, assignment)
-    _refuse_unknown(stages, PIPELINE_STAGES, where="a table of the file or --set")
+    _refuse_unknown(stages, STAGES, where="a table of the file or --set")
     flux = {name: getattr(config, name) for name in _FLUX_FIELDS}
     pipeline = {name: getattr(config, name) for name in _PIPELINE_FIELDS}
     if config.recipe is None and not config.hookpoints:
@@ -228,10 +235,11 @@ def build_stage_configs(stage: StageName, recipe: Recipe, run: RunFolder, *, for
 
 
 def _stage_config(stage: StageName, own: Mapping[str, Any], recipe: Recipe, run: RunFolder, *, force: bool) -> Any:
-    kind = _CONFIGS[stage]
+    kind = SCRIPTS[stage].options
     shared: dict[str, Any] = {"run": str(run.path), "force": force}
     names = {field.name for field in fields(kind)}
-    shared |= {name: value for name, value in recipe.flux.items() if name in names and _is_shared(kind, name, value)}
+    runs_flux = issubclass(kind, FluxOptions)  # elsewhere a seed or device goes to a stage only where it was given
+    shared |= {name: value for name, value in recipe.flux.items() if name in names and (runs_flux or value is not None)}
     if stage == "collect":
         shared |= {name: recipe.pipeline[name] for name in ("hookpoints", "steps")}
     clash = sorted(set(own) & set(shared))
@@ -240,11 +248,6 @@ def _stage_config(stage: StageName, own: Mapping[str, Any], recipe: Recipe, run:
             f"{stage}.{clash[0]} belongs to all stages. Give it as a flag, or under [flux] or [pipeline]."
         )
     return kind(**_converted(kind, {**shared, **own}, where=stage))
-
-
-def _is_shared(kind: type[Any], name: str, value: Any) -> bool:
-    """Whether a flag of FLUX goes to a stage: always where FLUX is run; elsewhere a seed or device that was given."""
-    return issubclass(kind, FluxOptions) or value is not None
 
 
 def _converted(kind: type[Any], values: Mapping[str, Any], *, where: str) -> dict[str, Any]:

@@ -25,9 +25,9 @@ class TrainConfig:
     epochs: Whole = 1
     """Passes over the data."""
     max_steps: Whole | None = None
-    """Stop after this many batches, whatever the epochs; None = no limit."""
+    """Stop after this many batches, whatever the epochs; left out, no limit."""
     lr: Positive | None = None
-    """Peak learning rate; None = 2e-4 * sqrt(16384 / n_features) (Gao et al. 2024)."""
+    """Peak learning rate; left out, 2e-4 * sqrt(16384 / n_features) (Gao et al. 2024)."""
     warmup_steps: Count = 100
     """Batches over which the learning rate rises from 0, a tenth of the run at most."""
     decay_fraction: Share = 0.2
@@ -41,17 +41,17 @@ class TrainConfig:
     adam_eps: float = 1e-10
     """Adam's epsilon; gradients of a mean over tokens and dimensions are small."""
     grad_clip: Positive | None = 1.0
-    """Largest norm of the whole gradient; None = no clipping, which saves memory and a pass over the gradients."""
+    """Largest norm of the whole gradient; None switches clipping off, which saves memory and time."""
     precision: Precision | Literal["auto"] = "auto"
     """Precision of the matrix products; weights, sums and the optimiser are always float32."""
     products: Literal["auto", "dense", "sparse"] = "auto"
-    """Dense products or gathers over active features; auto = by k, n_features and device."""
+    """dense: all features are multiplied; sparse: only the active ones; auto: the faster one."""
     resample_every: Count | None = None
-    """l1: steps between resamplings of dead features; None = a tenth of the run (0 = never)."""
+    """l1: steps between resamplings of dead features, 0 for never; left out, a tenth of the run."""
     resample_until: Share = 0.6
     """l1: share of the run after which nothing is resampled any more."""
     dead_refresh_steps: Whole = 20
-    """Steps between looks at which features are dead, for AuxK."""
+    """Steps after which the dead features are counted again, for AuxK (the auxiliary loss that revives them)."""
     on_nan: Reaction = "skip"
     """What to do with a batch whose loss or gradient is not finite."""
     on_spike: SpikeReaction = "report"
@@ -59,7 +59,7 @@ class TrainConfig:
     spike_factor: Annotated[float, Field(gt=1)] = 10.0
     """How many times the running mean of the loss counts as a spike."""
     init_rows: Annotated[int, Field(ge=2)] = 32_768
-    """Token rows behind input_mean, input_scale and the first b_dec."""
+    """Token rows from which input_mean, input_scale and the first b_dec (the decoder's bias) are computed."""
     log_every: Whole = 20
     """Steps between lines of the metrics log."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0

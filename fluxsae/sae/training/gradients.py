@@ -115,7 +115,7 @@ def _pre_acts(sae: SparseAutoencoder, centred: Tensor, situation: Situation) -> 
 def select(sae: SparseAutoencoder, pre_acts: Tensor, situation: Situation) -> tuple[Tensor, Tensor | None]:
     """Dense acts in training, and the smallest selected activation where the architecture selects over the batch."""
     config = sae.config
-    if config.architecture in ("batchtopk", "matryoshka"):
+    if config.kind.selects_over_batch:
         assert config.k is not None
         kept, smallest = _batch_topk(pre_acts, config.k * situation.n_tokens, situation)
         return lowered(pre_acts * kept, situation.precision), smallest

@@ -62,7 +62,7 @@ def initialise(saes: Sequence[SparseAutoencoder], source: Source, *, n_rows: int
         sae.input_mean.copy_(mean)
         sae.input_scale.copy_(scale)
         sae.b_dec.data.copy_(centre)
-        if sae.config.architecture == "jumprelu":
+        if sae.config.kind.threshold == "per feature":
             sae.threshold.data.fill_(sae.config.bandwidth)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.errors import FluxSaeError, maker
 from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training.checkpoints import LOG_NAME, MetricsLog, Plan, load_checkpoint, save_checkpoint
@@ -224,7 +224,7 @@ def _refuse_bad_data(run: _Run) -> None:
             raise FluxSaeError(
                 f"SAE {name} skipped {n_skipped} of {step} batches: they or their gradients hold NaN or infinite "
                 "numbers, or their loss was a spike. Training stopped, and no SAE was written. Collect the activations "
-                "again in bfloat16 or float32 (`python -m train.verify` finds bad ones), or lower the learning rate."
+                f"again in bfloat16 or float32, or lower the learning rate. Bad shards are found by {maker('verify')}."
             )
 
 

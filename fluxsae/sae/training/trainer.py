@@ -74,14 +74,13 @@ class SaeTrainer:
 
     def _situation(self, n_tokens: int, step: int) -> Situation:
         floor = self.smallest_act / self.smallest_act_weight.clamp(min=1e-12)
-        selects = self.sae.config.architecture in ("batchtopk", "matryoshka")
         return Situation(
             n_tokens=n_tokens,
             precision=self.precision,
             is_sparse=self.is_sparse,
             sparsity_share=self.config.sparsity_share(step, self.n_steps),
             dead=self.dead,
-            selection_floor=floor if selects and step > 0 else None,
+            selection_floor=floor if self.sae.config.kind.selects_over_batch and step > 0 else None,
             processes=self.processes,
             scratch=self._scratch,
         )
@@ -126,7 +125,7 @@ class SaeTrainer:
                 mean, square = (moment[rows] for moment in self.moments[name])
                 weights = self.sae.get_parameter(name)[rows]
                 adam_(weights, gradient, mean, square, step=step, is_unit=name == "W_dec")
-        if self.sae.config.architecture == "jumprelu":
+        if self.sae.config.kind.threshold == "per feature":
             self.sae.threshold.clamp_(min=0)
         return is_skipped, norm
 

@@ -85,10 +85,10 @@ def load_limits(run: RunFolder, hookpoint: HookPoint) -> TokenLimits | None:
     return None if values is None else TokenLimits.from_dict(values)
 
 
-def run_origin(run: RunFolder, pipe: Any, *, source: str | None = None, revision: str | None = None) -> Origin:
+def run_origin(run: RunFolder, pipe: Any, *, source: str | None = None) -> Origin:
     """Where the models of a run's recipes come from; `source` is the folder or Hub repository to write down."""
     saes = tuple(
-        SaeSource(place, source or str(run.path), run.sae_subfolder(place), revision)
+        SaeSource(place, source or str(run.path), run.sae_subfolder(place))
         for place in run.hookpoints()
         if run.has_sae(place)
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.errors import FluxSaeError, maker
 from fluxsae.features.cards import CardIndex
 from fluxsae.features.directions import nearest_features
 from fluxsae.features.layers import LayerComparison
@@ -121,7 +121,7 @@ class DirectionsDesk(Desk):
     def _map(self, hookpoint: str) -> dict[str, Any]:
         cards = self.bench.cards[hookpoint]
         if not cards.directions:
-            raise FluxSaeError(f"This run has no map of {hookpoint}; make it with `python -m train.directions`.")
+            raise FluxSaeError(f"This run has no map of {hookpoint}. Make it: {maker('directions')}.")
         positions = cards.directions["positions"].numpy().astype("<f4")
         alive = (cards.features.column("max_act") > 0).astype(np.uint8)
         return {
@@ -138,7 +138,7 @@ class DirectionsDesk(Desk):
     def _comparison(self, left: str, right: str) -> LayerComparison:
         run = self.bench.run
         if not run.comparison_path(HookPoint.parse(left), HookPoint.parse(right)).is_file():
-            raise FluxSaeError("These hook points were not compared yet; run `python -m train.compare_layers`.")
+            raise FluxSaeError(f"These hook points were not compared yet. Compare them: {maker('compare_layers')}.")
         return LayerComparison.from_tensors(run.load_comparison(left, right))
 
     def _pairs(self, comparison: LayerComparison, one: CardIndex, two: CardIndex) -> list[dict[str, Any]]:
@@ -185,7 +185,7 @@ def draw_plot(cards: CardIndex, feature: int, near: list[int]) -> Any:
     import plotly.graph_objects as go
 
     if not cards.directions:
-        raise FluxSaeError("This run has no map of directions; make it with `python -m train.directions`.")
+        raise FluxSaeError(f"This run has no map of directions. Make it: {maker('directions')}.")
     positions = cards.directions["positions"].numpy()
     names = [f"feature {index}{f': {label}' if label else ''}" for index, label in enumerate(cards.labels)]
     others = [index for index in range(len(cards)) if index != feature and index not in set(near)]

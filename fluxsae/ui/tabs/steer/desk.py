@@ -17,8 +17,8 @@ from fluxsae.ui.serve.endpoints import Answers
 from fluxsae.ui.serve.schemas import SearchRequest, SteerRequest, SweepRequest
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.steer import words
+from fluxsae.ui.tabs.steer.feature_sliders import MAX_SLIDERS, SUGGESTED, Sliders
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob
-from fluxsae.ui.tabs.steer.sliders import MAX_SLIDERS, SUGGESTED, Sliders
 from fluxsae.ui.tabs.steer.starters import find_starters
 from fluxsae.ui.tabs.steer.swap import FoundSwap, SwapJob
 

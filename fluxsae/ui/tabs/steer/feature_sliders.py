@@ -1,4 +1,7 @@
-"""The sliders of the Steer tab: each stands for one edit, and for nothing that the run does not know."""
+"""The sliders of features on the Steer tab: each stands for one edit of one feature that the run knows.
+
+A slider of a setting, such as denoising steps, is a component in `tab.py` and a field of `SteerRequest`.
+"""
 
 import functools
 from collections.abc import Mapping, Sequence
