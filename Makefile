@@ -1,7 +1,7 @@
 # The whole interface: make app | test | bench | soak | rehearsal | screenshots. Each does all its own set-up in .venv.
 #   PYTHON=...  the interpreter to build .venv with (3.11 or newer; found by itself when unset)
 #   JOBS=2      test processes
-#   MODEL=...   whose dimensions `make rehearsal` has: flux1-dev, or tiny to try it
+#   MODEL=...   whose dimensions `make rehearsal` has: flux1-dev, flux2-klein, or tiny to try it
 #   TESTS=...   what `make test` hands to pytest, e.g. TESTS=tests/sae
 
 SHELL := /bin/bash
@@ -59,12 +59,13 @@ bench: $(DEV_STAMP) ## measured speed: training against other tools, steering, s
 	$(PY) -m train.benchmarks collection
 	$(PY) -m train.benchmarks feeding
 	$(PY) -m train.benchmarks steering
+	$(PY) -m train.benchmarks page
 	$(PY) -m pytest -m bench --timeout 0 -s $(addprefix --ignore=,$(SOAK)) tests
 
 soak: $(DEV_STAMP) ## long runs: killed at random and resumed, load on the page (an hour)
 	$(PY) -m pytest -m bench --timeout 0 -s $(SOAK)
 
-rehearsal: $(DEV_STAMP) ## every stage at FLUX.1-dev's true widths, random weights: seconds and memory (an hour, 16 GB)
+rehearsal: $(DEV_STAMP) ## every stage at a FLUX's true widths, random weights: seconds and memory (an hour, 16 GB)
 	$(PY) -m train.benchmarks rehearsal --model $(MODEL)
 
 screenshots: $(DEV_STAMP) browser ## pictures of every tab, for the README

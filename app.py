@@ -1,4 +1,4 @@
-"""Serves the page: `python app.py`. FLUXSAE_RUN picks the run; Gradio's own environment variables apply."""
+"""Serves the page: `python app.py`. FLUXSAE_RUN picks the runs; Gradio's own environment variables apply."""
 
 import logging
 
@@ -8,19 +8,20 @@ if is_zero_gpu():
     import spaces  # noqa: F401 - this must come before torch
 
 from fluxsae.ui.build import build_app, launch_options
-from fluxsae.ui.serve.session import open_workbench
+from fluxsae.ui.serve.shelf import open_shelf
 
 
 def main() -> None:
     """Builds and launches; FLUX is imported before the page is there and loaded in the background afterwards."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    bench = open_workbench()
+    shelf = open_shelf()
     if is_zero_gpu():
-        serve(bench)
-    app = build_app(bench)
-    bench.prepare()
+        for bench in shelf.runs.values():
+            serve(bench)
+    app = build_app(shelf)
+    shelf.prepare()
     app.launch(**launch_options(), prevent_thread_lock=True)
-    bench.warm_up()
+    shelf.warm_up()
     app.block_thread()
 
 

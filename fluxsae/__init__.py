@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fluxsae.flux.settings import GenerationSettings
     from fluxsae.publishing.publish import pull_run, push_run
     from fluxsae.runs.folder import RunFolder
+    from fluxsae.runs.names import SaeName
     from fluxsae.sae.config import SaeConfig
     from fluxsae.sae.model import SaeOutput, SparseAutoencoder
     from fluxsae.steering.apply import steer
@@ -29,6 +30,7 @@ __all__ = [
     "HookPoint",
     "RunFolder",
     "SaeConfig",
+    "SaeName",
     "SaeOutput",
     "SparseAutoencoder",
     "SteeringEdit",
@@ -51,6 +53,7 @@ __getattr__, __dir__ = hand_on(
         "HookPoint": "flux.hookpoints",
         "RunFolder": "runs.folder",
         "SaeConfig": "sae.config",
+        "SaeName": "runs.names",
         "SaeOutput": "sae.model",
         "SparseAutoencoder": "sae.model",
         "SteeringEdit": "steering.edits",

@@ -10,12 +10,13 @@ from playwright.sync_api import Page, sync_playwright
 from tests import browser, page_server
 
 DOCS = Path(__file__).parent.parent / "docs"
-DESKTOP, PHONE = {"width": 1280, "height": 1000}, {"width": 375, "height": 812}
+DESKTOP, PHONE = {"width": 1366, "height": 900}, {"width": 390, "height": 844}
 PROMPT = "a large red striped circle on the left and a small blue star on the right on a black background"
 
 
 def heatmap(page: Page) -> None:
     """An image of two objects, its features, and the first one's heat."""
+    page.get_by_label("Keep this seed").check()
     page.locator("#heatmap-prompt textarea").fill(PROMPT)
     page.locator("#heatmap-go").click()
     page.wait_for_function("document.querySelector('fs-lab').data.kind === 'live'")

@@ -71,7 +71,7 @@ SparseAutoencoder.from_pretrained({str(tmp_path)!r})
 
 
 def test_only_flux_imports_diffusers() -> None:
-    assert importers("diffusers") == {"flux/generation.py", "flux/loading.py"}
+    assert importers("diffusers") == {"flux/families.py", "flux/loading.py", "flux/pipelines.py", "flux/previews.py"}
 
 
 def test_only_ui_imports_gradio() -> None:

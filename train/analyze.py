@@ -7,13 +7,13 @@ Reads S and the sums of `train.score`; needs no FLUX.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.config import AnalysisConfig
-from fluxsae.flux.hookpoints import HookPoint
 from train.command import start
 from train.stages import StageResult, run_stage
 
@@ -37,30 +37,32 @@ def main(config: AnalyzeConfig) -> StageResult:
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.scores_path(hookpoint).is_file()]
-    if not hookpoints:
+    names = [name for name in run.sae_names() if run.scores_path(name).is_file()]
+    if not names:
         raise FluxSaeError(f"{run.path} has no scores. Score images first: python -m train.score --run {run.path}")
+    own = {**asdict(config.features), "quantile_levels": [*config.features.quantile_levels]}
     return run_stage(
         run,
         "analyze",
-        {**asdict(config.features), "quantile_levels": [*config.features.quantile_levels]},
-        lambda: _analyze(config, run, hookpoints),
-        outputs=lambda: [run.features_path(hookpoint) for hookpoint in hookpoints],
+        dict.fromkeys(map(str, names), own),
+        lambda todo: _analyze(config, run, todo),
+        outputs=lambda asked: [run.features_path(name) for name in asked],
         force=config.force,
+        by_name=True,
     )
 
 
-def _analyze(config: AnalyzeConfig, run: RunFolder, hookpoints: list[HookPoint]) -> None:
+def _analyze(config: AnalyzeConfig, run: RunFolder, names: Sequence[str]) -> None:
     from fluxsae.features.analysis import class_counts, describe_features
     from fluxsae.features.scores import ScoreMatrix
     from fluxsae.features.statistics import FeatureStats
 
-    for hookpoint in hookpoints:
-        scores = ScoreMatrix.load(run.scores_path(hookpoint))
-        table = describe_features(scores, FeatureStats.load(run.stats_path(hookpoint)), config.features)
-        run.save_features(hookpoint, table)
-        counts = ", ".join(f"{count} {name}" for name, count in class_counts(table).items())
-        print(f"{hookpoint}: {len(table)} features: {counts}; {scores.n_images} images")
+    for name in names:
+        scores = ScoreMatrix.load(run.scores_path(name))
+        table = describe_features(scores, FeatureStats.load(run.stats_path(name)), config.features)
+        run.save_features(name, table)
+        counts = ", ".join(f"{count} {kind}" for kind, count in class_counts(table).items())
+        print(f"{name}: {len(table)} features: {counts}; {scores.n_images} images")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Stopped at any moment, the same command continues and ends with the same bytes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from fluxsae.runs.prompts import wanted_splits
 from train.command import Bars, start
 from train.flux_options import FluxOptions, Purpose, default_hookpoints, default_steps
 from train.processes import processes
-from train.stages import StageResult, run_stage, start_over
+from train.stages import StageResult, renamed, run_stage, start_over
 
 if TYPE_CHECKING:
     from fluxsae.activations.collection import CaptureRequest, ImagePlan
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 UNNAMED = "early and late"
 """What stands in run.json for hook points that were left out."""
+DEFAULT_IMAGES = 320
+"""Images of a run that has none yet."""
+GROWS = ("images",)
+"""What may be asked for anew in a larger number: the stage then adds to what is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +50,8 @@ class CollectConfig(FluxOptions):
     """Hook points, such as layer15; left out, the run's own, or an early and a late double-stream block."""
     steps: tuple[int, ...] = ()
     """0-based steps of the schedule; left out, five spread over it."""
-    images: int = 320
-    """Images to generate, or at most so many pictures to read."""
+    images: int | None = None
+    """Images to generate, or at most so many pictures to read; left out, those that were collected, or 320."""
     tokens_per_image: int | None = 512
     """Tokens kept of each image, step and hook point (all, where there are fewer)."""
     batch_size: int = 8
@@ -67,27 +71,37 @@ def main(config: CollectConfig, *, open_flux: Callable[[], Any] | None = None) -
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    if not config.hookpoints and run.exists():
+    if run.exists():
         config = _as_collected(config, run.load_info())
+    config = replace(config, images=DEFAULT_IMAGES if config.images is None else config.images)
     with processes() as peers:
         return run_stage(
             run,
             "collect",
             stage_config(config),
-            lambda: _collect(config, run, peers, (open_flux or config.open)()),
-            outputs=lambda: _outputs(config),
+            lambda todo: _collect(_only(config, todo), run, peers, (open_flux or config.open)()),
+            outputs=lambda asked: _outputs(_only(config, asked)),
             force=config.force,
-            by_hookpoint=True,
+            by_name=True,
+            grows=GROWS,
             processes=peers,
         )
 
 
+def _only(config: CollectConfig, names: Sequence[str]) -> CollectConfig:
+    """The config for some of its hook points."""
+    return config if UNNAMED in names else replace(config, hookpoints=tuple(names))
+
+
 def _as_collected(config: CollectConfig, info: RunInfo) -> CollectConfig:
-    """The hook points that were named when this run was collected."""
+    """The hook points that were named when this run was collected, and its number of images, where none are asked."""
     record = info.stages.get("collect")
-    if record is None or UNNAMED in record.config:
+    if record is None:
         return config
-    return replace(config, hookpoints=info.hookpoints)
+    counts = [renamed("collect", own).get("images") or 0 for own in record.config.values()]
+    images = max(counts, default=None) if config.images is None else config.images
+    hookpoints = config.hookpoints or (() if UNNAMED in record.config else info.hookpoints)
+    return replace(config, hookpoints=hookpoints, images=images)
 
 
 def activations_path(run: Path, chosen: Path | None) -> Path:
@@ -130,6 +144,7 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
         batch_size=config.batch_size,
         seed=config.seed,
     )
+    assert config.images is not None
     plan = config.build_plan(config.images, purpose="collect", settings=settings, held_out_every=config.held_out_every)
     splits = describe_splits(plan, shared=config.share_prompts, purpose="collect", every=config.held_out_every)
     info = describe_run(pipe, request, plan, hookpoints=hookpoints, splits=splits)
@@ -194,7 +209,7 @@ def describe_run(
     request: CaptureRequest,
     plan: ImagePlan,
     *,
-    hookpoints: list[HookPoint],
+    hookpoints: Sequence[HookPoint],
     splits: dict[str, Any] | None = None,
 ) -> RunInfo:
     """`run.json` for what is about to be generated."""
@@ -207,7 +222,7 @@ def describe_run(
         flux_id=identity.flux_id,
         flux_revision=identity.revision,
         settings=request.settings,
-        hookpoints=tuple(str(hookpoint) for hookpoint in sorted(hookpoints)),
+        hookpoints=tuple(str(place) for place in sorted({hookpoint.place for hookpoint in hookpoints})),
         steps=request.steps,
         sigmas=tuple(sigmas[step] for step in request.steps),
         rows=grid.rows,
@@ -244,14 +259,31 @@ def save_run(run: RunFolder, info: RunInfo, *, force: bool = False) -> None:
             raise FluxSaeError(
                 f"{run.path} is a run of something else: {'; '.join(differing)}. Name another --run folder."
             )
-        hookpoints = sorted({*map(HookPoint.parse, present.hookpoints), *map(HookPoint.parse, info.hookpoints)})
-        info = replace(
-            info,
-            hookpoints=tuple(map(str, hookpoints)),
-            splits=present.splits | info.splits,
-            stages={} if differing else present.stages,
-        )
+        info = info if differing else _joined(present, info)
     run.save_info(info)
+
+
+def _joined(present: RunInfo, info: RunInfo) -> RunInfo:
+    """The record of a run to which a stage adds hook points or steps."""
+    hookpoints = sorted({*map(HookPoint.parse, present.hookpoints), *map(HookPoint.parse, info.hookpoints)})
+    steps = dict(sorted({**_sigmas(present), **_sigmas(info)}.items()))
+    # The images of a run are those that were scored: collecting at one more hook point does not change them.
+    images = present if "score" in present.splits and "score" not in info.splits else info
+    return replace(
+        info,
+        hookpoints=tuple(map(str, hookpoints)),
+        steps=tuple(steps),
+        sigmas=tuple(steps.values()),
+        prompts_hash=images.prompts_hash,
+        source=images.source,
+        pictures=images.pictures,
+        splits=present.splits | info.splits,
+        stages=present.stages,
+    )
+
+
+def _sigmas(info: RunInfo) -> dict[int, float]:
+    return dict(zip(info.steps, info.sigmas, strict=True))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """What every script begins with: options from the command line, faults in words, other packages quiet; and its bars."""
 
+import argparse
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import tyro
@@ -27,8 +30,9 @@ def start(
 ) -> Result:
     """Runs a script's `main` with what the command line asks for; `options` is a config class, or reads the words.
 
-    A fault that the user can mend ends the program with its message and status 1. With -v it keeps its traceback, and
-    other packages may print their warnings and progress.
+    An option of a stage that is left out is as the run's run.toml has it; where that holds several tables for the
+    stage, it runs once for each. A fault that the user can mend ends the program with its message and status 1. With
+    -v it keeps its traceback, and other packages may print their warnings and progress.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     is_verbose = "-v" in words
@@ -40,12 +44,47 @@ def start(
         warnings.simplefilter("ignore")
     try:
         if isinstance(options, type):
-            return main(tyro.cli(options, args=words, description=described(description)))
+            parse = partial(tyro.cli, options, args=words, description=described(description))
+            results = [main(config) for config in _configs(options, words, parse)]
+            return results[-1]
         return main(options(words))
     except FluxSaeError as error:
         if is_verbose:
             raise
         sys.exit(f"Error: {error}")
+
+
+def _configs(kind: type[Config], words: Sequence[str], parse: Callable[..., Config]) -> list[Config]:
+    """The configs of a command line: one, or one for each table of the run's recipe that says the same hook points."""
+    if {"-h", "--help"} & {*words}:
+        return [parse()]  # quick help: a run folder's reader loads model libraries
+    from fluxsae.runs.folder import RunFolder
+
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--run")
+    run = RunFolder(finder.parse_known_args(words)[0].run or getattr(kind, "run", None) or "")
+    if not run.toml_path.is_file():
+        return [parse()]
+    from train.recipes import run_defaults
+
+    defaults = run_defaults(kind, run)
+    if len(defaults) < 2:
+        return [parse(default=default) for default in defaults] or [parse()]
+    return _shared_out(defaults, [parse(default=default) for default in defaults], parse)
+
+
+def _shared_out(defaults: Sequence[Any], asked: Sequence[Any], parse: Callable[..., Any]) -> list[Any]:
+    """Each table's config with those of its hook points that are asked for; others as if there were no recipe."""
+    from fluxsae.runs.names import SaeName
+
+    found, left = [], {SaeName.parse(name) for config in asked for name in config.hookpoints}
+    for default, config in zip(defaults, asked, strict=True):
+        places = {SaeName.parse(name).place for name in default.hookpoints}
+        own = [name for name in config.hookpoints if SaeName.parse(name).place in places]
+        left -= {SaeName.parse(name) for name in own}
+        if own:
+            found.append(replace(config, hookpoints=tuple(own)))
+    return [*found, *([replace(parse(), hookpoints=tuple(map(str, sorted(left))))] if left else [])]
 
 
 def described(text: str | None) -> str:

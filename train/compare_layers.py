@@ -51,8 +51,8 @@ def main(config: CompareLayersConfig) -> None:
 
     run = RunFolder(config.run)
     other = RunFolder(config.other_run) if config.other_run else run
-    first = CardIndex(run, config.first or run.hookpoints()[0])
-    second = CardIndex(other, config.second or other.hookpoints()[-1])
+    first = CardIndex(run, config.first or run.sae_names()[0])
+    second = CardIndex(other, config.second or other.sae_names()[-1])
     _check_comparable(first, second)
     comparison = compare_layers(
         ScoreMatrix.load(run.scores_path(first.hookpoint)).stored(),

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.names import SaeName
+from train import collect, score
 from train import cost_constants as constants
 from train.collect import CollectConfig
 from train.command import start
@@ -131,6 +133,16 @@ class Plan:
         return plan
 
     @property
+    def n_collected(self) -> int:
+        """Images whose activations are collected."""
+        return collect.DEFAULT_IMAGES if self.collect.images is None else self.collect.images
+
+    @property
+    def n_scored(self) -> int:
+        """Images that are scored."""
+        return score.DEFAULT_IMAGES if self.score.images is None else self.score.images
+
+    @property
     def hookpoints(self) -> tuple[HookPoint, ...]:
         """Where activations are collected."""
         named = [HookPoint.parse(name) for name in self.collect.hookpoints]
@@ -172,7 +184,7 @@ class Plan:
                 tokens_per_image=min(
                     self.n_tokens(hookpoint), self.collect.tokens_per_image or self.n_tokens(hookpoint)
                 ),
-                n_images=self.collect.images,
+                n_images=self.n_collected,
                 images_per_shard=self.collect.images_per_shard,
                 prompts_hash="",
                 seed=self.collect.seed,
@@ -184,9 +196,8 @@ class Plan:
     @cached_property
     def trained(self) -> list[Fit]:
         """Every SAE that is trained, by hook point."""
-        return [
-            self._fit(fit, HookPoint.parse(name)) for fit in self.fits for name in (fit.hookpoints or self.hookpoints)
-        ]
+        named = [(fit, SaeName.parse(name)) for fit in self.fits for name in (fit.hookpoints or self.hookpoints)]
+        return [self._fit(fit, name.place) for fit, name in named]
 
     def _fit(self, fit: FitConfig, hookpoint: HookPoint) -> Fit:
         if hookpoint not in self.manifests:
@@ -232,15 +243,17 @@ class Machine:
         return operations / (self.gpu.peak_tflops * 1e12 * share) / self.gpus
 
     def step_seconds(self, plan: Plan) -> float:
-        """One step of one image (FLUX.1, 1024 px and 512 text tokens: 74 TFLOP)."""
+        """One step of one image (at 1024 px and 512 text tokens FLUX.1: 74 TFLOP, FLUX.2 klein 4B: 35)."""
         width, n = plan.model.d_model, plan.grid.n_tokens + plan.settings.max_sequence_length
         blocks = plan.model.n_double + plan.model.n_single
-        return self.seconds(blocks * (24 * width**2 * n + 4 * n**2 * width), self.step_share.value)
+        one_block = plan.model.block_operations * width**2 * n + 4 * n**2 * width
+        return self.seconds(blocks * one_block, self.step_share.value)
 
     def text_seconds(self, plan: Plan) -> float:
-        """The text encoder on one prompt."""
-        per_token = constants.TEXT_OPERATIONS_PER_BYTE.value * plan.model.bytes["text_encoder_2"]
-        return self.seconds(per_token * plan.settings.max_sequence_length, self.gpu.step_share.value)
+        """The large text encoder on one prompt."""
+        size = max(size for part, size in plan.model.bytes.items() if part.startswith("text_encoder"))
+        operations = constants.TEXT_OPERATIONS_PER_BYTE.value * size * plan.settings.max_sequence_length
+        return self.seconds(operations, self.gpu.step_share.value)
 
     def decode_seconds(self, plan: Plan) -> float:
         """The decoder on one image."""
@@ -267,34 +280,38 @@ def _flux_stages(plan: Plan, machine: Machine) -> Iterator[Stage]:
     fixed = machine.text_seconds(plan) + (moved if preset == "offload" else 0.0)
     step = machine.step_seconds(plan)
 
-    collected = plan.collect.images * (fixed + _steps_run(plan) * step)
+    n_scored = plan.n_scored
+    collected = plan.n_collected * (fixed + _steps_run(plan) * step)
     memory = weights + _further_images(plan, plan.collect.batch_size)
     disk = sum(manifest.bytes_on_disk for manifest in plan.manifests.values())
     yield Stage("collect", collected, memory, disk, note)
     yield _fit_stage(plan, machine)
-    mains = [(fit, fit.saes[0]) for fit in plan.trained]
+    saes = [(fit, sae) for fit in plan.trained for sae in fit.saes]
     encoding = sum(
         2 * sae.d_model * sae.n_features * plan.n_tokens(fit.hookpoint) * len(plan.score.steps or fit.steps)
-        for fit, sae in mains
+        for fit, sae in saes
     )
     scored = fixed + plan.settings.num_inference_steps * step + machine.decode_seconds(plan)
     scored += machine.seconds(encoding, machine.gpu.training_share.value)
-    memory = weights + _further_images(plan, plan.score.batch_size) + _sae_bytes([sae for _, sae in mains])
-    n_features = sum(sae.n_features for _, sae in mains)
+    memory = weights + _further_images(plan, plan.score.batch_size) + _sae_bytes([sae for _, sae in saes])
+    n_features = sum(sae.n_features for _, sae in saes)
     maps = n_features * plan.score.n_top * plan.grid.n_tokens
-    score_disk = plan.score.images * (4 * n_features + constants.THUMBNAIL_BYTES.value) + maps
-    yield Stage("score", plan.score.images * scored, memory, score_disk, f"{note}; disk is an upper bound")
+    # An image and feature: S and token in the file (4 bytes) and in the parts, to which images can be added (8).
+    score_disk = n_scored * (12 * n_features + constants.THUMBNAIL_BYTES.value) + maps
+    yield Stage("score", n_scored * scored, memory, score_disk, f"{note}; disk is an upper bound")
 
 
 def _later_stages(plan: Plan, machine: Machine) -> Iterator[Stage]:
     figure = clip_figure(plan)
-    embedded = plan.score.images * machine.seconds(figure.value, machine.gpu.step_share.value)
-    yield Stage("embed", embedded, 2e9, plan.score.images * constants.CLIP_WIDTH * 4)
-    n_features = sum(fit.saes[0].n_features for fit in plan.trained)
+    n_scored = plan.n_scored
+    embedded = n_scored * machine.seconds(figure.value, machine.gpu.step_share.value)
+    yield Stage("embed", embedded, 2e9, n_scored * constants.CLIP_WIDTH * 4)
+    n_features = sum(sae.n_features for fit in plan.trained for sae in fit.saes)
     for name, per_feature in constants.SECONDS_PER_FEATURE.items():
         disk = n_features * constants.BYTES_PER_FEATURE[name].value
         yield Stage(name, n_features * per_feature.value, 0.0, disk, "on the CPU")
-    sheets = [len(plan.trained) * figure.value for figure in (constants.RENDER_SECONDS, constants.RENDER_BYTES)]
+    n_saes = sum(len(fit.saes) for fit in plan.trained)
+    sheets = [n_saes * figure.value for figure in (constants.RENDER_SECONDS, constants.RENDER_BYTES)]
     yield Stage("render", sheets[0], 0.0, sheets[1], "on the CPU")
 
 
@@ -390,6 +407,7 @@ def find_model(flux: str) -> Model:
         patch=2 ** len(vae["block_out_channels"]),
         bytes={part: sum(file.stat().st_size for file in found) for part, found in files.items()},
         settings=GenerationSettings(**_read(own)) if own.is_file() else GenerationSettings(),
+        block_operations=constants.BLOCK_OPERATIONS[transformer["_class_name"]],
     )
 
 
@@ -443,9 +461,9 @@ def _size(size: float) -> str:
 def describe(plan: Plan) -> str:
     """What the recipe makes: images, and a line for each SAE."""
     collected = (
-        f"{plan.collect.flux}: {plan.collect.images:,} images of {plan.settings.width} x {plan.settings.height} px "
+        f"{plan.collect.flux}: {plan.n_collected:,} images of {plan.settings.width} x {plan.settings.height} px "
         f"collected, steps {', '.join(map(str, plan.steps))} of {plan.settings.num_inference_steps}; "
-        f"{plan.score.images:,} scored"
+        f"{plan.n_scored:,} scored"
     )
     return "\n".join([collected, *(_describe_sae(fit, sae) for fit in plan.trained for sae in fit.saes)])
 

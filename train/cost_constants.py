@@ -75,6 +75,8 @@ class Model:
     """Weight files of each component."""
     settings: GenerationSettings
     """What it generates with unless told otherwise."""
+    block_operations: int = 24
+    """Operations of a block on a token, in squares of its width, beside attention's own."""
 
 
 _FLUX1_BYTES = {
@@ -83,16 +85,27 @@ _FLUX1_BYTES = {
     "text_encoder_2": 9_525_000_000,
     "vae": 168_000_000,
 }
+BLOCK_OPERATIONS = {"FluxTransformer2DModel": 24, "Flux2Transformer2DModel": 26}
+"""FLUX.2's `ff` is gated and 3 wide (18) instead of 4 wide (16); attention's projections take 8 in both."""
 _DEV = Model(19, 38, 3072, 16, _FLUX1_BYTES, GenerationSettings())
 MODELS: dict[str, Model] = {
     "black-forest-labs/FLUX.1-dev": _DEV,
     "black-forest-labs/FLUX.1-schnell": replace(
         _DEV, settings=GenerationSettings(num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256)
     ),
+    "black-forest-labs/FLUX.2-klein-4B": Model(
+        5,
+        20,
+        3072,
+        16,
+        {"transformer": 7_751_000_000, "text_encoder": 8_045_000_000, "vae": 168_000_000},
+        GenerationSettings(num_inference_steps=4, guidance_scale=0.0),
+        BLOCK_OPERATIONS["Flux2Transformer2DModel"],
+    ),
 }
-"""Blocks, widths, files in bfloat16 (published on the models' pages)."""
+"""Blocks, widths, files in bfloat16 (published on the models' pages; klein's files from its configuration)."""
 
-TEXT_OPERATIONS_PER_BYTE = Figure(1.0, "calculated", "2 operations a token for each weight of T5, 2 bytes each")
+TEXT_OPERATIONS_PER_BYTE = Figure(1.0, "calculated", "2 operations a token for each weight of 2 bytes")
 DECODE_OPERATIONS_PER_PIXEL = Figure(9.9e6, "calculated", "convolutions of the decoder, 10.4 TFLOP at 1024 px")
 DECODE_SHARE = Figure(0.15, "calculated", "convolutions in bfloat16 reach about 15 % of the peak")
 CLIP_OPERATIONS_PER_IMAGE: dict[str, Figure] = {

@@ -1,6 +1,6 @@
 """Computes the geometry of a run's decoder directions: neighbours, a map, alignment, norms; and draws the map.
 
-Hook points that were scored are also compared, each with the next (see train.compare_layers).
+SAEs that were scored are also compared, each with the next (see train.compare_layers).
 
 python -m train.directions --run runs/miniature
 """
@@ -8,6 +8,7 @@ python -m train.directions --run runs/miniature
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux.hookpoints import HookPoint
 from train import compare_layers
 from train.command import start
 from train.compare_layers import CompareLayersConfig
@@ -49,31 +49,35 @@ def main(config: DirectionsConfig) -> StageResult:
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.has_sae(hookpoint)]
-    if not hookpoints:
+    names = [name for name in run.sae_names() if run.has_sae(name)]
+    if not names:
         raise FluxSaeError(f"{run.path} has no trained SAE; run train.fit first")
+    own = {"n_neighbours": config.n_neighbours, "perplexity": config.perplexity, "seed": config.seed}
     return run_stage(
         run,
         "directions",
-        {"n_neighbours": config.n_neighbours, "perplexity": config.perplexity, "seed": config.seed},
-        lambda: _write_all(run, hookpoints, config),
-        outputs=lambda: [run.directions_path(hookpoint) for hookpoint in hookpoints],
+        dict.fromkeys(map(str, names), own),
+        lambda todo: _write_all(run, todo, config),
+        outputs=lambda asked: [run.directions_path(name) for name in asked],
         force=config.force,
+        by_name=True,
     )
 
 
-def _write_all(run: RunFolder, hookpoints: list[HookPoint], config: DirectionsConfig) -> None:
-    for hookpoint in hookpoints:
-        _write_directions(run, hookpoint, config)
-    described = [h for h in hookpoints if run.features_path(h).is_file() and run.scores_path(h).is_file()]
+def _write_all(run: RunFolder, names: Sequence[str], config: DirectionsConfig) -> None:
+    for name in names:
+        _write_directions(run, name, config)
+    described = [h for h in run.sae_names() if run.features_path(h).is_file() and run.scores_path(h).is_file()]
     for first, second in pairwise(described):
+        if not {str(first), str(second)} & {*names}:
+            continue
         try:
             compare_layers.main(CompareLayersConfig(run=run.path, first=str(first), second=str(second)))
         except FluxSaeError as error:  # too few images fire: a map without a comparison is still a map
             print(f"{first} and {second} were not compared: {error}")
 
 
-def _write_directions(run: RunFolder, hookpoint: HookPoint, config: DirectionsConfig) -> None:
+def _write_directions(run: RunFolder, hookpoint: str, config: DirectionsConfig) -> None:
     import torch
 
     from fluxsae.features.directions import encoder_decoder_alignment, feature_map, nearest_features
@@ -100,7 +104,7 @@ def _write_directions(run: RunFolder, hookpoint: HookPoint, config: DirectionsCo
         _draw(run, hookpoint, tensors["positions"].numpy())
 
 
-def _draw(run: RunFolder, hookpoint: HookPoint, positions: Float[np.ndarray, "features 2"]) -> None:
+def _draw(run: RunFolder, hookpoint: str, positions: Float[np.ndarray, "features 2"]) -> None:
     from fluxsae.features.cards import CardIndex
     from fluxsae.features.directions import draw_map
 

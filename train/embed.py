@@ -48,8 +48,8 @@ def main(config: EmbedConfig) -> StageResult:
         run,
         "embed",
         {"model": model},
-        lambda: _embed(config, run, model),
-        outputs=lambda: [run.embeddings_path],
+        lambda _: _embed(config, run, model),
+        outputs=lambda _: [run.embeddings_path],
         force=config.force,
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.sae.config import Mismatch
 from train.command import start
 
@@ -64,10 +65,11 @@ def main(config: ExplainConfig) -> "Explanation":
         raise FluxSaeError("--row and --column name one patch together; give both or neither.")
     run = RunFolder(config.run or miniature_path("run"))
     info = run.load_info()
-    hookpoint = run.check_hookpoint(config.hookpoint or run.hookpoints()[-1])
+    hookpoint = run.check_sae(config.hookpoint or run.default_sae())
     pipe = open_flux(config.flux, info.flux_id, info.flux_revision, device=config.device)
     device = execution_device(pipe)
-    saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=device) for place in run.hookpoints()}
+    names: list[HookPoint] = [name for name in run.sae_names() if run.has_sae(name)]
+    saes = {name: SparseAutoencoder.from_pretrained(run.sae_path(name), device=device) for name in names}
     ground = saes[hookpoint].config.trained_on
     step = min(ground.steps) if config.step is None and ground is not None else config.step or 0
     token = None
@@ -91,7 +93,7 @@ def main(config: ExplainConfig) -> "Explanation":
     )
     if config.out is not None:
         write_json(config.out, found.to_dict())
-    print(_table(found, {str(place): run.load_features(place) for place in run.hookpoints()}))
+    print(_table(found, {str(name): run.load_features(name) for name in names}))
     return found
 
 

@@ -58,18 +58,19 @@ def main(config: FindDemosConfig) -> StageResult:
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    places = [run.check_hookpoint(name) for name in config.hookpoints] or run.hookpoints()
+    described = [name for name in run.sae_names() if run.features_path(name).is_file()]
+    places: list[HookPoint] = [run.check_sae(name) for name in config.hookpoints] or [*described]
     features = {place: choose_features(run, place, config.features, config.n_features) for place in places}
     asked = {**asdict(config.search), "swap": asdict(config.swap), "distance": config.distance}
-    asked["features"] = {str(place): list(chosen) for place, chosen in features.items()}
     asked["steps"] = list(config.search.steps) if config.search.steps else None
     return run_stage(
         run,
         "demos",
-        {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()},
-        lambda: _search(run, features, config),
-        outputs=lambda: [path(place) for path in (run.demos_path, run.swaps_path) for place in places],
+        {str(place): {**asked, "features": list(chosen)} for place, chosen in features.items()},
+        lambda todo: _search(run, {run.check_sae(name): features[run.check_sae(name)] for name in todo}, config),
+        outputs=lambda asked: [path(name) for path in (run.demos_path, run.swaps_path) for name in asked],
         force=config.force,
+        by_name=True,
     )
 
 
@@ -94,7 +95,7 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
     from fluxsae.flux import execution_device, load_flux
     from fluxsae.pictures.perceptual import load_distance
     from fluxsae.sae.model import SparseAutoencoder
-    from fluxsae.steering.demos import find_demos, find_swaps
+    from fluxsae.steering.demos import find_demos, find_swaps, opening_swap, write_opening
 
     info = run.load_info()
     pipe = load_flux(info.flux_id, revision=info.flux_revision, device=config.device)
@@ -138,6 +139,9 @@ def _search(run: RunFolder, features: dict[HookPoint, list[int]], config: FindDe
         print(f"{place}: {len(made)} swaps on {len(found[place])} demos")
         for swap in made[:8]:
             print(_swap_line(swap))
+        opening = opening_swap(made)
+        if opening is not None:
+            write_opening(run, pipe, saes, opening)
 
 
 def _embedder(run: RunFolder) -> ImageEmbedder | None:

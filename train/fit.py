@@ -4,6 +4,7 @@
     python -m train.fit --run runs/dev --hookpoints layer15 --steps 13 --arch topk --k 1200 --epochs 10
     python -m train.fit --run runs/dev --hookpoints layer15 --steps 13 --arch l1 --l1-coeff 1e-3
     python -m train.fit --run runs/dev --hookpoints layer15 --k 32 64 128      # a sweep: one pass over the data
+    python -m train.fit --run runs/dev --hookpoints layer15@wide --n-features 24576   # a second SAE, named `wide`
     torchrun --nproc-per-node 2 --max-restarts 3 -m -- train.fit ...   # a process that dies is restarted and continues
 
 Stopped at any moment, the same command continues.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.names import SaeName
 from fluxsae.sae.config import KINDS, Architecture, SaeConfig, TrainedOn
 from fluxsae.sae.training.config import TrainConfig
 from train.collect import activations_path
@@ -49,14 +51,14 @@ class FitOptions:
     run: Path = Path("runs/miniature")
     """Run folder with collected activations."""
     hookpoints: tuple[str, ...] = ()
-    """Hook points; left out, all that were collected."""
+    """Hook points, or hookpoint@variant for another SAE there; left out, all hook points that were collected."""
     steps: tuple[int, ...] = ()
     """Collected steps to train on; left out, all of them."""
     arch: Architecture = "topk"
     """Architecture of the SAE."""
     k: tuple[int, ...] = ()
-    """Active features a token; several values train several SAEs in one pass, the first becomes the run's. Left out, an
-    eighth of the width of the activations, at most 64."""
+    """Active features a token; several values train several SAEs in one pass, each a variant of the hook point, such as
+    layer15@topk-32. Left out, an eighth of the width of the activations, at most 64."""
     epochs: int = 10
     """Passes over the data."""
     l1_coeff: tuple[float, ...] = (1e-3,)
@@ -65,8 +67,8 @@ class FitOptions:
     """jumprelu: weight of the number of active features."""
     expansion_factor: int = 4
     """Features for each dimension of the activations."""
-    n_features: int | None = None
-    """Number of features, instead of the expansion factor."""
+    n_features: tuple[int, ...] = ()
+    """Number of features, instead of the expansion factor; several values as with k."""
     auxk_coeff: float = 1 / 32
     """Weight of AuxK, an auxiliary loss in which dead features explain what the SAE missed; 0 switches it off."""
     dead_after_tokens: int | None = None
@@ -75,6 +77,8 @@ class FitOptions:
     """Tokens in a batch, over all processes."""
     buffer_gb: float = 4.0
     """Memory for shuffling, GB; with --from-flux shared among the hook points."""
+    sigma_conditioned: bool = False
+    """One dictionary for all noise levels: the encoder's input is scaled and shifted by a learned table over them."""
     activations: Path | None = None
     """Folder of the shards (files of activations); left out, `activations` in the run folder."""
     track: str | None = None
@@ -124,83 +128,143 @@ def main(config: FitConfig, *, pipe: Any = None) -> StageResult:
     with processes() as peers:
         if config.from_flux:
             pipe = pipe if pipe is not None else config.open()
-        hookpoints = _hookpoints(config, run, pipe)
+        asked = _asked(config, run, pipe)
         result = run_stage(
             run,
             "fit",
-            _stage_config(config, hookpoints),
-            lambda: _fit_all(config, run, hookpoints, peers, pipe),
-            outputs=lambda: [
-                run.sae_path(h) / name for h in hookpoints for name in ("model.safetensors", "metrics.json")
+            {str(name): values for sweep in asked.values() for name, values in _stage_config(config, sweep).items()},
+            lambda todo: _fit_all(config, run, _only(asked, todo), peers, pipe),
+            outputs=lambda names: [
+                run.sae_path(name) / file for name in names for file in ("model.safetensors", "metrics.json")
             ],
             force=config.force,
-            by_hookpoint=True,
+            by_name=True,
             processes=peers,
         )
         if peers.rank == 0:
             # Only now: stopped between two hook points, the stage finds the first one's SAEs in its checkpoint.
-            for hookpoint in hookpoints:
-                for path in _work_path(run, hookpoint).rglob(CHECKPOINT_NAME):
+            for sweep in asked.values():
+                for path in _work_path(run, sweep).rglob(CHECKPOINT_NAME):
                     path.unlink()
+            for hookpoint in asked:
+                report_variants(run, hookpoint)
             push_complete(run, config.push_to)
         return result
 
 
-def _hookpoints(config: FitConfig, run: RunFolder, pipe: Any) -> list[HookPoint]:
+Sweep = Mapping[str, SaeName]
+"""The SAEs of one pass over the data: what tells them apart, and their names."""
+
+
+def _asked(config: FitConfig, run: RunFolder, pipe: Any) -> dict[HookPoint, Sweep]:
+    """The SAEs to train at each hook point.
+
+    Raises:
+        FluxSaeError: two names at one hook point, or a variant's name for the several SAEs of a sweep.
+    """
+    names = [SaeName.parse(place) for place in _places(config, run, pipe)]
+    keys = list(sweep_values(config))
+    asked: dict[HookPoint, Sweep] = {}
+    for name in names:
+        if name.place in asked or (name.variant and len(keys) > 1):
+            raise FluxSaeError(
+                f"{name}: one call trains one SAE at a hook point, or a sweep, whose SAEs become "
+                f"{name.place}@{keys[0]} and so on. Name each hook point once, and no variant where values are swept."
+            )
+        variants = [SaeName.parse(f"{name.place}@{key}") for key in keys] if len(keys) > 1 else [name]
+        asked[name.place] = dict(zip(keys, variants, strict=True))
+    return asked
+
+
+def _only(asked: Mapping[HookPoint, Sweep], names: Sequence[str]) -> dict[HookPoint, Sweep]:
+    """Those of the SAEs that are named."""
+    some = {place: {key: name for key, name in sweep.items() if str(name) in names} for place, sweep in asked.items()}
+    return {place: sweep for place, sweep in some.items() if sweep}
+
+
+def sweep_values(config: FitConfig) -> dict[str, tuple[int | None, float, int | None]]:
+    """(k, l1_coeff, n_features) of every SAE that is asked for, by what tells them apart; None: not given.
+
+    Raises:
+        FluxSaeError: a k for an architecture that has none.
+    """
+    needs_k = KINDS[config.arch].needs_k
+    if config.k and not needs_k:
+        raise FluxSaeError(f"k is {config.k}, but {config.arch} has no k. Leave it out, or choose --arch topk.")
+    ks: tuple[int | None, ...] = config.k or (None,)
+    coefficients = config.l1_coeff if config.arch == "l1" else config.l1_coeff[:1]
+    widths: tuple[int | None, ...] = config.n_features or (None,)
+    found = {}
+    for k, l1_coeff, width in product(ks, coefficients, widths):
+        parts = [config.arch, *([f"{k or 'k'}"] if needs_k else [f"{l1_coeff:g}"])]
+        found["-".join(parts + ([f"of-{width}"] if len(widths) > 1 else []))] = (k, l1_coeff, width)
+    return found
+
+
+def _places(config: FitConfig, run: RunFolder, pipe: Any) -> Sequence[str | HookPoint]:
     from fluxsae.activations.shards import find_folders
 
     if config.hookpoints:
-        return [HookPoint.parse(name) for name in config.hookpoints]
+        return config.hookpoints
     if config.from_flux:
         from train.flux_options import default_hookpoints
 
         return default_hookpoints(len(pipe.transformer.transformer_blocks))
     folder = activations_path(config.run, config.activations)
-    found = [HookPoint.parse(path.name) for path in find_folders(folder)]
+    found = [path.name for path in find_folders(folder)]
     if not found:
         raise FluxSaeError(f"{folder} holds no activations. Run `python -m train.collect --run {run.path}` first.")
     return found
 
 
-def _work_path(run: RunFolder, hookpoint: HookPoint) -> Path:
-    return run.work_path("fit") / str(hookpoint)
+def _work_path(run: RunFolder, sweep: Sweep) -> Path:
+    names = sorted(sweep.values())
+    text = str(names[0]) if len(names) == 1 else f"{names[0].place}@{'+'.join(name.variant for name in names)}"
+    return run.work_path("fit") / text[:200]
 
 
-def _stage_config(config: FitConfig, hookpoints: list[HookPoint]) -> dict[str, Any]:
-    """The values that decide the SAEs, for each hook point."""
+def _stage_config(config: FitConfig, sweep: Sweep) -> dict[SaeName, Any]:
+    """The values that decide each SAE."""
     irrelevant = {f.name for f in fields(FluxOptions)} - {"seed"} if not config.from_flux else {"device", "preset"}
     irrelevant |= {"run", "hookpoints", "buffer_gb", "activations", "track", "push_to", "force"}
     irrelevant |= {"log_every", "checkpoint_minutes"}
+    if not config.sigma_conditioned:  # fits of before this option stay complete
+        irrelevant |= {"sigma_conditioned"}
     if not config.from_flux:
         irrelevant |= {"images", "tokens_per_image", "images_at_once"}
     values = {name: value for name, value in asdict(config).items() if name not in irrelevant}
     own = {name: [*v] if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for name, v in values.items()}
-    return {str(hookpoint): own for hookpoint in hookpoints}
+    if len(sweep) == 1:
+        return dict.fromkeys(sweep.values(), own)
+    swept = sweep_values(config)
+    return {
+        name: own | {"k": [k] if k else [], "l1_coeff": [l1_coeff], "n_features": [width] if width else []}
+        for key, name in sweep.items()
+        for k, l1_coeff, width in [swept[key]]
+    }
 
 
-def _fit_all(config: FitConfig, run: RunFolder, hookpoints: list[HookPoint], peers: Processes, pipe: Any) -> None:
+def _fit_all(config: FitConfig, run: RunFolder, asked: Mapping[HookPoint, Sweep], peers: Processes, pipe: Any) -> None:
     if config.from_flux:  # one FLUX makes the images of all hook points
-        _fit(config, run, _from_flux(config, run, hookpoints, peers, pipe), peers)
+        _fit(config, run, _from_flux(config, run, list(asked), peers, pipe), asked, peers)
         return
-    for hookpoint in hookpoints:
-        _fit(config, run, _from_disk(config, hookpoint, peers), peers)
+    for hookpoint, sweep in asked.items():
+        _fit(config, run, _from_disk(config, hookpoint, peers), {hookpoint: sweep}, peers)
 
 
-def _fit(config: FitConfig, run: RunFolder, data: _Data, peers: Processes) -> None:
+def _fit(config: FitConfig, run: RunFolder, data: _Data, asked: Mapping[HookPoint, Sweep], peers: Processes) -> None:
     """Trains the SAEs of some hook points.
 
     At least as many SAEs as processes, of activations on disk, are dealt to the processes, which then share nothing.
     """
-    for hookpoint in data.sources:
+    for sweep in asked.values():
         if config.force and peers.rank == 0:
-            start_over(run, "fit", [str(hookpoint)])
-            shutil.rmtree(_work_path(run, hookpoint), ignore_errors=True)
+            start_over(run, "fit", map(str, sweep.values()))
+            shutil.rmtree(_work_path(run, sweep), ignore_errors=True)
     peers.wait()
-    configs = {
-        hookpoint: build_sae_configs(config, source, data.grounds[hookpoint])
-        for hookpoint, source in data.sources.items()
-    }
-    mains = {hookpoint: next(iter(named)) for hookpoint, named in configs.items()}
+    built = {place: build_sae_configs(config, data.sources[place], data.grounds[place]) for place in asked}
+    configs = {place: {key: built[place][key] for key in sweep} for place, sweep in asked.items()}
+    folders = {place: _work_path(run, sweep) for place, sweep in asked.items()}
     team, folder = peers, ""
     if peers.world_size > 1 and not config.from_flux and min(map(len, configs.values())) >= peers.world_size:
         from fluxsae.sae.training import Processes
@@ -209,27 +273,27 @@ def _fit(config: FitConfig, run: RunFolder, data: _Data, peers: Processes) -> No
         (hookpoint,) = data.sources
         data = _from_disk(config, hookpoint, team)
         configs = {hookpoint: dict(list(configs[hookpoint].items())[peers.rank :: peers.world_size])}
-    saes = _train(config, run, data, configs, team, folder=folder)
+    folders = {place: path / folder for place, path in folders.items()}
+    saes = _train(config, data, configs, team, folders=folders)
     if team.rank == 0:
-        _save(run, saes, mains, data)
+        _save(run, saes, asked, data)
     peers.wait()
 
 
 def _train(
     config: FitConfig,
-    run: RunFolder,
     data: _Data,
     configs: Mapping[HookPoint, Mapping[str, SaeConfig]],
     team: Processes,
     *,
-    folder: str,
+    folders: Mapping[HookPoint, Path],
 ) -> dict[HookPoint, dict[str, SparseAutoencoder]]:
     from fluxsae.sae.training import Task, train_together
 
     tasks = [
         Task(
-            saes, data.sources[hookpoint], _work_path(run, hookpoint) / folder,
-            _tracker(config, f"{hookpoint} {folder}".strip()) if config.track and team.rank == 0 else None,
+            saes, data.sources[hookpoint], folders[hookpoint],
+            _tracker(config, str(folders[hookpoint].name)) if config.track and team.rank == 0 else None,
         )
         for hookpoint, saes in configs.items()
     ]  # fmt: skip
@@ -251,27 +315,27 @@ def build_sae_configs(config: FitConfig, source: Source, trained_on: TrainedOn |
     Raises:
         FluxSaeError: a value out of range, such as a k above the number of features.
     """
-    n_features = config.n_features or config.expansion_factor * source.d_model
     n_tokens = config.training().n_steps(source.n_batches) * source.batch_size
-    needs_k = KINDS[config.arch].needs_k
-    if config.k and not needs_k:
-        raise FluxSaeError(f"k is {config.k}, but {config.arch} has no k. Leave it out, or choose --arch topk.")
-    ks: tuple[int | None, ...] = (config.k or (max(1, min(64, source.d_model // 8)),)) if needs_k else (None,)
-    coefficients = config.l1_coeff if config.arch == "l1" else config.l1_coeff[:1]
+    usual_k = max(1, min(64, source.d_model // 8)) if KINDS[config.arch].needs_k else None
     return {
-        f"{config.arch}-{k}" if needs_k else f"{config.arch}-{l1_coeff:g}": SaeConfig(
+        key: SaeConfig(
             architecture=config.arch,
             d_model=source.d_model,
-            n_features=n_features,
-            k=k,
+            n_features=width or config.expansion_factor * source.d_model,
+            k=k or usual_k,
             l1_coeff=l1_coeff,
             l0_coeff=config.l0_coeff,
             auxk_coeff=config.auxk_coeff,
             dead_after_tokens=config.dead_after_tokens or max(1, min(_DEAD_TOKENS_AT_MOST, n_tokens // 10)),
+            sigma_table=_sigma_table(config, trained_on),
             trained_on=trained_on,
         )
-        for k, l1_coeff in product(ks, coefficients)
+        for key, (k, l1_coeff, width) in sweep_values(config).items()
     }
+
+
+def _sigma_table(config: FitConfig, trained_on: TrainedOn | None) -> tuple[float, ...]:
+    return tuple(sorted(set(trained_on.sigmas))) if config.sigma_conditioned and trained_on is not None else ()
 
 
 def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Data:
@@ -366,29 +430,45 @@ def _ground(manifest: ActivationManifest, steps: tuple[int, ...]) -> TrainedOn:
 def _save(
     run: RunFolder,
     saes: Mapping[HookPoint, Mapping[str, SparseAutoencoder]],
-    mains: Mapping[HookPoint, str],
+    asked: Mapping[HookPoint, Sweep],
     data: _Data,
 ) -> None:
-    """Measures every SAE; the main one becomes the run's, the others of a sweep stay beside the training log."""
+    """Measures every SAE and keeps it in the run."""
+    import torch
+
     from fluxsae.sae.training import HeldOut
 
     measures = {hookpoint: [HeldOut(sae) for sae in named.values()] for hookpoint, named in saes.items()}
     for image in data.held_out():
         for hookpoint, tokens in image.items():
+            sigmas = torch.tensor(data.grounds[hookpoint].sigmas)
             for measure in measures[hookpoint]:
-                measure.add(tokens)
+                measure.add(tokens, sigmas=sigmas.repeat_interleave(len(tokens) // len(sigmas)))
     for hookpoint, named in saes.items():
         for measure, (name, sae) in zip(measures[hookpoint], named.items(), strict=True):
             measured = measure.measure()
+            named_sae = asked[hookpoint][name]
             print(
-                f"{hookpoint} {name}: FVU {measured['fvu']:.4f}, L0 {measured['l0']:.1f}, "
+                f"{named_sae}: FVU {measured['fvu']:.4f}, L0 {measured['l0']:.1f}, "
                 f"dead {100 * measured['dead_share']:.1f} % (held out: {measured['n_images']} images)"
             )
-            if name == mains[hookpoint]:
-                sae.save_pretrained(run.sae_path(hookpoint))
-                run.save_metrics(hookpoint, measured)
-            else:
-                sae.save_pretrained(_work_path(run, hookpoint) / name)
+            sae.save_pretrained(run.sae_path(named_sae))
+            run.save_metrics(named_sae, measured)
+
+
+def report_variants(run: RunFolder, place: HookPoint) -> None:
+    """Where a hook point has several SAEs: one table of them, and one plot among its sheets."""
+    import io
+
+    from fluxsae.evaluation.variants import draw_variants, measured_variants, variants_text
+
+    found = measured_variants(run, place)
+    if len(found) < 2:
+        return
+    png = io.BytesIO()
+    draw_variants(found, title=f"SAEs at {place}").save(png, format="PNG", optimize=True)
+    run.save_sheet(place, "variants", png.getvalue())
+    print(f"\n{variants_text(found)}\n\nplot in {run.sheet_path(place, 'variants')}")
 
 
 def _device(config: FitConfig) -> torch.device:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fluxsae.features.cards import CardIndex
-    from fluxsae.flux import FluxPipeline
+    from fluxsae.flux import AnyFlux, Captured
     from fluxsae.sae.model import SparseAutoencoder
 
 
@@ -74,7 +74,7 @@ def main(config: HeatmapConfig) -> None:
 
     check_png_path(config.out)
     run = RunFolder(config.run or miniature_path("run"))
-    index = CardIndex(run, config.hookpoint or run.hookpoints()[-1])
+    index = CardIndex(run, config.hookpoint or run.default_sae())
     if config.feature is not None:
         index.features[config.feature]  # refuses what does not exist, before any model work
     revision = index.info.flux_revision if config.flux is None else None
@@ -104,7 +104,7 @@ def main(config: HeatmapConfig) -> None:
 class _Reader:
     """Generates images and reads their activations at one hook point."""
 
-    def __init__(self, pipe: FluxPipeline, sae: SparseAutoencoder, index: CardIndex, config: HeatmapConfig) -> None:
+    def __init__(self, pipe: AnyFlux, sae: SparseAutoencoder, index: CardIndex, config: HeatmapConfig) -> None:
         from fluxsae.features.scoring import check_trained_step, trained_steps
         from fluxsae.flux import schedule_sigmas, settings_ground
 
@@ -125,7 +125,7 @@ class _Reader:
         with capture(self.pipe, [self.hookpoint], steps=self.steps) as captured:
             image = generate(self.pipe, prompt, seeds=self.seed, settings=self.settings)[0]
         assert isinstance(image, Image.Image)
-        return image, self._acts(captured.get)[0]
+        return image, self._acts(captured)[0]
 
     def score_of(self, feature: int) -> Callable[[Sequence[str]], list[float]]:
         """S of one feature for prompts at the reader's seed; generation ends after the last step that is read."""
@@ -139,17 +139,23 @@ class _Reader:
                 with capture(self.pipe, [self.hookpoint], steps=self.steps, stop_early=True) as captured:
                     generate(self.pipe, prompt, seeds=self.seed, settings=self.settings)
                 with torch.inference_mode():
-                    acts = [self.sae.encode_features(captured.get(self.hookpoint, s), [feature]) for s in self.steps]
+                    acts = [
+                        self.sae.encode_features(captured.get(self.hookpoint, s), [feature], sigma=captured.sigma(s))
+                        for s in self.steps
+                    ]
                 scores.append(max(float(part.max()) for part in acts))
             return scores
 
         return score
 
-    def _acts(self, get: Callable[..., Tensor]) -> Float[Tensor, "images tokens features"]:
+    def _acts(self, captured: Captured) -> Float[Tensor, "images tokens features"]:
         import torch
 
         with torch.inference_mode():
-            return reduce(torch.maximum, (self.sae.encode(get(self.hookpoint, step)) for step in self.steps))
+            by_step = (
+                self.sae.encode(captured.get(self.hookpoint, step), sigma=captured.sigma(step)) for step in self.steps
+            )
+            return reduce(torch.maximum, by_step)
 
 
 def _strongest(acts: Float[Tensor, "tokens features"], index: CardIndex) -> int:

@@ -30,6 +30,7 @@ from train.command import start
 from train.recipes import (
     RECIPES,
     SCRIPTS,
+    Recipe,
     RecipeOptions,
     build_recipe,
     build_stage_configs,
@@ -76,6 +77,8 @@ def main(config: PipelineConfig) -> list[StageResult]:
     run = RunFolder(config.run or Path("runs") / _default_name(config))
     configs = {stage: build_stage_configs(stage, recipe, run, force=config.force) for stage in chosen}
     if not config.only and config.from_ is None:
+        if not config.force:
+            _refuse_other_flux(run, recipe)
         write_text(run.toml_path, recipe.to_toml())
     open_flux = functools.cache(config.open)
     results = []
@@ -88,6 +91,15 @@ def main(config: PipelineConfig) -> list[StageResult]:
         export_run(run, config.export)
     push_complete(run, config.push_to)
     return results
+
+
+def _refuse_other_flux(run: RunFolder, recipe: Recipe) -> None:
+    """Refuses the folder of another FLUX's run, before its recipe is replaced and a FLUX is loaded."""
+    if not run.toml_path.is_file():
+        return
+    present, asked = RecipeOptions.from_recipe(str(run.toml_path)).flux, recipe.flux["flux"]
+    if present != asked:
+        raise FluxSaeError(f"{run.path} is a run of {present}, not of {asked}. Name another --run folder.")
 
 
 def _default_name(config: PipelineConfig) -> str:
@@ -133,7 +145,7 @@ def _rename_source(copy: RunFolder, old: str, new: str) -> None:
     """Lets every recipe of the copied demos name the copy."""
     from fluxsae.files import write_text
 
-    for path in [of(hookpoint) for of in (copy.demos_path, copy.swaps_path) for hookpoint in copy.hookpoints()]:
+    for path in [of(hookpoint) for of in (copy.demos_path, copy.swaps_path) for hookpoint in copy.sae_names()]:
         if path.exists():
             renamed = path.read_text().replace(f'"source": {json.dumps(old)}', f'"source": {json.dumps(new)}')
             write_text(path, renamed)

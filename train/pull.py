@@ -48,7 +48,7 @@ def main(config: PullConfig) -> RunFolder:
     )
     files = run.published_files()
     size = sum((run.path / name).stat().st_size for name in files)
-    print(f"{len(files)} files, {size / 1e6:.1f} MB, in {run.path}: {', '.join(map(str, run.hookpoints()))}")
+    print(f"{len(files)} files, {size / 1e6:.1f} MB, in {run.path}: {', '.join(map(str, run.sae_names()))}")
     return run
 
 

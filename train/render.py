@@ -65,19 +65,27 @@ def main(config: RenderConfig) -> StageResult | None:
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    names = [*config.hookpoints] or [str(h) for h in run.hookpoints()]
+    names = [*config.hookpoints] or [str(name) for name in run.sae_names() if run.features_path(name).is_file()]
     indices = [CardIndex(run, name) for name in names]
     chosen = [_chosen(index, config) for index in indices]
     if config.features or config.hookpoints:
         _render(indices, chosen, config, name="chosen")
         return None
+    places = {name: place for place, name in enumerate(names)}
+    own = {**asdict(config), "run": None, "overlays": None, "force": None, "features": []}
+
+    def work(todo: Sequence[str]) -> None:
+        some = [places[name] for name in todo]
+        _render([indices[i] for i in some], [chosen[i] for i in some], config, name="features")
+
     return run_stage(
         run,
         "render",
-        {**asdict(config), "run": None, "overlays": None, "force": None, "features": []},
-        lambda: _render(indices, chosen, config, name="features"),
-        outputs=lambda: [run.sheet_path(index.hookpoint, "features-01") for index in indices],
+        dict.fromkeys(names, own),
+        work,
+        outputs=lambda asked: [run.sheet_path(name, "features-01") for name in asked],
         force=config.force or config.overlays is not None,
+        by_name=True,
     )
 
 
@@ -150,7 +158,9 @@ def _row(index: CardIndex, feature: int, config: RenderConfig) -> SheetRow:
 
 def _detail(card: FeatureCard) -> str:
     lines = [f"fires on {card.image_density:.0%} of images", f"highest activation {card.max_act:.3g}"]
-    if card.label_confidence is not None:
+    if card.label_by is not None:
+        lines.insert(0, f"label given by a {card.label_by}")
+    elif card.label_confidence is not None:
         lines.insert(0, f"label confidence {card.label_confidence:.0%}")
     if card.coherence is not None and card.q_value is not None:
         sure = "q < 0.001" if card.q_value < 0.001 else f"q = {card.q_value:.3f}"

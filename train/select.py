@@ -6,7 +6,7 @@ python -m train.select --run runs/miniature
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,22 @@ import numpy as np
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.config import SelectionConfig
-from fluxsae.flux.hookpoints import HookPoint
 from train.command import start
 from train.prompts import BUNDLED_PROMPTS
 from train.stages import StageResult, run_stage
+
+RANDOM_FEATURES = 256
+"""Features that are shuffled to find how many would get a name by chance."""
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from fluxsae.features.labels import CaptionLabeller, Label, Labeller
+    from fluxsae.features.labels import Labeller
+    from fluxsae.features.naming import NameCheck, NameChecker
+    from fluxsae.features.scores import ScoreMatrix
     from fluxsae.features.selection import FeatureCoherence
+    from fluxsae.miniature.scenes import Scene
     from fluxsae.runs.folder import RunFolder
 
 
@@ -57,8 +62,8 @@ def main(config: SelectConfig, *, labellers: Sequence[Labeller] = ()) -> StageRe
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
-    hookpoints = [hookpoint for hookpoint in run.hookpoints() if run.features_path(hookpoint).is_file()]
-    if not hookpoints or not run.embeddings_path.is_file():
+    names = [name for name in run.sae_names() if run.features_path(name).is_file()]
+    if not names or not run.embeddings_path.is_file():
         raise FluxSaeError(f"{run.path} is not analysed or not embedded; run train.analyze and train.embed first")
     settings = {
         **asdict(config.selection),
@@ -66,35 +71,52 @@ def main(config: SelectConfig, *, labellers: Sequence[Labeller] = ()) -> StageRe
         "max_phrases": config.max_phrases,
         "n_silent": config.n_silent,
         "label_levels": len(CURVE_LEVELS),
+        "names": "held out",
     }
     return run_stage(
         run,
         "select",
-        settings,
-        lambda: _select_all(run, hookpoints, config, labellers),
-        outputs=lambda: [run.features_path(hookpoint) for hookpoint in hookpoints],
+        dict.fromkeys(map(str, names), settings),
+        lambda todo: _select_all(run, todo, config, labellers),
+        outputs=lambda asked: [run.features_path(name) for name in asked],
         force=config.force,
+        by_name=True,
     )
 
 
-def _select_all(run: RunFolder, hookpoints: list[HookPoint], config: SelectConfig, others: Sequence[Labeller]) -> None:
-    labellers = [*others, *_labellers(run, config)]
-    for hookpoint in hookpoints:
-        _select(run, hookpoint, labellers, config)
+def _select_all(run: RunFolder, names: Sequence[str], config: SelectConfig, others: Sequence[Labeller]) -> None:
+    checker, scenes = _checker(run, config, others), _scenes(run)
+    for name in names:
+        _select(run, name, checker, scenes, config)
 
 
-def _labellers(run: RunFolder, config: SelectConfig) -> list[Labeller]:
-    from fluxsae.features.labels import CaptionLabeller, PhraseLabeller
+def _checker(run: RunFolder, config: SelectConfig, others: Sequence[Labeller]) -> NameChecker:
+    from fluxsae.features.naming import NameChecker
     from fluxsae.pictures.perceptual import load_embedder
 
-    images, vectors = run.load_images(), _unit_vectors(run)
-    model = run.load_embeddings().model
+    images, model = run.load_images(), run.load_embeddings().model
     phrases = _phrases([prompt for prompt in images.prompts if prompt] or _stand_in_captions(model), config)
-    texts = load_embedder(model).embed_texts(phrases)
-    return [
-        CaptionLabeller(images.prompts, config=config.selection),
-        PhraseLabeller(phrases, texts, vectors, images.subjects, config=config.selection),
-    ]
+    return NameChecker(
+        images.prompts,
+        images.subjects,
+        vocabulary=phrases,
+        texts=load_embedder(model).embed_texts(phrases),
+        images=_unit_vectors(run),
+        others=others,
+        config=config.selection,
+    )
+
+
+def _scenes(run: RunFolder) -> dict[int, Scene]:
+    """Image id -> what it shows, of the miniature's images that are read surely; empty for other models."""
+    from fluxsae.laboratory.halves import LEAST_CONFIDENCE
+    from fluxsae.miniature.scenes import read_scene
+
+    if run.load_info().flux_id != "miniature":
+        return {}
+    images = run.load_images()
+    read = {image: read_scene(images.picture(image)) for image in images.image_ids}
+    return {image: scene for image, scene in read.items() if scene.confidence >= LEAST_CONFIDENCE}
 
 
 def _unit_vectors(run: RunFolder) -> Float[Tensor, "images width"]:
@@ -124,8 +146,10 @@ def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
     return phrases
 
 
-def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], config: SelectConfig) -> None:
-    from fluxsae.features.labels import CaptionLabeller, combined_label
+def _select(
+    run: RunFolder, hookpoint: str, checker: NameChecker, scenes: dict[int, Scene], config: SelectConfig
+) -> None:
+    from fluxsae.features.naming import kept_names, name_columns, random_named
     from fluxsae.features.scores import ScoreMatrix
     from fluxsae.features.selection import (
         feature_coherence,
@@ -135,41 +159,43 @@ def _select(run: RunFolder, hookpoint: HookPoint, labellers: list[Labeller], con
         top_unique,
     )
 
-    scores = ScoreMatrix.load(run.scores_path(hookpoint)).stored()
-    subjects, embeddings = run.load_images().subjects, _unit_vectors(run)
+    matrix = ScoreMatrix.load(run.scores_path(hookpoint))
+    scores, subjects, embeddings = matrix.stored(), run.load_images().subjects, _unit_vectors(run)
     judged = feature_coherence(scores, embeddings, subjects, config=config.selection)
-    captions = next(labeller for labeller in labellers if isinstance(labeller, CaptionLabeller))
     groups, n_top = prompt_groups(subjects), config.selection.top_images
-    named, best, curves, silent = [], [], [], []
+    proposed, checks, silent = [], [], []
     for column in iter_columns(scores):
-        named.append([labeller.label(column) for labeller in labellers])
-        label = combined_label(named[-1])
-        curves.append(_label_curve(column.numpy(), label, captions) if label else None)
-        # one measure of how far to trust a name, whether at the feature's best or at less
-        best.append(replace(label, confidence=curves[-1][-1]) if label and curves[-1] else None)
+        proposed.append(checker.propose(column))
+        checks.append(checker.check(column, proposed[-1]))
         top = top_unique(column, groups, n=n_top)
         silent.append(nearest_silent_images(column, embeddings, top, n=config.n_silent).tolist())
+    names = kept_names(checks, max_q=config.selection.max_q)
+    alive = [scores[:, f].float() for f in np.flatnonzero([name is not None for name in checks])[:RANDOM_FEATURES]]
+    by_chance = random_named(checker, alive, names, seed=config.selection.seed)
+    if scenes:
+        names = [_placed(name, matrix, f, scenes, checker.held_out) for f, name in enumerate(names)]
     columns = {
         **_coherence_columns(judged, config.selection.max_q),
-        "label": [label.text if label else None for label in best],
-        "label_confidence": [label.confidence if label else None for label in best],
-        "label_curve": curves,
-        "caption_words": [[label.text for label in labels[-2]] for labels in named],
-        "clip_phrases": [[label.text for label in labels[-1]] for labels in named],
+        **name_columns(names),
+        "caption_words": [[label.text for label in captions] for captions, _ in proposed],
+        "clip_phrases": [[label.text for label in phrases] for _, phrases in proposed],
         "silent_images": silent,
     }
-    run.save_features(hookpoint, run.load_features(hookpoint).with_columns(columns))
-    _report(hookpoint, judged, best, config.selection.max_q)
+    run.save_features(hookpoint, run.load_features(hookpoint, given=False).with_columns(columns))
+    _report(hookpoint, judged, names, config.selection.max_q)
+    print(f"  of {len(alive)} of these features with their images shuffled, {by_chance:.1%} would get a name")
 
 
-def _label_curve(scores: Float[np.ndarray, " images"], label: Label, captions: CaptionLabeller) -> list[float]:
-    """How far to trust a name at each level; a name that captions never hold is trusted in proportion."""
-    from fluxsae.features.labels import CURVE_LEVELS, label_curve
+def _placed(
+    name: NameCheck | None, matrix: ScoreMatrix, feature: int, scenes: dict[int, Scene], held_out: np.ndarray
+) -> NameCheck | None:
+    """A name with where its feature fires beside what it names, where enough images show that."""
+    from fluxsae.laboratory.naming import find_place
 
-    holds = captions.holds(label.text)
-    if holds is None:
-        return [float(value) for value in label.confidence * CURVE_LEVELS]
-    return label_curve(scores, holds)
+    if name is None:
+        return None
+    scores, tokens = matrix.feature(feature).numpy(), np.asarray(matrix.argmax_token[:, feature])
+    return name.at(find_place(name.label.text, scores, tokens, scenes, grid=matrix.grid, held_out=held_out))
 
 
 def _coherence_columns(judged: FeatureCoherence, max_q: float) -> dict[str, list[Any]]:
@@ -185,7 +211,7 @@ def _coherence_columns(judged: FeatureCoherence, max_q: float) -> dict[str, list
     }
 
 
-def _report(hookpoint: HookPoint, judged: FeatureCoherence, best: list[Label | None], max_q: float) -> None:
+def _report(hookpoint: str, judged: FeatureCoherence, best: list[NameCheck | None], max_q: float) -> None:
     from fluxsae.features.selection import select_features
 
     sure = np.array([label.confidence if label else np.nan for label in best])
@@ -194,7 +220,7 @@ def _report(hookpoint: HookPoint, judged: FeatureCoherence, best: list[Label | N
     print(f"{hookpoint}: {len(chosen)} of {tested} tested features are coherent (FDR {max_q:g}), {named} have a label")
     for feature in chosen[:10]:
         label = best[feature]
-        name = f"{label.text} ({label.confidence:.2f})" if label else "no label"
+        name = f"{label.label.text} ({label.confidence:.2f})" if label else "no label"
         print(f"  {feature:6d}  coherence {judged.coherence[feature]:.3f}  q {judged.q_value[feature]:.4f}  {name}")
 
 

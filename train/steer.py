@@ -20,7 +20,17 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
 from fluxsae.sae.config import Mismatch
-from fluxsae.steering.edits import HeatmapRegion, Mode, Recipe, SteeringEdit, load_recipes, parse_edits, png_bytes
+from fluxsae.steering.conditions import Condition
+from fluxsae.steering.edits import (
+    HeatmapRegion,
+    Mode,
+    Recipe,
+    SteeringEdit,
+    load_recipes,
+    parse_edits,
+    png_bytes,
+    with_features,
+)
 from train.command import start
 from train.flux_options import open_flux
 from train.outputs import check_png_path
@@ -53,6 +63,10 @@ class SteerConfig:
     """Window [start, stop) of steps that are edited; left out, the noise levels the SAE was trained on."""
     heatmap: float | None = None
     """Edit only where the feature itself fires above this fraction of its usual activation."""
+    when: str | None = None
+    """Edit only images in which this is there: a label, or the number of a feature of the same hook point."""
+    when_above: float = 0.5
+    """From which multiple of its usual activation it counts as there; 0: it fires at all."""
     edits: str | None = None
     """JSON list of edits, or a file that holds one, in place of --feature and what belongs to it."""
     recipe: Path | None = None
@@ -81,6 +95,7 @@ class SteerConfig:
 
 def main(config: SteerConfig) -> Variant:
     """Writes the picture and its recipe and prints what the edit did."""
+    from fluxsae.features.cards import CardIndex
     from fluxsae.files import write_bytes
     from fluxsae.flux import execution_device
     from fluxsae.pictures.perceptual import load_distance, load_embedder
@@ -93,7 +108,7 @@ def main(config: SteerConfig) -> Variant:
     if config.prompt is None:
         raise FluxSaeError("prompt is missing; give --prompt, or --recipe with a file that fluxsae wrote.")
     run = RunFolder(config.run or miniature_path("run"))
-    edits = _edits(config, run)
+    edits = with_features(_edits(config, run), lambda place, label: CardIndex(run, place).named().get(label, ()))
     info = run.load_info()
     pipe = open_flux(config.flux, info.flux_id, info.flux_revision, device=config.device)
     saes = load_saes(run, edits, device=execution_device(pipe))
@@ -126,7 +141,7 @@ def load_saes(
     """The run's SAEs that the edits name."""
     from fluxsae.sae.model import SparseAutoencoder
 
-    places = sorted({run.check_hookpoint(edit.hookpoint) for edit in edits})
+    places = sorted({run.check_sae(edit.hookpoint) for edit in edits})
     return {place: SparseAutoencoder.from_pretrained(run.sae_path(place), device=device) for place in places}
 
 
@@ -145,9 +160,17 @@ def _edits(config: SteerConfig, run: RunFolder) -> tuple[SteeringEdit, ...]:
         return parse_edits(path.read_text(encoding="utf-8") if is_file else config.edits)
     if config.feature is None:
         raise FluxSaeError("feature is missing; give --feature, --edits or --recipe.")
-    hookpoint = run.check_hookpoint(config.hookpoint or run.hookpoints()[-1])
+    hookpoint = run.check_sae(config.hookpoint or run.default_sae())
     region = None if config.heatmap is None else HeatmapRegion(config.heatmap)
-    return (SteeringEdit(hookpoint, config.feature, config.mode, config.strength, steps=config.steps, region=region),)
+    edit = SteeringEdit(hookpoint, config.feature, config.mode, config.strength, steps=config.steps, region=region)
+    return (replace(edit, when=_condition(config)),)
+
+
+def _condition(config: SteerConfig) -> Condition | None:
+    if config.when is None:
+        return None
+    named = {"features": (int(config.when),)} if config.when.isdecimal() else {"label": config.when}
+    return Condition(above=config.when_above, **named)
 
 
 def _again(config: SteerConfig, path: Path) -> Variant:
@@ -169,8 +192,9 @@ def _again(config: SteerConfig, path: Path) -> Variant:
     )
     saes = _recipe_saes(recipe, config.run, device=execution_device(pipe))
     variant = reproduce(pipe, saes, recipe, allow_mismatch=config.allow_mismatch)
+    match = describe_match(path, variant.image)  # before the file is written: it may be the recipe's own
     write_image(config.out, variant)
-    print(f"{path} made again: {config.out} ({describe_match(path, variant.image)})")
+    print(f"{path} made again: {config.out} ({match})")
     return variant
 
 
@@ -211,7 +235,8 @@ def _load_source(source: Any, device: torch.device) -> SparseAutoencoder:
 
 
 def _print_measurement(measured: EditMeasurement) -> None:
-    for name, value in measured.to_dict().items():
+    values = {name: value for name, value in measured.to_dict().items() if name != "natural"}
+    for name, value in {**values, "looks_natural": str(measured.looks_natural)}.items():
         print(f"  {name:<22}{value if isinstance(value, str) or value is None else f'{value:.4g}'}")
 
 

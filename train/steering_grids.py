@@ -68,7 +68,8 @@ def main(config: SteeringGridsConfig) -> list[Path]:
 
     run = RunFolder(config.run)
     info = run.load_info()
-    places = [run.check_hookpoint(name) for name in config.hookpoints] or run.hookpoints()
+    described = [name for name in run.sae_names() if run.features_path(name).is_file()]
+    places: list[HookPoint] = [run.check_sae(name) for name in config.hookpoints] or [*described]
     subjects = {place: _subjects(run, place, config) for place in places}
     pipe = load_flux(info.flux_id, revision=info.flux_revision, device=config.device)
     painter = _Painter(run, pipe, config)
@@ -136,7 +137,7 @@ class _Painter:
             rows,
             title=f"Features of {place} turned down and up",
             subtitle=f"{self.run.load_info().flux_id} · under each picture: {self.distance.name} to the unedited · "
-            "red frame: beyond safe (edited tokens that FLUX never makes, or a picture that it could not have painted)",
+            "red frame: does not look natural (edited tokens, or a picture, that FLUX would not make)",
             cell=self.config.cell,
         )
         self.run.save_sheet(place, f"{name}-01", png_bytes(sheet, recipes))

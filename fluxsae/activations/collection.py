@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import BFloat16, Int
+from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from fluxsae.activations.mixing import MixingBuffer
-from fluxsae.activations.shards import ActivationManifest, ShardWriter, missing_bytes
+from fluxsae.activations.shards import ActivationManifest, ShardFolder, ShardWriter, has_manifest, missing_bytes
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import check_free_space
 from fluxsae.flux import (
@@ -74,6 +74,11 @@ class ImagePlan:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def first(self, count: int) -> "ImagePlan":
+        """The plan of the first `count` images."""
+        pictures = None if self.pictures is None else self.pictures.take(range(count))
+        return ImagePlan(self.prompts[:count], self.first_seed, pictures)
 
     def seed(self, image_id: int) -> int:
         """The seed of an image's noise."""
@@ -305,6 +310,7 @@ def collect(
         FluxSaeError: a folder holds other activations, or the disk is too small, before any image is made; or more
             than `MAX_BAD_SHARE` of the images are left out.
     """
+    _check_growth(plan, folders, manifests)
     _check_space(folders, manifests)
     writers = {
         hookpoint: ShardWriter(folders[hookpoint], manifests[hookpoint], rank=rank, world_size=world_size)
@@ -313,7 +319,8 @@ def collect(
     manifest = manifests[request.hookpoints[0]]
     missing = {hookpoint: set(writer.missing()) for hookpoint, writer in writers.items()}
     wanted = sorted(set().union(*missing.values()))
-    total = sum(len(manifest.image_ids(index)) for index in wanted)
+    present = {index: min(writers[h].n_present(index) for h in writers if index in missing[h]) for index in wanted}
+    total = sum(len(manifest.image_ids(index)) - present[index] for index in wanted)
     done = 0
     left_out: set[int] = set().union(*(writer.left_out() for writer in writers.values()))
 
@@ -325,15 +332,44 @@ def collect(
             raise FluxSaeError(f"{len(left_out)} of {len(plan)} images would be left out, too many to go on. {reason}")
 
     for index in wanted:
-        rows = capture_rows(pipe, plan, manifest.image_ids(index), request, on_bad=leave_out)
+        new = manifest.image_ids(index)[present[index] :]
+        rows = capture_rows(pipe, plan, new, request, on_bad=leave_out)
         bad = [image_id for image_id in manifest.image_ids(index) if image_id in left_out]
         for hookpoint, writer in writers.items():
             if index in missing[hookpoint]:
-                writer.write(index, *rows[hookpoint], left_out=bad)
-        done += len(manifest.image_ids(index))
+                writer.write(index, *_added(writer, index, rows[hookpoint], present[index]), left_out=bad)
+        done += len(new)
         if on_images is not None:
             on_images(done, total)
     return len(left_out)
+
+
+def _added(
+    writer: ShardWriter, index: int, new: Rows, first: int
+) -> tuple[BFloat16[Tensor, "all steps tokens d_model"], Int[Tensor, "all steps tokens"]]:
+    """A shard's rows: those that are there, and behind them the new ones, which begin with its image number `first`."""
+    n_present = writer.n_present(index)
+    if not n_present:
+        return new
+    old = writer.present_rows(index)
+    tokens, token_index = (torch.cat([kept, made[n_present - first :]]) for kept, made in zip(old, new, strict=True))
+    return tokens, token_index
+
+
+def _check_growth(
+    plan: ImagePlan, folders: Mapping[HookPoint, str | Path], manifests: Mapping[HookPoint, ActivationManifest]
+) -> None:
+    """Refuses to add images to a folder whose images are not the first of the plan."""
+    for hookpoint, manifest in manifests.items():
+        if not has_manifest(folders[hookpoint]):
+            continue
+        present = ShardFolder(folders[hookpoint]).manifest
+        manifest.grown_from(present)
+        if plan.first(present.n_images).prompts_hash != present.prompts_hash:
+            raise FluxSaeError(
+                f"{folders[hookpoint]} holds activations of other prompts or pictures, so images cannot be added to "
+                "it. Give the prompts that it was collected with, name another folder, or pass --force to start anew."
+            )
 
 
 def _check_space(folders: Mapping[HookPoint, str | Path], manifests: Mapping[HookPoint, ActivationManifest]) -> None:
@@ -396,6 +432,11 @@ class LiveImages:
         """Rows of each shard; held-out images are never generated."""
         return [len(shard) * self._rows_per_image(hookpoint) for shard in self._shards]
 
+    def image_sigmas(self, hookpoint: HookPoint) -> Float[Tensor, " rows_of_image"]:
+        """The noise level of each of a hook point's rows of an image."""
+        sigmas = torch.tensor(schedule_sigmas(self._pipe, self._request.settings))[list(self._request.steps)]
+        return sigmas.repeat_interleave(self._rows_per_image(hookpoint) // len(sigmas))
+
     def take(self, hookpoint: HookPoint, shard: int, *, epoch: int) -> BFloat16[Tensor, "rows d_model"]:
         """A hook point's rows of a shard's images.
 
@@ -451,6 +492,10 @@ class LiveReader:
     def n_rows(self) -> list[int]:
         """Rows of each shard."""
         return self._images.n_rows(self._hookpoint)
+
+    def image_sigmas(self) -> Float[Tensor, " rows_of_image"]:
+        """The noise level of each row of an image."""
+        return self._images.image_sigmas(self._hookpoint)
 
     def rows(
         self, shards: Sequence[int], wanted: Int[Tensor, " wanted"], *, epoch: int

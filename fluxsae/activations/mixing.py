@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
-from jaxtyping import BFloat16, Int
+from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from fluxsae.activations.shards import ShardFolder, Split
@@ -30,6 +30,9 @@ class RowReader(Protocol):
 
     def n_rows(self) -> list[int]:
         """Rows of each shard."""
+
+    def image_sigmas(self) -> Float[Tensor, " rows_of_image"]:
+        """The noise level of each row of an image; shards hold whole images, with their rows in the same order."""
 
     def rows(
         self, shards: Sequence[int], wanted: Int[Tensor, " wanted"], *, epoch: int
@@ -71,6 +74,11 @@ class DiskReader:
                 torch.index_select(stored, 0, self._stored(shard)[wanted[place:stop] - first], out=rows[place:stop])
             first, place = first + counts[shard], stop
         return rows
+
+    def image_sigmas(self) -> Float[Tensor, " rows_of_image"]:
+        """The noise level of each row of an image."""
+        manifest = self.folder.manifest
+        return torch.tensor(manifest.sigmas)[self._steps].repeat_interleave(manifest.tokens_per_image)
 
     def _stored(self, shard: int) -> Int[Tensor, " rows"]:
         """Which of a shard's stored rows belong to the split and the steps, in order."""
@@ -179,6 +187,16 @@ class MixingBuffer:
                 pending.append(rows[order[start:]])
                 n_pending += len(order) - start
             del rows  # before the next ones are made
+
+    def sigmas(self, epoch: int, *, cursor: int = 0) -> Iterator[Float[Tensor, " rows"]]:
+        """The noise level of each row of the batches that `batches` gives."""
+        of_image, pending = self._reader.image_sigmas(), torch.empty(0)
+        for _, own in self._parts(epoch, cursor):
+            *whole, pending = torch.cat([pending, of_image[own % len(of_image)]]).split(self._share)
+            yield from whole
+            if len(pending) == self._share:
+                yield pending
+                pending = pending[:0]
 
     def _parts(self, epoch: int, cursor: int) -> Iterator[tuple[tuple[int, ...], Int[Tensor, " own"]]]:
         """Each group that has rows for this process from a batch on, and those rows in the order they are used in."""

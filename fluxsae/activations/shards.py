@@ -11,7 +11,7 @@ i * images_per_shard to (i + 1) * images_per_shard - 1:
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -37,7 +37,7 @@ from fluxsae.runs.folder import SCHEMA_VERSION, check_schema
 Split = Literal["train", "held_out", "all"]
 
 _MANIFEST = "manifest.json"
-_ADDED = ("flux_weights", "adapters")
+_ADDED = ("flux_weights", "adapters", "earlier")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,8 @@ class ActivationManifest:
     """SHA-256 over the transformer's weight files; None in folders of before this field, as for `adapters`."""
     adapters: tuple[str, ...] | None = None
     """Hashes of the adapters (LoRAs) that were active or fused."""
+    earlier: tuple[str, ...] = ()
+    """Dataset hashes of this folder when it held fewer images; the shards of that time carry them."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -95,8 +97,34 @@ class ActivationManifest:
 
     @cached_property
     def dataset_hash(self) -> str:
-        """sha256 of everything here: two folders with the same hash hold the same rows."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        """sha256 of everything here: two folders with the same hash hold the same rows, in whatever order they grew."""
+        values = {name: value for name, value in self.to_dict().items() if name != "earlier"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def grown_from(self, present: Self) -> Self:
+        """This manifest for a folder that holds the first images of it already.
+
+        Raises:
+            FluxSaeError: `present` differs in more than the number of images, or has more of them.
+        """
+        mine, other = self.to_dict(), present.to_dict()
+        differing = [
+            f"{name} {other.get(name)} instead of {value}"
+            for name, value in mine.items()
+            if other.get(name) != value and name not in ("n_images", "prompts_hash", "earlier")
+        ]
+        if present.n_images == self.n_images and present.prompts_hash != self.prompts_hash:
+            differing.append(f"prompts_hash {present.prompts_hash} instead of {self.prompts_hash}")
+        if present.n_images > self.n_images:
+            differing.append(f"{present.n_images} images, more than {self.n_images}")
+        if differing:
+            raise FluxSaeError(
+                f"The folder already holds other activations of {self.hookpoint} ({'; '.join(differing)}). "
+                "Choose another folder, or pass --force to delete them and collect anew."
+            )
+        earlier = dict.fromkeys([*present.earlier, present.dataset_hash])
+        earlier.pop(self.dataset_hash, None)
+        return replace(self, earlier=tuple(earlier))
 
     def image_ids(self, shard: int) -> range:
         """The images of a shard."""
@@ -116,6 +144,8 @@ class ActivationManifest:
         lists = {name: [*value] for name, value in vars(self).items() if isinstance(value, tuple)}
         values = {**asdict(self), **lists, "settings": self.settings.to_dict()}
         # Not written where unknown: the hash of an older folder, which its shards carry, is that of what it holds.
+        if not self.earlier:
+            del values["earlier"]
         return {name: value for name, value in values.items() if name not in _ADDED or value is not None}
 
     @classmethod
@@ -154,7 +184,8 @@ class ActivationShard:
             raise FluxSaeError(f"{self.path} is missing. Fill the gap with the same settings: {maker('collect')}.")
         header = read_header(self.path)
         for name, expected in self._metadata().items():
-            if header.metadata.get(name) != expected:
+            known = (expected, *self.manifest.earlier) if name == "dataset" else (expected,)
+            if header.metadata.get(name) not in known:
                 raise FluxSaeError(
                     f"{self.path} has {name} {header.metadata.get(name)}, but its folder's is {expected}. "
                     "Delete the file and collect again."
@@ -273,6 +304,11 @@ class ShardFolder:
                     yield image_id, tokens[position], token_index[position]
 
 
+def has_manifest(folder: str | Path) -> bool:
+    """Whether a folder holds activations, complete or not."""
+    return (Path(folder) / _MANIFEST).is_file()
+
+
 def find_folders(path: str | Path) -> list[Path]:
     """The folders of activations directly below `path`, one a hook point, in FLUX's order."""
     found = [manifest.parent for manifest in Path(path).glob(f"*/{_MANIFEST}")]
@@ -295,7 +331,8 @@ class ShardWriter:
     """Fills a folder with shards, in any order, over any number of runs and processes.
 
     The manifest is written first and says what the complete folder is; a shard is there or not, never half. So a
-    writer that was killed is made again with the same manifest, and `missing()` says what is left to do.
+    writer that was killed is made again with the same manifest, and `missing()` says what is left to do. With a
+    manifest of more images the folder grows; those that are there must be the first of it.
 
     Raises:
         FluxSaeError: the folder holds other activations, or the disk has too little room for what is missing.
@@ -306,16 +343,30 @@ class ShardWriter:
         self.manifest = manifest
         self.rank = rank
         self.world_size = world_size
-        self._refuse_other_contents()
+        present = ShardFolder(self.path).manifest if has_manifest(self.path) else None
+        if present is not None:
+            self.manifest = manifest.grown_from(present)
         remove_leftovers(self.path)
         check_free_space(self.path, missing_bytes(self.path, manifest), purpose=f"Collecting at {manifest.hookpoint}")
-        if rank == 0 and not (self.path / _MANIFEST).is_file():
-            write_json(self.path / _MANIFEST, manifest.to_dict())
+        if rank == 0 and self.manifest != present:
+            write_json(self.path / _MANIFEST, self.manifest.to_dict())
 
     def missing(self) -> list[int]:
-        """Shards that this rank has still to write."""
+        """Shards that this rank has still to write, or to add images to."""
         mine = range(self.rank, self.manifest.n_shards, self.world_size)
-        return [index for index in mine if not self._shard(index).path.is_file()]
+        return [index for index in mine if self.n_present(index) < len(self.manifest.image_ids(index))]
+
+    def n_present(self, index: int) -> int:
+        """How many of a shard's images are there: the last shard of a folder that grows holds some of them."""
+        shard = self._shard(index)
+        return read_header(shard.path).shapes["image_ids"][1][0] if shard.path.is_file() else 0
+
+    def present_rows(
+        self, index: int
+    ) -> tuple[BFloat16[Tensor, "images steps tokens d_model"], Int[Tensor, "images steps tokens"]]:
+        """Rows and token indices of a shard that images are to be added to."""
+        tensors = load_tensors(self._shard(index).path)
+        return tensors["tokens"], tensors["token_index"]
 
     def write(
         self,
@@ -335,18 +386,3 @@ class ShardWriter:
 
     def _shard(self, index: int) -> ActivationShard:
         return _shard(self.path, self.manifest, index)
-
-    def _refuse_other_contents(self) -> None:
-        if not (self.path / _MANIFEST).is_file():
-            return
-        present, wanted = ShardFolder(self.path).manifest.to_dict(), self.manifest.to_dict()
-        differing = [
-            f"{name} {present.get(name)} instead of {value}"
-            for name, value in wanted.items()
-            if present.get(name) != value
-        ]
-        if differing:
-            raise FluxSaeError(
-                f"{self.path} already holds other activations ({'; '.join(differing)}). "
-                "Choose another folder, or pass --force to delete them and collect anew."
-            )

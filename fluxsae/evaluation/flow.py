@@ -13,9 +13,9 @@ from torch import Tensor
 from fluxsae.evaluation.intervals import Estimate, Weights, bootstrap_weights, interval, safe_ratio
 from fluxsae.evaluation.stream import ImageSet, OnProgress, batches
 from fluxsae.flux import (
+    AnyFlux,
     BlockCall,
     BlockHandler,
-    FluxPipeline,
     block_hooks,
     embed_prompts,
     encode_images,
@@ -96,7 +96,7 @@ class CleanImages:
         return len(self.prompts)
 
 
-def drawn_images(pipe: FluxPipeline, count: int, *, seed: int = 0) -> CleanImages:
+def drawn_images(pipe: AnyFlux, count: int, *, seed: int = 0) -> CleanImages:
     """Scenes that the miniature's world draws, with full captions: true latents."""
     rng = np.random.default_rng(seed)
     scenes: list[Scene] = [sample_scene(rng, held_out=None) for _ in range(count)]
@@ -106,9 +106,7 @@ def drawn_images(pipe: FluxPipeline, count: int, *, seed: int = 0) -> CleanImage
     return CleanImages(prompts, torch.cat(latents), are_true=True)
 
 
-def own_images(
-    pipe: FluxPipeline, images: ImageSet, *, settings: GenerationSettings, batch_size: int = 8
-) -> CleanImages:
+def own_images(pipe: AnyFlux, images: ImageSet, *, settings: GenerationSettings, batch_size: int = 8) -> CleanImages:
     """The model's own samples, where no true images are at hand."""
     parts = [
         generate(pipe, prompts, seeds=seeds, settings=settings, output_type="latent")
@@ -119,7 +117,7 @@ def own_images(
 
 def splice(sae: SparseAutoencoder) -> BlockHandler:
     """A handler that puts the reconstruction in place of the tokens."""
-    return lambda call: sae.reconstruct(call.tokens)
+    return lambda call: sae.reconstruct(call.tokens, sigma=call.sigma)
 
 
 def splice_mean(mean: Float[Tensor, " d_model"]) -> BlockHandler:
@@ -143,7 +141,7 @@ class _StepSums:
 
 @torch.no_grad()
 def evaluate_flow(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: Mapping[HookPoint, SparseAutoencoder],
     images: CleanImages,
     steps: Mapping[HookPoint, Sequence[int]],
@@ -178,7 +176,7 @@ def evaluate_flow(
 
 
 def _batch_sums(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     hookpoint: HookPoint,
     sae: SparseAutoencoder,
     images: CleanImages,

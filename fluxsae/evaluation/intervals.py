@@ -1,5 +1,6 @@
 """Estimates with bootstrap intervals: images are drawn again with replacement, never tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,20 @@ def interval(values: Float[np.ndarray, " draws"]) -> Estimate:
         return Estimate(float(values[0]), float("nan"), float("nan"))
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(values[0]), float(low), float(high))
+
+
+def two_level_draws(groups: Sequence[Float[np.ndarray, " _"]], *, draws: int, seed: int) -> Float[np.ndarray, " draws"]:
+    """The mean of the groups' means, for the sample and for resamples of groups and of the members of each.
+
+    For rates of pictures of several concepts: other concepts could have been asked for, and other pictures drawn.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(len(groups), size=(draws, len(groups)))
+    taken = np.zeros(chosen.shape)
+    for place, group in enumerate(groups):
+        is_chosen, n = chosen == place, len(group)
+        taken[is_chosen] = rng.multinomial(n, np.full(n, 1 / n), size=int(is_chosen.sum())) @ group / n
+    return np.concatenate([[np.mean([group.mean() for group in groups])], taken.mean(axis=1)])
 
 
 def weighted_mean(values: Float[np.ndarray, " images"], weights: Weights) -> Float[np.ndarray, " draws"]:

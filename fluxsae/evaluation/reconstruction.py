@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fluxsae.evaluation.intervals import Estimate, Weights, bootstrap_weights, interval, weighted_mean
 from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
-from fluxsae.flux import FluxPipeline, schedule_sigmas
+from fluxsae.flux import AnyFlux, schedule_sigmas
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.sae.metrics import FiringSums, density_histogram, to_float64
@@ -95,7 +95,7 @@ class ImageSums:
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: dict[HookPoint, SparseAutoencoder],
     images: ImageSet,
     steps: dict[HookPoint, list[int]],
@@ -109,13 +109,14 @@ def evaluate_reconstruction(
     """FVU, L0, density and dead features of each SAE over all tokens of the images, with intervals over images."""
     sums = {hookpoint: ImageSums() for hookpoint in saes}
     firing = {hookpoint: FiringSums.empty(sae.config.n_features) for hookpoint, sae in saes.items()}
+    sigmas = torch.tensor(schedule_sigmas(pipe, settings))
     batches = iter_activations(
         pipe, images, steps, settings=settings, batch_size=batch_size, on_progress=on_progress, doing="reconstruction"
     )
     for batch in batches:
         for hookpoint, sae in saes.items():
             x = batch.tokens[hookpoint]
-            acts = sae.encode_sparse(x)
+            acts = sae.encode_sparse(x, sigma=sigmas[steps[hookpoint], None])
             active = to_float64(acts.active).mean(-1)
             sums[hookpoint].update(x, sae.decode_sparse(acts), centre=sae.input_mean, active=active)
             firing[hookpoint].update(acts)
@@ -164,7 +165,7 @@ class TransferCell:
 
 @torch.no_grad()
 def transfer_table(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: dict[HookPoint, SparseAutoencoder],
     images: ImageSet,
     *,
@@ -187,7 +188,7 @@ def transfer_table(
         )  # fmt: skip
         for batch in batches:
             for hookpoint, sae in saes.items():
-                _update_by_step(sums[hookpoint], sae, batch.tokens[hookpoint])
+                _update_by_step(sums[hookpoint], sae, batch.tokens[hookpoint], sigmas)
         is_own = (height, width) == (settings.height, settings.width)
         for hookpoint, table in cells.items():
             own = trained[hookpoint] if is_own else []
@@ -195,9 +196,12 @@ def transfer_table(
     return cells
 
 
-def _update_by_step(sums: ImageSums, sae: SparseAutoencoder, x: Float[Tensor, "images steps tokens d"]) -> None:
+def _update_by_step(
+    sums: ImageSums, sae: SparseAutoencoder, x: Float[Tensor, "images steps tokens d"], sigmas: Sequence[float]
+) -> None:
     """All steps of a schedule, encoded one at a time, since together their acts would not fit."""
-    acts = [sae.encode_sparse(x[:, step]) for step in range(x.shape[1])]
+    levels = [sae.nearest_sigma(float(sigma)) for sigma in sigmas]
+    acts = [sae.encode_sparse(x[:, step], sigma=level) for step, level in enumerate(levels)]
     x_hat = torch.stack([sae.decode_sparse(each) for each in acts], dim=1)
     active = torch.stack([to_float64(each.active).mean(-1) for each in acts], dim=1)
     sums.update(x, x_hat, centre=sae.input_mean, active=active)

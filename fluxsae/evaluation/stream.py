@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import FluxPipeline, capture, generate
+from fluxsae.flux import AnyFlux, capture, generate
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 
@@ -68,7 +68,7 @@ class ActivationBatch:
 
 
 def iter_activations(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     images: ImageSet,
     steps: Mapping[HookPoint, Sequence[int]],
     *,

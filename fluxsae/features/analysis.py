@@ -4,13 +4,16 @@ import json
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
+from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.config import AnalysisConfig
 from fluxsae.features.scores import ScoreMatrix, TopImages
-from fluxsae.features.statistics import HISTOGRAM_EDGES, FeatureStats
+from fluxsae.features.statistics import HISTOGRAM_EDGES, PLACE_SIDE, FeatureStats
+from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.runs.tables import FeatureRow, FeatureTable
 
 FEATURE_CLASSES = ("dead", "rare", "common", "very common")
@@ -74,6 +77,27 @@ def find_families(companions: Companions, *, similarity: float) -> list[int]:
     return [number.get(part, -1) for part in parts.tolist()]
 
 
+def place_shares(
+    places: Float[Tensor, "features cells"], grid: TokenGrid
+) -> tuple[list[float | None], list[float | None]]:
+    """Shares of each feature's activation in the middle quarter of images, and in their outermost cells.
+
+    `places` are sums by cell of the coarse grid. None for a feature that never fires, and on a grid that is too small
+    to have a middle and a border, such as the single row of a text stream.
+    """
+    rows, cols = min(grid.rows, PLACE_SIDE), min(grid.cols, PLACE_SIDE)
+    if min(rows, cols) < 4:
+        return [None] * len(places), [None] * len(places)
+    square = places.reshape(-1, rows, cols)
+    total = square.sum(dim=(1, 2))
+    middle = square[:, rows // 4 : rows - rows // 4, cols // 4 : cols - cols // 4].sum(dim=(1, 2))
+    border = total - square[:, 1:-1, 1:-1].sum(dim=(1, 2))
+    alive = (total > 0).tolist()
+    parts = ((part / total.clamp(min=1e-300)).tolist() for part in (middle, border))
+    centres, borders = ([s if fires else None for s, fires in zip(each, alive, strict=True)] for each in parts)
+    return centres, borders
+
+
 def describe_features(scores: ScoreMatrix, stats: FeatureStats, config: AnalysisConfig) -> FeatureTable:
     """One row a feature, from S and the sums.
 
@@ -89,12 +113,13 @@ def describe_features(scores: ScoreMatrix, stats: FeatureStats, config: Analysis
     companions = find_companions(best, n_images=scores.n_images, n_neighbours=config.n_neighbours)
     families = find_families(companions, similarity=config.family_similarity)
     images = [ids[ids >= 0].numpy() for ids in best.image_ids[:, : config.n_top_images]]
-    density = stats.density.tolist()
+    density, image_density = stats.density.tolist(), (stats.image_counts / max(1, stats.n_images)).tolist()
+    centres, borders = place_shares(stats.places, scores.grid)
     columns: dict[str, list[Any]] = {
         "feature": list(range(scores.n_features)),
         "feature_class": [feature_class(share, config) for share in density],
         "density": density,
-        "image_density": (stats.image_counts / max(1, stats.n_images)).tolist(),
+        "image_density": image_density,
         "mean_act": stats.mean_act.tolist(),
         "max_act": stats.maxima.tolist(),
         "quantiles": stats.quantiles(config.quantile_levels).tolist(),
@@ -107,6 +132,9 @@ def describe_features(scores: ScoreMatrix, stats: FeatureStats, config: Analysis
         "neighbours": companions.features,
         "neighbour_similarities": companions.similarities,
         "family": families,
+        "patch_share": [d / i if i > 0 else None for d, i in zip(density, image_density, strict=True)],
+        "centre_share": centres,
+        "border_share": borders,
     }
     rows = [FeatureRow(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
     metadata = {

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.errors import FluxSaeError, maker
 from fluxsae.features.labels import CURVE_LEVELS, STOP_WORDS
+from fluxsae.features.naming import STRENGTHS
 from fluxsae.features.selection import rank_features
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.pictures.heatmaps import token_heatmap
@@ -59,6 +60,36 @@ class CardNeighbour:
 
 
 @dataclass(frozen=True)
+class CardLevel:
+    """How a feature's label does on held-out images at one level of activation."""
+
+    level: str
+    """strong, middle or weak: above two thirds, one third, and 0 of the highest score."""
+    n_images: int
+    precision: float | None
+    """Share of them whose captions hold the label; None without such images, or without a check by captions."""
+    images: tuple[int, ...]
+    """Ids of some of them, the strongest first."""
+
+
+@dataclass(frozen=True)
+class CardName:
+    """How the label was checked on the half of the images that it was not taken from."""
+
+    p_value: float
+    """Chance that it fits random images as well: a permutation test of one name."""
+    q_value: float
+    """The p-value corrected for all features that were checked."""
+    base: float | None
+    """Share of all held-out images whose captions hold it; None where captions never do."""
+    precision: tuple[float, ...]
+    """Share of images scored near 0, 10, ..., 100 % of `max_act` whose captions hold it; lift is this over `base`."""
+    recall: tuple[float, ...]
+    """Share of the images whose captions hold it that score at least so much."""
+    levels: tuple[CardLevel, ...]
+
+
+@dataclass(frozen=True)
 class FeatureCard:
     """Everything that a feature's page shows, as plain values; what no stage has computed yet is None or empty."""
 
@@ -66,7 +97,7 @@ class FeatureCard:
     feature: int
     label: str | None
     label_confidence: float | None
-    """From 0 (chance) to 1."""
+    """From 0 (chance) to 1: where it fires, weighted by how strongly."""
     feature_class: str
     """dead, rare, common or very common."""
     density: float
@@ -83,6 +114,20 @@ class FeatureCard:
     """0: always the same place, 1: everywhere alike."""
     alignment: float | None
     """Cosine of what it reads and what it writes."""
+    label_by: str | None = None
+    """"person" where somebody gave the label (labels.csv)."""
+    name: CardName | None = None
+    """How the label was checked; None without a label, and in runs of before."""
+    place: str | None = None
+    """Where it fires beside what the label names: a key of `PLACES`; None where no masks are known."""
+    place_share: float | None = None
+    """Share of held-out images in which it fires there most."""
+    patch_share: float | None = None
+    """Mean share of the patches on which it fires, in images where it fires."""
+    centre_share: float | None = None
+    """Share of its activation in the middle quarter of images."""
+    border_share: float | None = None
+    """Share of its activation in the outermost eighth on each side."""
     caption_words: tuple[str, ...] = ()
     """Words of the captions enriched in its top images, the strongest first."""
     clip_phrases: tuple[str, ...] = ()
@@ -131,12 +176,16 @@ class CardIndex:
         """
         self.run = run
         self.info = run.load_info()
-        self.hookpoint = run.check_hookpoint(hookpoint)
+        self.hookpoint = run.check_sae(hookpoint)
         self.features = run.load_features(self.hookpoint)
         self.images = run.load_images()
         self.labels: list[str | None] = self._column("label")
+        self.places: list[str | None] = self._column("name_place")
         self._text_centres: dict[str, Float[np.ndarray, " width"]] = {}
-        self.directions = run.load_directions(self.hookpoint) if run.directions_path(self.hookpoint).is_file() else {}
+        self.problems: list[str] = []
+        """What is wrong with files that a card can do without; it then lacks what they hold."""
+        self.directions = self._load_directions()
+        self._heatmaps = self._load_heatmaps()
 
     def __len__(self) -> int:
         return len(self.features)
@@ -148,6 +197,7 @@ class CardIndex:
             feature=feature,
             label=row.label,
             label_confidence=row.label_confidence,
+            label_by=row.label_by,
             feature_class=row.feature_class,
             density=row.density,
             image_density=row.image_density,
@@ -159,10 +209,16 @@ class CardIndex:
             monosemanticity=row.monosemanticity,
             spatial_spread=row.spatial_spread,
             alignment=float(self.directions["alignment"][feature]) if "alignment" in self.directions else None,
-            caption_words=tuple(row.extra.get("caption_words") or ()),
-            clip_phrases=tuple(row.extra.get("clip_phrases") or ()),
+            name=_card_name(row),
+            place=row.name_place,
+            place_share=row.name_place_share,
+            patch_share=row.patch_share,
+            centre_share=row.centre_share,
+            border_share=row.border_share,
+            caption_words=tuple(row.caption_words or ()),
+            clip_phrases=tuple(row.clip_phrases or ()),
             top_images=self._top_images(row),
-            silent_images=tuple(row.extra.get("silent_images") or ()),
+            silent_images=tuple(row.silent_images or ()),
             steps=tuple(self.features.steps),
             step_profile=tuple(row.step_profile),
             histogram=tuple(row.histogram),
@@ -190,16 +246,17 @@ class CardIndex:
         return [*varied(coherent, self.labels), *(feature for feature in ranked if not is_coherent[feature])]
 
     def named(self) -> dict[str, list[int]]:
-        """The features of each label, best ranked first, whose label is trusted at least by half."""
+        """The features of each label, best ranked first, whose label is trusted at least by half at their strongest."""
         found: dict[str, list[int]] = {}
+        is_trusted = (self._label_curves[:, -1] >= 0.5) & (self.max_acts > 0)
         for feature in self.ranked:
-            row = self.features[feature]
-            if row.label and (row.label_confidence or 0.0) >= 0.5 and row.max_act > 0:
-                found.setdefault(row.label, []).append(feature)
+            label = self.labels[feature]
+            if label and is_trusted[feature]:
+                found.setdefault(label, []).append(feature)
         return found
 
     def label_confidence_at(
-        self, shares: Float[np.ndarray, " n"], features: Sequence[int] | None = None
+        self, shares: Float[np.ndarray, " n"], features: Sequence[int] | np.ndarray | None = None
     ) -> Float[np.ndarray, " n"]:
         """How far to trust a feature's label where it fires at this share of its maximum; 0 without a label.
 
@@ -219,6 +276,19 @@ class CardIndex:
         known = self._column("label_curve")
         return np.array([line if curve is None else curve for curve, line in zip(known, in_proportion, strict=True)])
 
+    def name_at(self, share: float, feature: int) -> tuple[float, float, float] | None:
+        """Precision, recall and lift of a label where its feature fires at this share of its maximum.
+
+        On held-out images, by their captions; None where these were not measured.
+        """
+        row = self.features[feature]
+        if row.name_precision is None or row.name_recall is None or not row.name_base:
+            return None
+        precision, recall = (
+            float(np.interp(share, CURVE_LEVELS, curve)) for curve in (row.name_precision, row.name_recall)
+        )
+        return precision, recall, precision / row.name_base
+
     @functools.cached_property
     def max_acts(self) -> Float[np.ndarray, " features"]:
         """Each feature's highest activation in the run; 0 for a dead one."""
@@ -236,7 +306,7 @@ class CardIndex:
 
     def acts(self, feature: int) -> dict[int, Float[np.ndarray, " tokens"]]:
         """Image id -> activations on the tokens of the feature's top images, best first."""
-        return self._heatmaps.acts(feature)
+        return self._heatmaps.acts(feature) if self._heatmaps is not None else {}
 
     def heatmaps(
         self, feature: int, *, scale: Literal["feature", "image"] = "feature"
@@ -279,8 +349,10 @@ class CardIndex:
         hits = self._by_label(text)
         if embedder is not None and self.run.embeddings_path.is_file():
             hits += self._by_clip(text, embedder)
-        unique = {hit.feature: hit for hit in reversed(hits)}
-        return sorted(unique.values(), key=hits.index)[:limit]
+        unique: dict[int, SearchHit] = {}
+        for hit in hits:  # what matched first tells why
+            unique.setdefault(hit.feature, hit)
+        return list(unique.values())[:limit]
 
     def _by_label(self, text: str) -> list[SearchHit]:
         wanted = _content_words(text)
@@ -333,9 +405,32 @@ class CardIndex:
             self._text_centres[embedder.name] = embedder.embed_texts(prompts).mean(dim=0).numpy()
         return self._text_centres[embedder.name]
 
-    @functools.cached_property
-    def _heatmaps(self) -> Heatmaps:
-        return self.run.load_heatmaps(self.hookpoint)
+    def _load_directions(self) -> dict[str, torch.Tensor]:
+        path = self.run.directions_path(self.hookpoint)
+        if not path.is_file():
+            return {}
+        try:
+            found = self.run.load_directions(self.hookpoint)
+            if any(len(tensor) != len(self.features) for tensor in found.values()):
+                raise FluxSaeError(f"{path} is of another number of features. Make it again: {maker('directions')}.")
+        except FluxSaeError as error:
+            self.problems.append(str(error))
+            return {}
+        return found
+
+    def _load_heatmaps(self) -> Heatmaps | None:
+        try:
+            found = self.run.load_heatmaps(self.hookpoint)
+            if found.rows * found.cols != self.grid.n_tokens:
+                path, grid = self.run.heatmaps_path(self.hookpoint), f"{self.info.rows} x {self.info.cols}"
+                raise FluxSaeError(
+                    f"{path} has maps of {found.rows} x {found.cols} patches, and the run's images have {grid}. "
+                    f"Make them again: {maker('score')}."
+                )
+        except FluxSaeError as error:
+            self.problems.append(str(error))
+            return None
+        return found
 
     def _top_images(self, row: FeatureRow) -> tuple[TopImage, ...]:
         images = self.images
@@ -359,6 +454,21 @@ class CardIndex:
 
     def _floats(self, name: str) -> Float[np.ndarray, " features"]:
         return np.array(self._column(name), dtype=np.float64)  # NaN where there is none
+
+
+def _card_name(row: FeatureRow) -> CardName | None:
+    if row.name_p_value is None or row.name_q_value is None:
+        return None
+    counts, images = row.level_counts or [], row.level_images or []
+    levels = zip(STRENGTHS, counts, row.level_precision or [], images, strict=False)
+    return CardName(
+        row.name_p_value,
+        row.name_q_value,
+        row.name_base,
+        tuple(row.name_precision or ()),
+        tuple(row.name_recall or ()),
+        tuple(CardLevel(level, count, precision, tuple(ids)) for level, count, precision, ids in levels),
+    )
 
 
 def _content_words(text: str) -> set[str]:

@@ -43,11 +43,15 @@ class Familiarity:
 
 @torch.no_grad()
 def image_fvu(
-    sae: SparseAutoencoder, tokens: Float[Tensor, "images tokens d_model"], acts: SparseActs | None = None
+    sae: SparseAutoencoder,
+    tokens: Float[Tensor, "images tokens d_model"],
+    acts: SparseActs | None = None,
+    *,
+    sigma: float | None = None,
 ) -> Float[Tensor, " images"]:
     """The FVU of each image about the SAE's input mean, so that images are comparable; `acts` saves the encoding."""
     tokens = tokens.detach().to(sae.W_enc.device)
-    x_hat = sae.reconstruct(tokens) if acts is None else sae.decode_sparse(acts)
+    x_hat = sae.reconstruct(tokens, sigma=sigma) if acts is None else sae.decode_sparse(acts)
     ratios = []
     for x, own in zip(tokens, x_hat, strict=True):  # image by image, since a batch of tokens is large
         error, variance = ((x.float() - other).square().sum(dtype=torch.float64) for other in (own, sae.input_mean))
@@ -68,14 +72,16 @@ def familiarity(
     tokens: Float[Tensor, "images tokens d_model"],
     *,
     step: int,
+    sigma: float | None = None,
 ) -> list[Familiarity] | None:
     """Each picture beside the run's own images at `step`; None where the run was not scored there.
 
-    `metrics` are those of the SAE in the run: `run.load_metrics(hookpoint)`.
+    `metrics` are those of the SAE in the run: `run.load_metrics(hookpoint)`. `sigma` is the step's noise level, which
+    an SAE with a `sigma_table` needs.
     """
     known = metrics.get(_METRIC, {})
     usual = known.get("by_step", {}).get(str(step))
     if usual is None:
         return None
-    fvus = image_fvu(sae, tokens).tolist()
+    fvus = image_fvu(sae, tokens, sigma=sigma).tolist()
     return [Familiarity(fvu, usual["p99"], usual["median"], known["n_images"]) for fvu in fvus]

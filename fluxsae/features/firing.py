@@ -1,5 +1,6 @@
 """What fires in one image: its sparse activations, which features say most about it, and the image that shows most."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -11,7 +12,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex, varied
 from fluxsae.sae.acts import SparseActs
 
-CONFIDENCE: Final[Mapping[str, float]] = {"sure": 0.8, "fairly sure": 0.5, "a guess": 0.0}
+CONFIDENCE: Final[Mapping[str, float]] = {"sure": 0.75, "fairly sure": 0.5, "a guess": 0.0}
 """In words how far to trust a name -> the confidence from which they hold, the highest first."""
 LEAST_EXAMPLE: Final = 4
 """Names that the best example shows at least, if any image has as many."""
@@ -60,10 +61,23 @@ class SparseMaps:
     def acts(self, feature: int, step: int | None) -> Float[np.ndarray, " tokens"]:
         """One feature's activation on every token: at a step, or the most over the SAE's own steps."""
         acts = np.zeros(self.n_tokens, dtype=np.float32)
+        order, begins = self._by_feature
+        entries = order[begins[feature] : begins[feature + 1]]
         for part in self._chosen(step):
-            fires = self.features[part] == feature
-            np.maximum.at(acts, self.rows[part][fires] % self.n_tokens, self.values[part][fires])
+            own = entries[slice(*np.searchsorted(entries, [part.start, part.stop]))]
+            np.maximum.at(acts, self.rows[own] % self.n_tokens, self.values[own])
         return acts
+
+    @functools.cached_property
+    def _by_feature(self) -> tuple[np.ndarray, np.ndarray]:
+        """(places of the entries, feature by feature, ascending in each; where each feature's begin)."""
+        order = np.argsort(self.features, kind="stable").astype(np.int32)
+        return order, np.searchsorted(self.features[order], np.arange(self.n_features + 1))
+
+    @functools.cached_property
+    def _edges(self) -> np.ndarray:
+        """Where the entries of each step begin, and where the last one's end."""
+        return np.searchsorted(self.rows, np.arange(len(self.steps) + 1) * self.n_tokens)
 
     def peaks(self, step: int | None) -> Float[np.ndarray, " n_features"]:
         """Each feature's highest activation over the image."""
@@ -89,6 +103,17 @@ class SparseMaps:
         spreads: Float[np.ndarray, " n_features"] = counts / (len(chosen) * self.n_tokens)
         return spreads
 
+    def strongest(self, step: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens, features, activations) of all that fires: at a step, or the most over the SAE's own steps."""
+        parts = self._chosen(step)
+        keys = np.concatenate(
+            [self.rows[part].astype(np.int64) % self.n_tokens * self.n_features + self.features[part] for part in parts]
+        )
+        unique, place = np.unique(keys, return_inverse=True)
+        acts = np.zeros(len(unique), dtype=np.float32)
+        np.maximum.at(acts, place, np.concatenate([self.values[part] for part in parts]))
+        return unique // self.n_features, unique % self.n_features, acts
+
     def at(self, token: int, step: int | None) -> dict[int, float]:
         """Feature -> activation at one token, of those that fire there."""
         found: dict[int, float] = {}
@@ -107,8 +132,7 @@ class SparseMaps:
                 f"{', '.join(map(str, self.steps))}, or null for the steps it was trained on."
             )
         places = [self.steps.index(each) for each in (self.own_steps if step is None else (step,))]
-        edges = [np.searchsorted(self.rows, [place * self.n_tokens, (place + 1) * self.n_tokens]) for place in places]
-        return [slice(int(low), int(high)) for low, high in edges]
+        return [slice(int(self._edges[place]), int(self._edges[place + 1])) for place in places]
 
 
 @dataclass(frozen=True)
@@ -121,6 +145,14 @@ class Fired:
     """The activation as a share of the feature's maximum in the run."""
     label_confidence_here: float | None
     """How far to trust its label where it fires this strongly; None without a label."""
+    label_precision_here: float | None
+    """Share of held-out images scored like this whose captions hold the label; None where it was not measured."""
+    label_recall_here: float | None
+    """Share of the held-out images whose captions hold the label that score at least this."""
+    label_lift_here: float | None
+    """The precision over the share of all held-out images whose captions hold the label."""
+    place: str | None
+    """Where it fires beside what its label names ("inside", "below", ...); None where that is not known."""
     score: float
     """How much it says about the image: the ranking."""
 
@@ -148,10 +180,11 @@ def fired(cards: CardIndex, feature: int, activation: float, *, score: float = 0
     """A feature at this activation."""
     share = shares_of_maximum(np.array([activation]), cards, [feature])
     sure = float(cards.label_confidence_at(share, [feature])[0]) if cards.labels[feature] else None
-    return Fired(feature, activation, float(share[0]), sure, score)
+    precision, recall, lift = cards.name_at(float(share[0]), feature) or (None, None, None)
+    return Fired(feature, activation, float(share[0]), sure, precision, recall, lift, cards.places[feature], score)
 
 
-def telling(acts: np.ndarray, cards: CardIndex, features: Sequence[int] | None = None) -> np.ndarray:
+def telling(acts: np.ndarray, cards: CardIndex, features: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
     """How much activations of `features` (of all, where None) say: more, the surer the name where it fires like this.
 
     What fires in almost every image says little; a feature without a name counts by its activation, behind the named.
@@ -163,7 +196,9 @@ def telling(acts: np.ndarray, cards: CardIndex, features: Sequence[int] | None =
     return scores
 
 
-def shares_of_maximum(acts: np.ndarray, cards: CardIndex, features: Sequence[int] | None = None) -> np.ndarray:
+def shares_of_maximum(
+    acts: np.ndarray, cards: CardIndex, features: Sequence[int] | np.ndarray | None = None
+) -> np.ndarray:
     """Activations as shares of each feature's maximum in the run, at most 1."""
     maxima = cards.max_acts if features is None else cards.max_acts[features]
     shares: np.ndarray = np.minimum(1.0, np.divide(acts, maxima, out=np.zeros(len(maxima)), where=maxima > 0))

@@ -4,14 +4,13 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
-from scipy.special import gammaln, logsumexp
-from scipy.stats import norm
+from scipy.special import gammaln, log_ndtr, logsumexp
 from torch import Tensor
 
 from fluxsae.features.config import SelectionConfig
@@ -19,8 +18,7 @@ from fluxsae.features.selection import label_images, prompt_groups
 from fluxsae.runs.prompts import words_of
 
 CURVE_LEVELS = np.linspace(0.0, 1.0, 11)
-"""Shares of a feature's highest score at which `label_curve` tells how far to trust its name."""
-_CURVE_WIDTH, _CURVE_PRIOR, _CURVE_BINS = 0.1, 4.0, 100
+"""Shares of a feature's highest score at which precision and recall of its name are measured."""
 
 STOP_WORDS = frozenset(
     {"a", "an", "the", "of", "on", "in", "at", "and", "or", "with", "to", "by", "for", "from", "is", "are", "it", "its"}
@@ -37,7 +35,7 @@ class Label:
     p_value: float
     """Chance of an enrichment this strong among all words tried, by the source's own test."""
     effect: float
-    """How strong it is: log-odds of the word, or the shift in CLIP's space in standard deviations."""
+    """How strong it is: log-odds of the word, or the chance that a top image lies nearer to the phrase than another."""
     source: str
     """Which labeller said so: "captions", "clip", ..."""
 
@@ -108,30 +106,33 @@ class CaptionLabeller:
         order = sorted(np.flatnonzero(p_values < 0.05), key=lambda i: (round(float(log_p[i]), 6), -len(found[i])))
         return [Label(found[i], float(lift[i]), float(p_values[i]), float(delta[i]), self.name) for i in order[:8]]
 
-    def holds(self, text: str) -> np.ndarray | None:
+    def p_value(self, scores: Float[Tensor, " images"], text: str) -> float | None:
+        """Chance that as many random captions as the feature has top images hold this term as often; no correction.
+
+        The exact permutation test of one term. None for a text that is no term of the captions; 1 with too few images.
+        """
+        from scipy.stats import hypergeom  # takes a second to import, and browsing needs none of it
+
+        holds = self._captions_with(text)
+        if holds is None:
+            return None
+        top = label_images(scores, self.groups, config=self.config)
+        if len(top) < self.config.min_images:
+            return 1.0
+        in_top = int(holds[self.groups[top].numpy()].sum())
+        return float(hypergeom.sf(in_top - 1, len(holds), int(holds.sum()), len(top)))
+
+    def holds(self, text: str) -> Bool[np.ndarray, " images"] | None:
         """For each image whether its caption has this term; None for a text that is no term of the captions."""
+        held = self._captions_with(text)
+        return None if held is None else held[self.groups.numpy()]
+
+    def _captions_with(self, text: str) -> Bool[np.ndarray, " captions"] | None:
         at = bisect_left(self.terms, text)
         if at == len(self.terms) or self.terms[at] != text:
             return None
-        found: np.ndarray = self.presence[:, [at]].toarray().ravel()[self.groups.numpy()] > 0
+        found: Bool[np.ndarray, " captions"] = self.presence[:, [at]].toarray().ravel() > 0
         return found
-
-
-def label_curve(scores: Float[np.ndarray, " images"], holds: Bool[np.ndarray, " images"]) -> list[float]:
-    """How far to trust a feature's name at `CURVE_LEVELS` of its highest score: 0 is chance, 1 certainty.
-
-    A feature that barely fires often means nothing of what it is named after. So at each level: the share of images
-    scored near it whose captions hold the name, above the share in all images; never lower at a higher level.
-    """
-    shares, base = scores / max(float(scores.max()), 1e-12), float(holds.mean())
-    fires = shares > 0
-    bins = np.minimum((shares[fires] * _CURVE_BINS).astype(np.int64), _CURVE_BINS - 1)
-    n_near, n_held = (np.bincount(bins, weights=w, minlength=_CURVE_BINS) for w in (None, holds[fires]))
-    centres = (np.arange(_CURVE_BINS) + 0.5) / _CURVE_BINS
-    near = np.exp(-0.5 * np.square((CURVE_LEVELS[:, None] - centres) / _CURVE_WIDTH))
-    held = (near @ n_held + _CURVE_PRIOR * base) / (near @ n_near + _CURVE_PRIOR)
-    lift = np.clip((held - base) / max(1.0 - base, 1e-12), 0.0, 1.0)
-    return [float(value) for value in np.maximum.accumulate(lift)]
 
 
 def enrichment_log_p(
@@ -183,38 +184,68 @@ class PhraseLabeller:
         self.config = config or SelectionConfig()
         self.vocabulary = list(vocabulary)
         self.groups = prompt_groups(prompts)
+        self._row = {phrase: index for index, phrase in enumerate(self.vocabulary)}
         # centring takes away what all images and all texts share, the gap between CLIP's two cones among it
         similarity = (images - images.mean(dim=0)) @ (texts - texts.mean(dim=0)).T
         self.similarity = ((similarity - similarity.mean(dim=0)) / similarity.std(dim=0).clamp(min=1e-9)).numpy()
+        self.ranks = prompt_ranks(self.similarity, self.groups.numpy())
+        self.n_prompts = int(self.groups.max()) + 1 if len(self.groups) else 0
 
     def label(self, scores: Float[Tensor, " images"]) -> list[Label]:
         """The nearest phrases of one feature's top images, the nearest first; empty where none is significant."""
         top = label_images(scores, self.groups, config=self.config).numpy()
         if len(top) < self.config.min_images:
             return []
-        mean = self.similarity[top].mean(axis=0)
-        p_values = np.minimum(norm.sf(mean * np.sqrt(len(top))) * len(self.vocabulary), 1.0)
-        order = [i for i in np.argsort(-mean, kind="stable")[:8] if p_values[i] < 0.05]
-        # a shift of d standard deviations separates top from rest with probability Phi(d / sqrt 2)
-        sure = 2 * norm.cdf(mean / np.sqrt(2)) - 1
+        nearness = self.similarity[top].mean(axis=0)
+        above, log_p = rank_sum(self.ranks[top], n_prompts=self.n_prompts)
+        p_values = np.minimum(np.exp(log_p) * len(self.vocabulary), 1.0)
+        order = [i for i in np.argsort(-nearness, kind="stable")[:8] if p_values[i] < 0.05]
         return [
-            Label(self.vocabulary[i], float(sure[i].clip(0, 1)), float(p_values[i]), float(mean[i]), self.name)
+            Label(
+                self.vocabulary[i], float((2 * above[i] - 1).clip(0, 1)), float(p_values[i]), float(above[i]), self.name
+            )
             for i in order
         ]
 
+    def p_value(self, scores: Float[Tensor, " images"], text: str) -> float | None:
+        """Chance that as many random images as the feature has top images lie as near to this phrase; no correction.
 
-def combined_label(labels: Sequence[Sequence[Label]]) -> Label | None:
-    """One name from several labellers: the first one that has any, surer where another names the same thing."""
-    named = [candidates for candidates in labels if candidates]
-    if not named:
-        return None
-    best = named[0][0]
-    doubt = 1.0 - best.confidence
-    words = set(best.text.split())
-    for others in named[1:]:
-        if words & set(others[0].text.split()):
-            doubt *= 1.0 - others[0].confidence
-    return replace(best, confidence=1.0 - doubt)
+        None for a text that is no phrase of the vocabulary; 1 with too few images.
+        """
+        if text not in self._row:
+            return None
+        top = label_images(scores, self.groups, config=self.config).numpy()
+        if len(top) < self.config.min_images:
+            return 1.0
+        _, log_p = rank_sum(self.ranks[top][:, [self._row[text]]], n_prompts=self.n_prompts)
+        return float(np.exp(log_p[0]))
+
+
+def prompt_ranks(
+    values: Float[np.ndarray, "images phrases"], groups: Int[np.ndarray, " images"]
+) -> Float[np.ndarray, "images phrases"]:
+    """Rank of each value among the prompts, from 1 up: a prompt's images weigh as much as one image together."""
+    weights = 1.0 / np.bincount(groups)[groups]
+    order = np.argsort(values, axis=0, kind="stable")
+    ahead = weights[order]
+    ranks = np.empty(values.shape, dtype=np.float32)
+    np.put_along_axis(ranks, order, (ahead.cumsum(axis=0) - ahead / 2 + 0.5).astype(np.float32), axis=0)
+    return ranks
+
+
+def rank_sum(
+    ranks: Float[np.ndarray, "top phrases"], *, n_prompts: int
+) -> tuple[Float[np.ndarray, " phrases"], Float[np.ndarray, " phrases"]]:
+    """The chance that a top image ranks above another one, and the log-chance that random images do so well.
+
+    Mann and Whitney's permutation test (1947) by its normal approximation. Unlike means of the values themselves,
+    ranks have no heavy tails, and the approximation is cautious for few images. Ranks are of `n_prompts`.
+    """
+    n_top = len(ranks)
+    n_rest = max(n_prompts - n_top, 1)
+    above = (ranks.mean(axis=0, dtype=np.float64) - (n_top + 1) / 2) / n_rest
+    spread = np.sqrt((n_prompts + 1) / (12 * n_top * n_rest))
+    return above, log_ndtr((0.5 - above) / spread)
 
 
 def caption_vocabulary(prompts: Sequence[str], *, limit: int) -> list[str]:

@@ -23,6 +23,7 @@ from fluxsae.flux import BlockCall, capture, generate, nearest_step, read_pictur
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.folder import RunFolder
+from fluxsae.runs.names import SaeName
 from fluxsae.runs.tables import ImageRow, encode_webp, iter_image_rows, write_images
 from fluxsae.sae.acts import SparseActs
 from fluxsae.sae.config import Mismatch
@@ -52,35 +53,25 @@ class ScoreRequest:
     thumbnail_side: int = 384
     """Longest side of the thumbnails, pixels."""
 
-    @property
-    def n_parts(self) -> int:
-        """Number of parts."""
-        return -(-len(self.plan) // self.images_per_part)
-
-    def image_ids(self, part: int) -> range:
-        """The images of a part."""
-        start = part * self.images_per_part
-        return range(start, min(start + self.images_per_part, len(self.plan)))
-
     def bytes_on_disk(self, n_features: int) -> int:
         """Room that the parts and the files made of them take at most, for `n_features` over all SAEs."""
         # An image and feature: S and token in the part (8 bytes), in the file (up to 8), half as much for map entries.
         return len(self.plan) * (20 * n_features + self.thumbnail_side**2)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything that decides the bytes of a part, as plain JSON values."""
+    def shared(self) -> dict[str, Any]:
+        """What decides the bytes of every SAE's parts, beside the images themselves, as plain JSON values."""
         return {
-            "n_images": len(self.plan),
-            "prompts_hash": self.plan.prompts_hash,
             "first_seed": self.plan.first_seed,
             "settings": self.settings.to_dict(),
-            "steps": {str(hookpoint): list(steps) for hookpoint, steps in self.steps.items()},
-            "saes": {str(hookpoint): digest for hookpoint, digest in self.sae_hashes.items()},
             "batch_size": self.batch_size,
             "images_per_part": self.images_per_part,
             "n_top": self.n_top,
             "thumbnail_side": self.thumbnail_side,
         }
+
+    def own(self, name: HookPoint) -> dict[str, Any]:
+        """What decides the bytes of one SAE's parts."""
+        return {"sae": self.sae_hashes[name], "steps": list(self.steps[name])}
 
 
 def trained_steps(sae: SparseAutoencoder, sigmas: Sequence[float]) -> tuple[int, ...]:
@@ -120,45 +111,127 @@ def check_trained_step(
 
 
 class ScoreParts:
-    """The parts of an unfinished scoring in the run's work folder; each is there or not, never half.
+    """The parts of a scoring in the run's work folder; each is there or not, never half.
+
+    They stay when the scoring is complete: another SAE, or more images, then adds parts. An SAE's part of images that
+    the run has already is made without decoding them. With `anew` the run's images do not count.
 
     Raises:
-        FluxSaeError: the work folder holds parts of another scoring.
+        FluxSaeError: the work folder or the run holds the scores of other images, settings or SAEs.
     """
 
-    def __init__(self, run: RunFolder, request: ScoreRequest) -> None:
+    def __init__(self, run: RunFolder, request: ScoreRequest, *, anew: bool = False) -> None:
         self.run, self.request = run, request
         self.path = run.work_path(_STAGE)
-        plan_path = self.path / "plan.json"
-        if plan_path.is_file() and read_json(plan_path) != request.to_dict():
-            raise FluxSaeError(
-                f"{self.path} holds parts of a scoring with other settings or SAEs. "
-                "Finish that one with its own settings, or pass --force to start anew."
-            )
         if self.path.is_dir():
             remove_leftovers(self.path)
-        if not plan_path.is_file():
-            write_json(plan_path, request.to_dict())
+        known = read_json(self._plan_path) if self._plan_path.is_file() else {}
+        present = known or self._present(anew=anew)
+        bounds = [*present["bounds"]]
+        self._check(present, bounds[-1])
+        self.n_there: int = present["n_there"]
+        """How many of the first images the run has."""
+        while bounds[-1] < len(request.plan):
+            bounds.append(min(bounds[-1] + request.images_per_part, len(request.plan)))
+        self.bounds = tuple(bounds)
+        """Where each part begins, and where the last one ends."""
+        self._save_plan(known)
+        for name in request.steps:
+            if not self._own_path(name).is_file():
+                write_json(self._own_path(name), request.own(name))
 
-    def scores_path(self, hookpoint: HookPoint, part: int) -> Path:
+    def _present(self, *, anew: bool) -> dict[str, Any]:
+        """The plan of a run whose parts are not here: it was pulled, or never scored."""
+        request, size = self.request, self.request.images_per_part
+        n_there = 0
+        if not anew and self.run.images_path.is_file():
+            images, plan = self.run.load_images(), request.plan
+            n_there = len(images)
+            seeds = [plan.seed(image_id) for image_id in range(len(plan))]
+            if (list(plan.prompts[:n_there]), seeds[:n_there]) != (images.prompts, images.seeds):
+                raise FluxSaeError(
+                    f"{self.run.path} holds {n_there} images, and these are not the first of the {len(plan)} that were "
+                    "asked for. Give the prompts, seed and number of images that it was scored with, or more images; "
+                    "or pass --force to score all SAEs on other images."
+                )
+        bounds = [*range(0, n_there, size), n_there] if n_there else [0]
+        return {
+            **request.shared(), "bounds": bounds, "n_there": n_there,
+            "prompts_hash": request.plan.first(bounds[-1]).prompts_hash,
+        }  # fmt: skip
+
+    def _check(self, present: dict[str, Any], count: int) -> None:
+        wanted = {**self.request.shared(), "prompts_hash": self.request.plan.first(count).prompts_hash}
+        differing = [name for name, value in wanted.items() if present[name] != value]
+        if count > len(self.request.plan):
+            differing.append(f"images ({count}, more than {len(self.request.plan)})")
+        differing += [
+            f"SAE of {name}"
+            for name in self.request.steps
+            if self._own_path(name).is_file() and read_json(self._own_path(name)) != self.request.own(name)
+        ]
+        if differing:
+            raise FluxSaeError(
+                f"{self.path} holds parts of a scoring with other settings or SAEs: {', '.join(differing)}. "
+                "Finish that one with its own settings, or pass --force to start anew."
+            )
+
+    def _save_plan(self, known: dict[str, Any]) -> None:
+        plan = {
+            **self.request.shared(), "bounds": [*self.bounds], "n_there": self.n_there,
+            "prompts_hash": self.request.plan.prompts_hash,
+        }  # fmt: skip
+        if plan != known:
+            write_json(self._plan_path, plan)
+
+    @property
+    def _plan_path(self) -> Path:
+        return self.path / "plan.json"
+
+    def _own_path(self, name: HookPoint) -> Path:
+        return self.path / str(name) / "plan.json"
+
+    @property
+    def n_parts(self) -> int:
+        """Number of parts."""
+        return len(self.bounds) - 1
+
+    def image_ids(self, part: int) -> range:
+        """The images of a part."""
+        return range(self.bounds[part], self.bounds[part + 1])
+
+    def scores_path(self, name: HookPoint, part: int) -> Path:
         """S, argmax tokens, sums and map entries of one part."""
-        return self.path / str(hookpoint) / f"part-{part:05d}.safetensors"
+        return self.path / str(name) / f"part-{part:05d}.safetensors"
 
     def images_path(self, part: int) -> Path:
-        """Prompts, seeds and thumbnails of one part; written last."""
+        """Prompts, seeds and thumbnails of one part; written last, and gone when the run has them."""
         return self.path / f"images-{part:05d}.parquet"
 
-    def all_scores(self, hookpoint: HookPoint) -> list[Path]:
-        """The files of all parts of a hook point, in order."""
-        return [self.scores_path(hookpoint, part) for part in range(self.request.n_parts)]
+    def all_scores(self, name: HookPoint) -> list[Path]:
+        """The files of all parts of an SAE, in order."""
+        return [self.scores_path(name, part) for part in range(self.n_parts)]
 
-    def is_done(self, part: int) -> bool:
-        """Whether the part is complete."""
-        return self.images_path(part).is_file()
+    def has_images(self, part: int) -> bool:
+        """Whether the pictures of a part are there."""
+        return self.bounds[part + 1] <= self.n_there or self.images_path(part).is_file()
+
+    def missing_saes(self, part: int) -> list[HookPoint]:
+        """The SAEs whose part has still to be made; all of them where the pictures have to be."""
+        if not self.has_images(part):
+            return list(self.request.steps)
+        return [name for name in self.request.steps if not self.scores_path(name, part).is_file()]
 
     def missing(self) -> list[int]:
         """The parts that are not complete."""
-        return [part for part in range(self.request.n_parts) if not self.is_done(part)]
+        return [part for part in range(self.n_parts) if self.missing_saes(part)]
+
+    def forget_images(self) -> None:
+        """Called when the run has all pictures: those of the parts are not needed any more."""
+        self.n_there = len(self.request.plan)
+        self._save_plan({})
+        for part in range(self.n_parts):
+            self.images_path(part).unlink(missing_ok=True)
 
 
 def score_images(
@@ -173,21 +246,20 @@ def score_images(
     """Makes the parts that this process has still to make; each image is generated once for all SAEs."""
     request = parts.request
     collectors = {
-        hookpoint: TopMapCollector(
-            sae.config.n_features, n_top=request.n_top, n_tokens=request.grids[hookpoint].n_tokens
-        )
-        for hookpoint, sae in saes.items()
+        name: TopMapCollector(sae.config.n_features, n_top=request.n_top, n_tokens=request.grids[name].n_tokens)
+        for name, sae in saes.items()
     }
-    mine = range(rank, request.n_parts, world_size)
-    total = sum(len(request.image_ids(part)) for part in mine if not parts.is_done(part))
+    mine = range(rank, parts.n_parts, world_size)
+    total = sum(len(parts.image_ids(part)) for part in mine if parts.missing_saes(part))
     done = 0
     for part in mine:
-        if parts.is_done(part):
-            for hookpoint, collector in collectors.items():
-                collector.skip(request.image_ids(part), load_tensors(parts.scores_path(hookpoint, part))["S"])
+        missing = parts.missing_saes(part)
+        for name in collectors.keys() - {*missing}:
+            collectors[name].skip(parts.image_ids(part), load_tensors(parts.scores_path(name, part))["S"])
+        if not missing:
             continue
-        _score_part(pipe, saes, parts, part, collectors)
-        done += len(request.image_ids(part))
+        _score_part(pipe, {name: saes[name] for name in missing}, parts, part, collectors)
+        done += len(parts.image_ids(part))
         if on_images is not None:
             on_images(done, total)
 
@@ -199,17 +271,15 @@ def _score_part(
     part: int,
     collectors: Mapping[HookPoint, TopMapCollector],
 ) -> None:
-    request = parts.request
+    request, with_images = parts.request, not parts.has_images(part)
     accumulators = {
-        hookpoint: ScoreAccumulator(
-            sae.config.n_features, grid=request.grids[hookpoint], steps=request.steps[hookpoint]
-        )
-        for hookpoint, sae in saes.items()
+        name: ScoreAccumulator(sae.config.n_features, grid=request.grids[name], steps=request.steps[name])
+        for name, sae in saes.items()
     }
     rows: list[ImageRow] = []
     fvus: dict[tuple[HookPoint, int], list[Tensor]] = defaultdict(list)
 
-    ids, pictures = request.image_ids(part), request.plan.pictures
+    ids, pictures = parts.image_ids(part), request.plan.pictures
     for start in range(0, len(ids), request.batch_size):
         batch = list(ids[start : start + request.batch_size])
 
@@ -221,21 +291,24 @@ def _score_part(
         images = generate_with_acts(
             pipe,
             saes,
-            request.steps,
+            {name: request.steps[name] for name in saes},
             prompts=[request.plan.prompts[i] for i in batch],
             seeds=[request.plan.seed(i) for i in batch],
             settings=request.settings,
             pictures=None if pictures is None else [pictures.picture(i) for i in batch],
+            with_images=with_images,
             on_acts=keep,
         )
-        for hookpoint, collector in collectors.items():
-            collector.complete(batch, accumulators[hookpoint].scores(batch))
-        rows += [_image_row(request, i, image) for i, image in zip(batch, images, strict=True)]
-    for hookpoint, accumulator in accumulators.items():
-        fvu = torch.stack([torch.cat(fvus[hookpoint, step]) for step in request.steps[hookpoint]], dim=1)
-        entries = {**collectors[hookpoint].pop(), _FVU: fvu}
-        _save_part(parts.scores_path(hookpoint, part), accumulator, entries)
-    write_images(parts.images_path(part), rows)
+        for name, accumulator in accumulators.items():
+            collectors[name].complete(batch, accumulator.scores(batch))
+        if with_images:
+            rows += [_image_row(request, i, image) for i, image in zip(batch, images, strict=True)]
+    for name, accumulator in accumulators.items():
+        fvu = torch.stack([torch.cat(fvus[name, step]) for step in request.steps[name]], dim=1)
+        entries = {**collectors[name].pop(), _FVU: fvu}
+        _save_part(parts.scores_path(name, part), accumulator, entries)
+    if with_images:
+        write_images(parts.images_path(part), rows)
 
 
 def generate_with_acts(
@@ -248,27 +321,29 @@ def generate_with_acts(
     settings: GenerationSettings,
     on_acts: OnActs,
     pictures: Sequence[Image.Image] | None = None,
+    with_images: bool = True,
 ) -> list[Image.Image]:
     """Images; meanwhile `on_acts` gets the acts (images, tokens, features) of each SAE at its steps, as they come.
 
-    With `pictures` nothing is generated: they are read with these prompts as captions, and handed back.
+    With `pictures` nothing is generated: they are read with these prompts as captions, and handed back. Without
+    `with_images` a generation ends after the last wanted step and block, nothing is decoded, and no image comes back.
     """
 
     def encode(call: BlockCall) -> None:
         if call.step in steps[call.hookpoint]:
             check_finite(call, [f"seed {seed} ({prompt!r:.60})" for seed, prompt in zip(seeds, prompts, strict=True)])
             sae = saes[call.hookpoint]
-            on_acts(call, sae.encode_sparse(call.tokens.to(sae.W_enc.device)))
+            on_acts(call, sae.encode_sparse(call.tokens.to(sae.W_enc.device), sigma=call.sigma))
 
     wanted = sorted({step for chosen in steps.values() for step in chosen})
     if pictures is not None:
         asked = {"hookpoints": list(saes), "steps": wanted, "seeds": list(seeds), "settings": settings}
         read_picture(pipe, pictures, prompt=list(prompts), **asked, sink=encode)  # type: ignore[arg-type]
         return list(pictures)
-    with torch.no_grad(), capture(pipe, list(saes), wanted, sink=encode):
+    images: Any = []
+    with torch.no_grad(), capture(pipe, list(saes), wanted, sink=encode, stop_early=not with_images):
         images = generate(pipe, list(prompts), seeds=list(seeds), settings=settings)
-    assert isinstance(images, list)
-    return images
+    return list(images)
 
 
 def _image_row(request: ScoreRequest, image_id: int, image: Image.Image) -> ImageRow:
@@ -292,10 +367,12 @@ def merge_parts(parts: ScoreParts) -> None:
     request, run = parts.request, parts.run
     if parts.missing():
         raise FluxSaeError(
-            f"{len(parts.missing())} of {request.n_parts} parts of the scoring are missing, the first is "
+            f"{len(parts.missing())} of {parts.n_parts} parts of the scoring are missing, the first is "
             f"{parts.missing()[0]}. Start the same command again to make them."
         )
-    run.save_images(_iter_rows(parts))
+    if parts.n_there < len(request.plan):
+        run.save_images(_iter_rows(parts))
+        parts.forget_images()
     for hookpoint, steps in request.steps.items():
         files = parts.all_scores(hookpoint)
         merge_score_files(run.scores_path(hookpoint), files, steps=steps, grid=request.grids[hookpoint])
@@ -308,13 +385,29 @@ def merge_parts(parts: ScoreParts) -> None:
 
 
 def _iter_rows(parts: ScoreParts) -> Iterator[ImageRow]:
-    for part in range(parts.request.n_parts):
-        yield from iter_image_rows(parts.images_path(part))
+    if parts.n_there:
+        yield from parts.run.load_images()
+    for part in range(parts.n_parts):
+        if parts.images_path(part).is_file():
+            yield from iter_image_rows(parts.images_path(part))
 
 
-def forget_parts(run: RunFolder) -> None:
-    """Deletes the work folder of scoring."""
-    shutil.rmtree(run.work_path(_STAGE), ignore_errors=True)
+def scored_saes(run: RunFolder) -> list[SaeName]:
+    """The SAEs that were scored on the run's images."""
+    return [name for name in run.sae_names() if run.scores_path(name).is_file()]
+
+
+def forget_parts(run: RunFolder, names: Collection[HookPoint] | None = None) -> None:
+    """Deletes the parts of some SAEs, or without `names` of all of them and the plan that they share."""
+    folder = run.work_path(_STAGE)
+    for path in [folder] if names is None else [folder / str(name) for name in names]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def has_other_parts(run: RunFolder, name: HookPoint, digest: str) -> bool:
+    """Whether there are parts of an SAE of this name with other weights."""
+    plan = run.work_path(_STAGE) / str(name) / "plan.json"
+    return plan.is_file() and read_json(plan)["sae"] != digest
 
 
 def stream_grid(pipe: Any, hookpoint: HookPoint, settings: GenerationSettings) -> TokenGrid:

@@ -1,6 +1,6 @@
 """Which words of a prompt a feature depends on: what is left of it when one is taken away."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fluxsae.errors import FluxSaeError
@@ -50,7 +50,16 @@ def silencing_words(prompt: str, score: Callable[[Sequence[str]], Sequence[float
     """
     variants = prompts_without_words(prompt)
     whole, *without = score([prompt, *variants.values()])
+    return word_effects(variants, whole, without)
+
+
+def word_effects(words: Iterable[str], whole: float, without: Iterable[float]) -> list[WordEffect]:
+    """The words by what is left of the feature without each, the one that silences it most first.
+
+    Raises:
+        FluxSaeError: the feature does not fire on the whole prompt.
+    """
     if whole <= 0:
-        raise FluxSaeError("the feature is silent on this prompt and seed; choose one of its top images")
-    effects = [WordEffect(word, left, (left - whole) / whole) for word, left in zip(variants, without, strict=True)]
+        raise FluxSaeError("The feature is silent on this prompt and seed. Choose another of its top images.")
+    effects = [WordEffect(word, left, (left - whole) / whole) for word, left in zip(words, without, strict=True)]
     return sorted(effects, key=lambda effect: effect.change)

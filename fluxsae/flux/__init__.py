@@ -9,6 +9,7 @@ from fluxsae.lazy import hand_on
 
 if TYPE_CHECKING:
     from fluxsae.flux.devices import execution_device
+    from fluxsae.flux.families import Embeddings
     from fluxsae.flux.generation import (
         OnStep,
         OutputType,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from fluxsae.flux.hooks import BlockCall, BlockHandler, Captured, FluxLike, block_hooks, capture
     from fluxsae.flux.identity import FluxIdentity, flux_identity, is_exact, why_inexact
     from fluxsae.flux.latents import (
-        Embeddings,
         Snapshot,
         decode_latents,
         embed_prompts,
@@ -33,22 +33,21 @@ if TYPE_CHECKING:
         initial_noise,
         velocity,
     )
-    from fluxsae.flux.loading import (
-        FluxPipeline,
-        compile_blocks,
-        default_settings,
-        hookpoint_width,
-        load_flux,
-    )
-    from fluxsae.flux.reading import read_picture
+    from fluxsae.flux.loading import compile_blocks, default_settings, hookpoint_width, load_flux
+    from fluxsae.flux.pipelines import AnyFlux, Flux2KleinPipeline, Flux2Pipeline, FluxPipeline
+    from fluxsae.flux.previews import draw_latents, fit_colours, is_quick_to_decode, watch_estimates
+    from fluxsae.flux.reading import noised_picture, read_picture
     from fluxsae.flux.schedules import nearest_step
     from fluxsae.flux.settings import GenerationSettings
 
 __all__ = [
+    "AnyFlux",
     "BlockCall",
     "BlockHandler",
     "Captured",
     "Embeddings",
+    "Flux2KleinPipeline",
+    "Flux2Pipeline",
     "FluxIdentity",
     "FluxLike",
     "FluxPipeline",
@@ -66,17 +65,21 @@ __all__ = [
     "decode_latents",
     "default_settings",
     "denoise_to",
+    "draw_latents",
     "embed_prompts",
     "encode_images",
     "execution_device",
+    "fit_colours",
     "flux_identity",
     "generate",
     "generate_from",
     "hookpoint_width",
     "initial_noise",
     "is_exact",
+    "is_quick_to_decode",
     "load_flux",
     "nearest_step",
+    "noised_picture",
     "read_picture",
     "schedule_sigmas",
     "settings_ground",
@@ -84,19 +87,23 @@ __all__ = [
     "unknown_words",
     "unread_tokens",
     "velocity",
+    "watch_estimates",
     "why_inexact",
 ]
 
 __getattr__, __dir__ = hand_on(
     __name__,
     {
+        "AnyFlux": "pipelines",
         "BlockCall": "hooks",
         "BlockHandler": "hooks",
         "Captured": "hooks",
-        "Embeddings": "latents",
+        "Embeddings": "families",
+        "Flux2KleinPipeline": "pipelines",
+        "Flux2Pipeline": "pipelines",
         "FluxIdentity": "identity",
         "FluxLike": "hooks",
-        "FluxPipeline": "loading",
+        "FluxPipeline": "pipelines",
         "GenerationSettings": "settings",
         "Ground": "ground",
         "HookPoint": "hookpoints",
@@ -111,17 +118,21 @@ __getattr__, __dir__ = hand_on(
         "decode_latents": "latents",
         "default_settings": "loading",
         "denoise_to": "generation",
+        "draw_latents": "previews",
         "embed_prompts": "latents",
         "encode_images": "latents",
         "execution_device": "devices",
+        "fit_colours": "previews",
         "flux_identity": "identity",
         "generate": "generation",
         "generate_from": "generation",
         "hookpoint_width": "loading",
         "initial_noise": "latents",
         "is_exact": "identity",
+        "is_quick_to_decode": "previews",
         "load_flux": "loading",
         "nearest_step": "schedules",
+        "noised_picture": "reading",
         "read_picture": "reading",
         "schedule_sigmas": "generation",
         "settings_ground": "ground",
@@ -129,6 +140,7 @@ __getattr__, __dir__ = hand_on(
         "unknown_words": "generation",
         "unread_tokens": "generation",
         "velocity": "latents",
+        "watch_estimates": "previews",
         "why_inexact": "identity",
     },
 )

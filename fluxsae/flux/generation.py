@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
-import diffusers
 import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.flux.hooks import (
     StopGeneration,
@@ -18,14 +18,10 @@ from fluxsae.flux.hooks import (
     free_after_abort,
     step_clock,
 )
-from fluxsae.flux.latents import (
-    Embeddings,
-    Snapshot,
-    embed_prompts,
-    image_by_image,
-)
-from fluxsae.flux.loading import FluxPipeline, default_settings
-from fluxsae.flux.requests import check_channels, check_request, check_text_length, tokens_beyond, words_outside
+from fluxsae.flux.latents import Snapshot, embed_prompts, image_by_image
+from fluxsae.flux.loading import default_settings
+from fluxsae.flux.pipelines import AnyFlux
+from fluxsae.flux.requests import check_channels, check_request, check_text_length, words_outside
 from fluxsae.flux.schedules import (
     build_grid,
     build_schedule,
@@ -41,7 +37,7 @@ Images = list[Image] | Tensor | np.ndarray
 OnStep = Callable[[int, int], None]
 
 
-def token_grid(pipe: diffusers.FluxPipeline, settings: GenerationSettings) -> TokenGrid:
+def token_grid(pipe: AnyFlux, settings: GenerationSettings) -> TokenGrid:
     """The grid of image tokens at these settings' size.
 
     Raises:
@@ -50,13 +46,13 @@ def token_grid(pipe: diffusers.FluxPipeline, settings: GenerationSettings) -> To
     return build_grid(pipe, settings)
 
 
-def schedule_sigmas(pipe: diffusers.FluxPipeline, settings: GenerationSettings) -> list[float]:
+def schedule_sigmas(pipe: AnyFlux, settings: GenerationSettings) -> list[float]:
     """The noise level of every step of the full schedule, descending, without the final 0."""
     return [float(sigma) for sigma in build_schedule(pipe, settings).sigmas]
 
 
 def generate(
-    pipe: diffusers.FluxPipeline,
+    pipe: AnyFlux,
     prompts: str | Sequence[str],
     *,
     seeds: int | Sequence[int],
@@ -79,15 +75,13 @@ def generate(
         settings,
         output_type=output_type,
         on_step=on_step,
-        prompt=prompts,
-        negative_prompt=[settings.negative_prompt] * len(prompts) if settings.true_cfg_scale > 1 else None,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        num_inference_steps=settings.num_inference_steps,
+        **family_of(pipe).call_prompts(pipe, prompts, settings),
     )
 
 
 def denoise_to(
-    pipe: diffusers.FluxPipeline,
+    pipe: AnyFlux,
     prompts: str | Sequence[str],
     *,
     seeds: int | Sequence[int],
@@ -121,8 +115,7 @@ def denoise_to(
                 output_type="latent",
                 on_step=on_step,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                num_inference_steps=settings.num_inference_steps,
-                **_embedding_arguments(embeddings),
+                **family_of(pipe).call_embeddings(embeddings),
             )
     except StopGeneration as stopped:
         if stopped is not stop:
@@ -131,7 +124,7 @@ def denoise_to(
 
 
 def generate_from(
-    pipe: diffusers.FluxPipeline,
+    pipe: AnyFlux,
     snapshot: Snapshot,
     *,
     repeat: int = 1,
@@ -149,6 +142,7 @@ def generate_from(
     if repeat < 1:
         raise FluxSaeError(f"repeat={repeat}: allowed is a whole number from 1.")
     settings, n_steps = snapshot.settings, snapshot.settings.num_inference_steps
+    latents, family = snapshot.latents.repeat_interleave(repeat, dim=0), family_of(pipe)
     with full_schedule(pipe, build_schedule(pipe, settings)):
         return _run(
             pipe,
@@ -156,28 +150,27 @@ def generate_from(
             output_type=output_type,
             on_step=on_step,
             first_step=snapshot.step,
-            latents=snapshot.latents.repeat_interleave(repeat, dim=0),
+            latents=family.call_latents(latents, build_grid(pipe, settings)),
             sigmas=np.linspace(1.0, 1 / n_steps, n_steps)[snapshot.step :],
-            num_inference_steps=n_steps - snapshot.step,
-            **_embedding_arguments(snapshot.embeddings.repeat(repeat)),
+            **family.call_embeddings(snapshot.embeddings.repeat(repeat)),
         )
 
 
-def unread_tokens(pipe: diffusers.FluxPipeline, prompt: str, settings: GenerationSettings) -> int:
+def unread_tokens(pipe: AnyFlux, prompt: str, settings: GenerationSettings) -> int:
     """How many tokens of a prompt FLUX does not read, since they lie beyond `settings.max_sequence_length`."""
-    return tokens_beyond(pipe.tokenizer_2, prompt, settings.max_sequence_length)
+    return max(0, len(family_of(pipe).token_spans(pipe, prompt)) - settings.max_sequence_length)
 
 
-def unknown_words(pipe: diffusers.FluxPipeline, prompt: str) -> list[str]:
+def unknown_words(pipe: AnyFlux, prompt: str) -> list[str]:
     """The prompt's words that a word-level vocabulary (the miniature's) lacks, once each, in order.
 
     Empty for FLUX's own tokenizers, which spell any word from pieces.
     """
-    return words_outside(pipe.tokenizer_2, prompt)
+    return words_outside(family_of(pipe).tokenizer(pipe), prompt)
 
 
 def _run(
-    pipe: diffusers.FluxPipeline,
+    pipe: AnyFlux,
     settings: GenerationSettings,
     *,
     output_type: OutputType,
@@ -189,32 +182,31 @@ def _run(
     if output_type not in ("pil", "latent", "np"):
         raise FluxSaeError(f"output_type={output_type!r}: allowed are 'pil', 'latent' and 'np'.")
 
+    packed: list[Tensor] = []
+
     def after_step(_: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        packed[:] = [values["latents"]]
         if on_step is not None:
             on_step(first_step + index, settings.num_inference_steps)
         return values
 
-    running = nullcontext() if isinstance(pipe, FluxPipeline) else generating(pipe)
+    running = nullcontext() if isinstance(pipe, AnyFlux) else generating(pipe)
     try:
         with running, image_by_image(pipe):
             images: Images = pipe(
-                height=settings.height,
-                width=settings.width,
-                guidance_scale=settings.guidance_scale,
-                true_cfg_scale=settings.true_cfg_scale,
-                max_sequence_length=settings.max_sequence_length,
                 output_type=output_type,
                 callback_on_step_end=after_step,
-                **arguments,
+                **{**family_of(pipe).call_settings(pipe, settings), **arguments},
             ).images
     except BaseException:
         free_after_abort(pipe)
         raise
-    return images
+    # FLUX.2's pipeline hands on unpacked latents.
+    return packed[0] if output_type == "latent" else images
 
 
 def _check_all(
-    pipe: diffusers.FluxPipeline,
+    pipe: AnyFlux,
     prompts: str | Sequence[str],
     seeds: int | Sequence[int],
     settings: GenerationSettings,
@@ -222,14 +214,6 @@ def _check_all(
     """Prompts and seeds as lists of equal length, everything checked that can be before the model works."""
     check_channels(pipe.transformer.config)
     build_schedule(pipe, settings)
-    check_text_length(pipe.tokenizer_2, settings)
+    family_of(pipe).check(pipe, settings)
+    check_text_length(family_of(pipe).tokenizer(pipe), settings)
     return check_request(prompts, seeds)
-
-
-def _embedding_arguments(embeddings: Embeddings) -> dict[str, Any]:
-    return {
-        "prompt_embeds": embeddings.prompt,
-        "pooled_prompt_embeds": embeddings.pooled,
-        "negative_prompt_embeds": embeddings.negative_prompt,
-        "negative_pooled_prompt_embeds": embeddings.negative_pooled,
-    }

@@ -29,7 +29,7 @@ def settings_ground(pipe: Any, settings: GenerationSettings, hookpoint: HookPoin
     """The ground of the generations that these settings give."""
     return Ground(
         flux=flux_identity(pipe),
-        hookpoint=str(hookpoint),
+        hookpoint=str(HookPoint.parse(hookpoint).place),
         height=settings.height,
         width=settings.width,
         guidance_scale=settings.guidance_scale if pipe.transformer.config.guidance_embeds else None,
@@ -43,7 +43,7 @@ def call_ground(pipe: Any, inputs: dict[str, Any], grid: TokenGrid, hookpoint: H
     patch, guidance = 2 * pipe.vae_scale_factor, inputs.get("guidance")
     return Ground(
         flux=flux_identity(pipe),
-        hookpoint=str(hookpoint),
+        hookpoint=str(HookPoint.parse(hookpoint).place),
         height=grid.rows * patch,
         width=grid.cols * patch,
         guidance_scale=None if guidance is None else float(guidance.flatten()[0]),

@@ -19,16 +19,17 @@ BlockOutput = Union["Tensor", "tuple[Tensor, ...]"]
 _BLOCK_LISTS: dict[BlockKind, str] = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
 _SUBMODULES: tuple[Submodule, ...] = get_args(Submodule)
 
-# How diffusers 0.42 lays tokens out, (kind of block, submodule): one tensor along the token axis, or a tuple.
-_LAYOUTS: dict[tuple[BlockKind, Submodule], tuple[Literal["tensor", "tuple"], tuple[Stream, ...]]] = {
-    ("double", "ff"): ("tensor", ("image",)),
-    ("double", "ff_context"): ("tensor", ("text",)),
-    ("double", ""): ("tuple", ("text", "image")),
-    ("double", "attn"): ("tuple", ("image", "text")),
-    ("single", ""): ("tuple", ("text", "image")),
-    ("single", "attn"): ("tensor", ("text", "image")),
-    ("single", "proj_mlp"): ("tensor", ("text", "image")),
-    ("single", "proj_out"): ("tensor", ("text", "image")),
+# What each kind of module carries, in every family; how its output is laid out is the family's affair.
+_BOTH: frozenset[Stream] = frozenset(get_args(Stream))
+_STREAMS: dict[tuple[BlockKind, Submodule], frozenset[Stream]] = {
+    ("double", "ff"): frozenset({"image"}),
+    ("double", "ff_context"): frozenset({"text"}),
+    ("double", ""): _BOTH,
+    ("double", "attn"): _BOTH,
+    ("single", ""): _BOTH,
+    ("single", "attn"): _BOTH,
+    ("single", "proj_mlp"): _BOTH,
+    ("single", "proj_out"): _BOTH,
 }
 
 _SHORT = re.compile(r"layer(?P<index>\d{1,4})")
@@ -41,8 +42,19 @@ _SYNTAX = (
 )
 
 
-@total_ordering
 @dataclass(frozen=True)
+class Layout:
+    """How the output of a module holds its streams: in this order, as a tuple or as one tensor along the token axis."""
+
+    streams: tuple[Stream, ...]
+    is_tuple: bool = False
+
+    def __str__(self) -> str:
+        return f"a tuple of {len(self.streams)} ({', '.join(self.streams)})" if self.is_tuple else "one tensor"
+
+
+@total_ordering
+@dataclass(frozen=True, eq=False)
 class HookPoint:
     """One module of FLUX's transformer and one of its token streams.
 
@@ -60,12 +72,12 @@ class HookPoint:
     stream: Stream = "image"
 
     def __post_init__(self) -> None:
-        if (self.block_kind, self.submodule) not in _LAYOUTS:
+        if (self.block_kind, self.submodule) not in _STREAMS:
             raise FluxSaeError(f"A {self.block_kind}-stream block has no hook point {self.submodule!r}. {_SYNTAX}.")
         if self.stream not in self._streams:
             raise FluxSaeError(
-                f"{self.path} carries {self._streams[0]} tokens only, so its {self.stream} stream cannot be hooked. "
-                "In a double-stream block ff holds the image tokens and ff_context the text tokens."
+                f"{self.path} carries {', '.join(self._streams)} tokens only, so its {self.stream} stream cannot be "
+                "hooked. In a double-stream block ff holds the image tokens and ff_context the text tokens."
             )
 
     @classmethod
@@ -92,6 +104,11 @@ class HookPoint:
         return cls(kind, index, submodule, wanted or default)  # type: ignore[arg-type]
 
     @property
+    def place(self) -> "HookPoint":
+        """The hook point itself, of a name that says more than where (`fluxsae.runs.names.SaeName`)."""
+        return self
+
+    @property
     def path(self) -> str:
         """The module's path below the transformer, for `transformer.get_submodule`."""
         return self.block_path + (f".{self.submodule}" if self.submodule else "")
@@ -101,61 +118,63 @@ class HookPoint:
         """The path of the block that holds the module (the module itself where the whole block is hooked)."""
         return f"{_BLOCK_LISTS[self.block_kind]}.{self.block_index}"
 
-    def split(self, output: BlockOutput, n_text: int) -> 'Float[Tensor, "batch tokens d_model"]':
+    def split(self, output: BlockOutput, n_text: int, layout: Layout) -> 'Float[Tensor, "batch tokens d_model"]':
         """This stream's tokens in what the module returned, as a view where possible.
 
         `n_text` is the number of text tokens, which lead the sequence where both streams share one tensor.
 
         Raises:
-            FluxSaeError: not the kind of output that this module has in the diffusers that fluxsae knows.
+            FluxSaeError: not laid out so.
         """
-        shape, streams = _LAYOUTS[self.block_kind, self.submodule]
         # Longer tuples occur: with an IP-Adapter, attention returns a third part.
-        if isinstance(output, tuple) != (shape == "tuple") or (shape == "tuple" and len(output) < len(streams)):
+        if isinstance(output, tuple) != layout.is_tuple or (layout.is_tuple and len(output) < len(layout.streams)):
             given = f"a tuple of {len(output)}" if isinstance(output, tuple) else "one tensor"
-            known = f"a tuple of {len(streams)} ({', '.join(streams)})" if shape == "tuple" else "one tensor"
             raise FluxSaeError(
-                f"{self.path} returned {given}, not {known} as in diffusers 0.42. Install the diffusers version that "
+                f"{self.path} returned {given}, not {layout} as in diffusers 0.42. Install the diffusers version that "
                 "fluxsae asks for, or remove what replaced this module."
             )
-        if shape == "tuple":
-            return output[streams.index(self.stream)]
-        assert not isinstance(output, tuple)
-        if len(streams) == 1:
+        if isinstance(output, tuple):
+            return output[layout.streams.index(self.stream)]
+        if len(layout.streams) == 1:
             return output
         return output[:, :n_text] if self.stream == "text" else output[:, n_text:]
 
-    def join(self, output: BlockOutput, tokens: 'Float[Tensor, "batch tokens d_model"]', n_text: int) -> BlockOutput:
+    def join(
+        self, output: BlockOutput, tokens: 'Float[Tensor, "batch tokens d_model"]', n_text: int, layout: Layout
+    ) -> BlockOutput:
         """What the module returned with this stream's tokens replaced: same type, layout and dtype; a new tensor."""
         import torch
 
-        shape, streams = _LAYOUTS[self.block_kind, self.submodule]
-        if shape == "tuple":
+        if isinstance(output, tuple):
             parts = list(output)
-            parts[streams.index(self.stream)] = tokens
+            parts[layout.streams.index(self.stream)] = tokens
             return tuple(parts)
-        assert not isinstance(output, tuple)
-        if len(streams) == 1:
+        if len(layout.streams) == 1:
             return tokens
         if self.stream == "text":
             return torch.cat([tokens, output[:, n_text:]], dim=1)
         return torch.cat([output[:, :n_text], tokens], dim=1)
 
     @property
-    def _streams(self) -> tuple[Stream, ...]:
-        return _LAYOUTS[self.block_kind, self.submodule][1]
+    def _streams(self) -> frozenset[Stream]:
+        return _STREAMS[self.block_kind, self.submodule]
 
     def __str__(self) -> str:
         return f"{self.path}.text" if self.stream == "text" and len(self._streams) > 1 else self.path
 
+    def __eq__(self, other: object) -> bool:
+        return self.key == other.key if isinstance(other, HookPoint) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
     def __lt__(self, other: object) -> bool:
-        if not isinstance(other, HookPoint):
-            return NotImplemented
-        return self._key < other._key
+        return self.key < other.key if isinstance(other, HookPoint) else NotImplemented
 
     @property
-    def _key(self) -> tuple[str, int, str, str]:
-        return self.block_kind, self.block_index, self.submodule, self.stream
+    def key(self) -> tuple[str, int, str, str, str]:
+        """What it is compared and sorted by; the last part is the variant of an SAE's name."""
+        return self.block_kind, self.block_index, self.submodule, self.stream, ""
 
 
 def _split_stream(text: str) -> tuple[str, Stream | None]:

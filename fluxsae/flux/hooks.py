@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux.hookpoints import BlockOutput, HookPoint, TokenGrid
+from fluxsae.flux.families import family_of
+from fluxsae.flux.hookpoints import BlockOutput, HookPoint, Layout, TokenGrid
 from fluxsae.flux.requests import check_channels
 from fluxsae.flux.schedules import Schedule, refuse_repeats
 from fluxsae.flux.sharing import check_thread, held
@@ -21,7 +22,7 @@ from fluxsae.flux.sharing import check_thread, held
 
 @runtime_checkable
 class FluxLike(Protocol):
-    """What hooks need of a `FluxPipeline`."""
+    """What hooks need of a pipeline: a transformer of one of FLUX's families, and its scheduler."""
 
     transformer: nn.Module
     scheduler: Any
@@ -234,18 +235,21 @@ def block_hooks(
     check_channels(getattr(pipe.transformer, "config", {}))
     _refuse_step_cache(pipe.transformer)
 
+    modules, family = {hookpoint: find_module(pipe, hookpoint) for hookpoint in handlers}, family_of(pipe)
+
     def before_blocks(call: TransformerCall) -> None:
         _refuse_step_cache(pipe.transformer)  # one may also be enabled while hooks are open
+        family.check_call(call.inputs)
         if on_call is not None:
             on_call(call)
 
-    modules = {hookpoint: find_module(pipe, hookpoint) for hookpoint in handlers}
     with ExitStack() as stack:
         now = stack.enter_context(step_clock(pipe, before_blocks))
         for block_path in sorted({hookpoint.block_path for hookpoint in handlers}):
             stack.enter_context(_eager(pipe.transformer.get_submodule(block_path)))
         for hookpoint, handler in handlers.items():
-            hook = _forward_hook(hookpoint, handler, now, width=find_width(pipe, hookpoint))
+            width, layout = family.width(pipe, hookpoint), family.layout(hookpoint)
+            hook = _forward_hook(hookpoint, handler, now, width=width, layout=layout)
             handle = modules[hookpoint].register_forward_hook(hook)
             stack.callback(handle.remove)
         yield
@@ -255,8 +259,9 @@ def find_module(pipe: FluxLike, hookpoint: HookPoint) -> nn.Module:
     """The module of the transformer that `hookpoint` names.
 
     Raises:
-        FluxSaeError: the model has no such block.
+        FluxSaeError: the model has no such block, or its family no such module in it.
     """
+    family_of(pipe).layout(hookpoint)
     block_list = pipe.transformer.get_submodule(hookpoint.block_path.rpartition(".")[0])
     n_blocks = len(list(block_list.children()))
     if hookpoint.block_index >= n_blocks:
@@ -267,19 +272,12 @@ def find_module(pipe: FluxLike, hookpoint: HookPoint) -> nn.Module:
     return pipe.transformer.get_submodule(hookpoint.path)
 
 
-def find_width(pipe: FluxLike, hookpoint: HookPoint) -> int:
-    """d_model of the activations at a hook point; raises a FluxSaeError where the model has no such block."""
-    module: Any = find_module(pipe, hookpoint)
-    width: Any = module.out_features if hookpoint.submodule == "proj_mlp" else pipe.transformer.inner_dim
-    return int(width)
-
-
 def _forward_hook(
-    hookpoint: HookPoint, handler: BlockHandler, now: Callable[[], TransformerCall], *, width: int
+    hookpoint: HookPoint, handler: BlockHandler, now: Callable[[], TransformerCall], *, width: int, layout: Layout
 ) -> Callable[[nn.Module, Any, BlockOutput], BlockOutput | None]:
     def after_forward(module: nn.Module, args: Any, output: BlockOutput) -> BlockOutput | None:
         here = now()
-        stream = hookpoint.split(output, here.n_text)
+        stream = hookpoint.split(output, here.n_text, layout)
         _check_layout(hookpoint, stream, here, width)
         tokens = stream if hookpoint.stream == "text" else stream[:, : here.grid.n_tokens]
         call = BlockCall(hookpoint, here.step, here.sigma, len(here.sigmas), here.is_conditional, tokens)
@@ -293,7 +291,8 @@ def _forward_hook(
             )
         rest = stream[:, tokens.shape[1] :]
         replaced = replacement.to(tokens)
-        return hookpoint.join(output, torch.cat([replaced, rest], dim=1) if rest.shape[1] else replaced, here.n_text)
+        joined = torch.cat([replaced, rest], dim=1) if rest.shape[1] else replaced
+        return hookpoint.join(output, joined, here.n_text, layout)
 
     return after_forward
 

@@ -6,34 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
 from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.devices import execution_device
+from fluxsae.flux.families import Embeddings, family_of
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.flux.schedules import build_grid, build_schedule, check_step, full_schedule
 from fluxsae.flux.settings import GenerationSettings
-
-
-@dataclass(frozen=True, eq=False)
-class Embeddings:
-    """Encoded prompts: token embeddings, pooled embeddings, and the negative prompt's where it is in use."""
-
-    prompt: Float[Tensor, "batch text d_text"]
-    pooled: Float[Tensor, "batch d_pooled"]
-    negative_prompt: Float[Tensor, "batch text d_text"] | None = None
-    negative_pooled: Float[Tensor, "batch d_pooled"] | None = None
-
-    def repeat(self, n: int) -> "Embeddings":
-        """Every item n times in a row."""
-        copies = [
-            None if part is None else repeat(part, "batch ... -> (batch n) ...", n=n)
-            for part in (self.prompt, self.pooled, self.negative_prompt, self.negative_pooled)
-        ]
-        return Embeddings(*copies)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +30,8 @@ class Snapshot:
 
 @torch.no_grad()
 def embed_prompts(pipe: Any, prompts: Sequence[str], settings: GenerationSettings) -> Embeddings:
-    """The prompts through both text encoders, with the negative prompt where `true_cfg_scale` is above 1."""
-    length = settings.max_sequence_length
-    prompt, pooled, _ = pipe.encode_prompt(list(prompts), max_sequence_length=length)
-    if settings.true_cfg_scale <= 1:
-        return Embeddings(prompt, pooled)
-    negative = [settings.negative_prompt] * len(prompts)
-    negative_prompt, negative_pooled, _ = pipe.encode_prompt(negative, max_sequence_length=length)
-    return Embeddings(prompt, pooled, negative_prompt, negative_pooled)
+    """The prompts through the text encoders, with the negative prompt where `true_cfg_scale` is above 1."""
+    return family_of(pipe).embed(pipe, prompts, settings)
 
 
 def initial_noise(
@@ -116,38 +92,15 @@ def differentiable_velocity(
             f"{grid.n_tokens}. Pass settings of the latents' own size."
         )
     schedule = build_schedule(pipe, settings, device=device)
-    guidance = torch.full([len(latents)], settings.guidance_scale, device=device, dtype=torch.float32)
+    inputs = family_of(pipe).transformer_inputs(pipe, latents.to(device), embeddings, grid=grid, settings=settings)
     with full_schedule(pipe, schedule._replace(step=step)):
         outputs: tuple[Tensor] = pipe.transformer(
-            hidden_states=latents.to(device),
             timestep=schedule.timesteps[step].expand(len(latents)).to(dtype) / 1000,
-            guidance=guidance if pipe.transformer.config.guidance_embeds else None,
-            pooled_projections=embeddings.pooled,
-            encoder_hidden_states=embeddings.prompt,
-            txt_ids=torch.zeros(embeddings.prompt.shape[1], 3, device=device, dtype=dtype),
-            img_ids=token_places(grid).to(device, dtype),
             joint_attention_kwargs={},
             return_dict=False,
+            **inputs,
         )
     return outputs[0]
-
-
-def token_places(grid: TokenGrid) -> Float[Tensor, "tokens 3"]:
-    """What FLUX's rotary embedding takes of each image token: 0, its row and its column."""
-    rows, cols = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.cols), indexing="ij")
-    return rearrange([torch.zeros_like(rows), rows, cols], "part row col -> (row col) part").float()
-
-
-def pack(latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens packed"]:
-    """Latents as the transformer takes them: a token for each 2 x 2 of them."""
-    return rearrange(latents, "b c (row i) (col j) -> b (row col) (c i j)", i=2, j=2)
-
-
-def unpack(
-    latents: Float[Tensor, "batch tokens packed"], grid: TokenGrid
-) -> Float[Tensor, "batch channels height width"]:
-    """Packed latents as the autoencoder takes them."""
-    return rearrange(latents, "b (row col) (c i j) -> b c (row i) (col j)", row=grid.rows, i=2, j=2)
 
 
 @contextmanager
@@ -173,18 +126,15 @@ def encode_images(pipe: Any, images: Sequence[Image]) -> Float[Tensor, "batch to
     pixels = pipe.image_processor.preprocess(list(images)).to(execution_device(pipe), pipe.vae.dtype)
     with image_by_image(pipe):
         encoded = pipe.vae.encode(pixels)
-    raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    return pack((raw - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)
+    return family_of(pipe).pack(pipe, encoded)
 
 
 @torch.no_grad()
 def decode_latents(
     pipe: Any, latents: Float[Tensor, "batch tokens channels"], settings: GenerationSettings
 ) -> list[Image]:
-    """Packed latents as PIL images, as FluxPipeline decodes them."""
-    unpacked = (
-        unpack(latents, build_grid(pipe, settings)) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    )
+    """Packed latents as PIL images, as the pipeline decodes them."""
+    unpacked = family_of(pipe).unpack(pipe, latents, build_grid(pipe, settings))
     with image_by_image(pipe):
         pixels = pipe.vae.decode(unpacked.to(execution_device(pipe), pipe.vae.dtype), return_dict=False)[0]
     images: list[Image] = pipe.image_processor.postprocess(pixels, output_type="pil")

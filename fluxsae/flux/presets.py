@@ -19,7 +19,6 @@ WORKING_BYTES = 4 * GB
 SMALL_MODEL_BYTES = 1 * GB
 """Below this a model is kept whole and in float32, whatever the machine."""
 
-_QUANTISED = ("transformer", "text_encoder_2")
 # Bytes left of a bf16 weight: int8 with a scale a row; nf4 with one absolute maximum (itself 8-bit) a block of 64.
 _QUANTISED_SHARE: dict[Preset, float] = {"int8": 0.51, "nf4": 0.27}
 
@@ -86,12 +85,18 @@ def measure_machine(device: torch.device) -> Machine:
     return Machine(device, host_free, host_free)
 
 
+def quantised_parts(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The components that a quantised preset shrinks: the transformer and the largest text encoder."""
+    encoders = [name for name in sizes if name.startswith("text_encoder")]
+    return ("transformer", *([max(encoders, key=lambda name: sizes[name])] if encoders else []))
+
+
 def required_bytes(preset: Preset, sizes: Mapping[str, int]) -> int:
     """Device memory that a preset needs for components of these sizes (bytes as they are loaded), with working room."""
     if preset == "offload":
         return max(sizes.values()) + WORKING_BYTES
-    share = _QUANTISED_SHARE.get(preset, 1.0)
-    weights = sum(size * (share if name in _QUANTISED else 1.0) for name, size in sizes.items())
+    share, quantised = _QUANTISED_SHARE.get(preset, 1.0), quantised_parts(sizes)
+    weights = sum(size * (share if name in quantised else 1.0) for name, size in sizes.items())
     return round(weights) + WORKING_BYTES
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL.Image import Image
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.hooks import (
     BlockCall,
@@ -18,7 +19,7 @@ from fluxsae.flux.hooks import (
     parse_hookpoints,
     parse_steps,
 )
-from fluxsae.flux.latents import embed_prompts, encode_images, initial_noise, velocity
+from fluxsae.flux.latents import Snapshot, embed_prompts, encode_images, initial_noise, velocity
 from fluxsae.flux.loading import default_settings
 from fluxsae.flux.requests import check_channels, check_prompt, check_seed, check_text_length
 from fluxsae.flux.schedules import build_schedule, check_step
@@ -74,6 +75,25 @@ def read_picture(
     finally:
         free_after_abort(pipe)
     return captured
+
+
+@torch.no_grad()
+def noised_picture(
+    pipe: Any, image: Image, *, prompt: str, seed: int, settings: GenerationSettings, step: int
+) -> Snapshot:
+    """A picture with the noise of a step, from which `generate_from` paints on: what `read_picture` reads there.
+
+    The later the step, the less noise, and the less of the picture can change.
+
+    Raises:
+        FluxSaeError: as `read_picture`.
+    """
+    settings = _sized_settings(pipe, [image], settings)
+    _check(pipe, [prompt], [seed], [step], settings)
+    sigma = float(build_schedule(pipe, settings).sigmas[step])
+    noise = initial_noise(pipe, [seed], settings)
+    latents = (1 - sigma) * encode_images(pipe, [image]).float() + sigma * noise.float()
+    return Snapshot(latents.to(noise.dtype), step, settings, embed_prompts(pipe, [prompt], settings))
 
 
 class _PassRecorder:
@@ -132,7 +152,7 @@ def _check(
     settings: GenerationSettings,
 ) -> None:
     check_channels(pipe.transformer.config)
-    check_text_length(pipe.tokenizer_2, settings)
+    check_text_length(family_of(pipe).tokenizer(pipe), settings)
     for prompt in prompts:
         if prompt != "":
             check_prompt(prompt)

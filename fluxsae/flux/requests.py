@@ -67,13 +67,6 @@ def check_text_length(tokenizer: Any, settings: GenerationSettings) -> None:
         )
 
 
-def tokens_beyond(tokenizer: Any, prompt: str, limit: int) -> int:
-    """How many tokens of a prompt, its end sign counted, lie beyond what is read; 0 without a tokenizer."""
-    if tokenizer is None:
-        return 0
-    return max(0, len(tokenizer(prompt, truncation=False, verbose=False).input_ids) - limit)
-
-
 def words_outside(tokenizer: Any, prompt: str) -> list[str]:
     """The prompt's words that a word-level vocabulary lacks, once each, in order; empty for other tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

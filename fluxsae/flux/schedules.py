@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.flux.sharing import held
@@ -34,7 +35,7 @@ def build_grid(pipe: Any, settings: GenerationSettings) -> TokenGrid:
 
 
 def build_schedule(pipe: Any, settings: GenerationSettings, *, device: torch.device | None = None) -> Schedule:
-    """The schedule FluxPipeline would set for these settings, worked out on a copy of its scheduler."""
+    """The schedule that the pipeline would set for these settings, worked out on a copy of its scheduler."""
     scheduler = copy.deepcopy(pipe.scheduler)
     config, n_steps = scheduler.config, settings.num_inference_steps
     if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
@@ -42,20 +43,12 @@ def build_schedule(pipe: Any, settings: GenerationSettings, *, device: torch.dev
             f"{type(scheduler).__name__} takes no sigmas, with which FLUX sets its schedule. "
             "Use FlowMatchEulerDiscreteScheduler."
         )
-    mu = _dynamic_shift(build_grid(pipe, settings).n_tokens, config)
+    mu = family_of(pipe).mu(pipe, n_tokens=build_grid(pipe, settings).n_tokens, n_steps=n_steps)
     if config.get("use_flow_sigmas", False):
         scheduler.set_timesteps(n_steps, device=device, mu=mu)
     else:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / n_steps, n_steps), device=device, mu=mu)
     return Schedule(scheduler.timesteps, scheduler.sigmas[: len(scheduler.timesteps)])
-
-
-def _dynamic_shift(n_tokens: int, config: Any) -> float:
-    """mu, linear in the image's tokens, as `calculate_shift` of diffusers' FluxPipeline has it."""
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    slope = (high - low) / (many - few)
-    return float(n_tokens * slope + (low - slope * few))
 
 
 @contextmanager

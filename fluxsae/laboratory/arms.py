@@ -3,12 +3,11 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.laboratory.config import Where
+from fluxsae.laboratory.config import Control, Where
 from fluxsae.laboratory.outcomes import Subject
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.edits import SteeringEdit
@@ -22,7 +21,7 @@ class Arm:
     name: str
     edits: tuple[SteeringEdit, ...]
     where: Where = "everywhere"
-    control: Literal["", "random direction", "random feature"] = ""
+    control: Control | None = None
     """In place of the feature's decoder row: a random direction, or another feature's row, of equal norm."""
 
 
@@ -39,7 +38,7 @@ class Controls:
         """The direction that batch item `item` is edited along, (d_model,); None for the feature's own."""
         subject, place = divmod(item, len(self.arms))
         control = self.arms[place].control
-        if not control:
+        if control is None:
             return None
         key = (item, edit.hookpoint, edit.feature)
         if key not in self._known:

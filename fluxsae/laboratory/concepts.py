@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from fluxsae.evaluation.intervals import Estimate, auc_table, interval, weighted_mean
 from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
-from fluxsae.flux import FluxPipeline, token_grid
+from fluxsae.flux import AnyFlux, schedule_sigmas, token_grid
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.concept_report import (
@@ -48,6 +48,8 @@ class _Gathered:
     moments: Sequence[TokenMoments]
     """One for each fold of the first half."""
     seed: int
+    sigmas: Float[torch.Tensor, " steps"] | None = None
+    """Noise levels of the steps, which an SAE with a `sigma_table` needs."""
     readouts: dict[str, Readout] = field(default_factory=dict)
     fold_probes: list[Readout] = field(default_factory=list)
     token_scores: list[Float[np.ndarray, "images concepts"]] = field(default_factory=list)
@@ -73,7 +75,7 @@ class _Gathered:
         if not self.readouts:
             basis = principal_components(self.sae, torch.cat(self._to_fit))
             random = random_directions(self.sae, seed=self.seed)
-            self.readouts = {r.name: r for r in (SaeReadout(self.sae), channels(self.sae), basis, random)}
+            self.readouts = {r.name: r for r in (SaeReadout(self.sae, self.sigmas), channels(self.sae), basis, random)}
             self.pooled = {name: [] for name in self.readouts}
             self._to_fit.clear()
         self._pool()
@@ -105,7 +107,7 @@ class _Gathered:
 
 @torch.no_grad()
 def evaluate_concepts(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: Mapping[HookPoint, SparseAutoencoder],
     images: ImageSet,
     steps: Mapping[HookPoint, Sequence[int]],
@@ -126,7 +128,11 @@ def evaluate_concepts(
     """
     is_first = split_by_prompt(images.prompts, seed=seed)
     folds = fold_by_prompt(images.prompts, is_first, n=N_FOLDS, seed=seed)
-    gathered = {h: _Gathered(sae, [TokenMoments(sae) for _ in range(N_FOLDS)], seed) for h, sae in saes.items()}
+    sigmas = torch.tensor(schedule_sigmas(pipe, settings))
+    gathered = {
+        h: _Gathered(sae, [TokenMoments(sae) for _ in range(N_FOLDS)], seed, sigmas[list(steps[h])])
+        for h, sae in saes.items()
+    }
     scenes: list[Scene] = []
     grid = token_grid(pipe, settings)
     batches = iter_activations(
@@ -186,7 +192,7 @@ def _best(table: Float[np.ndarray, "concepts candidates"]) -> Int[np.ndarray, " 
 
 
 def _gather_maps(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     images: ImageSet,
     steps: Mapping[HookPoint, Sequence[int]],
     gathered: Mapping[HookPoint, _Gathered],

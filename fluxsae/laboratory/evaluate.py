@@ -1,8 +1,14 @@
 """Scores of a run's SAEs: reconstruction, transfer, flow loss and concepts, measured on images of their own."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.evaluation.flow import FlowReport, drawn_images, evaluate_flow, own_images
@@ -12,22 +18,29 @@ from fluxsae.evaluation.reconstruction import (
     evaluate_reconstruction,
     transfer_table,
 )
-from fluxsae.evaluation.stream import ImageSet, OnProgress
+from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
 from fluxsae.features.scores import ScoreMatrix
 from fluxsae.features.scoring import trained_steps
-from fluxsae.flux import FluxPipeline, execution_device, flux_identity, schedule_sigmas, settings_ground
+from fluxsae.flux import AnyFlux, execution_device, flux_identity, schedule_sigmas, settings_ground, token_grid
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.laboratory.audit import AuditReport, run_audit
 from fluxsae.laboratory.concept_report import ConceptReport
 from fluxsae.laboratory.concepts import evaluate_concepts
 from fluxsae.laboratory.config import EvaluationConfig
+from fluxsae.laboratory.dictionaries import untrained_sae
+from fluxsae.laboratory.matching import find_matches
+from fluxsae.laboratory.pairs import PairsReport, run_pairs
+from fluxsae.laboratory.sample import Sample, gather_sample
 from fluxsae.laboratory.steering import candidate_features, run_laboratory
 from fluxsae.laboratory.steering_report import LaboratoryReport
+from fluxsae.laboratory.truths import CONCEPTS
+from fluxsae.miniature.scenes import ATTRIBUTES
 from fluxsae.runs.folder import RunFolder
 from fluxsae.sae.config import Mismatch
 from fluxsae.sae.model import SparseAutoencoder
 
-Part = Literal["reconstruction", "transfer", "flow", "concepts", "steering"]
+Part = Literal["reconstruction", "transfer", "flow", "concepts", "steering", "pairs", "audit"]
 PARTS: tuple[Part, ...] = get_args(Part)
 MINIATURE = "miniature"
 
@@ -42,6 +55,8 @@ class Evaluation:
     concepts: ConceptReport | None = None
     steering: LaboratoryReport | None = None
     """One laboratory for all hook points, since it chooses among them."""
+    pairs: PairsReport | None = None
+    audit: AuditReport | None = None
 
     def metrics(self) -> dict[str, Any]:
         """The keys that this evaluation gives metrics.json."""
@@ -50,24 +65,36 @@ class Evaluation:
             found |= flat.to_dict() if flat is not None else {}
         if self.transfer is not None:
             found["transfer"] = [cell.to_dict() for cell in self.transfer]
-        nested = {"concepts": self.concepts, "steering": self.steering}
-        return found | {name: report.to_dict() for name, report in nested.items() if report is not None}
+        nested = {"concepts": self.concepts, "steering": self.steering, "pairs": self.pairs, "audit": self.audit}
+        found |= {name: report.to_dict() for name, report in nested.items() if report is not None}
+        return {name: _without_nan(value) for name, value in found.items()}
+
+
+def _without_nan(value: Any) -> Any:
+    """The same value with None for what too few images could not tell."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def evaluate(
     run: RunFolder,
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     *,
     parts: Sequence[Part] = PARTS,
     hookpoints: Sequence[HookPoint | str] = (),
     config: EvaluationConfig | None = None,
+    write: bool = False,
+    tell: Callable[[str], object] = lambda _: None,
     allow_mismatch: Collection[Mismatch] = (),
     on_progress: OnProgress | None = None,
 ) -> dict[HookPoint, Evaluation]:
-    """Measures the run's SAEs and writes the results into the metrics.json of each.
+    """Measures the run's SAEs; with `write` the results go into the metrics.json of each, part by part.
 
-    `concepts` and `steering` need a run of the miniature, whose scenes can be read back from its images; `steering`
-    also needs the concepts. Each part is written as soon as it stands.
+    `concepts`, `steering` and `pairs` need a run of the miniature, whose scenes can be read back from its images, and
+    `steering` needs the concepts. `tell` gets a line on what each part costs before it starts, and one after it.
 
     Raises:
         FluxSaeError: an unknown part, a hook point without an SAE, another FLUX than the SAEs were trained on.
@@ -78,8 +105,11 @@ def evaluate(
     work = _Work.plan(run, pipe, hookpoints, config or EvaluationConfig(), allow_mismatch=allow_mismatch)
     found: dict[Part, Mapping[HookPoint, Any]] = {}
     for part in sorted(parts, key=PARTS.index):
-        found[part] = getattr(work, part)(on_progress)
-        for hookpoint, report in found[part].items():
+        began = time.monotonic()
+        tell(f"{part}: {work.cost(part)}")
+        found[part] = work.measured[part] = getattr(work, part)(on_progress)
+        tell(f"{part}: took {time.monotonic() - began:.0f} s")
+        for hookpoint, report in found[part].items() if write else ():
             alone: dict[str, Any] = {part: report}
             run.update_metrics(hookpoint, Evaluation(**alone).metrics())
     return {h: Evaluation(**{part: reports[h] for part, reports in found.items()}) for h in work.saes}
@@ -90,25 +120,30 @@ class _Work:
     """Everything the parts share."""
 
     run: RunFolder
-    pipe: FluxPipeline
+    pipe: AnyFlux
     saes: dict[HookPoint, SparseAutoencoder]
     steps: dict[HookPoint, list[int]]
     settings: GenerationSettings
     config: EvaluationConfig
     allow_mismatch: Collection[Mismatch]
+    measured: dict[Part, Mapping[HookPoint, Any]] = field(default_factory=dict)
+    """What earlier parts of the same evaluation found."""
+    _samples: dict[HookPoint, Sample] = field(default_factory=dict)
 
     @classmethod
     def plan(
         cls,
         run: RunFolder,
-        pipe: FluxPipeline,
+        pipe: AnyFlux,
         hookpoints: Sequence[HookPoint | str],
         config: EvaluationConfig,
         *,
         allow_mismatch: Collection[Mismatch],
     ) -> "_Work":
         settings = run.load_info().settings
-        wanted = [run.check_hookpoint(name) for name in hookpoints] or [h for h in run.hookpoints() if run.has_sae(h)]
+        wanted: list[HookPoint] = [run.check_sae(name) for name in hookpoints] or [
+            h for h in run.sae_names() if run.has_sae(h)
+        ]
         missing = [str(hookpoint) for hookpoint in wanted if not run.has_sae(hookpoint)]
         if missing or not wanted:
             raise FluxSaeError(f"{run.path} has no SAE at {', '.join(missing) or 'any hook point'}. Train one first.")
@@ -124,6 +159,38 @@ class _Work:
     def is_miniature(self) -> bool:
         """Whether the images show scenes that can be drawn and read."""
         return flux_identity(self.pipe).flux_id == MINIATURE
+
+    def _need_scenes(self, part: Part) -> None:
+        if not self.is_miniature:
+            raise FluxSaeError(
+                f"True concepts are known for scenes of the miniature only, and this run is of "
+                f"{flux_identity(self.pipe).flux_id}. Leave {part} out, or evaluate a run of the miniature."
+            )
+
+    def cost(self, part: Part) -> str:
+        """What a part costs, in passes of the transformer over one image."""
+        config, n_steps = self.config, self.settings.num_inference_steps
+        until = max(max(steps) for steps in self.steps.values()) + 1
+        n_seen = sum(map(len, self.steps.values()))
+        scored = min(3 * config.n_images, len(self.run.load_images()))
+        own = 0 if self.is_miniature else n_steps  # x0 has to be generated
+        audit, laboratory = config.audit, config.laboratory
+        sample = audit.n_images * (n_steps if self.is_miniature else until)
+        passes: dict[Part, int] = {
+            "reconstruction": config.n_images * until,
+            "transfer": config.n_transfer_images * len(config.sizes or self._default_sizes()) * n_steps,
+            "flow": config.n_flow_images * (3 * n_seen + own),
+            "concepts": scored * (n_steps + until),
+            "steering": laboratory.most_pictures(len(CONCEPTS)) * n_steps,
+            "pairs": len(self.saes) * (sample + len(CONCEPTS) * config.n_pairs * (1 + len(ATTRIBUTES))),
+            "audit": len(self.saes) * (sample + audit.n_training_images * until)
+            + audit.n_flow_images * 9 * n_seen * (audit.n_seeds + 1),
+        }
+        held = {"pairs", "audit"} & {part}
+        d_model = max(sae.config.d_model for sae in self.saes.values())
+        n_values = audit.n_images * max(map(len, self.steps.values())) * token_grid(self.pipe, self.settings).n_tokens
+        memory = f", {n_values * d_model * 4 / 1e9:.2g} GB of activations in memory" if held else ""
+        return f"at most {passes[part]:,} passes of the transformer over one image{memory}"
 
     def fresh_images(self, count: int) -> ImageSet:
         """Prompts of the run with noise that no stage has used."""
@@ -183,11 +250,7 @@ class _Work:
         )
 
     def concepts(self, on_progress: OnProgress | None) -> dict[HookPoint, ConceptReport]:
-        if not self.is_miniature:
-            raise FluxSaeError(
-                f"True concepts are known for scenes of the miniature only, and this run is of "
-                f"{flux_identity(self.pipe).flux_id}. Leave concepts out, or evaluate a run of the miniature."
-            )
+        self._need_scenes("concepts")
         table = self.run.load_images()
         return evaluate_concepts(
             self.pipe,
@@ -210,12 +273,14 @@ class _Work:
         return list(ScoreMatrix.load(path).steps)
 
     def steering(self, on_progress: OnProgress | None) -> dict[HookPoint, LaboratoryReport]:
+        self._need_scenes("steering")
         features = {}
         for hookpoint in self.saes:
-            concepts = self.run.load_metrics(hookpoint).get("concepts")
+            report = self.measured.get("concepts", {}).get(hookpoint)
+            concepts = report.to_dict() if report else self.run.load_metrics(hookpoint).get("concepts")
             if concepts is None:
                 raise FluxSaeError(
-                    f"Which features of {hookpoint} match which concept is not known yet. Evaluate the concepts first."
+                    f"Which features of {hookpoint} match which concept is not known yet. Add --concepts."
                 )
             features[hookpoint] = candidate_features(concepts, limit=self.config.laboratory.n_candidates)
         report = run_laboratory(
@@ -229,8 +294,70 @@ class _Work:
         )
         return dict.fromkeys(self.saes, report)
 
+    def pairs(self, on_progress: OnProgress | None) -> dict[HookPoint, PairsReport]:
+        self._need_scenes("pairs")
+        reports = {}
+        for hookpoint, sae in self.saes.items():
+            sample = self._sample(hookpoint, on_progress)
+            assert sample.truth is not None
+            saes = sae, untrained_sae(sae, sample.x.flatten(0, 2), seed=10_000 + self.config.seed)
+            first, second = (
+                find_matches(sample.truth.halves, sample.scores(each).double().numpy())[0] for each in saes
+            )
+            reports[hookpoint] = run_pairs(
+                self.pipe, hookpoint, saes, (first, second), step=max(self.steps[hookpoint]), settings=self.settings,
+                n_pairs=self.config.n_pairs, seed=self.config.seed, on_progress=on_progress,
+            )  # fmt: skip
+        return reports
+
+    def audit(self, on_progress: OnProgress | None) -> dict[HookPoint, AuditReport]:
+        reports = {}
+        for hookpoint, sae in self.saes.items():
+            images = (
+                drawn_images(self.pipe, self.config.audit.n_flow_images, seed=self.config.seed)
+                if self.is_miniature
+                else own_images(
+                    self.pipe, self.fresh_images(self.config.audit.n_flow_images), settings=self.settings,
+                    batch_size=self.config.batch_size,
+                )
+            )  # fmt: skip
+            reports[hookpoint] = run_audit(
+                self.pipe, hookpoint, sae, self._sample(hookpoint, on_progress),
+                rows=self._training_rows(hookpoint, on_progress), images=images, settings=self.settings,
+                config=self.config.audit, on_progress=on_progress,
+            )  # fmt: skip
+        return reports
+
+    def _sample(self, hookpoint: HookPoint, on_progress: OnProgress | None) -> Sample:
+        """The first images of the run at one hook point, generated once for all parts."""
+        if hookpoint not in self._samples:
+            table, config = self.run.load_images(), self.config.audit
+            images = ImageSet(tuple(table.prompts), tuple(table.seeds)).first(config.n_images)
+            has_clip = self.run.embeddings_path.is_file()
+            self._samples[hookpoint] = gather_sample(
+                self.pipe, hookpoint, images, self.steps[hookpoint], settings=self.settings,
+                embeddings=torch.tensor(self.run.load_embeddings().vectors[: len(images)]) if has_clip else None,
+                can_read=self.is_miniature, batch_size=config.batch_size, seed=config.seed, on_progress=on_progress,
+            )  # fmt: skip
+        return self._samples[hookpoint]
+
+    def _training_rows(self, hookpoint: HookPoint, on_progress: OnProgress | None) -> Float[Tensor, "rows d"]:
+        """Tokens of images that the sample does not hold, of other prompts where the run has as many."""
+        config, steps, parts = self.config.audit, self.steps[hookpoint], []
+        prompts = self.run.load_images().prompts
+        images = ImageSet.fresh(prompts[config.n_images :] or prompts, config.n_training_images)
+        keep = max(1, config.n_rows // (len(images) * len(steps)))
+        generator = torch.Generator().manual_seed(config.seed)
+        for batch in iter_activations(
+            self.pipe, images, {hookpoint: steps}, settings=self.settings, batch_size=config.batch_size,
+            on_progress=on_progress, doing="rows to train on",
+        ):  # fmt: skip
+            x = batch.tokens[hookpoint].cpu()
+            parts.append(x[:, :, torch.randperm(x.shape[2], generator=generator)[:keep]].flatten(0, 2))
+        return torch.cat(parts)
+
     def _labels(self, hookpoint: HookPoint) -> list[str | None] | None:
         if not self.run.features_path(hookpoint).is_file():
             return None
-        features = self.run.load_features(hookpoint)
+        features = self.run.load_features(hookpoint, given=False)  # names that were found are what is judged
         return list(features.column("label")) if "label" in features else None

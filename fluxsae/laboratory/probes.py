@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fluxsae.laboratory.readouts import LinearReadout
-from fluxsae.laboratory.truths import CONCEPTS, COVERED, Concept
-from fluxsae.sae.config import SaeConfig
+from fluxsae.laboratory.truths import CONCEPTS, COVERED
 from fluxsae.sae.model import SparseAutoencoder
 
 RIDGE = 1e-3
@@ -65,28 +64,6 @@ class TokenMoments:
             for name in ("total", "product", "concept_count", "concept_total"):
                 getattr(together, name).add_(getattr(part, name))
         return together
-
-    def difference(self, concept: Concept) -> Float[Tensor, " d"] | None:
-        """Mean of the concept's tokens minus that of the attribute's other values, normalised; None without either."""
-        own = CONCEPTS.index(concept)
-        others = [row for row, other in enumerate(CONCEPTS) if other.attribute == concept.attribute and row != own]
-        n_own, n_others = float(self.concept_count[own]), float(self.concept_count[others].sum())
-        if not n_own or not n_others:
-            return None
-        return self.concept_total[own] / n_own - self.concept_total[others].sum(0) / n_others
-
-    def difference_sae(self, concept: Concept) -> SparseAutoencoder | None:
-        """The difference as a dictionary of one feature, whose reference activation is its length."""
-        step = self.difference(concept)
-        if step is None:
-            return None
-        sae = SparseAutoencoder(SaeConfig(architecture="l1", d_model=len(step), n_features=1), seed=None)
-        sae.W_dec.data[0] = normalize(step.float(), dim=0)
-        sae.reference_acts[0] = step.norm().float()
-        scale, mean = self.sae.input_scale.cpu(), (self.total / self.count).float()
-        sae.input_mean.copy_(mean * float(scale) + self.sae.input_mean.cpu())
-        sae.input_scale.copy_(scale)
-        return sae
 
     def readout(self) -> LinearReadout:
         """One direction a concept, in the order of `CONCEPTS`."""

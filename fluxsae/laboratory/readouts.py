@@ -12,17 +12,25 @@ from fluxsae.sae.model import SparseAutoencoder
 
 
 class SaeReadout:
-    """An SAE's features; the pooled values are S, step by step."""
+    """An SAE's features; the pooled values are S, step by step.
 
-    def __init__(self, sae: SparseAutoencoder, *, name: str = "SAE feature") -> None:
+    An SAE with a `sigma_table` needs the noise levels of the steps.
+    """
+
+    def __init__(
+        self, sae: SparseAutoencoder, sigmas: Float[Tensor, " steps"] | None = None, *, name: str = "SAE feature"
+    ) -> None:
         self.name = name
         self.sae = sae
+        self._sigmas = sigmas
         self.n_candidates = sae.config.n_features
 
     @torch.no_grad()
     def pooled(self, x: Float[Tensor, "images steps tokens d"]) -> Float[Tensor, "images steps candidates"]:
         """S of each image at each step."""
-        acts = self.sae.encode_sparse(rearrange(x, "images steps tokens d -> (images steps) tokens d"))
+        rows = rearrange(x, "images steps tokens d -> (images steps) tokens d")
+        levels = None if self._sigmas is None else self._sigmas.repeat(len(x))[:, None]
+        acts = self.sae.encode_sparse(rows, sigma=levels)
         scores, _ = max_over_tokens(acts)
         return rearrange(scores, "(images steps) candidates -> images steps candidates", images=len(x))
 
@@ -31,8 +39,9 @@ class SaeReadout:
         self, x: Float[Tensor, "images steps tokens d"], candidates: Sequence[int]
     ) -> Float[Tensor, "images chosen tokens"]:
         """Acts of some features on every token, the largest over the steps."""
-        acts = [self.sae.encode_features(x[:, step], list(candidates)) for step in range(x.shape[1])]
-        return rearrange(torch.stack(acts).amax(0), "images tokens chosen -> images chosen tokens")
+        levels = None if self._sigmas is None else self._sigmas[:, None]
+        acts = self.sae.encode_features(x, list(candidates), sigma=levels)
+        return rearrange(acts.amax(1), "images tokens chosen -> images chosen tokens")
 
 
 class LinearReadout:
@@ -52,20 +61,20 @@ class LinearReadout:
         self.name = name
         self._sae = sae
         both = torch.cat([directions, -directions]) if both_signs else directions
-        self._directions = both.to(sae.W_enc.device)
-        self.n_candidates = len(self._directions)
+        self.directions = both.to(sae.W_enc.device)
+        self.n_candidates = len(self.directions)
 
     @torch.no_grad()
     def pooled(self, x: Float[Tensor, "images steps tokens d"]) -> Float[Tensor, "images steps candidates"]:
         """The largest projection over the tokens of each image and step; image by image, to bound the memory."""
-        return torch.stack([(self._sae.normalise(image) @ self._directions.T).amax(1) for image in x])
+        return torch.stack([(self._sae.normalise(image) @ self.directions.T).amax(1) for image in x])
 
     @torch.no_grad()
     def maps(
         self, x: Float[Tensor, "images steps tokens d"], candidates: Sequence[int]
     ) -> Float[Tensor, "images chosen tokens"]:
         """Projections of every token on some directions, the largest over the steps."""
-        values = (self._sae.normalise(x) @ self._directions[list(candidates)].T).amax(1)
+        values = (self._sae.normalise(x) @ self.directions[list(candidates)].T).amax(1)
         return rearrange(values, "images tokens chosen -> images chosen tokens")
 
 

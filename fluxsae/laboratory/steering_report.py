@@ -1,4 +1,4 @@
-"""What the steering laboratory reports: the defaults, what was tried, and every concept beside its controls."""
+"""What the steering laboratory reports: what was tried, and every concept beside its controls and rivals."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -6,17 +6,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from fluxsae.evaluation.intervals import LEVEL, Estimate
+from fluxsae.evaluation.intervals import Estimate, interval, two_level_draws
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.laboratory.config import Direction, Where
+from fluxsae.laboratory.config import TARGET_ATTRIBUTES, Direction, Method, Where
 from fluxsae.laboratory.outcomes import Tally
+from fluxsae.laboratory.swaps import SwapResult
 from fluxsae.laboratory.truths import Concept
 from fluxsae.steering.edits import SteeringEdit
 
-TARGET_ATTRIBUTES: Final = ("colour", "texture", "background")
-LEAST_SPECIFICITY: Final = 0.8
-_PENALTY: Final = 2.0
-"""Success that a setting must gain for each unit of specificity that it misses."""
+LEAST_KEPT: Final = 0.8
+_DRAWS: Final = 2000
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,16 @@ class EditSettings:
 
     hookpoint: HookPoint
     mode: str
+    """A mode of an edit; profile: each feature is set to its mean act where the concept is shown; swap: another value
+    of the attribute is turned up, the one that comes best at strength 1, the second best at 2."""
     strength: float
     steps: tuple[int, int]
     where: Where = "everywhere"
     together: int = 1
-    """How many of the concept's matched features are turned at once, the best first."""
+    """How many of the concept's features are turned at once, the best first."""
     without_rivals: bool = False
     """Whether the matched features of the attribute's other values are taken away beside them (scale 0)."""
+    method: Method = "features"
 
     def edits(
         self, features: Sequence[int], rivals: Sequence[int], *, strength: float | None = None
@@ -53,17 +55,18 @@ class ConceptResult:
 
     concept: Concept
     direction: Direction
+    settings: dict[Method, EditSettings]
+    """Chosen for each method on other pictures; a method without any could not be tried."""
     features: tuple[int, ...]
     arms: dict[str, Tally]
-    """feature (at the default settings), random direction, random feature, rivals alone (where they are taken away),
-    difference of means, prompt."""
+    """The methods, random direction, random feature, rivals alone (where they are taken away), another prompt."""
     curve: dict[float, Tally]
-    """Strength -> the feature's tally: the dose-response curve."""
+    """Strength -> the features' tally: the dose-response curve."""
 
     @property
     def breaking_strength(self) -> float | None:
         """The weakest strength of the curve at which fewer than 80 % of the pictures keep all else; None if none."""
-        falling = [s for s, tally in self.curve.items() if tally.specificity.value < LEAST_SPECIFICITY]
+        falling = [strength for strength, tally in self.curve.items() if tally.keeps_others < LEAST_KEPT]
         return falling[0] if falling else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class ConceptResult:
         return {
             "concept": str(self.concept),
             "direction": self.direction,
+            "settings": {method: chosen.to_dict() for method, chosen in self.settings.items()},
             "features": list(self.features),
             "arms": {name: tally.to_dict() for name, tally in self.arms.items()},
             "curve": [{"strength": strength, **tally.to_dict()} for strength, tally in self.curve.items()],
@@ -80,81 +84,62 @@ class ConceptResult:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One candidate for the defaults, on the pictures for choosing.
+    """One candidate on the pictures for choosing: means over the concepts.
 
-    Means over the concepts that targets speak of and that a feature of any hook point matches, so that a hook point
-    does not gain by knowing only easy ones: where it has no feature for a concept, nothing is changed there.
+    A hook point does not gain by knowing only easy concepts: where it has no feature for one, that one fails.
     """
 
     settings: EditSettings
     direction: Direction
     success: float
     specificity: float
-    unchanged: float
-
-    @property
-    def merit(self) -> float:
-        """Success, held down where specificity misses its target."""
-        return self.success - _PENALTY * max(0.0, LEAST_SPECIFICITY - self.specificity)
+    both: float
 
     def to_dict(self) -> dict[str, Any]:
         """The trial as JSON values."""
         return {**self.settings.to_dict(), "direction": self.direction, "success": self.success,
-                "specificity": self.specificity, "unchanged": self.unchanged}  # fmt: skip
+                "specificity": self.specificity, "both": self.both}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LaboratoryReport:
     """What the laboratory found."""
 
-    defaults: dict[Direction, EditSettings]
     trials: tuple[TrialResult, ...]
     results: tuple[ConceptResult, ...]
-    skipped: tuple[str, ...]
-    """Concepts and directions that are not reported, each with the reason."""
+    swaps: tuple[SwapResult, ...] = ()
 
-    def group(self, direction: Direction, attributes: Sequence[str], arm: str) -> tuple[float, float, float] | None:
-        """Mean success, specificity and share of unchanged attributes over the concepts of some attributes."""
-        tallies = self._tallies(direction, attributes, arm)
-        if not tallies:
-            return None
-        columns = [(t.success.value, t.specificity.value, t.unchanged.value) for t in tallies]
-        success, specificity, unchanged = np.mean(columns, axis=0).tolist()
-        return success, specificity, unchanged
-
-    def _tallies(self, direction: Direction, attributes: Sequence[str], arm: str) -> list[Tally]:
+    def rate(
+        self, direction: Direction, arm: str, rate: str, *, attributes: Sequence[str] = TARGET_ATTRIBUTES
+    ) -> Estimate | None:
+        """A rate of one arm over the concepts of some attributes, its interval over concepts and pictures."""
         results = [r for r in self.results if r.direction == direction and r.concept.attribute in attributes]
-        return [result.arms[arm] for result in results if arm in result.arms]
+        return pooled_rate([result.arms[arm] for result in results if arm in result.arms], rate)
 
-    def headline(self, direction: Direction) -> tuple[Estimate, Estimate] | None:
-        """Success and specificity at the defaults over the attributes that targets speak of.
+    def swap_rate(self, attribute: str, arm: str, rate: str) -> Estimate | None:
+        """A rate of swaps over the new values of an attribute, its interval over values and pictures."""
+        results = [swap for swap in self.swaps if swap.concept.attribute == attribute]
+        return pooled_rate([result.arms[arm] for result in results if arm in result.arms], rate)
 
-        The intervals are over pictures: Wilson's of each concept, added as independent.
-        """
-        tallies = self._tallies(direction, TARGET_ATTRIBUTES, "feature")
-        if not tallies:
-            return None
-        n = [tally.n for tally in tallies]
-        return _mean_share([t.success for t in tallies], n), _mean_share([t.specificity for t in tallies], n)
+    def arms(self, direction: Direction) -> list[str]:
+        """All arms of a direction, in the order of their first report."""
+        return list(dict.fromkeys(arm for r in self.results if r.direction == direction for arm in r.arms))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
         return {
-            "defaults": {direction: chosen.to_dict() for direction, chosen in self.defaults.items()},
             "trials": [trial.to_dict() for trial in self.trials],
             "results": [result.to_dict() for result in self.results],
-            "skipped": list(self.skipped),
+            "swaps": [swap.to_dict() for swap in self.swaps],
         }
 
 
-def _mean_share(parts: Sequence[Estimate], counts: Sequence[int]) -> Estimate:
-    """The mean of shares of `counts` pictures; a concept at 0 or 1 is not certain, as resampling would have it."""
-    from scipy.stats import binomtest
+def pooled_rate(tallies: Sequence[Tally], rate: str) -> Estimate | None:
+    """The mean of the concepts' rates; the interval resamples concepts, and the pictures of each."""
+    groups = [tally.values(rate) for tally in tallies if tally.n]
+    return interval(two_level_draws(groups, draws=_DRAWS, seed=0)) if groups else None
 
-    value = float(np.mean([part.value for part in parts]))
-    intervals = [
-        binomtest(round(part.value * n), n).proportion_ci(LEVEL, method="wilson")
-        for part, n in zip(parts, counts, strict=True)
-    ]
-    half = float(np.linalg.norm([(one.high - one.low) / 2 for one in intervals])) / len(parts)
-    return Estimate(value, max(0.0, value - half), min(1.0, value + half))
+
+def mean_rate(tallies: Sequence[Tally], rate: str) -> float:
+    """The mean of the concepts' rates."""
+    return float(np.mean([tally.values(rate).mean() for tally in tallies if tally.n]))

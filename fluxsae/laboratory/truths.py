@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from PIL import Image
 
 from fluxsae.flux.hookpoints import TokenGrid
-from fluxsae.miniature.scenes import ATTRIBUTES, Scene, object_mask
+from fluxsae.miniature.scenes import ATTRIBUTES, Scene, SceneObject, object_mask
 
 HEADLINE_ATTRIBUTES = ("thing", "colour", "texture", "background")
 """The attributes that targets speak of; a maximum over tokens cannot show position, and hardly size."""
@@ -42,7 +42,7 @@ def coverage(scene: Scene, grid: TokenGrid) -> Float[np.ndarray, "concepts token
 
     An object's attributes lie where the object is, the background's colour where no object is.
     """
-    parts = [_on_grid(object_mask(thing), grid) for thing in scene.objects]
+    parts = [covered_share(thing, grid) for thing in scene.objects]
     covers = np.zeros((len(CONCEPTS), grid.n_tokens))
     for row, concept in enumerate(CONCEPTS):
         if concept.attribute == "background":
@@ -55,8 +55,9 @@ def coverage(scene: Scene, grid: TokenGrid) -> Float[np.ndarray, "concepts token
     return covers
 
 
-def _on_grid(mask: Bool[np.ndarray, "rows cols"], grid: TokenGrid) -> Float[np.ndarray, " tokens"]:
-    picture = Image.fromarray(mask.astype(np.float32))
+def covered_share(thing: SceneObject, grid: TokenGrid) -> Float[np.ndarray, " tokens"]:
+    """How much of each token's patch lies inside an object, 0 to 1."""
+    picture = Image.fromarray(object_mask(thing).astype(np.float32))
     small = picture.resize((grid.cols, grid.rows), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float64).clip(0, 1).ravel()
 

@@ -19,6 +19,19 @@ POSITION_PHRASES = {
     "top": "at the top",
     "bottom": "at the bottom",
 }
+PLACE_PHRASES: dict[str, tuple[str, ...]] = {
+    "meadow": ("in a meadow", "in the meadow", "on a meadow"),
+    "sea": ("on the sea", "in the sea", "at the sea"),
+    "desert": ("in the desert", "in a desert", "on the desert"),
+    "night": ("at night", "at night", "in the night"),
+}
+"""How captions say a place, the likelier ones twice."""
+PHRASES = {
+    **POSITION_PHRASES,
+    **{ground: f"on a {ground} background" for ground in PLAIN},
+    **{place: said[0] for place, said in PLACE_PHRASES.items()},
+}
+"""Word of the vocabulary -> how a prompt says it, where that is more than the word."""
 GLUE = ("a", "an", "and", "on", "in", "at", "the", "two", "background", "thing")
 FORMS: dict[str, tuple[str, ...]] = {
     "cat": ("kitten", "kitty"),
@@ -124,13 +137,7 @@ def folds() -> list[tuple[str, str]]:
 def _place_phrase(background: str, rng: np.random.Generator) -> str:
     if background in PLAIN:
         return f"on {_article(background)} background"
-    phrases = {
-        "meadow": ("in a meadow", "in the meadow", "on a meadow"),
-        "sea": ("on the sea", "in the sea", "at the sea"),
-        "desert": ("in the desert", "in a desert", "on the desert"),
-        "night": ("at night", "at night", "in the night"),
-    }[background]
-    return str(rng.choice(phrases))
+    return str(rng.choice(PLACE_PHRASES[background]))
 
 
 def _article(words: str) -> str:

@@ -1,6 +1,6 @@
 """The miniature's world, a picture book: draw scenes with exact masks, caption them, and read an image back."""
 
-from fluxsae.miniature.captions import SYNONYMS, caption_scene, check_prompt, prompted_attributes, vocabulary
+from fluxsae.miniature.captions import PHRASES, SYNONYMS, caption_scene, check_prompt, prompted_attributes, vocabulary
 from fluxsae.miniature.drawing import (
     ATTRIBUTES,
     COLOURS,
@@ -26,6 +26,7 @@ __all__ = [
     "GROUNDS",
     "IMAGE_SIZE",
     "OF_OBJECTS",
+    "PHRASES",
     "POSITIONS",
     "SYNONYMS",
     "TEXTURES",

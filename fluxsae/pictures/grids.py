@@ -10,7 +10,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.pictures.heatmaps import enlarge, feature_colour, font, wrap
 
 INK, MUTED, PAPER = (20, 20, 25), (105, 105, 115), (255, 255, 255)
-LESS, MORE, UNSAFE = (46, 98, 190), (190, 88, 20), (176, 40, 60)
+LESS, MORE, ODD = (46, 98, 190), (190, 88, 20), (176, 40, 60)
 STRIP_GAP: Final = 4
 """White columns between pictures side by side."""
 _GAP: Final = 12
@@ -30,8 +30,8 @@ class GridCell:
     """A measured number under the caption."""
     direction: int = 0
     """-1 turned down, 0 unchanged, 1 turned up: the colour of the caption."""
-    is_safe: bool = True
-    """Whether the edit was safe; a cell that was not is marked."""
+    looks_natural: bool = True
+    """Whether FLUX takes the picture for one of its own; a cell that does not look natural is marked."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def steering_grid(rows: Sequence[GridRow], *, title: str, subtitle: str = "", ce
             left = _GAP + _LABEL_WIDTH + column * step_x
             sheet.paste(picture, (left, top))
             _draw_caption(pen, one, left=left, top=top + height, width=width)
-            if not one.is_safe:
-                pen.rectangle((left, top, left + picture.width - 1, top + picture.height - 1), outline=UNSAFE, width=3)
+            if not one.looks_natural:
+                pen.rectangle((left, top, left + picture.width - 1, top + picture.height - 1), outline=ODD, width=3)
     return sheet
 
 
@@ -86,9 +86,9 @@ def _draw_label(pen: ImageDraw.ImageDraw, row: GridRow, *, top: int) -> None:
 def _draw_caption(pen: ImageDraw.ImageDraw, one: GridCell, *, left: int, top: int, width: int) -> None:
     colour = {-1: LESS, 0: INK, 1: MORE}[one.direction]
     pen.text((left, top + 5), one.caption, fill=colour, font=font(15, bold=True))
-    note = one.note if one.is_safe else f"{one.note} · beyond safe"
+    note = one.note if one.looks_natural else f"{one.note} · not natural"
     for number, line in enumerate(wrap(note, font(12), width)[:1]):
-        pen.text((left, top + 25 + 14 * number), line, fill=MUTED if one.is_safe else UNSAFE, font=font(12))
+        pen.text((left, top + 25 + 14 * number), line, fill=MUTED if one.looks_natural else ODD, font=font(12))
 
 
 def join_pictures(pictures: Sequence[Image.Image]) -> Image.Image:

@@ -22,15 +22,14 @@ COLOUR_MAP = "inferno"
 class HeatCurve(NamedTuple):
     """How heat is laid over a picture, here and on the page.
 
-    A value h in [0, 1] covers the picture by opacity * h^exponent, from `threshold` on. What is silent turns grey: the
-    luma (weights of red, green and blue) times `dimming`.
+    A value h in [0, 1] covers the picture by opacity * h^exponent, from `threshold` on. What is silent keeps its
+    colours, at `dimming` of their brightness (at full opacity).
     """
 
     exponent: float = 0.8
     opacity: float = 0.8
     threshold: float = 0.05
-    dimming: float = 0.55
-    luma: tuple[float, float, float] = (0.299, 0.587, 0.114)
+    dimming: float = 0.72
 
 
 HEAT: Final = HeatCurve()
@@ -105,7 +104,7 @@ def overlay(
     smooth: bool = True,
     min_side: int = 0,
 ) -> Image.Image:
-    """The picture with a heatmap over it: grey where the feature is silent, glowing where it fires.
+    """The picture with a heatmap over it: its own colours where the feature is silent, glowing where it fires.
 
     Works for any picture size and any grid. `opacity` 0 gives the picture back unchanged; values of the heatmap
     below `threshold` (a fraction of the scale) show no heat; `smooth` interpolates between tokens, otherwise each
@@ -130,9 +129,8 @@ def _glow(
     opacity: float,
     threshold: float,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Dimmed grey pixels with heat mixed in, more of it where it is stronger, so that weak heat leaves no dark rim."""
-    grey = HEAT.dimming * (pixels.astype(np.float32) @ np.array(HEAT.luma, np.float32))[..., None]
-    base = pixels + np.float32(opacity) * (grey - pixels)
+    """Dimmed pixels with heat mixed in, more of it where it is stronger, so that weak heat leaves no dark rim."""
+    base = pixels * np.float32(1 - opacity * (1 - HEAT.dimming))
     shown = np.where(heat >= max(threshold, 1e-6), heat**HEAT.exponent, 0.0)
     weight = shown[..., None].astype(np.float32) * np.float32(opacity)
     mixed = base + weight * (heat_colours(heat).astype(np.float32) - base)

@@ -1,6 +1,6 @@
 """The README of a published run: what it holds, how good it is, how to use it, under which terms."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -29,6 +29,18 @@ _FIGURES = {
     "concepts.matched_share": "share that matches a true concept",
 }
 """Where metrics.json has a figure -> what the card calls it; the rest of the file is too long for a card."""
+_AUDITED = {
+    "fvu": "FVU",
+    "l0": "L0",
+    "dead_share": "dead share",
+    "flow_loss_recovered": "flow loss recovered",
+    "splice_error": "splice error",
+    "concepts.label_accuracy": "label accuracy",
+    "concepts.ratio": "concept AUC",
+}
+"""The figures that the audit of our measures judges -> what it calls them."""
+_UNSEPARATED = "†"
+_CONTROLS = ("trained", "untrained", "permuted decoder", "PCA")
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,8 @@ def licence_of(flux_id: str) -> Licence:
     name = flux_id.lower()
     if "flux.1" in name and "schnell" not in name:
         return _DEV
-    return _APACHE if "schnell" in name or "miniature" in name else _OTHER
+    is_open = any(word in name for word in ("schnell", "miniature", "flux.2-klein-4b", "flux.2-klein-base-4b"))
+    return _APACHE if is_open else _OTHER
 
 
 def build_card(run: RunFolder, repo_id: str, *, revision: str | None = None, tables_repo: str | None = None) -> str:
@@ -78,7 +91,7 @@ def build_card(run: RunFolder, repo_id: str, *, revision: str | None = None, tab
     sections = [
         _front_matter(info, tables_repo),
         _introduction(info, repo_id),
-        *(_hookpoint_section(run, hookpoint) for hookpoint in run.hookpoints()),
+        *(_hookpoint_section(run, hookpoint) for hookpoint in run.sae_names()),
         _usage(run, repo_id, revision),
         _tables(tables_repo),
         _terms(info),
@@ -91,7 +104,9 @@ def build_sae_card(run: RunFolder, hookpoint: HookPoint, repo_id: str, *, revisi
     """The model card of one SAE that is published alone."""
     info = run.load_info()
     pin = f', revision="{revision}"' if revision else ""
-    d_model = run.load_sae_config(hookpoint).get("d_model")
+    config = run.load_sae_config(hookpoint)
+    d_model, sigma = config.get("d_model"), ", sigma=sigma" * bool(config.get("sigma_table"))
+    level = "; sigma: their noise level" * bool(sigma)
     usage = f"""\
 ## Use
 
@@ -99,7 +114,7 @@ def build_sae_card(run: RunFolder, hookpoint: HookPoint, repo_id: str, *, revisi
 from fluxsae import SparseAutoencoder
 
 sae = SparseAutoencoder.from_pretrained("{repo_id}"{pin})
-acts = sae.encode(x)        # x: (tokens, {d_model}), raw outputs of {hookpoint}
+acts = sae.encode(x{sigma})        # x: (tokens, {d_model}), raw outputs of {hookpoint}{level}
 ```"""
     sections = [
         _front_matter(info, None),
@@ -202,7 +217,7 @@ def _hookpoint_section(run: RunFolder, hookpoint: HookPoint) -> str:
     parts = [f"## `{hookpoint}`", _facts(run, hookpoint)]
     path = run.features_path(hookpoint)
     if path.is_file():
-        parts.append(_features(FeatureTable.load(path)))
+        parts.append(_features(run.load_features(hookpoint)))
     # features on their images are worth most, then grids and maps
     sheets = sorted(run.sheets(hookpoint), key=lambda sheet: (not sheet.stem.startswith("features"), sheet.stem))
     parts += [
@@ -214,20 +229,62 @@ def _hookpoint_section(run: RunFolder, hookpoint: HookPoint) -> str:
 def _facts(run: RunFolder, hookpoint: HookPoint) -> str:
     """The SAE's sizes and its measured quality as one table."""
     metrics = run.load_metrics(hookpoint)
-    rows = [row for path, title in _FIGURES.items() for row in _figure(title, _at(metrics, path))]
+    unseparated = _at(metrics, "audit.unseparated") or ()
+    rows = [
+        (f"{name} {_UNSEPARATED}" if _AUDITED.get(path) in unseparated else name, value)
+        for path, title in _FIGURES.items()
+        for name, value in _figure(title, _at(metrics, path))
+    ]
+    rows += _transfer(metrics.get("transfer") or ())
     if run.has_sae(hookpoint):
         config = run.load_sae_config(hookpoint)
         k = f", k = {config['k']}" if config.get("k") else ""
         sizes = f"{config['n_features']} features of width {config['d_model']}"
-        rows.insert(0, ("autoencoder", f"{config['architecture']}, {sizes}{k}"))
+        levels = f", with a table of {len(table)} noise levels" if (table := config.get("sigma_table")) else ""
+        rows.insert(0, ("autoencoder", f"{config['architecture']}, {sizes}{k}{levels}"))
     if not rows:
         return ""
-    table = "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return table + (
-        "\n\nIn brackets: 95 % bootstrap intervals over images."
-        if any(value.endswith(")") for _, value in rows)
-        else ""
-    )
+    parts = ["| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)]
+    if any(value.endswith(")") for _, value in rows):
+        parts.append("In brackets: 95 % bootstrap intervals over images.")
+    return "\n\n".join([*parts, *_audit(metrics.get("audit"))])
+
+
+def _transfer(cells: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """FVU at each size, over all steps of the schedule: where the autoencoder may be used."""
+    by_size: dict[tuple[int, int], list[float]] = {}
+    for cell in cells:
+        by_size.setdefault((cell["height"], cell["width"]), []).append(cell["fvu"])
+    return [
+        (f"FVU at {height} x {width} px, best to worst step", f"{_number(min(found))} to {_number(max(found))}")
+        for (height, width), found in by_size.items()
+    ]
+
+
+def _audit(audit: Mapping[str, Any] | None) -> Iterator[str]:
+    """Our measures of this kind of autoencoder beside dictionaries that should fare worse."""
+    if not audit:
+        return
+    values, unseparated = audit["values"], audit["unseparated"]
+    names = list(dict.fromkeys(name for one in values["trained"] for name in one))
+    rows = [
+        [
+            f"{name} {_UNSEPARATED}" if name in unseparated else name,
+            *(_mean(values.get(kind), name) for kind in _CONTROLS),
+        ]
+        for name in names
+    ]
+    lines = ["| measure | trained | untrained | permuted decoder | PCA |", "|---|---|---|---|---|"]
+    yield "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    told = f"Measured on {audit['images']} images: autoencoders of this kind, trained anew, and other dictionaries."
+    if unseparated:
+        told += f" {_UNSEPARATED}: this measure does not tell trained from untrained ones."
+    yield told
+
+
+def _mean(found: Sequence[Mapping[str, float | None]] | None, name: str) -> str:
+    known = [value for one in found or () if (value := one.get(name)) is not None]
+    return _number(sum(known) / len(known)) if known else "-"
 
 
 def _at(metrics: Mapping[str, Any], path: str) -> Any:
@@ -251,7 +308,7 @@ def _figure(title: str, value: Any) -> Iterator[tuple[str, str]]:
         yield title, _number(value)
 
 
-def _number(value: Real) -> str:
+def _number(value: Real | float) -> str:
     number = float(value)
     return f"{number:,.0f}" if number.is_integer() and abs(number) >= 10 else f"{number:.3g}"
 
@@ -280,8 +337,15 @@ def _best_features(table: FeatureTable) -> list[tuple[int, str, str, str]]:
     coherences = table.column("coherence").astype(np.float64)  # NaN where there is none
     order = np.argsort(-coherences, kind="stable")
     known = [int(f) for f in order if labels[f] and np.isfinite(coherences[f])]
+    by = table.column("label_by") if "label_by" in table else [None] * len(table)
+    named = {f: f"{labels[f]}, named by a {by[f]}" if by[f] else str(labels[f]) for f in known[:_MOST_FEATURES]}
     return [
-        (f, str(labels[f]), f"{coherences[f]:.2f}", f"{float(densities[f]):.2%} of tokens")
+        (
+            f,
+            named[f],
+            f"{coherences[f]:.2f}",
+            f"{float(densities[f]):.2%} of tokens",
+        )
         for f in known[:_MOST_FEATURES]
     ]
 
@@ -292,8 +356,8 @@ def _cell(text: str) -> str:
 
 
 def _usage(run: RunFolder, repo_id: str, revision: str | None) -> str:
-    hookpoints = run.hookpoints()
-    subfolder = run.sae_subfolder(hookpoints[-1]) if hookpoints else "sae"
+    shown = run.default_sae() if run.hookpoints() else None
+    subfolder = run.sae_subfolder(shown) if shown else "sae"
     pin, at = (f', revision="{revision}"', f"@{revision}") if revision else ("", "")
     return f"""\
 ## Use
@@ -303,7 +367,7 @@ from fluxsae import SparseAutoencoder, pull_run
 
 sae = SparseAutoencoder.from_pretrained("{repo_id}", subfolder="{subfolder}"{pin})
 run = pull_run("{repo_id}"{pin})    # everything here, checked by its hashes
-print(run.load_features("{hookpoints[-1] if hookpoints else ""}")[0])
+print(run.load_features("{shown or ""}")[0])
 ```
 
 Browse it in a page on your machine, with the source of fluxsae: `FLUXSAE_RUN={repo_id}{at} make app`. Check a copy:

@@ -14,6 +14,7 @@ from fluxsae.publishing import Part
 from fluxsae.publishing.checksums import is_inside, read_checksums, write_checksums, wrong_files
 from fluxsae.publishing.model_card import build_card, build_sae_card, build_tables_card
 from fluxsae.runs.folder import RunFolder
+from fluxsae.runs.names import SaeName
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def push_sae(
         FluxSaeError: the run has no such SAE, no right to write, or the Hub fails.
     """
     run = RunFolder(run)
-    hookpoint = run.check_hookpoint(hookpoint)
+    hookpoint = run.check_sae(hookpoint)
     _check_repo_ids(repo_id, None)
     if not run.has_sae(hookpoint):
         raise FluxSaeError(f"{run.path} holds no SAE for {hookpoint}. Train it first: {maker('fit')}.")
@@ -135,7 +136,7 @@ def push_tables(
     """
     run = RunFolder(run)
     _check_repo_ids(repo_id, None)
-    paths = {"images": run.images_path} | {str(hp): run.features_path(hp) for hp in run.hookpoints()}
+    paths = {"images": run.images_path} | {str(name): run.features_path(name) for name in run.sae_names()}
     names = {name: path.relative_to(run.path).as_posix() for name, path in paths.items() if path.is_file()}
     if not names:
         raise FluxSaeError(f"{run.path} has no tables yet. Score images first: {maker('score')}.")
@@ -206,7 +207,7 @@ def pull_run(
             f"{repo_id} holds no run (there is no {source.info_path.name}). A single SAE is loaded by "
             f'`SparseAutoencoder.from_pretrained("{repo_id}")`.'
         )
-    chosen = [source.check_hookpoint(hookpoint) for hookpoint in hookpoints] if hookpoints is not None else None
+    chosen = _chosen(source, hookpoints)
     wanted = _wanted_files(source, chosen, part)
     # The commit, not the branch: what was asked for cannot change between the two downloads.
     snapshot = transfer.download(repo_id, revision=index.commit, patterns=wanted)
@@ -217,7 +218,18 @@ def pull_run(
     return _materialise(snapshot, Path(into), origin)
 
 
-def _wanted_files(run: RunFolder, chosen: Sequence[HookPoint] | None, part: Part) -> list[str]:
+def _chosen(index: RunFolder, names: Sequence[HookPoint | str] | None) -> list[SaeName] | None:
+    """The SAEs of a pull; None for all of them."""
+    if names is None:
+        return None
+    wanted, present = [SaeName.parse(name) for name in names], index.indexed_saes()
+    unknown = [str(name) for name in wanted if name not in present]
+    if unknown:
+        raise FluxSaeError(f"This run has no SAE {', '.join(unknown)}; it has {', '.join(map(str, present))}.")
+    return wanted
+
+
+def _wanted_files(run: RunFolder, chosen: Sequence[SaeName] | None, part: Part) -> list[str]:
     """The files of a pull, from the checksums; without checksums everything (`*`) is."""
     if not run.checksums_path.is_file():
         if chosen is not None or part != "all":
@@ -227,7 +239,7 @@ def _wanted_files(run: RunFolder, chosen: Sequence[HookPoint] | None, part: Part
             )
         return ["*"]
     names = [*read_checksums(run.checksums_path), run.checksums_path.name]
-    left_out = [hp for hp in run.hookpoints() if chosen is not None and hp not in chosen]
+    left_out = [name for name in run.indexed_saes() if chosen is not None and name not in chosen]
     if part == "browse":
         names = [name for name in names if not _is_heavy(run, name)]
     return [name for name in names if not any(_belongs_to(run, name, hookpoint) for hookpoint in left_out)]
@@ -237,13 +249,13 @@ def _is_heavy(run: RunFolder, name: str) -> bool:
     """Whether a file is one that browsing never reads: SAE weights and S."""
     path = run.path / name
     return any(
-        path == run.scores_path(hp) or (path.parent == run.sae_path(hp) and path.suffix == ".safetensors")
-        for hp in run.hookpoints()
+        path == run.scores_path(sae) or (path.parent == run.sae_path(sae) and path.suffix == ".safetensors")
+        for sae in run.indexed_saes()
     )
 
 
-def _belongs_to(run: RunFolder, name: str, hookpoint: HookPoint) -> bool:
-    """Whether a file is about this hook point alone."""
+def _belongs_to(run: RunFolder, name: str, hookpoint: SaeName) -> bool:
+    """Whether a file is about this SAE alone."""
     path = run.path / name
     return str(hookpoint) in Path(name).parts[:-1] or path == run.directions_path(hookpoint)
 
@@ -295,7 +307,8 @@ def _narrow(run: RunFolder, origin: _Origin) -> None:
     """Makes a part of a run say what it holds."""
     info = run.load_info()
     if origin.hookpoints:
-        info = replace(info, hookpoints=tuple(name for name in info.hookpoints if name in origin.hookpoints))
+        places = {str(SaeName.parse(name).place) for name in origin.hookpoints}
+        info = replace(info, hookpoints=tuple(name for name in info.hookpoints if name in places))
     run.save_info(info)
     write_checksums(run)
 

@@ -71,7 +71,7 @@ def verify_run(run: RunFolder | str | Path) -> Verdict:
         if name.endswith(_PICKLES)
     ]
     problems += whole.findings(whole.checks())
-    for hookpoint in run.hookpoints():
+    for hookpoint in run.sae_names():
         problems += whole.findings(_AboutHookpoint(whole, hookpoint).checks())
     return Verdict(len(files), whole.info.hookpoints, tuple(problems), tuple(whole.absent))
 
@@ -115,7 +115,7 @@ class _WholeRun:
         index = read_json(path)
         if list(index.get("hookpoints", [])) != list(self.info.hookpoints):
             yield f"lists the hook points {index.get('hookpoints')}, run.json lists {list(self.info.hookpoints)}."
-        unlisted = {name for name in self.info.hookpoints if self.run.has_sae(name)} - set(index.get("saes", {}))
+        unlisted = {str(name) for name in self.run.sae_names() if self.run.has_sae(name)} - set(index.get("saes", {}))
         if unlisted:
             yield f"does not list the SAEs of {', '.join(sorted(unlisted))}. Push the run to renew it."
 
@@ -181,8 +181,8 @@ class _AboutHookpoint:
         if trained_on is None:
             yield "does not say what it was trained on, so it cannot be refused where it does not belong."
             return
-        if trained_on.hookpoint != str(self.hookpoint):
-            yield f"was trained on the hook point {trained_on.hookpoint}, but the run is of {self.hookpoint}."
+        if trained_on.hookpoint != str(self.hookpoint.place):
+            yield f"was trained on the hook point {trained_on.hookpoint}, but lies at {self.hookpoint.place}."
         for text in identity_differences(trained_identity(trained_on), self.info.identity).values():
             yield f"was not trained on the run's FLUX: {text}."
 

@@ -15,6 +15,7 @@ from fluxsae.files import load_tensors, read_json, remove_leftovers, save_tensor
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.identity import FluxIdentity
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.names import SaeName
 from fluxsae.runs.tables import (
     Embeddings,
     FeatureTable,
@@ -22,6 +23,7 @@ from fluxsae.runs.tables import (
     ImageRow,
     ImageTable,
     load_directions,
+    load_given_labels,
     load_lines,
     write_images,
 )
@@ -218,13 +220,52 @@ class RunFolder:
 
     def save_index(self, hookpoints: Sequence[str]) -> None:
         """Writes config.json: schema version, hook points and the folder of each SAE that is there."""
-        saes = {name: self.sae_subfolder(name) for name in hookpoints if self.has_sae(name)}
+        names = self._sae_names(map(HookPoint.parse, hookpoints))
+        saes = {str(name): self.sae_subfolder(name) for name in names if self.has_sae(name)}
         index = {"schema_version": SCHEMA_VERSION, "library_name": "fluxsae", "hookpoints": list(hookpoints)}
         write_json(self.index_path, {**index, "saes": saes})
+
+    def indexed_saes(self) -> list[SaeName]:
+        """The SAEs that config.json lists, and hook points without any: what a repository has, before it is pulled."""
+        listed = read_json(self.index_path).get("saes", {}) if self.index_path.is_file() else {}
+        present = {SaeName.parse(name) for name in listed}
+        bare = set(self.hookpoints()) - {name.place for name in present}
+        return sorted({*present, *map(SaeName.parse, bare)})
 
     def hookpoints(self) -> list[HookPoint]:
         """The hook points of the run, in FLUX's order."""
         return sorted(HookPoint.parse(name) for name in self.load_info().hookpoints)
+
+    def sae_names(self) -> list[SaeName]:
+        """The names of the run's SAEs in FLUX's order, the main one of a hook point before its variants.
+
+        A hook point that has no SAE yet is named too.
+        """
+        return self._sae_names(self.hookpoints())
+
+    def _sae_names(self, hookpoints: Iterable[HookPoint]) -> list[SaeName]:
+        configs = self.path.glob("sae/*/config.json")
+        present = {SaeName.parse(path.parent.name) for path in configs if not path.parent.name.startswith(".")}
+        places = set(hookpoints)
+        bare = places - {name.place for name in present}
+        return sorted({*map(SaeName.parse, bare), *(name for name in present if name.place in places)})
+
+    def default_sae(self) -> SaeName:
+        """The SAE that is meant where none is named: at the last hook point, the main one or else the first variant."""
+        names = self.sae_names()
+        return next(name for name in names if name.place == names[-1].place)
+
+    def check_sae(self, name: HookPoint | str) -> SaeName:
+        """The name, if the run has such an SAE, or a hook point that may get it.
+
+        Raises:
+            FluxSaeError: it is no name of an SAE, or the run does not have it.
+        """
+        wanted = SaeName.parse(name)
+        present = self.sae_names()
+        if wanted not in present:
+            raise FluxSaeError(f"This run has no SAE {wanted}; it has {', '.join(map(str, present))}.")
+        return wanted
 
     def check_hookpoint(self, hookpoint: HookPoint | str) -> HookPoint:
         """The hook point, if the run has it.
@@ -242,7 +283,7 @@ class RunFolder:
 
     def sae_subfolder(self, hookpoint: HookPoint | str) -> str:
         """The SAE's folder relative to the run, as `from_pretrained(subfolder=...)` takes it."""
-        return f"sae/{HookPoint.parse(hookpoint)}"
+        return f"sae/{SaeName.parse(hookpoint)}"
 
     def sae_path(self, hookpoint: HookPoint | str) -> Path:
         """The folder of the SAE: config.json, model.safetensors, metrics.json."""
@@ -291,11 +332,11 @@ class RunFolder:
 
     def scores_path(self, hookpoint: HookPoint | str) -> Path:
         """S and its argmax tokens; read by `ScoreMatrix.load`."""
-        return self.path / "scores" / str(HookPoint.parse(hookpoint)) / "scores.safetensors"
+        return self.path / "scores" / str(SaeName.parse(hookpoint)) / "scores.safetensors"
 
     def stats_path(self, hookpoint: HookPoint | str) -> Path:
         """Per-feature sums; read by `FeatureStats.load`."""
-        return self.path / "scores" / str(HookPoint.parse(hookpoint)) / "stats.safetensors"
+        return self.path / "scores" / str(SaeName.parse(hookpoint)) / "stats.safetensors"
 
     @property
     def embeddings_path(self) -> Path:
@@ -314,11 +355,25 @@ class RunFolder:
 
     def features_path(self, hookpoint: HookPoint | str) -> Path:
         """features.parquet, one row a feature."""
-        return self.path / "features" / str(HookPoint.parse(hookpoint)) / "features.parquet"
+        return self.path / "features" / str(SaeName.parse(hookpoint)) / "features.parquet"
 
-    def load_features(self, hookpoint: HookPoint | str) -> FeatureTable:
-        """The features of a hook point."""
-        return FeatureTable.load(self.features_path(hookpoint))
+    @property
+    def labels_path(self) -> Path:
+        """labels.csv, names that people gave: columns hookpoint (or hookpoint@variant), feature, label."""
+        return self.path / "labels.csv"
+
+    def load_features(self, hookpoint: HookPoint | str, *, given: bool = True) -> FeatureTable:
+        """The features of an SAE; with `given`, names of labels.csv stand in place of those that were found.
+
+        Raises:
+            FluxSaeError: no features, or a line of labels.csv that cannot be read or names no feature of this run.
+        """
+        table = FeatureTable.load(self.features_path(hookpoint))
+        if not given or not self.labels_path.is_file():
+            return table
+        names = [str(name) for name in self.sae_names()]
+        labels = load_given_labels(self.labels_path, names)
+        return table.with_given_labels(labels.get(str(SaeName.parse(hookpoint)), {}), self.labels_path.name)
 
     def save_features(self, hookpoint: HookPoint | str, table: FeatureTable) -> None:
         """Writes the features of a hook point."""
@@ -326,7 +381,7 @@ class RunFolder:
 
     def heatmaps_path(self, hookpoint: HookPoint | str) -> Path:
         """heatmaps.safetensors, token grids of the top images."""
-        return self.path / "features" / str(HookPoint.parse(hookpoint)) / "heatmaps.safetensors"
+        return self.path / "features" / str(SaeName.parse(hookpoint)) / "heatmaps.safetensors"
 
     def load_heatmaps(self, hookpoint: HookPoint | str) -> Heatmaps:
         """Token grids of every alive feature's top images."""
@@ -334,7 +389,7 @@ class RunFolder:
 
     def directions_path(self, hookpoint: HookPoint | str) -> Path:
         """Neighbours and map of the decoder directions."""
-        return self.path / "directions" / f"{HookPoint.parse(hookpoint)}.safetensors"
+        return self.path / "directions" / f"{SaeName.parse(hookpoint)}.safetensors"
 
     def load_directions(self, hookpoint: HookPoint | str) -> dict[str, torch.Tensor]:
         """Neighbours and map of the decoder directions."""
@@ -346,7 +401,7 @@ class RunFolder:
 
     def comparison_path(self, first: HookPoint | str, second: HookPoint | str) -> Path:
         """Features of two hook points matched with each other."""
-        name = f"{HookPoint.parse(first)}--{HookPoint.parse(second)}.safetensors"
+        name = f"{SaeName.parse(first)}--{SaeName.parse(second)}.safetensors"
         return self.path / "directions" / name
 
     def load_comparison(self, first: HookPoint | str, second: HookPoint | str) -> dict[str, torch.Tensor]:
@@ -363,7 +418,7 @@ class RunFolder:
 
     def demos_path(self, hookpoint: HookPoint | str) -> Path:
         """demos.jsonl, one steering demo a line."""
-        return self.path / "demos" / str(HookPoint.parse(hookpoint)) / "demos.jsonl"
+        return self.path / "demos" / str(SaeName.parse(hookpoint)) / "demos.jsonl"
 
     def demo_image_path(self, hookpoint: HookPoint | str, name: str) -> Path:
         """The webp picture of a demo."""
@@ -385,13 +440,22 @@ class RunFolder:
         """The swaps, best first; none where none were searched."""
         return load_lines(self.swaps_path(hookpoint))
 
+    def opening_path(self, hookpoint: HookPoint | str) -> Path:
+        """opening.json: the swap that a page opens on, whose strip is the demo image "opening"."""
+        return self.demos_path(hookpoint).with_name("opening.json")
+
+    def load_opening(self, hookpoint: HookPoint | str) -> dict[str, Any] | None:
+        """What a page opens on; None where nothing was recorded."""
+        path = self.opening_path(hookpoint)
+        return dict(read_json(path)) if path.is_file() else None
+
     def save_swaps(self, hookpoint: HookPoint | str, lines: Sequence[str]) -> None:
         """Writes swaps.jsonl from JSON texts of one line each."""
         write_text(self.swaps_path(hookpoint), "".join(f"{line}\n" for line in lines))
 
     def sheet_path(self, hookpoint: HookPoint | str, name: str) -> Path:
         """A contact sheet or steering grid, PNG."""
-        return self.path / "sheets" / str(HookPoint.parse(hookpoint)) / f"{_safe_name(name)}.png"
+        return self.path / "sheets" / str(SaeName.parse(hookpoint)) / f"{_safe_name(name)}.png"
 
     def sheets(self, hookpoint: HookPoint | str) -> list[Path]:
         """The sheets that are there."""
@@ -410,7 +474,7 @@ class RunFolder:
 
     def activations_folder(self, hookpoint: HookPoint | str) -> Path:
         """Folder of one hook point's activation shards, as `mixing_buffer` takes it."""
-        return self.activations_path / str(HookPoint.parse(hookpoint))
+        return self.activations_path / str(HookPoint.parse(hookpoint).place)
 
     def work_path(self, stage: str) -> Path:
         """Folder for the parts of an unfinished stage; never part of the Hub repository."""

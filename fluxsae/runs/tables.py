@@ -1,5 +1,6 @@
 """The tables of a run as typed values, each with the one reader and writer of its file format."""
 
+import csv
 import functools
 import io
 import itertools
@@ -18,6 +19,7 @@ from PIL import Image
 
 from fluxsae.errors import FluxSaeError, maker
 from fluxsae.files import atomic_path, load_tensors, map_array, read_header, save_tensors
+from fluxsae.runs.names import SaeName
 
 _IMAGE_ROW_GROUP = 128
 _THUMBNAIL_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -169,7 +171,10 @@ def _open_parquet(path: Path, columns: Sequence[str]) -> pq.ParquetFile:
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """One feature's line in `features.parquet`; what `select` adds is None until it has run."""
+    """One feature's line in `features.parquet`. A new column is a field here.
+
+    `features/analysis.py` fills it with what scores tell, or `train/select.py` with names, which are None until then.
+    """
 
     feature: int
     feature_class: str
@@ -206,11 +211,52 @@ class FeatureRow:
     monosemanticity: float | None = None
     label: str | None = None
     label_confidence: float | None = None
-    """How far to trust the label where the feature fires at its strongest: the end of `label_curve`."""
+    """How far to trust the label where the feature fires, weighted by how strongly (older runs: at its strongest)."""
     label_curve: list[float] | None = None
     """How far to trust the label at 0, 10, ..., 100 % of `max_act`: 0 is chance, 1 certainty."""
+    label_by: str | None = None
+    """"person" where labels.csv gives the label; never stored."""
+    caption_words: list[str] | None = None
+    """Words of captions that stand out on its images, the first one first."""
+    clip_phrases: list[str] | None = None
+    """Phrases that CLIP finds in its images, the first one first."""
+    silent_images: list[int] | None = None
+    """Ids of images that look like its top images to CLIP, and on which it is silent."""
+    name_p_value: float | None = None
+    """Chance that the label fits random held-out images as well: a permutation test of one name."""
+    name_q_value: float | None = None
+    """The false discovery rate at which the label is kept among those of all features."""
+    name_base: float | None = None
+    """Share of all held-out images whose captions hold the label; None where captions never do."""
+    name_precision: list[float] | None = None
+    """Share of held-out images scored near 0, 10, ..., 100 % of `max_act` whose captions hold the label."""
+    name_recall: list[float] | None = None
+    """Share of the held-out images whose captions hold the label that score at least so much."""
+    level_images: list[list[int]] | None = None
+    """Ids of some held-out images on which it fires strongly, less, and weakly."""
+    level_counts: list[int] | None = None
+    """Held-out images of each of these three levels."""
+    level_precision: list[float | None] | None = None
+    """Share of them whose captions hold the label."""
+    name_place: str | None = None
+    """Where it fires beside what the label names ("inside", "below", ...); None where no masks are known."""
+    name_place_share: float | None = None
+    """Share of held-out images in which it fires there most."""
+    patch_share: float | None = None
+    """Mean share of the patches on which it fires, in images where it fires."""
+    centre_share: float | None = None
+    """Share of its activation in the middle quarter of images."""
+    border_share: float | None = None
+    """Share of its activation in the outermost eighth on each side."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Columns that this class does not name."""
+
+
+_OF_FOUND_NAMES = (
+    "name_p_value", "name_q_value", "name_base", "name_precision", "name_recall", "level_precision", "name_place",
+    "name_place_share",
+)  # fmt: skip
+"""Columns about a name that was found and checked; they say nothing of one that a person gave."""
 
 
 class FeatureTable:
@@ -279,6 +325,28 @@ class FeatureTable:
             position = table.column_names.index(name) if name in table.column_names else -1
             table = table.append_column(name, array) if position < 0 else table.set_column(position, name, array)
         return FeatureTable(table)
+
+    def with_given_labels(self, labels: Mapping[int, str], source: str) -> "FeatureTable":
+        """The table with labels that a person gave, trusted fully; an empty one takes the name away.
+
+        Raises:
+            FluxSaeError: a feature that does not exist; `source` is named.
+        """
+        if not labels:
+            return self
+        beyond = [feature for feature in labels if feature >= len(self)]
+        if beyond:
+            raise FluxSaeError(f"{source} names feature {beyond[0]}; features go from 0 to {len(self) - 1}.")
+        given: dict[str, list[Any]] = {
+            name: self.table[name].to_pylist() if name in self else [None] * len(self)
+            for name in ("label", "label_confidence", "label_curve", *(n for n in _OF_FOUND_NAMES if n in self))
+        }
+        given["label_by"] = [None] * len(self)
+        for feature, text in labels.items():
+            own = {"label": text or None, "label_confidence": 1.0 if text else None, "label_by": "person"}
+            for name, values in given.items():
+                values[feature] = own.get(name)
+        return self.with_columns(given)
 
     @property
     def quantile_levels(self) -> list[float]:
@@ -398,6 +466,30 @@ class Embeddings:
         save_tensors(path, {"embeddings": vectors}, metadata={"model": self.model})
 
 
+def load_given_labels(path: str | Path, names: Sequence[str]) -> dict[str, dict[int, str]]:
+    """Labels that people gave, by SAE and feature, from a CSV file with the columns hookpoint, feature and label.
+
+    Raises:
+        FluxSaeError: a column is missing, or a line names no SAE of `names` or no feature, or one a second time.
+    """
+    found: dict[str, dict[int, str]] = {}
+    with Path(path).open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in ("hookpoint", "feature", "label") if name not in (reader.fieldnames or ())]
+        if missing:
+            raise FluxSaeError(f"{path} lacks {', '.join(missing)}. Its first line must be: hookpoint,feature,label")
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            name, number, label = ((row[column] or "").strip() for column in ("hookpoint", "feature", "label"))
+            name = str(SaeName.parse(name))  # such as layer15
+            if name not in names:
+                raise FluxSaeError(f"{where}: this run has no SAE {name}; it has {', '.join(names)}.")
+            if not number.isdecimal() or int(number) in found.get(name, {}):
+                raise FluxSaeError(f"{where}: feature is {number!r}; it must be a whole number from 0, once an SAE.")
+            found.setdefault(name, {})[int(number)] = " ".join(label.split())
+    return found
+
+
 def load_directions(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a directions file: `neighbours`, `similarities` (n_features, n), `positions` (n_features, 2)."""
     tensors = load_tensors(path)
@@ -408,8 +500,20 @@ def load_directions(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none where there is no file."""
+    """The objects of a JSON-lines file; none where there is no file.
+
+    Raises:
+        FluxSaeError: a line is no JSON object, as in a file that was cut off.
+    """
     path = Path(path)
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    try:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FluxSaeError(
+            f"{path} is not valid JSON ({error}). Restore it or run the stage that writes it."
+        ) from error
+    if not all(isinstance(line, dict) for line in found):
+        raise FluxSaeError(f"{path} must hold a JSON object a line. Restore it or run the stage that writes it.")
+    return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import Field
@@ -11,6 +12,8 @@ from fluxsae.errors import FluxSaeError
 
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "matryoshka"]
 Precision = Literal["float32", "bfloat16"]
+Tool = Literal["saelens", "sparsify", "dictionary_learning", "overcomplete", "plain"]
+"""Who wrote the files of an SAE from elsewhere; plain: a `.pt` checkpoint of a training script."""
 
 Mismatch = Literal[
     "flux",
@@ -52,6 +55,7 @@ KINDS: dict[Architecture, Kind] = {
     "jumprelu": Kind(threshold="per feature"),
     "matryoshka": Kind(needs_k=True, threshold="shared", selects_over_batch=True),
 }
+_ADDED = ("sigma_table",)
 
 
 @checked(kw_only=True)
@@ -128,6 +132,8 @@ class SaeConfig:
     """A feature is dead when it fired on none of this many tokens."""
     prefixes: Annotated[tuple[int, ...], FromList] = ()
     """matryoshka: nested dictionary sizes, rising, the last one n_features; () = eighths doubling."""
+    sigma_table: Annotated[tuple[Weight, ...], FromList] = ()
+    """Noise levels, rising, at which the encoder's input has a scale and a shift of its own; () = a plain SAE."""
     trained_on: Annotated[TrainedOn, from_object(TrainedOn)] | None = None
     """The training ground; None = unknown."""
 
@@ -139,6 +145,8 @@ class SaeConfig:
             if (value is None and is_needed) or (value is not None and not 1 <= value <= self.n_features):
                 raise FluxSaeError(f"{name} is {value}. It must be a whole number from 1 to {self.n_features}.")
         self._check_prefixes()
+        if any(low >= high for low, high in pairwise(self.sigma_table)):
+            raise FluxSaeError(f"sigma_table is {self.sigma_table}. It must hold rising noise levels, each once.")
 
     def _check_prefixes(self) -> None:
         if not self.prefixes:
@@ -169,6 +177,11 @@ class SaeConfig:
         return self.kind.threshold is not None
 
     @property
+    def is_sigma_conditioned(self) -> bool:
+        """Whether the encoder has to be given the noise level of what it reads."""
+        return bool(self.sigma_table)
+
+    @property
     def expansion_factor(self) -> float:
         """n_features / d_model."""
         return self.n_features / self.d_model
@@ -182,11 +195,15 @@ class SaeConfig:
         }  # fmt: skip
         if self.has_threshold:
             shapes["threshold"] = () if self.kind.threshold == "shared" else column
+        if self.sigma_table:
+            shapes |= dict.fromkeys(("sigma_scale", "sigma_shift"), (len(self.sigma_table), self.d_model))
         return shapes
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values, with the schema version."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        values = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        # Not written where empty: versions that know no tables go on reading plain SAEs.
+        return {name: value for name, value in values.items() if name not in _ADDED or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -204,7 +221,7 @@ class SaeConfig:
                 f"schema_version is {version}, written by a newer fluxsae; this one reads up to {SCHEMA_VERSION}. "
                 "Upgrade fluxsae."
             )
-        missing = [field.name for field in fields(cls) if field.name not in values]
+        missing = [field.name for field in fields(cls) if field.name not in values and field.name not in _ADDED]
         if missing:
             raise FluxSaeError(f"The SAE's config lacks {', '.join(missing)}. Write it again with `save_pretrained`.")
         return cls(**values)

@@ -9,13 +9,16 @@ b_dec, and input_mean and input_scale are 0 and 1. batchtopk and matryoshka beco
 threshold.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import atomic_path, read_header, read_json, save_tensors, write_json
@@ -51,29 +54,60 @@ def to_saelens(sae: SparseAutoencoder, folder: str | Path) -> None:
 
 
 def from_saelens(folder: str | Path) -> SparseAutoencoder:
-    """The SAE in a folder that SAELens 6 wrote: `standard`, `topk` or `jumprelu`.
+    """The SAE in a folder that SAELens wrote, 6 or older: `standard`, `topk` or `jumprelu`.
 
     Raises:
-        FluxSaeError: an architecture or a normalisation that has no equal here, tensors that do not fit.
+        FluxSaeError: an architecture, normalisation or reshaping that has no equal here, tensors that do not fit.
     """
     path = Path(folder)
-    config = read_json(path / "cfg.json")
-    if config.get("normalize_activations", "none") not in ("none", None):
-        raise FluxSaeError(
-            f"{path} has normalize_activations {config['normalize_activations']!r}. Only 'none' can be read; fold the "
-            "normalisation into the weights with SAELens first."
-        )
+    config = _modern_saelens(read_json(path / "cfg.json"))
+    _check_saelens(config, path)
     tensors = _read(path / "sae_weights.safetensors")
+    if config.get("finetuning_scaling_factor"):  # acts are scaled where they are decoded, so rows may be as well
+        require_tensors(tensors, ["scaling_factor"], path)
+        tensors["W_dec"] = tensors["W_dec"] * tensors["scaling_factor"][:, None]
     kinds: dict[str, Architecture] = {"standard": "l1", "topk": "topk", "jumprelu": "jumprelu"}
     architecture = _one_of(kinds, config.get("architecture"), path)
-    _require(
+    require_tensors(
         tensors, ["W_enc", "W_dec", "b_enc", "b_dec", *(["threshold"] if architecture == "jumprelu" else [])], path
     )
     parts = {**tensors, "W_enc": tensors["W_enc"].T}
     if not config.get("apply_b_dec_to_input", True):
         parts["b_enc"] = parts["b_enc"] + parts["W_enc"] @ parts["b_dec"]
     rescales = bool(config.get("rescale_acts_by_decoder_norm", False))
-    return _build(architecture, config.get("k"), parts, path=path, gates_on_norms=rescales or architecture != "topk")
+    return build_sae(architecture, config.get("k"), parts, path=path, gates_on_norms=rescales or architecture != "topk")
+
+
+def _modern_saelens(config: dict[str, Any]) -> dict[str, Any]:
+    """The config under the names of SAELens 6, as SAELens itself reads older ones."""
+    renamed = {"activation_fn_str": "activation_fn", "hook_point": "hook_name"}
+    config = {renamed.get(name, name): value for name, value in config.items()}
+    config = {"architecture": "standard", "activation_fn": "relu", **config}
+    if config["activation_fn"] == "topk" and config["architecture"] == "standard":
+        config |= {"architecture": "topk", "activation_fn": "relu", "k": _own_k(config)}
+    if isinstance(config.get("normalize_activations"), bool):
+        config["normalize_activations"] = "expected_average_only_in" if config["normalize_activations"] else "none"
+    if "hook_z" in str(config.get("hook_name", "")):
+        config.setdefault("reshape_activations", "hook_z")
+    return config
+
+
+def _own_k(config: Mapping[str, Any]) -> Any:
+    return (config.get("activation_fn_kwargs") or {}).get("k")
+
+
+def _check_saelens(config: Mapping[str, Any], path: Path) -> None:
+    plain: dict[str, tuple[Any, ...]] = {
+        "normalize_activations": ("none", None),
+        "reshape_activations": ("none", None),
+        "activation_fn": ("relu", None, *(["topk"] if config["architecture"] == "topk" else [])),
+    }
+    for name, allowed in plain.items():
+        if config.get(name) not in allowed:
+            raise FluxSaeError(
+                f"{path} has {name} {config[name]!r}, which changes what its weights compute. Only {allowed[0]!r} can "
+                "be read; fold it into the weights with SAELens first, or train the SAE without it."
+            )
 
 
 def to_sparsify(sae: SparseAutoencoder, folder: str | Path) -> None:
@@ -114,16 +148,19 @@ def from_sparsify(folder: str | Path) -> SparseAutoencoder:
     """
     path = Path(folder)
     config = read_json(path / "cfg.json")
-    unlike = [name for name in ("skip_connection", "transcode") if config.get(name)]
+    unlike = [name for name in ("skip_connection", "transcode", "signed") if config.get(name)]
     if unlike or config.get("activation", "topk") != "topk":
-        raise FluxSaeError(f"{path} has {unlike or config['activation']}. Only plain topk SAEs have an equal here.")
+        raise FluxSaeError(
+            f"{path} has {', '.join(unlike) or config['activation']}. Only plain topk SAEs have an equal here: acts "
+            "are never negative, and the output is built from features alone."
+        )
     tensors = _read(path / "sae.safetensors")
-    _require(tensors, ["encoder.weight", "encoder.bias", "W_dec", "b_dec"], path)
+    require_tensors(tensors, ["encoder.weight", "encoder.bias", "W_dec", "b_dec"], path)
     parts = {
         "W_enc": tensors["encoder.weight"], "b_enc": tensors["encoder.bias"], "W_dec": tensors["W_dec"],
         "b_dec": tensors["b_dec"],
     }  # fmt: skip
-    return _build("topk", config.get("k"), parts, path=path, gates_on_norms=False)
+    return build_sae("topk", config.get("k"), parts, path=path, gates_on_norms=False)
 
 
 def to_dictionary_learning(sae: SparseAutoencoder, folder: str | Path) -> None:
@@ -176,27 +213,74 @@ def from_dictionary_learning(folder: str | Path) -> SparseAutoencoder:
         "AutoEncoder": "l1", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu",
     }  # fmt: skip
     architecture = _one_of(kinds, trainer.get("dict_class"), path)
-    tensors = _read_pickle(path / "ae.pt")
+    tensors = read_tensors(path / "ae.pt")
     if architecture == "jumprelu":
-        _require(tensors, ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"], path)
+        require_tensors(tensors, ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"], path)
         encoder = tensors["W_enc"].T
         parts = {**tensors, "W_enc": encoder, "b_enc": tensors["b_enc"] + encoder @ tensors["b_dec"]}
-        return _build(architecture, None, parts, path=path, gates_on_norms=True)
+        return build_sae(architecture, None, parts, path=path, gates_on_norms=True)
     bias = "bias" if architecture == "l1" else "b_dec"
-    _require(tensors, ["encoder.weight", "encoder.bias", "decoder.weight", bias], path)
+    require_tensors(tensors, ["encoder.weight", "encoder.bias", "decoder.weight", bias], path)
     parts = {
         "W_enc": tensors["encoder.weight"], "b_enc": tensors["encoder.bias"], "W_dec": tensors["decoder.weight"].T,
         "b_dec": tensors[bias],
     }  # fmt: skip
     if architecture == "batchtopk":
-        _require(tensors, ["threshold"], path)
+        require_tensors(tensors, ["threshold"], path)
         parts["threshold"] = tensors["threshold"]
     k = int(tensors["k"]) if "k" in tensors else trainer.get("k")
-    return _build(architecture, k, parts, path=path, gates_on_norms=architecture == "l1")
+    return build_sae(architecture, k, parts, path=path, gates_on_norms=architecture == "l1")
+
+
+def from_timestep_conditioned(tensors: Mapping[str, Tensor], sigmas: Sequence[float]) -> SparseAutoencoder:
+    """The SAE whose state dict DifFRACT (Mazur et al. 2026, arXiv 2606.15796) wrote, as a table over noise levels.
+
+    acts = relu(W_enc (x (1 + scale(t)) + shift(t)) + b_enc), (scale, shift) = mod_linear(time_mlp(embedding of t)), and
+    t = sigma in FLUX. At the given noise levels, those of the schedule in use, the table is exact; in between it is
+    interpolated. Their transcoders have the same tensors, but write another activation than they read: no SAEs.
+
+    Raises:
+        FluxSaeError: tensors are missing or do not fit, or no noise levels.
+    """
+    path = Path("a state dict of DifFRACT")
+    linears = ("time_mlp.0", "time_mlp.2", "mod_linear", "encoder", "decoder")
+    require_tensors(tensors, [f"{name}.{part}" for name in linears for part in ("weight", "bias")], path)
+    if not sigmas:
+        raise FluxSaeError(
+            "sigmas is empty. Give the noise levels of the schedule (`schedule_sigmas(pipe, settings)`)."
+        )
+    own = {name: tensor.float() for name, tensor in tensors.items()}
+    W_enc, b_dec = own["encoder.weight"], own["decoder.bias"]
+    parts = {
+        "W_enc": W_enc, "b_enc": own["encoder.bias"] + W_enc @ b_dec, "W_dec": own["decoder.weight"].T, "b_dec": b_dec,
+    }  # fmt: skip
+    plain = build_sae("l1", None, parts, path=path, gates_on_norms=True)
+    sae = SparseAutoencoder(replace(plain.config, sigma_table=tuple(sorted(set(sigmas)))), seed=None)
+    scale, shift = _modulation(own, torch.tensor(sae.config.sigma_table)).chunk(2, dim=1)
+    sae.load_state_dict({**plain.state_dict(), "sigma_scale": 1 + scale, "sigma_shift": shift})
+    return sae
+
+
+def _modulation(tensors: Mapping[str, Tensor], sigmas: Float[Tensor, " n_sigmas"]) -> Float[Tensor, "n_sigmas both"]:
+    """Their network from noise levels to (scale, shift); its frequencies are the defaults of diffusers."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return functional.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    half = tensors["time_mlp.0.weight"].shape[1] // 2
+    angles = sigmas[:, None] * 10_000 ** -(torch.arange(half) / (half - 1))
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    hidden = functional.silu(linear(embedding, "time_mlp.0"))
+    return linear(functional.silu(linear(hidden, "time_mlp.2")), "mod_linear")
 
 
 def _folded(sae: SparseAutoencoder) -> dict[str, Tensor]:
     """The tensors without input normalisation; a threshold for each feature where there is one."""
+    if sae.config.is_sigma_conditioned:
+        raise FluxSaeError(
+            "This SAE reads each noise level in its own way (sigma_table), which no other tool's format can hold. "
+            "Publish it with `push_to_hub`, or train a plain SAE for export."
+        )
     scale, state = sae.input_scale.double(), {name: t.detach().double().cpu() for name, t in sae.state_dict().items()}
     scale = scale.cpu()
     folded = {
@@ -210,7 +294,7 @@ def _folded(sae: SparseAutoencoder) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in folded.items()}
 
 
-def _build(
+def build_sae(
     architecture: Architecture, k: int | None, parts: Mapping[str, Tensor], *, path: Path, gates_on_norms: bool
 ) -> SparseAutoencoder:
     """The SAE with unit decoder rows; `gates_on_norms`: features may be rescaled without changing which are active."""
@@ -260,16 +344,30 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in load_file(path).items()}
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def load_plain(path: Path) -> dict[str, Any]:
+    """What a `.pt` file holds, as long as that is tensors, numbers, texts and tables of them: no code is ever run.
+
+    Raises:
+        FluxSaeError: there is no such file, or it holds anything else, such as a pickled module.
+    """
     if not path.is_file():
-        raise FluxSaeError(f"{path} does not exist. Give a folder that dictionary_learning wrote.")
+        raise FluxSaeError(f"{path} does not exist. Give the file or folder that the other tool wrote.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise FluxSaeError(
-            f"{path} is no plain table of tensors ({type(error).__name__}); nothing else is read."
+            f"{path} is no plain table of tensors ({type(error).__name__}); nothing else is read, since a pickled "
+            "module can run code. Save the state dict (torch.save(sae.state_dict(), ...)) where the SAE is from."
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+    if not isinstance(content, dict):
+        raise FluxSaeError(f"{path} holds a {type(content).__name__}, no table of tensors; nothing else is read.")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A `.pt` file that holds tensors alone, in fp32."""
+    content = load_plain(path)
+    if not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise FluxSaeError(f"{path} is no plain table of tensors; nothing else is read.")
     return {name: tensor.float() for name, tensor in content.items()}
 
@@ -280,7 +378,8 @@ def _one_of(kinds: Mapping[str, Architecture], name: object, path: Path) -> Arch
     return kinds[str(name)]
 
 
-def _require(tensors: Mapping[str, Tensor], names: list[str], path: Path) -> None:
+def require_tensors(tensors: Mapping[str, Tensor], names: list[str], path: Path) -> None:
+    """Refuses a table without some tensors, and says what it holds."""
     missing = [name for name in names if name not in tensors]
     if missing:
         raise FluxSaeError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(sorted(tensors))}.")

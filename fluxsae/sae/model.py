@@ -1,7 +1,8 @@
 """Sparse autoencoders of FLUX activations: their description, their arithmetic, and their strict files on disk or Hub.
 
 x~     = (x - input_mean) / input_scale
-pre    = (x~ - b_dec) W_enc^T + b_enc
+x'     = x~ * sigma_scale(sigma) + sigma_shift(sigma)     where the SAE has a table of noise levels, else x~
+pre    = (x' - b_dec) W_enc^T + b_enc
 acts   = activation(pre)
 x~_hat = acts W_dec + b_dec
 x_hat  = x~_hat * input_scale + input_mean
@@ -9,9 +10,10 @@ x_hat  = x~_hat * input_scale + input_mean
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -28,11 +30,14 @@ from fluxsae.sae.acts import SparseActs, tokens_at_once
 from fluxsae.sae.config import Mismatch, SaeConfig, TrainedOn
 from fluxsae.sae.ground import check_ground
 from fluxsae.sae.kernels import sparse_decode, sparse_pays, topk, topk_acts
+from fluxsae.sae.sigma_table import table_places
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
 _FEW_FEATURES = 8
+_SIGMA_TOLERANCE = 0.05  # of tables whose SAE does not say what it was trained on
+_ROUNDING = 1e-6  # schedules hold their noise levels in fp32
 
 
 class SaeOutput(NamedTuple):
@@ -57,6 +62,9 @@ class SparseAutoencoder(nn.Module):
     (Bussmann et al. 2024, arXiv 2412.06410); `jumprelu` (Rajamanoharan et al. 2024, arXiv 2407.14435); `matryoshka`
     (Bussmann et al. 2025, arXiv 2503.17547). batchtopk and matryoshka encode with the threshold found in training.
     Weights start from `seed`; with None they are left zero, for loading.
+
+    One dictionary for all noise levels has tables of scales and shifts (`config.sigma_table`): whatever encodes then
+    needs `sigma`, a number or one that broadcasts to x without its last axis. A plain SAE does not look at `sigma`.
     """
 
     W_enc: nn.Parameter
@@ -69,6 +77,9 @@ class SparseAutoencoder(nn.Module):
     """One number (batchtopk, matryoshka) or one a feature (jumprelu, a parameter); absent otherwise."""
     input_mean: Tensor
     input_scale: Tensor
+    sigma_scale: nn.Parameter
+    """(n_sigmas, d_model), with `sigma_table` only; as `sigma_shift`."""
+    sigma_shift: nn.Parameter
     reference_acts: Tensor
     """(n_features,): 99th percentile of each feature's positive acts on held-out images, 0 where unknown."""
 
@@ -76,7 +87,7 @@ class SparseAutoencoder(nn.Module):
         super().__init__()
         self.config = config
         trained = ("threshold",) if config.kind.threshold == "per feature" else ()
-        parameters = ("W_enc", "W_dec", "b_enc", "b_dec", *trained)
+        parameters = ("W_enc", "W_dec", "b_enc", "b_dec", "sigma_scale", "sigma_shift", *trained)
         for name, shape in config.tensor_shapes().items():
             tensor = torch.zeros(shape)
             if name in parameters:
@@ -93,6 +104,8 @@ class SparseAutoencoder(nn.Module):
         rows = torch.randn(self.W_dec.shape, generator=generator, dtype=torch.float32)
         self.W_dec.copy_(nn.functional.normalize(rows, dim=1))
         self.W_enc.copy_(self.W_dec)
+        if self.config.is_sigma_conditioned:
+            self.sigma_scale.fill_(1.0)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -114,11 +127,63 @@ class SparseAutoencoder(nn.Module):
         if self.W_enc.device != x.device:
             self.to(x.device)
 
-    def pre_acts(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
+    def encoder_input(
+        self, x_tilde: Float[Tensor, "*batch d_model"], sigma: float | Tensor | None
+    ) -> Float[Tensor, "*batch d_model"]:
+        """x~ as the encoder reads it at a noise level, b_dec not yet taken off; x~ itself in a plain SAE.
+
+        Between two noise levels of the table, scale and shift are interpolated; beyond its ends they stay.
+        """
+        if not self.config.is_sigma_conditioned:
+            return x_tilde
+        places = table_places(self.config.sigma_table, torch.as_tensor(sigma, device=x_tilde.device))
+        return x_tilde * places.interpolate(self.sigma_scale) + places.interpolate(self.sigma_shift)
+
+    def check_sigma(self, sigma: float | Tensor | None) -> None:
+        """Refuses noise levels that a table cannot be read at.
+
+        Raises:
+            FluxSaeError: none is given, or one lies further outside the table than the SAE's tolerance.
+        """
+        table = self.config.sigma_table
+        if not table:
+            return
+        if sigma is None:
+            raise FluxSaeError(
+                f"This SAE reads each noise level in its own way (sigma_table, {len(table)} levels from {table[0]:.3f} "
+                f"to {table[-1]:.3f}). Give that of the activations: encode(x, sigma=captured.sigma(step))."
+            )
+        values = sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64)
+        low, high = (float(each) for each in values.aminmax())
+        known_low, known_high = self._readable_sigmas()
+        if not known_low - _ROUNDING <= low <= high <= known_high + _ROUNDING:
+            raise FluxSaeError(
+                f"sigma is {low:.3f}{'' if low == high else f' to {high:.3f}'}. This SAE reads {known_low:.3f} to "
+                f"{known_high:.3f}: its sigma_table and its tolerance beyond. Use steps whose noise level lies there, "
+                "or train it on more steps."
+            )
+
+    def nearest_sigma(self, sigma: float) -> float:
+        """The noise level nearest to `sigma` at which this SAE can be read; `sigma` itself for a plain SAE."""
+        low, high = self._readable_sigmas()
+        return min(max(sigma, low), high) if self.config.is_sigma_conditioned else sigma
+
+    def _readable_sigmas(self) -> tuple[float, float]:
+        table, ground = self.config.sigma_table or (0.0, 1.0), self.config.trained_on
+        tolerance = _SIGMA_TOLERANCE if ground is None else ground.sigma_tolerance
+        return table[0] - tolerance, table[-1] + tolerance
+
+    def _centred(self, x: Tensor, sigma: float | Tensor | None) -> Tensor:
+        self.check_sigma(sigma)
+        return self.encoder_input(self.normalise(x), sigma) - self.b_dec
+
+    def pre_acts(
+        self, x: Float[Tensor, "*batch d_model"], *, sigma: float | Tensor | None = None
+    ) -> Float[Tensor, "*batch n_features"]:
         """Pre-activations of all features, in at least float32."""
         dtype = self.compute_dtype
         with _without_autocast(x.device):
-            return nn.functional.linear(self.normalise(x) - self.b_dec, self.W_enc.to(dtype), self.b_enc.to(dtype))
+            return nn.functional.linear(self._centred(x, sigma), self.W_enc.to(dtype), self.b_enc.to(dtype))
 
     def activate(self, pre_acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch n_features"]:
         """The architecture's activation of all features' pre-activations; top-k ties go to the lower index."""
@@ -126,17 +191,23 @@ class SparseAutoencoder(nn.Module):
             return topk_acts(pre_acts, self._k)
         return self._gate(pre_acts, self._threshold())
 
-    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_features"]:
+    def encode(
+        self, x: Float[Tensor, "*batch d_model"], *, sigma: float | Tensor | None = None
+    ) -> Float[Tensor, "*batch n_features"]:
         """Acts of all features, >= 0, for activations in raw FLUX units."""
-        return self._by_chunk(x, lambda rows: self.activate(self.pre_acts(rows)))
+        return self._by_chunk(x, sigma, lambda rows, level: self.activate(self.pre_acts(rows, sigma=level)))
 
-    def encode_sparse(self, x: Float[Tensor, "*batch d_model"]) -> SparseActs:
+    def encode_sparse(self, x: Float[Tensor, "*batch d_model"], *, sigma: float | Tensor | None = None) -> SparseActs:
         """The same acts as `encode`, without the silent ones; the acts of all features are held for a chunk alone."""
-        parts = [self._fired(self.pre_acts(rows)) for rows in self._chunks(x)]
+        parts = [self._fired(self.pre_acts(rows, sigma=level)) for rows, level in self._chunks(x, sigma)]
         return SparseActs.joined(parts, (*x.shape[:-1], self.config.n_features))
 
     def encode_features(
-        self, x: Float[Tensor, "*batch d_model"], features: Sequence[int] | Int[Tensor, " chosen"]
+        self,
+        x: Float[Tensor, "*batch d_model"],
+        features: Sequence[int] | Int[Tensor, " chosen"],
+        *,
+        sigma: float | Tensor | None = None,
     ) -> Float[Tensor, "*batch chosen"]:
         """Exact acts of some features, without decoding.
 
@@ -149,19 +220,21 @@ class SparseAutoencoder(nn.Module):
         self._follow(x)
         chosen = self._checked_features(features)
         if self.config.architecture == "topk":
-            return self._by_chunk(x, lambda rows: self._topk_features(self.pre_acts(rows), chosen))
+            return self._by_chunk(
+                x, sigma, lambda rows, level: self._topk_features(self.pre_acts(rows, sigma=level), chosen)
+            )
         dtype = self.compute_dtype
         weights, biases = self.W_enc[chosen].to(dtype), self.b_enc[chosen].to(dtype)
         threshold = self._threshold()
         if threshold is not None and threshold.ndim:
             threshold = threshold[chosen]
 
-        def acts(rows: Tensor) -> Tensor:
+        def acts(rows: Tensor, level: float | Tensor | None) -> Tensor:
             with _without_autocast(rows.device):
-                pre_acts = nn.functional.linear(self.normalise(rows) - self.b_dec, weights, biases)
+                pre_acts = nn.functional.linear(self._centred(rows, level), weights, biases)
             return self._gate(pre_acts, threshold)
 
-        return self._by_chunk(x, acts)
+        return self._by_chunk(x, sigma, acts)
 
     def decode(self, acts: Float[Tensor, "*batch n_features"]) -> Float[Tensor, "*batch d_model"]:
         """Reconstruction in raw FLUX units from dense acts."""
@@ -182,15 +255,17 @@ class SparseAutoencoder(nn.Module):
             x_hat = _joined([self.decode(part.dense()) for part in acts.split(at_once)])
         return x_hat.reshape(*acts.shape[:-1], self.config.d_model)
 
-    def reconstruct(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    def reconstruct(
+        self, x: Float[Tensor, "*batch d_model"], *, sigma: float | Tensor | None = None
+    ) -> Float[Tensor, "*batch d_model"]:
         """`sae(x).x_hat`, with the acts of all features held for a chunk alone."""
         if self._is_sparse(x.device):
-            return self.decode_sparse(self.encode_sparse(x))
-        return self._by_chunk(x, lambda rows: self(rows).x_hat)
+            return self.decode_sparse(self.encode_sparse(x, sigma=sigma))
+        return self._by_chunk(x, sigma, lambda rows, level: self(rows, sigma=level).x_hat)
 
-    def forward(self, x: Float[Tensor, "*batch d_model"]) -> SaeOutput:
+    def forward(self, x: Float[Tensor, "*batch d_model"], *, sigma: float | Tensor | None = None) -> SaeOutput:
         """Encode and decode, all features' acts of all tokens held; for many tokens see `reconstruct`."""
-        pre_acts = self.pre_acts(x)
+        pre_acts = self.pre_acts(x, sigma=sigma)
         if self._is_sparse(x.device):
             fired = self._fired(pre_acts)
             return SaeOutput(self.decode_sparse(fired), fired.dense(), pre_acts)
@@ -212,13 +287,20 @@ class SparseAutoencoder(nn.Module):
         tokens, features = fires.nonzero(as_tuple=True)
         return SparseActs(tokens, features, rows[tokens, features], tuple(pre_acts.shape))
 
-    def _chunks(self, x: Tensor) -> Sequence[Tensor]:
-        rows: Tensor = x.reshape(-1, x.shape[-1])
-        chunks: Sequence[Tensor] = rows.split(tokens_at_once(self.config.n_features, self.W_enc.device))
-        return chunks
+    def _chunks(self, x: Tensor, sigma: float | Tensor | None) -> Iterator[tuple[Tensor, float | Tensor | None]]:
+        size = tokens_at_once(self.config.n_features, self.W_enc.device)
+        levels: Iterable[float | Tensor | None] = repeat(sigma)
+        if self.config.is_sigma_conditioned and isinstance(sigma, Tensor) and sigma.ndim:
+            levels = sigma.to(x.device).expand(x.shape[:-1]).reshape(-1).split(size)
+        return zip(x.reshape(-1, x.shape[-1]).split(size), levels, strict=False)
 
-    def _by_chunk(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        found = _joined([function(rows) for rows in self._chunks(x)])
+    def _by_chunk(
+        self,
+        x: Tensor,
+        sigma: float | Tensor | None,
+        function: Callable[[Tensor, float | Tensor | None], Tensor],
+    ) -> Tensor:
+        found = _joined([function(rows, level) for rows, level in self._chunks(x, sigma)])
         return found.reshape(*x.shape[:-1], found.shape[-1])
 
     @property

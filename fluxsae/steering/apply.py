@@ -3,11 +3,11 @@
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
@@ -24,9 +24,11 @@ from fluxsae.flux import (
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.hooks import TransformerCall
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.names import SaeName
 from fluxsae.sae.config import Mismatch
 from fluxsae.sae.ground import check_names
 from fluxsae.sae.model import SparseAutoencoder
+from fluxsae.steering.conditions import Condition
 from fluxsae.steering.edits import NEEDS_REFERENCE, HeatmapRegion, SteeringEdit, check_count, is_batched
 
 _READS_ACTS: Final = ("scale", "clamp", "ablate")
@@ -39,7 +41,7 @@ class EditedCall:
     """What an edit did at one call of one block: for measurements."""
 
     call: BlockCall
-    """The block's call, with the unedited tokens."""
+    """The block's call, with the unedited tokens; where several SAEs of a hook point edit, one for each of them."""
     delta: Float[Tensor, "batch tokens d_model"]
     """What was added, fp32."""
     edited: Float[Tensor, "batch tokens d_model"]
@@ -84,17 +86,19 @@ def edit_delta(
     x: Float[Tensor, "batch tokens d_model"],
     *,
     acts: Float[Tensor, "batch tokens"] | None = None,
+    sigma: float | None = None,
     direction: Float[Tensor, " d_model"] | None = None,
 ) -> Float[Tensor, "batch tokens d_model"]:
     """What one edit adds to raw FLUX tokens `x`, fp32, window left aside.
 
-    `acts` are the feature's exact acts at `x` where already known. A unit `direction` is written in place of the
-    decoder row; how much of it is still read from the feature, so that a control has the edit's own norm.
+    `acts` are the feature's exact acts at `x` where already known; otherwise an SAE with a `sigma_table` needs `sigma`.
+    A unit `direction` is written in place of the decoder row; how much of it is still read from the feature, so that a
+    control has the edit's own norm.
     """
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     u = _unit_row(sae, edit.feature, values)
     if acts is None and _needs_acts(edit):
-        acts = sae.encode_features(x, [edit.feature])[..., 0]
+        acts = sae.encode_features(x, [edit.feature], sigma=sigma)[..., 0]
     z = values.new_zeros(values.shape[:-1]) if acts is None else acts.to(values)
     projection = (values - sae.input_mean.to(values)) @ u if edit.mode == "project_out" else z
     reference = float(sae.reference_acts[edit.feature])
@@ -138,8 +142,9 @@ def steer(
     """Applies `edits` to every generation of `pipe` inside the `with`, on the conditional pass.
 
     Args:
-        pipe: a FluxPipeline; its hooks are gone when the `with` ends, however it ends.
-        saes: the SAE of each hook point that an edit names; they move to the device on which FLUX computes.
+        pipe: a FLUX pipeline; its hooks are gone when the `with` ends, however it ends.
+        saes: the SAE of each hook point (or `hookpoint@variant`) that an edit names; they move to the device on which
+            FLUX computes.
         edits: one flat list for all images of a batch, or one list an image.
         settings: those of the generations to come, where known: windows, regions and SAEs are then checked against
             them here, and otherwise before the first block of each generation runs.
@@ -150,23 +155,25 @@ def steer(
     Raises:
         FluxSaeError: an edit does not fit the SAE, the SAE not the pipeline, or window and region not the images.
     """
-    saes = {HookPoint.parse(hookpoint): sae for hookpoint, sae in saes.items()}
+    saes = {SaeName.parse(name): sae for name, sae in saes.items()}
     check_edits(pipe, saes, edits, settings=settings, allow_mismatch=allow_mismatch)
     per_item = _per_item(edits)
     hookpoints = sorted({edit.hookpoint for item in per_item for edit in item})
     handlers = {
-        hookpoint: _SteeredHookpoint(
-            sae=saes[hookpoint],
-            per_item=[sorted((e for e in item if e.hookpoint == hookpoint), key=_order) for item in per_item],
+        place: _SteeredHookpoint(
+            saes={name: saes[name] for name in hookpoints if name.place == place},
+            per_item=[sorted((e for e in item if e.hookpoint.place == place), key=_order) for item in per_item],
             is_flat=not is_batched(edits),
             direction_of=direction_of,
             on_edit=on_edit,
         )
-        for hookpoint in hookpoints
+        for place in sorted({name.place for name in hookpoints})
     }
 
     def check_run(call: TransformerCall) -> None:
         if call.is_first_of_run:
+            for handler in handlers.values():
+                handler.began.clear()
             _check_batch(edits, len(call.inputs["hidden_states"]))
             _check_facts(saes, per_item, _RunFacts.from_call(pipe, call, hookpoints), allow_mismatch=allow_mismatch)
 
@@ -223,13 +230,18 @@ def edit_window(edit: SteeringEdit, sae: SparseAutoencoder, sigmas: Sequence[flo
 
 @dataclass(frozen=True, eq=False)
 class _SteeredHookpoint:
-    """The handler of one hook point: every item of the batch gets its own edits' deltas, summed in canonical order."""
+    """The handler of one hook point: every item of the batch gets its own edits' deltas, summed in canonical order.
 
-    sae: SparseAutoencoder
+    Edits through several SAEs there read the same unedited tokens.
+    """
+
+    saes: Mapping[HookPoint, SparseAutoencoder]
     per_item: list[list[SteeringEdit]]
     is_flat: bool
     direction_of: DirectionOf | None
     on_edit: Callable[[EditedCall], None] | None
+    began: set[tuple[int, SteeringEdit]] = field(default_factory=set)
+    """Place in the batch and edit, for conditions on the image that have held in this run."""
 
     @torch.no_grad()
     def __call__(self, call: BlockCall) -> Tensor | None:
@@ -240,23 +252,42 @@ class _SteeredHookpoint:
         deltas = None if self.on_edit is None else torch.empty_like(call.tokens, dtype=dtype)
         for place, tokens in enumerate(call.tokens.split(1)):
             item = 0 if self.is_flat else place
-            active = [edit for edit in self.per_item[item] if _is_active(edit, self.sae, call)]
-            delta = self._summed_delta(tokens.to(dtype), active, item)
+            active = [edit for edit in self.per_item[item] if _is_active(edit, self.saes[edit.hookpoint], call)]
+            delta = self._summed_delta(tokens.to(dtype), active, item, place, sigma=call.sigma)
             edited[place : place + 1] = add_delta(tokens, delta)
             if deltas is not None:
                 deltas[place : place + 1] = delta
         if self.on_edit is not None and deltas is not None:
-            self.on_edit(EditedCall(call, deltas, edited))
+            for name in self.saes:
+                self.on_edit(EditedCall(replace(call, hookpoint=name), deltas, edited))
         return edited
 
-    def _summed_delta(self, x: Tensor, edits: list[SteeringEdit], item: int) -> Tensor:
+    def _summed_delta(self, x: Tensor, edits: list[SteeringEdit], item: int, place: int, *, sigma: float) -> Tensor:
         delta = torch.zeros_like(x)
-        features = sorted({edit.feature for edit in edits if _needs_acts(edit)})
-        acts = dict(zip(features, self.sae.encode_features(x, features).unbind(-1), strict=True)) if features else {}
+        acts: dict[HookPoint, dict[int, Tensor]] = {}
+        for name, sae in self.saes.items():
+            features = sorted({each for edit in edits if edit.hookpoint == name for each in _read_features(edit)})
+            found = sae.encode_features(x, features, sigma=sigma) if features else x[..., :0]
+            acts[name] = dict(zip(features, found.unbind(-1), strict=True))
         for edit in edits:
             direction = None if self.direction_of is None else self.direction_of(edit, item)
-            delta += edit_delta(edit, self.sae, x, acts=acts.get(edit.feature), direction=direction)
+            sae, known = self.saes[edit.hookpoint], acts[edit.hookpoint]
+            change = edit_delta(edit, sae, x, acts=known.get(edit.feature), direction=direction)
+            if edit.when is not None:
+                change *= self._holds(edit, edit.when, known, place)[..., None]
+            delta += change
         return delta
+
+    def _holds(
+        self, edit: SteeringEdit, condition: Condition, acts: Mapping[int, Tensor], place: int
+    ) -> Bool[Tensor, "#batch #tokens"]:
+        """Where one image's edit may act."""
+        present = condition.where_present(acts, self.saes[edit.hookpoint].reference_acts)
+        if condition.at == "token":
+            return present
+        if bool(present.any()):
+            self.began.add((place, edit))
+        return present.new_full((1, 1), (place, edit) in self.began)
 
 
 @dataclass(frozen=True)
@@ -289,6 +320,11 @@ def _order(edit: SteeringEdit) -> tuple[HookPoint, int, str]:
 
 def _needs_acts(edit: SteeringEdit) -> bool:
     return edit.mode in _READS_ACTS or isinstance(edit.region, HeatmapRegion)
+
+
+def _read_features(edit: SteeringEdit) -> set[int]:
+    """The features whose acts an edit asks for."""
+    return {*([edit.feature] if _needs_acts(edit) else []), *(edit.when.features if edit.when else ())}
 
 
 def _unit_row(sae: SparseAutoencoder, feature: int, like: Tensor) -> Tensor:
@@ -334,6 +370,8 @@ def _check_edit(pipe: Any, saes: Mapping[HookPoint, SparseAutoencoder], edit: St
             f"{hookpoint} is unknown (it never fired on held-out images). Use scale, ablate or project_out, or score "
             "the SAE again on more images."
         )
+    if edit.when is not None:
+        edit.when.check(saes[hookpoint].reference_acts, hookpoint=hookpoint)
     threshold = edit.region.threshold if isinstance(edit.region, HeatmapRegion) else 0.0
     if threshold > 0 and not float(saes[hookpoint].reference_acts[edit.feature]) > 0:
         raise FluxSaeError(
@@ -354,7 +392,9 @@ def _check_facts(
     allow_mismatch: Collection[Mismatch],
 ) -> None:
     for edit in itertools.chain.from_iterable(per_item):
-        edit_window(edit, saes[edit.hookpoint], facts.sigmas)
+        start, stop = edit_window(edit, saes[edit.hookpoint], facts.sigmas)
+        for sigma in facts.sigmas[start:stop]:
+            saes[edit.hookpoint].check_sigma(sigma)
         _check_region(edit, facts.grid)
     # An SAE without a record is let in: its edits already have to say in which steps they act.
     for hookpoint, ground in facts.grounds.items():

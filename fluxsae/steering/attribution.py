@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.labels import STOP_WORDS
 from fluxsae.flux import (
+    AnyFlux,
     BlockCall,
-    FluxPipeline,
     block_hooks,
     capture,
     default_settings,
@@ -23,11 +23,13 @@ from fluxsae.flux import (
     schedule_sigmas,
     token_grid,
 )
+from fluxsae.flux.families import Embeddings, family_of
 from fluxsae.flux.generation import denoise_to
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.hooks import StopGeneration, free_after_abort
-from fluxsae.flux.latents import Embeddings, Snapshot, differentiable_velocity, velocity
+from fluxsae.flux.latents import Snapshot, differentiable_velocity, velocity
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.names import SaeName
 from fluxsae.sae.config import Mismatch
 from fluxsae.sae.kernels import pair_products
 from fluxsae.sae.model import SparseAutoencoder
@@ -50,9 +52,13 @@ class Target:
     step: int
     token: int | None = None
 
-    def drive(self, sae: SparseAutoencoder, x: Float[Tensor, "batch tokens d_model"]) -> Float[Tensor, " batch"]:
+    def drive(
+        self, sae: SparseAutoencoder, x: Float[Tensor, "batch tokens d_model"], *, sigma: float | None = None
+    ) -> Float[Tensor, " batch"]:
         """The feature's drive for each image, in SAE activation units."""
-        pre_acts = (sae.normalise(x) - sae.b_dec) @ sae.W_enc[self.feature] + sae.b_enc[self.feature]
+        sae.check_sigma(sigma)
+        read = sae.encoder_input(sae.normalise(x), sigma) - sae.b_dec
+        pre_acts = read @ sae.W_enc[self.feature] + sae.b_enc[self.feature]
         return pre_acts.relu().sum(dim=1) if self.token is None else pre_acts[:, self.token]
 
 
@@ -137,13 +143,14 @@ class Explanation:
 
 
 def explain(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: Saes,
     target: Target,
     *,
     prompt: str,
     seed: int,
     settings: GenerationSettings | None = None,
+    snapshot: Snapshot | None = None,
     limit: int = 8,
     allow_mismatch: Collection[Mismatch] = (),
     on_pass: Callable[[int, int], None] | None = None,
@@ -154,6 +161,7 @@ def explain(
     content word, and the `limit` features that are predicted to matter most, are really taken away for this one
     step, one at a time, and the change is measured. A word is taken away by encoding the prompt without it.
 
+    With a `snapshot` at the target's step (`noised_picture`) nothing is generated: a picture is explained.
     `on_pass(n, total)` is called after each pass, counted from 0, of `total` at most; it may raise to cancel.
 
     The gradient's memory grows with the blocks up to the target: about 0.9 GB a block for FLUX.1-dev at 1024 px.
@@ -162,14 +170,19 @@ def explain(
         FluxSaeError: no SAE at the target, a feature, token or step that is not there, or an SAE of another ground.
     """
     settings = settings or default_settings(pipe)
-    saes = {HookPoint.parse(place): sae for place, sae in saes.items()}
+    named = {SaeName.parse(name): sae for name, sae in saes.items()}
+    # Another SAE of the target's own hook point reads the same tokens: nothing there comes earlier.
+    place = target.hookpoint.place
+    saes = {name: sae for name, sae in named.items() if name.place != place or name == target.hookpoint}
     _check_target(pipe, saes, target, settings, limit=limit, allow_mismatch=allow_mismatch)
     words = content_words(prompt)
     room = _trials_at_once(pipe, settings)
-    passes = _PassCounter(on_pass, target.step + 1 + len(words) + math.ceil((len(words) + 1 + limit) / room))
-    snapshot = denoise_to(
-        pipe, prompt, seeds=seed, settings=settings, step=target.step, on_step=lambda step, n_steps: passes.tell()
-    )
+    before = target.step if snapshot is None else 0
+    passes = _PassCounter(on_pass, before + 1 + len(words) + math.ceil((len(words) + 1 + limit) / room))
+    if snapshot is None:
+        snapshot = denoise_to(
+            pipe, prompt, seeds=seed, settings=settings, step=target.step, on_step=lambda step, n_steps: passes.tell()
+        )
     whole = _DifferentiatedPass(pipe, saes, target, snapshot)
     passes.tell()
     without = [_without(pipe, prompt, word, settings) for word in words]
@@ -224,7 +237,7 @@ def _largest_first(effects: Iterable[Effect]) -> tuple[Effect, ...]:
 
 
 def _check_target(
-    pipe: FluxPipeline,
+    pipe: AnyFlux,
     saes: Saes,
     target: Target,
     settings: GenerationSettings,
@@ -242,16 +255,17 @@ def _check_target(
     check_edits(pipe, saes, [edit], settings=settings, allow_mismatch=allow_mismatch)
 
 
-def _without(pipe: FluxPipeline, prompt: str, word: Word, settings: GenerationSettings) -> Embeddings:
+def _without(pipe: AnyFlux, prompt: str, word: Word, settings: GenerationSettings) -> Embeddings:
     """The embeddings of a prompt without one word, laid out so that the other words keep their places.
 
-    FLUX gives all text tokens the same position, so their order does not matter to it; equal places are only needed
-    to compare them with the whole prompt's.
+    FLUX.1 gives all text tokens the same position, so there equal places are only needed to compare them with the
+    whole prompt's; in FLUX.2 a token's place counts.
     """
     left = " ".join((prompt[: word.start] + prompt[word.stop :]).split()) or " "
     found = embed_prompts(pipe, [left], settings)
-    first, behind = _token_span(pipe.tokenizer_2, prompt, word)
-    n_gone = _count(pipe.tokenizer_2, prompt) - _count(pipe.tokenizer_2, left)
+    whole, rest = (family_of(pipe).token_spans(pipe, text) for text in (prompt, left))
+    first, behind = _tokens_of(word, whole)
+    n_gone = len(whole) - len(rest)
     if n_gone != behind - first:  # the tokenizer splits the other words anew, so their places cannot be matched
         return found
     tail = found.prompt.shape[1] - n_gone
@@ -259,18 +273,13 @@ def _without(pipe: FluxPipeline, prompt: str, word: Word, settings: GenerationSe
     return replace(found, prompt=found.prompt[:, order])
 
 
-def _token_span(tokenizer: Any, prompt: str, word: Word) -> tuple[int, int]:
+def _tokens_of(word: Word, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The places [first, behind) of a word's tokens."""
-    offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-    own = [at for at, (start, stop) in enumerate(offsets) if start < word.stop and stop > word.start]
+    own = [at for at, (start, stop) in enumerate(spans) if start < word.stop and stop > word.start]
     return (own[0], own[-1] + 1) if own else (0, 0)
 
 
-def _count(tokenizer: Any, prompt: str) -> int:
-    return len(tokenizer(prompt)["input_ids"])
-
-
-def _trials_at_once(pipe: FluxPipeline, settings: GenerationSettings) -> int:
+def _trials_at_once(pipe: AnyFlux, settings: GenerationSettings) -> int:
     """Trials of one batch, beside the whole image."""
     return max(2, batch_within_memory(pipe, settings)) - 1
 
@@ -292,13 +301,14 @@ class _DifferentiatedPass:
     """One pass of the transformer up to the target, with the gradient of its drive to everything before it."""
 
     def __init__(
-        self, pipe: FluxPipeline, saes: Saes, target: Target, snapshot: Snapshot, *, text: Embeddings | None = None
+        self, pipe: AnyFlux, saes: Saes, target: Target, snapshot: Snapshot, *, text: Embeddings | None = None
     ) -> None:
         given = text or snapshot.embeddings
         self.text = Embeddings(
             given.prompt.detach().clone().requires_grad_(), given.pooled.detach().clone().requires_grad_()
         )
         seen: dict[HookPoint, Tensor] = {}
+        sigma = schedule_sigmas(pipe, snapshot.settings)[target.step]
         stop = StopGeneration()
 
         def keep(call: BlockCall) -> Tensor:
@@ -318,12 +328,12 @@ class _DifferentiatedPass:
                 if stopped is not stop:
                     raise
                 free_after_abort(pipe)
-            drive = target.drive(saes[target.hookpoint], seen.pop(target.hookpoint)).sum()
+            drive = target.drive(saes[target.hookpoint], seen.pop(target.hookpoint), sigma=sigma).sum()
             sources = (self.text.prompt, self.text.pooled, *seen.values())
             gradients = torch.autograd.grad(drive, sources, allow_unused=True)
         self._of_text = gradients[:2]
         self._acts = {
-            place: _SourceActs(saes[place], x.detach(), gradient)
+            place: _SourceActs(saes[place], x.detach(), gradient, sigma)
             for (place, x), gradient in zip(seen.items(), gradients[2:], strict=True)
             if gradient is not None
         }
@@ -358,11 +368,12 @@ class _SourceActs:
     sae: SparseAutoencoder
     x: Float[Tensor, "1 tokens d_model"]
     gradient: Float[Tensor, "1 tokens d_model"]
+    sigma: float
 
     @torch.no_grad()
     def effects(self) -> Float[Tensor, " n_features"]:
         """Gradient times activation of every feature, summed over the tokens."""
-        acts = self.sae.encode_sparse(self.x[0])
+        acts = self.sae.encode_sparse(self.x[0], sigma=self.sigma)
         gradient = self.gradient[0].to(self.sae.compute_dtype) * self.sae.input_scale
         W_dec = self.sae.W_dec.to(self.sae.compute_dtype)
         slopes = pair_products(gradient.contiguous(), acts.tokens, W_dec, acts.features)
@@ -371,7 +382,7 @@ class _SourceActs:
     @torch.no_grad()
     def error_effect(self) -> float:
         """Gradient times what the SAE does not reconstruct."""
-        missing = self.x.float() - self.sae.reconstruct(self.x)
+        missing = self.x.float() - self.sae.reconstruct(self.x, sigma=self.sigma)
         return float((self.gradient.float() * missing).sum())
 
 
@@ -386,7 +397,7 @@ class _Trials:
 
     def __init__(
         self,
-        pipe: FluxPipeline,
+        pipe: AnyFlux,
         saes: Saes,
         target: Target,
         snapshot: Snapshot,
@@ -435,11 +446,15 @@ class _Trials:
         ):
             latents = self._snapshot.latents.expand(len(batch), -1, -1)
             velocity(self._pipe, latents, embeddings, step=target.step, settings=self._snapshot.settings)
-        drives = target.drive(self._saes[target.hookpoint], captured.get(target.hookpoint, target.step)).tolist()
+        sigma = captured.sigma(target.step)
+        x = captured.get(target.hookpoint, target.step)
+        drives = target.drive(self._saes[target.hookpoint], x, sigma=sigma).tolist()
         self.baseline = drives[0]
         sums = {
-            source: self._saes[source[0]].encode_features(captured.get(source[0], target.step), [source[1]]).sum((1, 2))
-            for source in watched
+            (place, feature): self._saes[place]
+            .encode_features(captured.get(place, target.step), [feature], sigma=sigma)
+            .sum((1, 2))
+            for place, feature in watched
         }
         return [
             _Trial(drives[0] - drive, {source: _share_lost(each, at) for source, each in sums.items()})

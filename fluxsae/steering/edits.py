@@ -1,8 +1,10 @@
 """Steering edits and recipes as data: checked when made, JSON in, JSON out."""
 
+import codecs
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
@@ -13,6 +15,8 @@ from fluxsae.checked import FromList, checked, from_object, made_from, short
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
+from fluxsae.runs.names import SaeName
+from fluxsae.steering.conditions import Condition, FeaturesOf, filled_in
 
 Mode = Literal["scale", "add", "clamp", "ablate", "project_out"]
 
@@ -30,6 +34,8 @@ NEEDS_REFERENCE: Final = ("add", "clamp")
 MAX_STRENGTH: Final = 10_000.0
 MAX_EDITS: Final = 64
 """Most edits on one image."""
+MAX_PIXELS: Final = 64 * 2**20
+"""Pixels of the largest image that is opened for its recipe."""
 PNG_KEY: Final = "fluxsae.recipes"
 RECIPE_SCHEMA: Final = 1
 
@@ -49,7 +55,7 @@ Region = GridMask | HeatmapRegion
 
 
 def _parsed(value: object) -> object:
-    return HookPoint.parse(value) if isinstance(value, str) else value
+    return SaeName.parse(value) if isinstance(value, str | HookPoint) else value
 
 
 def _region(value: Any) -> Region | None:
@@ -79,13 +85,14 @@ class SteeringEdit:
     """One change of one feature at one hook point.
 
     Args:
-        hookpoint: a `HookPoint` or its text; where the SAE reads and the edit writes.
+        hookpoint: the name of the SAE, or its text: a hook point, or `hookpoint@variant`.
         feature: index in the SAE, from 0.
         mode: one of `MODES`.
         strength: `scale`: factor on the activation (1 = no change); `add`, `clamp`: multiples of the feature's
             reference activation; `ablate`, `project_out`: fraction removed, 0 to 1.
         steps: half-open window (start, stop) of 0-based steps of the schedule; None: the sigmas the SAE was trained on.
         region: rows of booleans on the token grid, or a `HeatmapRegion`; None: everywhere.
+        when: a `Condition` on what is there before the edit; None: always. Where it does not hold, no bit changes.
 
     Raises:
         FluxSaeError: a field is out of range; the message names it.
@@ -97,6 +104,7 @@ class SteeringEdit:
     strength: Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
     steps: Annotated[tuple[int, int], FromList] | None = None
     region: Annotated[SkipValidation[Region | None], BeforeValidator(_region)] = None
+    when: Annotated[Condition | None, from_object(Condition)] = None
 
     def __post_init__(self) -> None:
         if self.mode in ("ablate", "project_out") and not 0 <= self.strength <= 1:
@@ -114,7 +122,10 @@ class SteeringEdit:
         return self.strength == IDENTITY[self.mode] or is_empty_region or is_empty_window
 
     def to_dict(self) -> dict[str, Any]:
-        """The edit as JSON values; `region` is null, rows of 0 and 1, or {"heatmap": threshold}."""
+        """The edit as JSON values; `region` is null, rows of 0 and 1, or {"heatmap": threshold}.
+
+        `when` is there where the edit has a condition.
+        """
         return {
             "hookpoint": str(self.hookpoint),
             "feature": self.feature,
@@ -122,6 +133,7 @@ class SteeringEdit:
             "strength": self.strength,
             "steps": None if self.steps is None else list(self.steps),
             "region": _region_to_json(self.region),
+            **({} if self.when is None else {"when": self.when.to_dict()}),
         }
 
     @classmethod
@@ -160,6 +172,18 @@ def parse_edits(values: Any) -> tuple[SteeringEdit, ...]:
         except FluxSaeError as error:
             raise FluxSaeError(f"edits[{place}]: {error}") from error
     return tuple(edits)
+
+
+def with_features(edits: Sequence[SteeringEdit], features_of: FeaturesOf) -> tuple[SteeringEdit, ...]:
+    """The edits, with the features of the labels that their conditions name.
+
+    Raises:
+        FluxSaeError: no feature carries such a label.
+    """
+    return tuple(
+        edit if edit.when is None else replace(edit, when=filled_in(edit.when, features_of, hookpoint=edit.hookpoint))
+        for edit in edits
+    )
 
 
 def check_count(edits: Sequence[Any]) -> None:
@@ -320,6 +344,8 @@ def load_recipes(path: str | Path) -> list[Recipe]:
     if not path.is_file():
         raise FluxSaeError(f"{path} is not a file; give a PNG or JSON file that fluxsae wrote.")
     loaded = _loads(_recipe_text(path), str(path))
+    if loaded == []:
+        raise FluxSaeError(f"{path} is an empty list; give a PNG or JSON file that fluxsae wrote.")
     return [Recipe.from_dict(values) for values in (loaded if isinstance(loaded, list) else [loaded])]
 
 
@@ -329,7 +355,8 @@ def _recipe_text(path: Path) -> str:
     if content.startswith(b"\x89PNG") or path.suffix.lower() == ".png":
         return _png_text(path)
     try:
-        return content.decode("utf-8")
+        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if is_wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise FluxSaeError(
             f"{path} is neither a PNG nor JSON text; give a PNG or JSON file that fluxsae wrote."
@@ -338,10 +365,13 @@ def _recipe_text(path: Path) -> str:
 
 def _png_text(path: Path) -> str:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                size = f"{image.width} x {image.height}"
+                raise FluxSaeError(f"{path} has {size} pixels; give an image that fluxsae wrote.")
             image.load()
             text = image.info.get(PNG_KEY)
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise FluxSaeError(
             f"{path} is not a readable PNG ({error}); give a PNG or JSON file that fluxsae wrote."
         ) from error

@@ -1,6 +1,7 @@
 """What an edit did: to the picture, to the feature, and to the tokens that go on through FLUX."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,33 +14,21 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.silencing import prompts_without_words
 from fluxsae.flux import BlockCall, block_hooks, capture, default_settings, generate
+from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
-from fluxsae.flux.hooks import find_module
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.sae.acts import tokens_at_once
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import EditedCall
 from fluxsae.steering.edits import SteeringEdit
+from fluxsae.steering.naturalness import NaturalRange, denoising_errors
 from fluxsae.steering.sweeps import batch_within_memory
 
 QUANTILE: Final = 0.995
 """Clean tokens beyond this quantile of norm or residual count as out of distribution, by definition."""
-MAX_OUT_OF_DISTRIBUTION: Final = 0.1
-"""Share of edited tokens out of distribution up to which a strength is called safe."""
-MAX_DENOISING_ERROR_RATIO: Final = 1.5
-"""FLUX's error on the steered picture over that on the baseline up to which a strength is called safe.
-
-Of 223 pictures of the miniature, judged by eye, 12 % of the sound and 93 % of the broken ones lie beyond this bound or
-the one above; the one above alone tells 7 % and 43 %. The bound was chosen on these pictures.
-"""
-SAFE_UP_TO: Final = {
-    "out_of_distribution": MAX_OUT_OF_DISTRIBUTION,
-    "denoising_error_ratio": MAX_DENOISING_ERROR_RATIO,
-}
-"""Every bound of what is called safe, by the name of the measurement."""
-_ADDED_DIRECTLY: Final = ("", "ff", "ff_context", "attn", "proj_out")
 
 
 @dataclass(frozen=True)
@@ -55,6 +44,8 @@ class TokenLimits:
     norm_high: tuple[float, ...]
     residual_high: tuple[float, ...]
     quantile: float = QUANTILE
+    natural: NaturalRange = field(default_factory=NaturalRange)
+    """Up to where a picture edited at this hook point looks natural."""
 
     def to_dict(self) -> dict[str, Any]:
         """The limits as JSON values."""
@@ -62,34 +53,40 @@ class TokenLimits:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
-        columns = {name: tuple(map(float, value)) for name, value in values.items() if name != "quantile"}
-        return cls(**columns, quantile=float(values["quantile"]))
+        """Inverse of `to_dict`; limits of before the calibration have its defaults."""
+        columns = {name: tuple(map(float, value)) for name, value in values.items() if isinstance(value, list | tuple)}
+        natural = NaturalRange(**values.get("natural", {}))
+        return cls(**columns, quantile=float(values["quantile"]), natural=natural)
 
     def is_outside(
         self, x: Float[Tensor, "*batch d_model"], sae: SparseAutoencoder, *, sigma: float
     ) -> Bool[Tensor, "*batch"]:
         """Whether each token is out of distribution at this noise level (the nearest recorded one)."""
         place = min(range(len(self.sigmas)), key=lambda index: abs(self.sigmas[index] - sigma))
-        norms, residuals = norm_and_residual(x, sae)
+        norms, residuals = norm_and_residual(x, sae, sigma=sigma)
         is_odd_size = (norms < self.norm_low[place]) | (norms > self.norm_high[place])
         return is_odd_size | (residuals > self.residual_high[place])
 
 
 def norm_and_residual(
-    x: Float[Tensor, "*batch d_model"], sae: SparseAutoencoder
+    x: Float[Tensor, "*batch d_model"], sae: SparseAutoencoder, *, sigma: float | None = None
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """||x|| and ||x - x_hat|| of each token, raw FLUX units; computed in chunks of tokens."""
+    """||x|| and ||x - x_hat|| of each token, raw FLUX units; computed in chunks of tokens.
+
+    At a noise level beyond an SAE's `sigma_table` the table's end is taken.
+    """
+    level = None if sigma is None else sae.nearest_sigma(sigma)
     rows: Tensor = x.reshape(-1, x.shape[-1])
     pairs = [
-        _norm_and_residual(part.float(), sae) for part in rows.split(tokens_at_once(sae.config.n_features, x.device))
+        _norm_and_residual(part.float(), sae, level)
+        for part in rows.split(tokens_at_once(sae.config.n_features, x.device))
     ]
     norms, residuals = (torch.cat(parts).reshape(x.shape[:-1]) for parts in zip(*pairs, strict=True))
     return norms, residuals
 
 
-def _norm_and_residual(values: Tensor, sae: SparseAutoencoder) -> tuple[Tensor, Tensor]:
-    return values.norm(dim=-1), (values - sae.reconstruct(values)).norm(dim=-1)
+def _norm_and_residual(values: Tensor, sae: SparseAutoencoder, sigma: float | None) -> tuple[Tensor, Tensor]:
+    return values.norm(dim=-1), (values - sae.reconstruct(values, sigma=sigma)).norm(dim=-1)
 
 
 def limits_of(samples: Mapping[float, Float[Tensor, "tokens 2"]], *, quantile: float = QUANTILE) -> TokenLimits:
@@ -122,7 +119,7 @@ def measure_token_limits(
     samples: dict[float, list[Tensor]] = {}
 
     def keep(call: BlockCall) -> None:
-        pair = torch.stack(norm_and_residual(call.tokens, sae), dim=-1)
+        pair = torch.stack(norm_and_residual(call.tokens, sae, sigma=call.sigma), dim=-1)
         samples.setdefault(call.sigma, []).append(pair.reshape(-1, 2).cpu())
 
     size = batch_within_memory(pipe, settings)
@@ -131,6 +128,54 @@ def measure_token_limits(
         with capture(pipe, [hookpoint], steps, sink=keep, stop_early=True):
             generate(pipe, list(prompts[batch]), seeds=list(seeds[batch]), settings=settings, output_type="latent")
     return limits_of({sigma: torch.cat(parts) for sigma, parts in samples.items()}, quantile=quantile)
+
+
+@torch.no_grad()
+def measure_unedited(
+    pipe: Any,
+    sae: SparseAutoencoder,
+    hookpoint: HookPoint,
+    limits: TokenLimits,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: GenerationSettings | None = None,
+) -> list[tuple[float, float]]:
+    """Share of odd tokens and ratio of denoising errors of pictures that nobody edited.
+
+    As an edited picture is compared with the one before, FLUX's own picture of each prompt without one of its words,
+    drawn in turn, is compared with that of the whole prompt at the same seed. Prompts of one word are passed over.
+    """
+    settings = settings or default_settings(pipe)
+    pairs = list(_without_one_word(prompts, seeds))
+    found, size = list[tuple[float, float]](), batch_within_memory(pipe, settings)
+    for start in range(0, len(pairs), size):
+        whole, less, own = zip(*pairs[start : start + size], strict=True)
+        outside: list[Tensor] = []
+
+        def keep(call: BlockCall, outside: list[Tensor] = outside) -> None:
+            if any(math.isclose(call.sigma, sigma, rel_tol=1e-4) for sigma in limits.sigmas):
+                outside.append(limits.is_outside(call.tokens, sae, sigma=call.sigma).float().mean(dim=-1).cpu())
+
+        before = generate(pipe, list(whole), seeds=list(own), settings=settings)
+        with capture(pipe, [hookpoint], None, sink=keep):
+            after = generate(pipe, list(less), seeds=list(own), settings=settings)
+        assert isinstance(before, list)
+        assert isinstance(after, list)
+        shares = torch.stack(outside).mean(dim=0).tolist()
+        errors = zip(*(denoising_errors(pipe, pictures, settings) for pictures in (before, after)), strict=True)
+        found += [(share, _ratio(*pair)) for share, pair in zip(shares, errors, strict=True)]
+    return found
+
+
+def _without_one_word(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, str, int]]:
+    """Each prompt, the same without its first, second, ... word in turn, and its seed."""
+    for turn, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        try:
+            others = list(prompts_without_words(prompt).values())
+        except FluxSaeError:
+            continue
+        yield prompt, others[turn % len(others)], seed
 
 
 @dataclass(frozen=True)
@@ -163,12 +208,13 @@ class EditMeasurement:
     denoising_error_ratio: float | None = None
     """How badly FLUX, without a prompt, denoises the steered picture laid under noise, over the same of the baseline:
     about 1 where FLUX could have painted it, more where the picture broke; None where it was not measured."""
+    natural: NaturalRange = field(default_factory=NaturalRange)
+    """Up to where a picture looks natural: the bounds of the run."""
 
     @property
-    def is_safe(self) -> bool:
-        """Whether the edited tokens stayed in distribution, and the picture one that FLUX could have painted."""
-        is_odd = self.denoising_error_ratio is not None and self.denoising_error_ratio > MAX_DENOISING_ERROR_RATIO
-        return self.out_of_distribution <= MAX_OUT_OF_DISTRIBUTION and not is_odd
+    def looks_natural(self) -> bool:
+        """Whether the edited tokens and the picture stay within what the run's own unedited pictures show."""
+        return self.natural.holds(self.out_of_distribution, self.denoising_error_ratio)
 
     def to_dict(self) -> dict[str, Any]:
         """The measurement as JSON values."""
@@ -185,6 +231,7 @@ class RecordedEdit:
     relative_sizes: list[float] = field(default_factory=list)
     acts_after: list[float] = field(default_factory=list)
     acts_before: list[float] = field(default_factory=list)
+    natural: NaturalRange = field(default_factory=NaturalRange)
 
 
 class EditRecorder:
@@ -212,25 +259,28 @@ class EditRecorder:
                 "The first variant must be the unedited baseline (an empty list of edits), or limits of clean tokens "
                 "must be given for every hook point."
             )
-        self.recorded = [RecordedEdit() for _ in variants]
+        self.recorded = [RecordedEdit(natural=self._natural(edits)) for edits in variants]
         self._own_limits: dict[tuple[HookPoint, int], TokenLimits] = {}
         self._clean_acts: dict[tuple[HookPoint, int, int], float] = {}
         self._gates: dict[HookPoint, Tensor] = {}
         self._waiting: dict[HookPoint, tuple[int, Tensor]] = {}
         """First variant and delta of the edited calls whose block has not ended."""
 
+    def _natural(self, edits: Sequence[SteeringEdit]) -> NaturalRange:
+        """The widest of the ranges of the hook points that are edited."""
+        ranges = [self.limits[place].natural for place in {edit.hookpoint for edit in edits} if place in self.limits]
+        return max(ranges, key=lambda found: found.out_of_distribution, default=NaturalRange())
+
     @contextmanager
     def watch(self) -> Iterator[None]:
         """While open, the block's gates and the residual stream behind it are seen; hooks are gone afterwards."""
-        added = [place for place in self.hookpoints if place.submodule in _ADDED_DIRECTLY]
-        streams = {_block_output(place): place for place in added if place.submodule}
+        family = family_of(self.pipe)
+        gates = {place: gate for place in self.hookpoints if (gate := family.gate(self.pipe, place)) is not None}
         with ExitStack() as stack:
-            for place in added:
-                if place.submodule:
-                    module, index = _gate_source(self.pipe, place)
-                    handle = module.register_forward_hook(self._gate_hook(place, index))
-                    stack.callback(handle.remove)
-            stack.enter_context(block_hooks(self.pipe, {where: self._compare for where in streams}))
+            for place, (module, read) in gates.items():
+                stack.callback(module.register_forward_hook(self._gate_hook(place, read)).remove)
+            streams = {_block_output(place): self._compare for place in gates}
+            stack.enter_context(block_hooks(self.pipe, streams))
             yield
 
     @torch.no_grad()
@@ -255,7 +305,8 @@ class EditRecorder:
         if call.hookpoint in self.limits:
             return self.limits[call.hookpoint]
         if first == 0:
-            clean = torch.stack(norm_and_residual(call.tokens[0], self.saes[call.hookpoint]), dim=-1)
+            sae = self.saes[call.hookpoint]
+            clean = torch.stack(norm_and_residual(call.tokens[0], sae, sigma=call.sigma), dim=-1)
             self._own_limits[call.hookpoint, call.step] = limits_of({call.sigma: clean})
         return self._own_limits[call.hookpoint, call.step]
 
@@ -267,12 +318,14 @@ class EditRecorder:
             reference = float(sae.reference_acts[feature]) or 1.0
             if self.has_baseline:
                 mine.acts_before.append(self._clean_acts[call.hookpoint, feature, call.step] / reference)
-            mine.acts_after.append(float(sae.encode_features(edited.edited[item], [feature]).max()) / reference)
+            acts = sae.encode_features(edited.edited[item], [feature], sigma=call.sigma)
+            mine.acts_after.append(float(acts.max()) / reference)
 
     def _keep_clean_acts(self, call: BlockCall) -> None:
         edits = itertools.chain.from_iterable(self.variants)
         features = sorted({edit.feature for edit in edits if edit.hookpoint == call.hookpoint})
-        acts = self.saes[call.hookpoint].encode_features(call.tokens[0], features).amax(dim=0)
+        sae = self.saes[call.hookpoint]
+        acts = sae.encode_features(call.tokens[0], features, sigma=sae.nearest_sigma(call.sigma)).amax(dim=0)
         for feature, value in zip(features, acts.tolist(), strict=True):
             self._clean_acts[call.hookpoint, feature, call.step] = value
 
@@ -297,9 +350,9 @@ class EditRecorder:
             shares = delta.norm(dim=-1) / stream.norm(dim=-1).clamp_min(1e-12)
             self.recorded[variant].relative_sizes.append(float(shares[is_edited].mean()))
 
-    def _gate_hook(self, place: HookPoint, index: int) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
-            self._gates[place] = output[index]
+    def _gate_hook(self, place: HookPoint, read: Callable[[Any], Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self._gates[place] = read(output)
 
         return keep
 
@@ -339,6 +392,7 @@ def measure_edit(
         relative_size=_mean(recorded.relative_sizes),
         edited_share=float(touched.float().mean()),
         denoising_error_ratio=None if denoising_errors is None else _ratio(*denoising_errors),
+        natural=recorded.natural,
     )
 
 
@@ -376,17 +430,6 @@ def random_features(sae: SparseAutoencoder, feature: int, n: int, *, seed: int) 
 
 def _block_output(place: HookPoint) -> HookPoint:
     return HookPoint(place.block_kind, place.block_index, "", place.stream)
-
-
-def _gate_source(pipe: Any, place: HookPoint) -> tuple[Any, int]:
-    """The modulation module of the hook point's block, and where in its output the gate stands.
-
-    norm1 and norm1_context give (x, gate_msa, shift_mlp, scale_mlp, gate_mlp); a single-stream block's norm (x, gate).
-    """
-    block: Any = find_module(pipe, HookPoint(place.block_kind, place.block_index, ""))
-    if place.block_kind == "single":
-        return block.norm, 1
-    return (block.norm1_context if place.stream == "text" else block.norm1), (1 if place.submodule == "attn" else 4)
 
 
 def _clip_changes(

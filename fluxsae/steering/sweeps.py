@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import (
+    Snapshot,
     decode_latents,
     default_settings,
     denoise_to,
@@ -91,6 +92,7 @@ def sweep(
     prompt: str,
     seed: int,
     settings: GenerationSettings | None = None,
+    snapshot: Snapshot | None = None,
     origin: Origin | None = None,
     max_batch: int | None = None,
     allow_mismatch: Collection[Mismatch] = (),
@@ -102,6 +104,7 @@ def sweep(
 
     The prompt is encoded once and the steps before the first edited one run once, at batch 1; from there the
     variants run in batches of at most `max_batch` (None: as many as fit into half of the free memory).
+    With a `snapshot` (`noised_picture`) they paint on from there, and a recipe does not make the images again.
     `on_progress(done, total)` counts steps and may raise to cancel.
 
     Raises:
@@ -112,10 +115,12 @@ def sweep(
     size = batch_within_memory(pipe, settings) if max_batch is None else max_batch
     if size < 1:
         raise FluxSaeError(f"max_batch is {max_batch}; it is a whole number of at least 1.")
-    first_step = first_edited_step(pipe, saes, variants, settings)
+    first_step = first_edited_step(pipe, saes, variants, settings) if snapshot is None else snapshot.step
     batches = equal_batches(variants, size)
-    clock = _Progress(on_progress, first_step, settings.num_inference_steps, len(batches))
-    snapshot = denoise_to(pipe, prompt, seeds=seed, settings=settings, step=first_step, on_step=clock.prefix_step)
+    n_shared = first_step if snapshot is None else 0
+    clock = _Progress(on_progress, n_shared, settings.num_inference_steps - first_step, len(batches))
+    if snapshot is None:
+        snapshot = denoise_to(pipe, prompt, seeds=seed, settings=settings, step=first_step, on_step=clock.prefix_step)
     found: list[Variant] = []
     for batch in batches:
         recipe = _recipe(
@@ -161,7 +166,7 @@ def reproduce(
     settings, step = recipe.settings, recipe.shared_steps
     _check_flux(pipe, recipe, allow_mismatch)
     check_edits(pipe, saes, recipe.batch, settings=settings, allow_mismatch=allow_mismatch)
-    clock = _Progress(on_progress, step, settings.num_inference_steps, 1)
+    clock = _Progress(on_progress, step, settings.num_inference_steps - step, 1)
     snapshot = denoise_to(
         pipe, recipe.prompt, seeds=recipe.seed, settings=settings, step=step, on_step=clock.prefix_step
     )
@@ -213,15 +218,15 @@ class _Progress:
     """Steps done of all steps to do: the shared ones once, the rest once a batch."""
 
     report: OnProgress | None
-    first_step: int
-    n_steps: int
+    n_shared: int
+    n_own: int
     n_batches: int
     done: int = 0
 
     def prefix_step(self, step: int, n_steps: int) -> None:
         self.done += 1
         if self.report is not None:
-            self.report(self.done, self.first_step + self.n_batches * (self.n_steps - self.first_step))
+            self.report(self.done, self.n_shared + self.n_batches * self.n_own)
 
     batch_step = prefix_step
 

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from fluxsae.evaluation.intervals import Estimate, auc_table, bootstrap_weights, interval, weighted_auc, weighted_mean
+from fluxsae.evaluation.intervals import (
+    Estimate,
+    auc_table,
+    bootstrap_weights,
+    interval,
+    two_level_draws,
+    weighted_auc,
+    weighted_mean,
+)
 
 
 def test_auc_on_a_hand_computed_case() -> None:
@@ -68,3 +76,23 @@ def test_images_without_a_value_do_not_count() -> None:
 
 def test_an_estimate_is_json_also_without_an_interval() -> None:
     assert Estimate(0.5, float("nan"), float("nan")).to_dict() == {"value": 0.5, "low": None, "high": None}
+
+
+def test_two_levels_resample_groups_and_members() -> None:
+    settled = [np.ones(50), np.zeros(50), np.ones(50), np.zeros(50)]
+    found = interval(two_level_draws(settled, draws=2000, seed=0))
+    assert (found.value, found.low, found.high) == (0.5, 0.0, 1.0)  # four groups that agree within, 4 choose k / 16
+    varied = [np.tile([0.0, 1.0], 25)] * 40
+    inside = interval(two_level_draws(varied, draws=2000, seed=0))
+    assert inside.value == 0.5
+    assert inside.high - inside.low == pytest.approx(2 * 1.96 * 0.5 / (40 * 50) ** 0.5, rel=0.1)
+
+
+def test_two_levels_weigh_groups_alike_and_cover_the_truth() -> None:
+    draws = two_level_draws([np.ones(100), np.zeros(2)], draws=10, seed=0)
+    assert draws[0] == 0.5
+    rng, hits = np.random.default_rng(1), 0
+    for trial in range(100):
+        groups = [(rng.random(10) < rate).astype(float) for rate in rng.beta(2, 2, size=15)]
+        hits += interval(two_level_draws(groups, draws=300, seed=trial)).contains(0.5)
+    assert hits >= 90

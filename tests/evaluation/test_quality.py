@@ -143,8 +143,8 @@ def test_the_flow_loss_is_taken_without_guidance(tiny_flux: FluxPipeline) -> Non
 
 def test_no_ratio_is_given_where_the_mean_does_no_harm(tiny_flux: FluxPipeline) -> None:
     class Shut(SparseAutoencoder):
-        def forward(self, x: torch.Tensor):  # type: ignore[no-untyped-def]
-            out = super().forward(x)
+        def forward(self, x: torch.Tensor, *, sigma=None):  # type: ignore[no-untyped-def]
+            out = super().forward(x, sigma=sigma)
             return out._replace(x_hat=x)
 
     sae = Shut(SaeConfig(architecture="l1", d_model=D_MODEL, n_features=4), seed=None)

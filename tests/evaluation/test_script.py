@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_flux import D_MODEL, SETTINGS
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, flux_identity, schedule_sigmas
-from fluxsae.laboratory.config import EvaluationConfig
+from fluxsae.laboratory.config import AuditConfig, EvaluationConfig
 from fluxsae.laboratory.evaluate import evaluate
 from fluxsae.runs.folder import RunFolder, RunInfo
 from fluxsae.runs.tables import ImageRow
@@ -45,7 +46,7 @@ def test_the_script_prints_the_tables_and_writes_metrics(
     run: RunFolder, tiny_flux: FluxPipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.save_metrics(HERE, {"kept": 1})
-    main(EvaluateConfig(run=run.path, settings=SMALL), pipe=tiny_flux)
+    main(EvaluateConfig(run=run.path, settings=SMALL, write=True), pipe=tiny_flux)
     printed = capsys.readouterr().out
     for words in ("FVU", "splice error", "32 x 40", "the model's own samples", HERE):
         assert words in printed
@@ -58,22 +59,55 @@ def test_the_script_prints_the_tables_and_writes_metrics(
 
 
 def test_only_what_is_asked_for_is_measured(run: RunFolder, tiny_flux: FluxPipeline) -> None:
-    (found,) = main(EvaluateConfig(run=run.path, reconstruction=True, settings=SMALL), pipe=tiny_flux).values()
+    asked = EvaluateConfig(run=run.path, reconstruction=True, settings=SMALL, write=True)
+    (found,) = main(asked, pipe=tiny_flux).values()
     assert found.reconstruction is not None
     assert found.flow is None
     assert found.transfer is None
     assert "splice_error" not in run.load_metrics(HERE)
 
 
-def test_concepts_of_another_flux_are_refused(run: RunFolder, tiny_flux: FluxPipeline) -> None:
-    with pytest.raises(FluxSaeError, match="scenes of the miniature only"):
-        main(EvaluateConfig(run=run.path, concepts=True, settings=SMALL), pipe=tiny_flux)
+def test_measuring_changes_no_file_unless_asked_and_says_what_it_costs(
+    run: RunFolder, tiny_flux: FluxPipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def files() -> dict[Path, tuple[int, bytes]]:
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.path.rglob("*") if path.is_file()}
+
+    before = files()
+    main(EvaluateConfig(run=run.path, settings=SMALL), pipe=tiny_flux)
+    assert files() == before
+    printed = capsys.readouterr().out
+    assert "not written (--write does)" in printed
+    assert "reconstruction: at most 16 passes of the transformer" in printed  # 4 images up to step 3
+    assert "transfer: at most 24 passes" in printed  # 2 images, 3 sizes, 4 steps
+    assert "flow: at most 30 passes" in printed  # 3 images: 3 velocities at 2 steps, and 4 steps to make each
+    assert "flow: took" in printed
+
+
+def test_the_audit_runs_on_any_flux(
+    run: RunFolder, tiny_flux: FluxPipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audit = AuditConfig(n_images=2, n_training_images=24, n_flow_images=2, n_seeds=2, epochs=1, batch_size=4)
+    asked = EvaluateConfig(run=run.path, audit=True, settings=replace(SMALL, audit=audit), write=True)
+    (found,) = main(asked, pipe=tiny_flux).values()
+    assert found.audit is not None
+    assert [len(some) for some in found.audit.values.values()] == [2, 2, 2, 1]  # no oracle without known scenes
+    assert {"FVU", "L0", "dead share", "splice error"} <= set(found.audit.measures())
+    assert "concept AUC" not in found.audit.measures()
+    assert run.load_metrics(HERE)["audit"]["unseparated"] == found.audit.unseparated()
+    assert "GB of activations in memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["concepts", "steering", "pairs"])
+def test_scenes_of_another_flux_are_refused(run: RunFolder, tiny_flux: FluxPipeline, part: str) -> None:
+    with pytest.raises(FluxSaeError, match=f"scenes of the miniature only.* Leave {part} out"):
+        main(EvaluateConfig(run=run.path, settings=SMALL, **{part: True}), pipe=tiny_flux)
 
 
 def test_a_run_without_saes_or_a_wrong_part_is_refused(run: RunFolder, tiny_flux: FluxPipeline) -> None:
     with pytest.raises(FluxSaeError, match="allowed are reconstruction, transfer, flow, concepts"):
         evaluate(run, tiny_flux, parts=[])
-    with pytest.raises(FluxSaeError, match="no hook point"):
+    with pytest.raises(FluxSaeError, match="no SAE"):
         evaluate(run, tiny_flux, hookpoints=["layer1"])
     (run.sae_path(HERE) / "model.safetensors").unlink()
     with pytest.raises(FluxSaeError, match=r"no SAE at .*Train one first"):

@@ -59,7 +59,7 @@ def test_a_label_is_trusted_where_the_feature_fires_strongly(index: CardIndex) -
     feature = feature_of(("colour", "red"))
     weak, strong = index.label_confidence_at(np.array([0.05, 1.0]), [feature, feature])
     assert weak < 0.2
-    assert strong > 0.5
+    assert strong > 0.4
     every = index.label_confidence_at(np.full(len(index), 1.0))
     assert every[feature] == strong
     assert every[0] == 0  # dead, no label
@@ -78,6 +78,32 @@ def test_without_curves_a_label_is_trusted_in_proportion(index: CardIndex) -> No
     sure = index[feature].label_confidence
     assert sure is not None
     assert older.label_confidence_at(np.array([0.5]), [feature]).tolist() == pytest.approx([0.5 * sure])
+
+
+def test_a_card_tells_how_its_name_was_checked_and_where_its_feature_fires(index: CardIndex) -> None:
+    feature = feature_of(("colour", "red"))
+    card = index[feature]
+    assert card.name is not None
+    assert card.name.base is not None
+    assert card.name.q_value <= 0.05
+    assert card.name.precision[-1] > 2 * card.name.base
+    assert [level.level for level in card.name.levels] == ["strong", "middle", "weak"]
+    assert (card.place, card.place_share) == ("inside", 1.0)
+    precision, recall, lift = index.name_at(1.0, feature) or (0, 0, 0)
+    assert (precision, recall) == (card.name.precision[-1], card.name.recall[-1])
+    assert lift == pytest.approx(precision / card.name.base)
+    assert index.name_at(1.0, 0) is None
+    assert index[0].name is None
+
+
+def test_a_run_without_checked_names_is_read_as_before(index: CardIndex) -> None:
+    added = [name for name in index.features.table.column_names if name.startswith(("name_", "level_"))]
+    older = copy.copy(index)
+    older.features = FeatureTable(index.features.table.drop_columns(added))
+    older.places = [None] * len(older)
+    card = older[feature_of(("colour", "red"))]
+    assert card.label == index[card.feature].label
+    assert (card.name, card.place, older.name_at(1.0, card.feature)) == (None, None, None)
 
 
 def test_a_card_holds_the_top_images_in_order_with_their_prompts(selected: Synthetic, index: CardIndex) -> None:
@@ -165,7 +191,7 @@ def test_searches_that_cannot_be_answered_are_refused_or_empty(index: CardIndex)
 
 
 def test_a_hook_point_that_the_run_does_not_have_is_refused(selected: Synthetic) -> None:
-    with pytest.raises(FluxSaeError, match="no hook point"):
+    with pytest.raises(FluxSaeError, match="no SAE"):
         CardIndex(selected.run, "layer7")
 
 

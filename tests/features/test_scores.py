@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.analysis import class_counts, describe_features, find_companions, find_families
+from fluxsae.features.analysis import class_counts, describe_features, find_companions, find_families, place_shares
 from fluxsae.features.config import AnalysisConfig
 from fluxsae.features.scores import (
     ScoreAccumulator,
@@ -310,3 +310,13 @@ def test_a_feature_that_never_fires_is_dead(tmp_path: Path) -> None:
 def test_impossible_bounds_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(FluxSaeError, match="must be"):
         AnalysisConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_shares_of_middle_and_border_by_hand() -> None:
+    corner, middle, nothing = torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(4, 4)
+    corner[0, 3], middle[1:3, 1:3], middle[0, 0] = 2.0, 1.0, 4.0
+    places = torch.stack([torch.ones(4, 4), corner, middle, nothing]).flatten(1)
+    centres, borders = place_shares(places, TokenGrid(4, 4))
+    assert centres == [0.25, 0.0, 0.5, None]
+    assert borders == [0.75, 1.0, 0.5, None]
+    assert place_shares(torch.ones(2, 8), TokenGrid(1, 20)) == ([None, None], [None, None])

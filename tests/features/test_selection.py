@@ -1,19 +1,17 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom, hypergeom
+from scipy.stats import binom, hypergeom, mannwhitneyu
 from synthetic_run import CONCEPTS, FEATURES, SceneEmbedder, Synthetic, build
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.labels import (
-    CURVE_LEVELS,
     CaptionLabeller,
-    Label,
     PhraseLabeller,
     caption_terms,
-    combined_label,
     enrichment_log_p,
-    label_curve,
+    prompt_ranks,
+    rank_sum,
 )
 from fluxsae.features.selection import (
     SelectionConfig,
@@ -159,6 +157,33 @@ def test_clip_phrases_name_the_true_concepts(synthetic: Synthetic) -> None:
     assert labeller.label(torch.zeros(len(synthetic.prompts))) == []
 
 
+def test_the_chance_of_a_rank_sum_is_mann_and_whitneys() -> None:
+    values = np.random.default_rng(0).standard_cauchy((60, 3))
+    ranks = prompt_ranks(values, np.arange(60))
+    above, log_p = rank_sum(ranks[:20], n_prompts=60)
+    expected = mannwhitneyu(values[:20], values[20:], alternative="greater", method="asymptotic", use_continuity=False)
+    assert above == pytest.approx(expected.statistic / (20 * 40))
+    assert np.exp(log_p) == pytest.approx(expected.pvalue)
+
+
+def test_images_of_one_prompt_rank_as_one_image() -> None:
+    # prompts 0 to 3; the three images of prompt 1 share the place of one: half of a third, then a third further each
+    ranks = prompt_ranks(np.array([[1.0], [2.0], [2.1], [2.2], [3.0], [4.0]]), np.array([0, 1, 1, 1, 2, 3]))
+    assert ranks.ravel().tolist() == pytest.approx([1, 1.5 + 1 / 6, 2, 2.5 - 1 / 6, 3, 4], abs=1e-6)
+
+
+def test_clip_phrases_of_shuffled_scores_are_called_at_their_own_level() -> None:
+    rng = np.random.default_rng(0)
+    heavy = torch.tensor(rng.standard_cauchy((300, 8)), dtype=torch.float32)
+    texts = torch.tensor(rng.standard_normal((40, 8)), dtype=torch.float32)
+    labeller = PhraseLabeller([str(i) for i in range(40)], texts, heavy, [f"prompt {i}" for i in range(300)])
+    columns = [torch.tensor(rng.permutation(300.0 + np.arange(300)), dtype=torch.float32) for _ in range(400)]
+    p_values = np.array([labeller.p_value(column, "7") for column in columns])
+    low, high = binom.interval(0.99, 400, 0.05)
+    assert low <= (p_values <= 0.05).sum() <= high
+    assert sum(bool(labeller.label(column)) for column in columns) <= binom.ppf(0.99, 400, 0.05)
+
+
 def test_a_word_in_every_top_caption_and_in_no_other_is_the_label() -> None:
     prompts = [f"a red thing number{i}" for i in range(10)] + [f"a blue thing number{i}" for i in range(90)]
     scores = torch.tensor([1.0] * 10 + [0.0] * 90)
@@ -178,36 +203,13 @@ def test_which_captions_hold_a_term_is_told_image_by_image() -> None:
     assert labeller.holds("a") is None
 
 
-def curve(scores: np.ndarray, holds: np.ndarray) -> np.ndarray:
-    found = np.array(label_curve(scores, holds))
-    assert len(found) == len(CURVE_LEVELS)
-    assert (np.diff(found) >= 0).all()
-    assert 0 <= found.min() <= found.max() <= 1
-    return found
-
-
-def test_a_name_is_trusted_as_far_as_images_that_fire_so_strongly_bear_it_out() -> None:
-    rng = np.random.default_rng(0)
-    scores = np.where(rng.random(4000) < 0.5, rng.random(4000), 0.0)
-    found = curve(5 * scores, scores > 0.6)  # 0.2 of all images
-    assert found[CURVE_LEVELS <= 0.3].max() == 0
-    assert found[CURVE_LEVELS >= 0.8].min() > 0.95
-    assert 0.3 < found[6] < 0.7
-    half = curve(scores, (scores > 0.6) & (rng.random(4000) < 0.5))
-    assert 0.35 < half[-1] < 0.55  # half of them hold it, 0.1 of all: a lift of (0.5 - 0.1) / 0.9
-
-
-def test_a_name_that_has_nothing_to_do_with_the_activation_is_never_trusted() -> None:
-    rng = np.random.default_rng(1)
-    scores = rng.random(4000)
-    assert curve(scores, rng.random(4000) < 0.3).max() < 0.1
-    assert curve(scores, np.ones(4000, bool)).max() == 0  # what every caption says tells nothing
-    assert curve(np.zeros(50), np.arange(50) < 10).max() == 0
-
-
-def test_few_images_make_no_certainty() -> None:
-    scores = np.array([1.0, 0.98, *[0.0] * 98])
-    assert curve(scores, scores > 0).max() < 0.5
+def test_the_chance_of_one_word_is_scipys() -> None:
+    prompts = [f"a red thing number{i}" for i in range(20)] + [f"a blue thing number{i}" for i in range(80)]
+    labeller = CaptionLabeller(prompts)
+    scores = torch.tensor([1.0] * 6 + [0.0] * 14 + [1.0] * 4 + [0.0] * 76)  # 10 images fire, 6 of the 20 red ones
+    assert labeller.p_value(scores, "red") == pytest.approx(hypergeom.sf(5, 100, 20, 10))
+    assert labeller.p_value(torch.zeros(100), "red") == 1.0
+    assert labeller.p_value(scores, "purple") is None
 
 
 def test_weak_images_say_nothing_about_a_label() -> None:
@@ -216,18 +218,6 @@ def test_weak_images_say_nothing_about_a_label() -> None:
     assert label_images(scores, torch.arange(5), config=config).tolist() == [0, 2]
     outlier = torch.tensor([9.0, 1.0, 1.0, 0.0])
     assert label_images(outlier, torch.arange(4), config=config).tolist() == [0, 1]
-
-
-def test_two_labellers_that_agree_are_surer_than_one() -> None:
-    caption, clip = Label("red star", 0.5, 0.01, 1.0, "captions"), Label("red", 0.5, 0.01, 1.0, "clip")
-    other = Label("blue", 0.5, 0.01, 1.0, "clip")
-    agreed, alone = combined_label([[caption], [clip]]), combined_label([[caption], [other]])
-    assert agreed is not None
-    assert alone is not None
-    assert (agreed.text, agreed.confidence) == ("red star", 0.75)
-    assert (alone.text, alone.confidence) == ("red star", 0.5)
-    assert combined_label([[], [other]]) == other
-    assert combined_label([[], []]) is None
 
 
 def test_the_dead_feature_0_is_never_selected_and_ranks_last(synthetic: Synthetic) -> None:

@@ -35,9 +35,9 @@ from fluxsae.flux import (
     unknown_words,
     velocity,
 )
+from fluxsae.flux.families import pack_cells, token_places, unpack_cells
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.hooks import step_clock
-from fluxsae.flux.latents import pack, token_places, unpack
 from fluxsae.miniature import miniature_path
 
 PROMPTS = ["a red circle", "a small blue star"]
@@ -577,9 +577,9 @@ def test_hooks_around_velocity_see_its_step(tiny_flux):
 
 def test_packing_is_that_of_the_pipeline(tiny_flux):
     latents = torch.randn(2, 4, 6, 10)
-    packed = pack(latents)
+    packed = pack_cells(latents)
     assert torch.equal(packed, tiny_flux._pack_latents(latents, *latents.shape))
-    assert torch.equal(unpack(packed, TokenGrid(3, 5)), latents)
+    assert torch.equal(unpack_cells(packed, TokenGrid(3, 5)), latents)
     places = tiny_flux._prepare_latent_image_ids(2, 3, 5, "cpu", torch.float32)
     assert torch.equal(token_places(TokenGrid(3, 5)), places)
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.flux.families import FAMILIES
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 
 DOUBLE = ["transformer_blocks.{i}" + end for end in ("", ":text", ".attn", ".attn:text", ".ff", ".ff_context")]
@@ -56,35 +57,44 @@ def test_what_is_not_text_is_refused(value):
         HookPoint.parse(value)
 
 
-def _output(hookpoint: HookPoint, text: torch.Tensor, image: torch.Tensor):
+FLUX1, FLUX2 = FAMILIES
+
+
+def _output(hookpoint: HookPoint, text: torch.Tensor, image: torch.Tensor, *, family):
     """What diffusers 0.42 returns at this hook point (DESIGN, section 4), written out once more by hand."""
+    if family is FLUX2 and hookpoint.block_kind == "single":
+        return torch.cat([text, image], dim=1)
     if hookpoint.block_kind == "double":
         return {"ff": image, "ff_context": text, "": (text, image), "attn": (image, text)}[hookpoint.submodule]
     return (text, image) if hookpoint.submodule == "" else torch.cat([text, image], dim=1)
 
 
-@pytest.mark.parametrize("pattern", DOUBLE + SINGLE)
-def test_split_gives_the_streams_tokens_and_join_puts_others_in_their_place(pattern):
+@pytest.mark.parametrize(
+    ("family", "pattern"),
+    [*((FLUX1, pattern) for pattern in DOUBLE + SINGLE), *((FLUX2, pattern) for pattern in DOUBLE + SINGLE[:4])],
+)
+def test_split_gives_the_streams_tokens_and_join_puts_others_in_their_place(family, pattern):
     hookpoint = HookPoint.parse(pattern.format(i=0))
+    layout = family.layout(hookpoint)
     text, image = torch.arange(6.0).reshape(1, 3, 2), torch.arange(10.0, 18.0).reshape(1, 4, 2)
-    output = _output(hookpoint, text, image)
+    output = _output(hookpoint, text, image, family=family)
     own, other = (text, image) if hookpoint.stream == "text" else (image, text)
-    assert torch.equal(hookpoint.split(output, 3), own)
+    assert torch.equal(hookpoint.split(output, 3, layout), own)
     new = -own
-    joined = hookpoint.join(output, new, 3)
+    joined = hookpoint.join(output, new, 3, layout)
     assert type(joined) is type(output)
-    assert torch.equal(hookpoint.split(joined, 3), new)
-    assert torch.equal(hookpoint.split(output, 3), own), "the original must stay as it was"
+    assert torch.equal(hookpoint.split(joined, 3, layout), new)
+    assert torch.equal(hookpoint.split(output, 3, layout), own), "the original must stay as it was"
     if pattern.endswith((".ff", ".ff_context")):
         return
     twin = HookPoint.parse(pattern.removesuffix(":text").format(i=0) + ("" if pattern.endswith(":text") else ":text"))
-    assert torch.equal(twin.split(joined, 3), other)
+    assert torch.equal(twin.split(joined, 3, family.layout(twin)), other)
 
 
 def test_a_third_element_of_attention_survives():
     hookpoint = HookPoint.parse("transformer_blocks.0.attn")
     output = tuple(torch.full((1, 2, 2), float(i)) for i in range(3))
-    joined = hookpoint.join(output, torch.ones(1, 2, 2) * 9, 0)
+    joined = hookpoint.join(output, torch.ones(1, 2, 2) * 9, 0, FLUX1.layout(hookpoint))
     assert [part[0, 0, 0].item() for part in joined] == [9, 1, 2]
 
 

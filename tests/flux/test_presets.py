@@ -15,7 +15,7 @@ from local_hub import served_hub
 from tiny_flux import build_tiny_flux
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import is_exact, load_flux, why_inexact
+from fluxsae.flux import FluxPipeline, is_exact, load_flux, why_inexact
 from fluxsae.flux import loading as flux
 from fluxsae.flux.presets import (
     GB,
@@ -25,12 +25,15 @@ from fluxsae.flux.presets import (
     choose_dtype,
     choose_preset,
     measure_machine,
+    quantised_parts,
     required_bytes,
 )
 
 CUDA, MPS, CPU = torch.device("cuda"), torch.device("mps"), torch.device("cpu")
 # FLUX.1-dev in bfloat16, bytes of its files.
 DEV = {"transformer": 23_803_000_000, "text_encoder": 246_000_000, "text_encoder_2": 9_525_000_000, "vae": 168_000_000}
+# FLUX.2 klein 4B, with a component that it does not have.
+KLEIN = {"transformer": 7_751_000_000, "text_encoder": 8_045_000_000, "text_encoder_2": 0, "vae": 168_000_000}
 TINY = {"transformer": 7_000_000, "text_encoder_2": 400_000}
 
 
@@ -44,6 +47,12 @@ def test_the_first_preset_that_fits_is_taken_exact_ones_first(free, host, wanted
     assert choice.preset == wanted
     assert f"{free}.0 GB free on cuda" in choice.reason
     assert ("CHANGES the activations" in choice.reason) == (wanted in ("int8", "nf4"))
+
+
+def test_a_quantised_preset_shrinks_the_transformer_and_the_largest_text_encoder():
+    assert quantised_parts(DEV) == ("transformer", "text_encoder_2")
+    assert quantised_parts(KLEIN) == ("transformer", "text_encoder")
+    assert choose_preset(KLEIN, Machine(CUDA, 24 * GB, 64 * GB)).preset == "full"
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 100))
@@ -155,9 +164,9 @@ def opened(monkeypatch, tiny_flux_folder):
             asked.moved.append((name, *map(str, args), *map(str, kwargs.values()))) or pipe
         )
 
-    monkeypatch.setattr(flux.FluxPipeline, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(flux.FluxPipeline, "to", record("to"))
-    monkeypatch.setattr(flux.FluxPipeline, "enable_model_cpu_offload", record("offload"))
+    monkeypatch.setattr(FluxPipeline, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(FluxPipeline, "to", record("to"))
+    monkeypatch.setattr(FluxPipeline, "enable_model_cpu_offload", record("offload"))
     monkeypatch.setattr(flux, "component_bytes", lambda folder: DEV)
     monkeypatch.setattr(flux, "choose_device", lambda device: CUDA)
     monkeypatch.setattr(flux, "choose_dtype", lambda device, size: torch.bfloat16)

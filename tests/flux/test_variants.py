@@ -23,6 +23,7 @@ from fluxsae.flux import (
     settings_ground,
     velocity,
 )
+from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.schedules import build_schedule
 from fluxsae.sae.config import SaeConfig, TrainedOn
@@ -296,7 +297,7 @@ def test_tokens_of_a_reference_image_are_neither_captured_nor_edited(picture, na
             handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
             edit_picture()
             handle.remove()
-    before, after = (hookpoint.split(output, 8) for output in outputs)
+    before, after = (hookpoint.split(output, 8, family_of(pipe).layout(hookpoint)) for output in outputs)
     assert before.shape[1] == 32
     assert torch.equal(after[:, :16], torch.zeros_like(after[:, :16]))
     assert torch.equal(after[:, 16:], before[:, 16:])

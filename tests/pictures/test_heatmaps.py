@@ -15,6 +15,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux import default_settings, flux_identity, load_flux, schedule_sigmas
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.pictures.heatmaps import (
+    HEAT,
     NAMED_COLOURS,
     NEUTRAL_COLOUR,
     SheetCell,
@@ -95,10 +96,10 @@ def test_heat_lies_on_the_token_that_fires_at_any_size_and_grid(width: int, heig
     assert np.ptp(shown[: height // 4, : width // 4].reshape(-1, 3), axis=0).max() == 0
 
 
-def test_where_nothing_fires_the_picture_is_grey() -> None:
-    shown = np.asarray(overlay(picture(), np.zeros((4, 6), np.float32), opacity=1.0))
-    assert np.array_equal(shown[..., 0], shown[..., 1])
-    assert np.array_equal(shown[..., 0], shown[..., 2])
+def test_where_nothing_fires_the_picture_keeps_its_colours_a_little_darker() -> None:
+    shown = np.asarray(overlay(picture(), np.zeros((4, 6), np.float32), opacity=1.0), dtype=float)
+    assert np.abs(shown - HEAT.dimming * np.asarray(picture(), dtype=float)).max() <= 0.5
+    assert 0.6 < HEAT.dimming < 1
 
 
 def test_heat_below_the_threshold_is_not_shown() -> None:
@@ -196,7 +197,9 @@ def tiny_run(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         n_tokens=24,
         dataset_hash="",
     )
-    config = SaeConfig(architecture="topk", d_model=32, n_features=64, k=4, trained_on=ground)
+    config = SaeConfig(
+        architecture="topk", d_model=32, n_features=64, k=4, sigma_table=(sigmas[2], sigmas[1]), trained_on=ground
+    )
     SparseAutoencoder(config).save_pretrained(run.sae_path("layer1"))
     options = train.score.ScoreConfig(
         run=folder, flux=str(tiny_flux_folder), prompts=prompts, images=4, height=32, width=48, device="cpu"
@@ -229,7 +232,7 @@ def test_the_heatmap_script_refuses_what_does_not_exist_before_any_model_work(
     good = train.heatmap.HeatmapConfig(prompt="a star", run=tiny_run.path)
     for wrong, named in (
         (replace(good, feature=64), "0 to 63"),
-        (replace(good, hookpoint="layer7"), "no hook point"),
+        (replace(good, hookpoint="layer7"), "no SAE"),
         (replace(good, run=Path("nowhere")), "nowhere"),
     ):
         with pytest.raises(FluxSaeError, match=named):

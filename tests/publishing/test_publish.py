@@ -22,7 +22,7 @@ from local_hub import LocalHub
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.publishing.checksums import read_checksums
-from fluxsae.publishing.model_card import build_card, build_tables_card, licence_of
+from fluxsae.publishing.model_card import build_card, build_sae_card, build_tables_card, licence_of
 from fluxsae.publishing.publish import pull_run, push_run
 from fluxsae.publishing.verify import verify_run
 from fluxsae.runs.folder import RunFolder
@@ -200,7 +200,7 @@ def test_a_pull_of_one_hook_point_or_of_what_browsing_needs_is_a_run_of_its_own(
     for part, options in ((early, f"{EARLY}"), (browse, "part=browse")):
         with pytest.raises(CallError, match=f"holds only a part of user/parts .*{re.escape(options)}"):
             machine.call("fluxsae.publishing.publish:push_run", part.path, "user/parts")
-    with pytest.raises(CallError, match=r"This run has no hook point transformer_blocks.2.ff; it has"):
+    with pytest.raises(CallError, match=r"This run has no SAE transformer_blocks.2.ff; it has"):
         machine.call("fluxsae.publishing.publish:pull_run", "user/parts", into=tmp_path / "x", hookpoints=["layer2"])
 
 
@@ -342,6 +342,27 @@ def front_matter(card: str) -> dict[str, object]:
     return loaded
 
 
+def test_the_card_marks_measures_that_do_not_tell_trained_from_untrained(run: RunFolder) -> None:
+    audit = {
+        "images": 40,
+        "values": {
+            "trained": [{"FVU": 0.125, "L0": 7.5}, {"FVU": 0.375, "L0": 7.5}],
+            "untrained": [{"FVU": 0.75, "L0": 7.5}],
+            "PCA": [{"FVU": 0.5, "L0": None}],
+        },
+        "unseparated": ["L0"],
+    }
+    cells = [{"height": 96, "width": 128, "fvu": fvu} for fvu in (0.25, 0.125)]
+    run.update_metrics(LATE, {"audit": audit, "transfer": cells})
+    card = build_card(run, "user/name")
+    assert "| share of variance not explained (FVU) | 0.0625" in card
+    assert "| features active on a token (L0) † |" in card
+    assert "| FVU | 0.25 | 0.75 | - | 0.5 |" in card
+    assert "| L0 † | 7.5 | 7.5 | - | - |" in card
+    assert "does not tell trained from untrained" in card
+    assert "| FVU at 96 x 128 px, best to worst step | 0.125 to 0.25 |" in card
+
+
 def test_every_figure_of_the_card_is_one_of_the_run(run: RunFolder) -> None:
     card = build_card(run, "user/name", revision="v1", tables_repo="user/name-tables")
     assert "| share of variance not explained (FVU) | 0.0625 (0.05 to 0.075) |" in card
@@ -367,6 +388,15 @@ def test_the_usage_snippet_of_the_card_is_python_that_pins_the_revision(run: Run
     assert "FLUXSAE_RUN=user/name@v1 make app" in card
 
 
+def test_the_card_of_an_sae_with_a_table_says_that_it_needs_the_noise_level(run: RunFolder) -> None:
+    plain = SparseAutoencoder.from_pretrained(run.sae_path(LATE))
+    assert "sae.encode(x) " in build_sae_card(run, LATE, "user/name")
+    SparseAutoencoder(replace(plain.config, sigma_table=(0.2, 0.8))).save_pretrained(run.sae_path(LATE))
+    card = build_sae_card(run, LATE, "user/name")
+    assert "acts = sae.encode(x, sigma=sigma) " in card
+    assert "with a table of 2 noise levels" in card
+
+
 @pytest.mark.parametrize(
     ("flux_id", "licence", "words"),
     [
@@ -374,6 +404,8 @@ def test_the_usage_snippet_of_the_card_is_python_that_pins_the_revision(run: Run
         ("black-forest-labs/FLUX.1-Krea-dev", "flux-1-dev-non-commercial-license", "Non-Commercial License"),
         ("black-forest-labs/FLUX.1-schnell", "apache-2.0", "Apache License 2.0"),
         ("miniature", "apache-2.0", "Apache License 2.0"),
+        ("black-forest-labs/FLUX.2-klein-4B", "apache-2.0", "Apache License 2.0"),
+        ("black-forest-labs/FLUX.2-klein-9B", "other", "the terms of that model"),
         ("someone/flow", "other", "the terms of that model"),
     ],
 )

@@ -119,7 +119,7 @@ DAMAGES: dict[str, tuple[Callable[[RunFolder], None], str, str]] = {
     "weights of another hook point": (
         lambda run: _copy_folder(run.sae_path(whole_run.EARLY), run.sae_path(LATE)),
         f"sae/{LATE}",
-        "was trained on the hook point transformer_blocks.1.ff, but the run is of transformer_blocks.3.ff",
+        "was trained on the hook point transformer_blocks.1.ff, but lies at transformer_blocks.3.ff",
     ),
     "metrics with NaN": (
         lambda run: run.metrics_path(LATE).write_text('{"fvu": NaN}'),

@@ -357,6 +357,6 @@ def test_a_word_with_marks_or_joiners_can_be_taken_out_whole() -> None:
 
 @pytest.mark.parametrize("prompt", [f"an astronaut {ASTRONAUT}", PERSIAN, "a\u00a0red star", "हिन्दी", "a\u2028b"])
 def test_the_page_and_the_files_accept_the_same_characters(prompt: str) -> None:
-    limits = Limits({"transformer_blocks.1.ff": 8}, 8, 8, 20)
+    limits = Limits({"transformer_blocks.1.ff": 8}, 8, 8, 20, 128, 128)
     values = {"hookpoint": None, "seed": 0, "num_inference_steps": 20, "step": None, "limit": 5}
     assert HeatmapRequest.parse(limits, prompt=prompt, **values).prompt == clean_prompt(prompt)

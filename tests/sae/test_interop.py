@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from fluxsae.sae.interop import (
     from_dictionary_learning,
     from_saelens,
     from_sparsify,
+    from_timestep_conditioned,
     to_dictionary_learning,
     to_saelens,
     to_sparsify,
@@ -169,3 +171,52 @@ def test_the_real_library_reconstructs_what_we_do(tmp_path: Path, library: str, 
     environment = os.environ | {"SPARSIFY_DISABLE_TRITON": "1"}  # its Triton kernels need a GPU
     subprocess.run([str(build_environment()), "-c", code, str(tmp_path)], check=True, timeout=600, env=environment)
     torch.testing.assert_close(torch.load(tmp_path / "x_hat.pt"), sae(x).x_hat.detach(), atol=1e-5, rtol=1e-5)
+
+
+class _TimestepConditioned(torch.nn.Module):
+    """arXiv 2606.15796, as its authors' code has it: modulation by the timestep, ReLU, linear decoder."""
+
+    def __init__(self, d_model: int, n_features: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.time_mlp = torch.nn.Sequential(
+            torch.nn.Linear(width, width), torch.nn.SiLU(), torch.nn.Linear(width, width), torch.nn.SiLU()
+        )
+        self.mod_linear = torch.nn.Linear(width, 2 * d_model)
+        self.encoder, self.decoder = torch.nn.Linear(d_model, n_features), torch.nn.Linear(n_features, d_model)
+
+    def forward(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        embedding = get_timestep_embedding(torch.tensor([t]), self.width)
+        scale, shift = self.mod_linear(self.time_mlp(embedding)).chunk(2, dim=-1)
+        z = self.encoder(x * (1 + scale) + shift).relu()
+        return self.decoder(z), z
+
+
+def test_a_timestep_conditioned_sae_becomes_a_table_over_noise_levels() -> None:
+    torch.manual_seed(0)
+    theirs, x = _TimestepConditioned(16, 48, 32), raw_tokens()
+    sigmas = [1.0, 0.75, 0.5, 0.25]
+    with torch.no_grad():
+        theirs.mod_linear.weight.mul_(4)
+        norms = theirs.decoder.weight.norm(dim=0)
+        sae = from_timestep_conditioned(theirs.state_dict(), sigmas)
+        assert sae.config.sigma_table == (0.25, 0.5, 0.75, 1.0)
+        for sigma in sigmas:
+            expected, z = theirs(x, sigma)
+            found = sae(x, sigma=sigma)
+            torch.testing.assert_close(found.x_hat, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found.acts, z * norms, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(sae(x, sigma=1.0).acts, sae(x, sigma=0.25).acts, atol=0.01)
+    state = theirs.state_dict()
+    del state["mod_linear.bias"]
+    with pytest.raises(FluxSaeError, match=r"lacks mod_linear\.bias"):
+        from_timestep_conditioned(state, sigmas)
+    with pytest.raises(FluxSaeError, match="sigmas is empty"):
+        from_timestep_conditioned(theirs.state_dict(), [])
+
+
+@pytest.mark.parametrize("write", [to_saelens, to_dictionary_learning, to_sparsify])
+def test_a_table_over_noise_levels_is_never_dropped_in_an_export(tmp_path: Path, write: Writer) -> None:
+    sae = SparseAutoencoder(SaeConfig(architecture="topk", d_model=16, n_features=48, k=5, sigma_table=(0.2, 0.8)))
+    with pytest.raises(FluxSaeError, match="no other tool's format can hold"):
+        write(sae, tmp_path)

@@ -46,6 +46,8 @@ class MemorySource:
     seed: int = 0
     processes: Processes = field(default_factory=Processes)
     reads_ahead: bool = True
+    levels: Tensor | None = None
+    """The noise level of each row, for SAEs with a `sigma_table`."""
 
     @property
     def d_model(self) -> int:
@@ -60,11 +62,18 @@ class MemorySource:
         return f"seed {self.seed}"
 
     def batches(self, epoch: int, *, cursor: int = 0) -> Iterator[Tensor]:
-        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(epoch))
+        return self._dealt(self.rows, epoch, cursor)
+
+    def sigmas(self, epoch: int, *, cursor: int = 0) -> Iterator[Tensor]:
+        assert self.levels is not None, "a plain SAE asks for no noise levels"
+        return self._dealt(self.levels, epoch, cursor)
+
+    def _dealt(self, rows: Tensor, epoch: int, cursor: int) -> Iterator[Tensor]:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(epoch))
         share = self.batch_size // self.processes.world_size
         for batch in range(cursor, self.n_batches):
             start = batch * self.batch_size + self.processes.rank * share
-            yield self.rows[order[start : start + share]]
+            yield rows[order[start : start + share]]
 
 
 def sparse_rows(n_rows: int = 3200, *, d_model: int = D_MODEL, seed: int = 0) -> Tensor:
@@ -81,8 +90,8 @@ def sae_config(architecture: Architecture = "topk", **changes: object) -> SaeCon
     return SaeConfig(architecture=architecture, **values)  # type: ignore[arg-type]
 
 
-def sae_in_float64(architecture: Architecture) -> SparseAutoencoder:
-    sae = SparseAutoencoder(sae_config(architecture, auxk_coeff=0.5)).double()
+def sae_in_float64(architecture: Architecture, **changes: object) -> SparseAutoencoder:
+    sae = SparseAutoencoder(sae_config(architecture, auxk_coeff=0.5, **changes)).double()
     generator = torch.Generator().manual_seed(5)
     for parameter in sae.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -110,10 +119,13 @@ class _Jump(torch.autograd.Function):
         return for_pre, for_threshold.sum(0), None, None
 
 
-def reference_loss(sae: SparseAutoencoder, x_tilde: Tensor, dead: Tensor | None) -> Tensor:
-    """The loss of DESIGN's formulas, dense and differentiable, term by term."""
+def reference_loss(
+    sae: SparseAutoencoder, x_tilde: Tensor, dead: Tensor | None, places: Tensor | None = None
+) -> Tensor:
+    """The loss of DESIGN's formulas, dense and differentiable, by term; `places`: tokens by levels of a table."""
     config = sae.config
-    pre = (x_tilde - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    read = x_tilde if places is None else x_tilde * (places @ sae.sigma_scale) + places @ sae.sigma_shift
+    pre = (read - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     penalty = x_tilde.new_zeros(())
     if config.architecture in ("batchtopk", "matryoshka"):
         flat = pre.detach().flatten()
@@ -141,10 +153,15 @@ def reference_loss(sae: SparseAutoencoder, x_tilde: Tensor, dead: Tensor | None)
 
 def assert_gradients_equal_autograd(sae: SparseAutoencoder, *, is_sparse: bool, dead: Tensor | None) -> None:
     x_tilde = torch.randn(33, D_MODEL, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    loss = reference_loss(sae, x_tilde, dead)
+    sigmas = places = None
+    if sae.config.sigma_table:  # of 0.25, 0.5, 1: on a level, between two, and beyond the ends
+        sigmas = torch.tensor([0.25, 0.375, 0.5, 0.625, 1.0, 0.2, 1.02] * 5)[:33]
+        of_level = [[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0.75, 0.25], [0, 0, 1], [1, 0, 0], [0, 0, 1]]
+        places = torch.tensor(of_level * 5, dtype=torch.float64)[:33]
+    loss = reference_loss(sae, x_tilde, dead, places)
     names = [name for name, _ in sae.named_parameters()]
     expected = dict(zip(names, torch.autograd.grad(loss, list(sae.parameters())), strict=True))
-    found = batch_gradients(sae, x_tilde, Situation(n_tokens=33, is_sparse=is_sparse, dead=dead))
+    found = batch_gradients(sae, x_tilde, Situation(n_tokens=33, is_sparse=is_sparse, dead=dead), sigmas)
     terms = [value for name, value in found.losses.items() if name != "l0"]
     torch.testing.assert_close(torch.stack(terms).sum(), loss.detach())
     blocks = [found.weight_rows(slice(low, high)) for low, high in [(0, 7), (7, 30), (30, 40)]]
@@ -158,11 +175,15 @@ def assert_gradients_equal_autograd(sae: SparseAutoencoder, *, is_sparse: bool, 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_dense_gradients_equal_autograd_in_float64(architecture: Architecture, dead: Tensor | None) -> None:
     assert_gradients_equal_autograd(sae_in_float64(architecture), is_sparse=False, dead=dead)
+    conditioned = sae_in_float64(architecture, sigma_table=(0.25, 0.5, 1.0))
+    assert_gradients_equal_autograd(conditioned, is_sparse=False, dead=dead)
 
 
 @pytest.mark.parametrize("dead", [None, torch.tensor([2, 8, 9]), torch.arange(3, 33)], ids=["alive", "few", "many"])
 def test_sparse_gradients_equal_autograd_in_float64(dead: Tensor | None) -> None:
     assert_gradients_equal_autograd(sae_in_float64("topk"), is_sparse=True, dead=dead)
+    conditioned = sae_in_float64("topk", sigma_table=(0.25, 0.5, 1.0))
+    assert_gradients_equal_autograd(conditioned, is_sparse=True, dead=dead)
 
 
 @pytest.mark.parametrize("floor", [None, 0.0, 0.4, 100.0])
@@ -553,9 +574,10 @@ from fluxsae.sae.training import Processes, TrainConfig, train
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 peers = Processes.current()
-configs = {{a: sae_config(a, dead_after_tokens=150) for a in ("topk", "matryoshka", "l1")}}
+configs = {{a: sae_config(a, dead_after_tokens=150, sigma_table=(0.2, 0.8)) for a in ("topk", "matryoshka", "l1")}}
 config = TrainConfig(lr=1e-3, precision="float32", resample_every=3)
-saes = train(configs, MemorySource(sparse_rows(320), processes=peers), config, processes=peers).saes
+source = MemorySource(sparse_rows(320), processes=peers, levels=torch.linspace(0.2, 0.8, 320))
+saes = train(configs, source, config, processes=peers).saes
 if peers.rank == 0:
     torch.save({{name: sae.state_dict() for name, sae in saes.items()}}, {out!r})
 dist.destroy_process_group()
@@ -580,9 +602,10 @@ def test_two_processes_train_what_one_process_trains(tmp_path: Path) -> None:
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     together = torch.load(out, weights_only=True)
     architectures: tuple[Architecture, ...] = ("topk", "matryoshka", "l1")
-    configs = {a: sae_config(a, dead_after_tokens=150) for a in architectures}
+    configs = {a: sae_config(a, dead_after_tokens=150, sigma_table=(0.2, 0.8)) for a in architectures}
     config = TrainConfig(lr=1e-3, precision="float32", resample_every=3)
-    alone = train(configs, MemorySource(sparse_rows(320)), config).saes
+    source = MemorySource(sparse_rows(320), levels=torch.linspace(0.2, 0.8, 320))
+    alone = train(configs, source, config).saes
     for architecture in architectures:
         for name, tensor in alone[architecture].state_dict().items():
             torch.testing.assert_close(
@@ -621,13 +644,13 @@ def test_fit_writes_an_sae_that_knows_its_ground_and_skips_what_is_complete(coll
         run=collected_run, hookpoints=("layer3",), steps=(6,), k=(3, 5), batch_size=64, epochs=3, device="cpu"
     )
     assert main(config).word == "done"
-    sae = SparseAutoencoder.from_pretrained(collected_run, subfolder="sae/transformer_blocks.3.ff")
+    sae = SparseAutoencoder.from_pretrained(collected_run, subfolder="sae/transformer_blocks.3.ff@topk-3")
     assert sae.config.k == 3
     assert (sae.reference_acts > 0).any()
     ground = sae.config.trained_on
     assert ground is not None
     assert (ground.flux_id, ground.steps, ground.sigmas, ground.n_tokens) == ("tiny", (6,), (0.7,), 16)
-    measured = RunFolder(collected_run).load_metrics("layer3")
+    measured = RunFolder(collected_run).load_metrics("layer3@topk-3")
     assert measured["n_images"] == 4, "every tenth image is held out"
     assert measured["n_tokens"] == 64, "one step of the two"
     assert measured["l0"] == 3
@@ -654,14 +677,11 @@ def test_saes_of_a_sweep_are_dealt_to_the_processes_and_come_out_the_same(tmp_pa
         peers = Apart(rank, 2)
         own = replace(config, run=dealt.path)
         place = HookPoint.parse("layer3")
-        fit._fit(own, dealt, fit._from_disk(own, place, peers), peers)
-    for folder in (RunFolder.sae_path, lambda run, place: run.work_path("fit") / place / "topk-5"):
-        one, other = (
-            load_tensors(folder(run, "transformer_blocks.3.ff") / "model.safetensors") for run in (alone, dealt)
-        )
-        assert all(torch.equal(one[name], other[name]) for name in one)
-    assert dealt.load_metrics("layer3") == alone.load_metrics("layer3")
-    assert (dealt.work_path("fit") / "transformer_blocks.3.ff" / "topk-7" / "model.safetensors").is_file()
+        fit._fit(own, dealt, fit._from_disk(own, place, peers), fit._asked(own, dealt, None), peers)
+    for name in ("layer3@topk-3", "layer3@topk-5", "layer3@topk-7"):
+        one, other = (load_tensors(run.sae_path(name) / "model.safetensors") for run in (alone, dealt))
+        assert all(torch.equal(one[tensor], other[tensor]) for tensor in one)
+        assert dealt.load_metrics(name) == alone.load_metrics(name)
 
 
 def test_fit_refuses_what_cannot_be_trained(collected_run: Path) -> None:

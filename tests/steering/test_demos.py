@@ -24,6 +24,7 @@ from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.pictures.grids import GridCell, GridRow, steering_grid
 from fluxsae.runs.folder import RunFolder, RunInfo
 from fluxsae.runs.tables import FeatureRow, FeatureTable, ImageRow, encode_webp
+from fluxsae.steering.conditions import Condition
 from fluxsae.steering.demos import (
     DemoConfig,
     candidate_images,
@@ -43,7 +44,13 @@ from fluxsae.steering.sweeps import reproduce
 PLACE = HookPoint.parse("layer1")
 PROMPTS = ["a red circle", "a blue star", "a small green ring", "a large pink heart", "a cyan cross", "a black square"]
 CONFIG = DemoConfig(
-    n_candidates=2, suppress=(0.5, 0.0), amplify=(0.1, 0.3), steps=(1, 4), n_limit_images=4, least_score=0.0
+    n_candidates=2,
+    suppress=(0.5, 0.0),
+    amplify=(0.1, 0.3),
+    steps=(1, 4),
+    n_limit_images=4,
+    n_natural_images=4,
+    least_score=0.0,
 )
 
 
@@ -342,8 +349,9 @@ def test_the_scripts_steer_find_and_draw(run: RunFolder, features: list[int], tm
 def test_steer_writes_a_picture_that_its_recipe_makes_again(run: RunFolder, features, tmp_path: Path, capsys) -> None:
     out = tmp_path / "steered.png"
     asked = train.steer.SteerConfig(
-        run=run.path, prompt=PROMPTS[0], feature=features[0], mode="add", strength=5.0, steps=(1, 4), out=out
-    )
+        run=run.path, prompt=PROMPTS[0], feature=features[0], mode="add", strength=5.0, steps=(1, 4), out=out,
+        when=str(features[0]), when_above=0.0,
+    )  # fmt: skip
     first = train.steer.main(asked)
     assert "relative_size" in capsys.readouterr().out
     for name in ("steered.png", "steered.json"):
@@ -351,6 +359,7 @@ def test_steer_writes_a_picture_that_its_recipe_makes_again(run: RunFolder, feat
         assert torch.equal(again.latents, first.latents)
         assert Image.open(tmp_path / "again.png").tobytes() == Image.open(out).tobytes()
     assert "bit for bit the same" in capsys.readouterr().out
+    assert load_recipes(out)[0].edits[0].when == Condition((features[0],), 0.0)
     assert load_recipes(tmp_path / "steered-before.png")[0].edits == ()
     assert json.loads((tmp_path / "steered.json").read_text())["index"] == 1
 
@@ -360,8 +369,9 @@ def test_steer_writes_a_picture_that_its_recipe_makes_again(run: RunFolder, feat
     [
         ({}, "prompt is missing"),
         ({"prompt": "a red circle"}, "feature is missing"),
-        ({"prompt": "a red circle", "feature": 1, "hookpoint": "layer7"}, "no hook point"),
+        ({"prompt": "a red circle", "feature": 1, "hookpoint": "layer7"}, "no SAE"),
         ({"prompt": "a red circle", "feature": 999, "steps": (0, 2)}, "feature is 999"),
+        ({"prompt": "a red circle", "feature": 1, "when": "nothing like it"}, "has the label 'nothing like it'"),
         ({"prompt": "a red circle", "edits": "[{}]"}, r"edits\[0\]"),
         ({"recipe": Path("nowhere.png")}, "nowhere.png"),
     ],

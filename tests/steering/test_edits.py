@@ -4,7 +4,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
@@ -215,3 +215,37 @@ def test_a_file_without_a_recipe_is_refused(tmp_path) -> None:
     for name in ("bare.png", "broken.png", "absent.png", "picture.jpg"):
         with pytest.raises(FluxSaeError, match=name):
             load_recipes(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("list.json", b"[]", "is an empty list"),
+        ("number.json", b"[5]", "is no recipe"),
+        ("deep.json", b"[" * 100_000, "is not valid JSON"),
+        ("half.json", '{"prompt": "a'.encode("utf-16"), "is not valid JSON"),
+        ("cut.png", b"\x89PNG\r\n\x1a\n\x00\x00", "is not a readable PNG"),
+        ("jpeg.png", b"\xff\xd8\xff\xe0", "is not a readable PNG"),
+    ],
+)
+def test_an_odd_file_is_refused_in_a_sentence(tmp_path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FluxSaeError, match=words):
+        load_recipes(tmp_path / name)
+
+
+def test_a_recipe_in_another_encoding_is_read(tmp_path) -> None:
+    for encoding in ("utf-16", "utf-8-sig"):
+        (tmp_path / "recipe.json").write_text(recipe().to_json(), encoding=encoding)
+        assert load_recipes(tmp_path / "recipe.json") == [recipe()]
+
+
+def test_a_picture_that_unpacks_to_too_much_is_refused(tmp_path) -> None:
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(FluxSaeError, match="has 10000 x 10000 pixels"):
+        load_recipes(tmp_path / "bomb.png")
+    text = PngImagePlugin.PngInfo()
+    text.add_text("fluxsae.recipes", "x" * 20_000_000, zip=True)
+    Image.new("1", (1, 1)).save(tmp_path / "text.png", pnginfo=text)
+    with pytest.raises(FluxSaeError, match="is not a readable PNG"):
+        load_recipes(tmp_path / "text.png")

@@ -195,8 +195,8 @@ def measurement(out_of_distribution: float, denoising_error_ratio: float | None 
     ("share", "ratio", "expected"),
     [(0.1, None, True), (0.1, 1.5, True), (0.0, 1.6, False), (0.2, 1.0, False), (0.2, None, False)],
 )
-def test_safe_is_what_stays_in_distribution_and_looks_like_flux(share, ratio, expected) -> None:
-    assert measurement(share, ratio).is_safe is expected
+def test_natural_is_what_stays_in_distribution_and_looks_like_flux(share, ratio, expected) -> None:
+    assert measurement(share, ratio).looks_natural is expected
 
 
 def test_controls_have_unit_norm_and_are_not_the_feature_itself() -> None:

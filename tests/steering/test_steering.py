@@ -12,6 +12,7 @@ from torch import Tensor
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, block_hooks, capture, generate
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.names import SaeName
 from fluxsae.sae.config import MISMATCHES, SaeConfig, TrainedOn
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import EditedCall, add_delta, edit_coefficient, edit_delta, edit_window, steer
@@ -72,6 +73,32 @@ def alive_feature(pipe: FluxPipeline, hookpoint: HookPoint, step: int = 2) -> in
     with capture(pipe, [hookpoint], steps=[step]) as captured:
         latents(pipe)
     return int(SAES[hookpoint].encode(captured.get(hookpoint, step)).amax(dim=(0, 1)).argmax())
+
+
+def test_two_saes_of_one_hook_point_edit_the_same_unedited_tokens(tiny_flux: FluxPipeline) -> None:
+    variant = SaeName.parse(f"{DOUBLE}@other")
+    saes = {DOUBLE: SAES[DOUBLE], variant: random_sae("l1", seed=7)}
+    features = [alive_feature(tiny_flux, DOUBLE), 3]
+    pairs = [(str(DOUBLE), features[0]), (str(variant), features[1])]
+    edits = [SteeringEdit(name, feature, "add", 2.0, steps=ALL) for name, feature in pairs]
+    scaled = [SteeringEdit(name, feature, "scale", -4.0, steps=ALL) for name, feature in pairs]
+    seen: dict[str, list[Tensor]] = {}
+    parts: list[Tensor] = []
+
+    def note(made: EditedCall) -> None:
+        seen.setdefault(str(made.call.hookpoint), []).append(made.delta)
+
+    for chosen in ([edits[0]], [edits[1]], edits, [scaled[0]], [scaled[1]], scaled):
+        seen.clear()
+        latents(tiny_flux, chosen, saes=saes, on_edit=note)
+        first = {name: deltas[0] for name, deltas in seen.items()}
+        if len(chosen) == 1:
+            parts += first.values()
+            continue
+        assert set(first) == {str(DOUBLE), str(variant)}
+        for both in first.values():
+            torch.testing.assert_close(both, parts[-2] + parts[-1])
+    assert torch.equal(latents(tiny_flux, edits, saes=saes), latents(tiny_flux, edits[::-1], saes=saes))
 
 
 # The modes, on numbers that can be checked by hand

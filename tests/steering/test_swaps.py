@@ -1,3 +1,4 @@
+import base64
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -29,9 +30,12 @@ from fluxsae.steering.demos import (
     addable,
     find_swaps,
     hot_region,
+    opening_swap,
     swap_score,
     swap_variants,
+    write_opening,
 )
+from fluxsae.steering.demos.opening import turned
 from fluxsae.steering.edits import Recipe
 from fluxsae.steering.measurements import TokenLimits
 from fluxsae.steering.sweeps import reproduce
@@ -92,7 +96,7 @@ def test_the_score_is_what_goes_and_comes_less_by_what_else_changes() -> None:
     score = swap_score(measured(), EYE, pictures)
     assert (score.gone, score.come, score.collateral) == pytest.approx((0.5, 0.7, 0.25))
     assert score.score == pytest.approx(0.5 * 0.75)
-    assert swap_score(measured(odd=0.5), EYE, pictures).score == 0  # beyond safe
+    assert swap_score(measured(odd=0.5), EYE, pictures).score == 0  # does not look natural
 
 
 def test_a_picture_that_reads_as_another_name_of_the_kind_is_worth_nothing() -> None:
@@ -235,3 +239,31 @@ def test_the_embedded_run_has_swaps_that_change_little_else() -> None:
     assert len(swaps) >= 3
     assert all(swap["score"]["score"] > 0 for swap in swaps)
     assert min(swap["score"]["collateral"] for swap in swaps) < 0.2
+
+
+def test_the_opening_is_the_clear_swap_that_changes_least_else_at_rising_strength(
+    named: RunFolder, tiny_flux: FluxPipeline
+) -> None:
+    swaps = search(named, tiny_flux)
+
+    def scored(swap: Swap, score: float, collateral: float, *, looks_natural: bool = True) -> Swap:
+        return replace(swap, score=replace(swap.score, score=score, collateral=collateral, looks_natural=looks_natural))
+
+    first, second = swaps
+    assert opening_swap([scored(first, 0.5, 0.4), scored(second, 0.2, 0.1)]) == scored(second, 0.2, 0.1)
+    assert opening_swap([scored(first, 0.5, 0.4), scored(second, 0.05, 0.1)]) == scored(first, 0.5, 0.4)
+    assert opening_swap([scored(first, 0.5, 0.4, looks_natural=False)]) is None
+    write_opening(named, tiny_flux, {PLACE: random_sae()}, first)
+    opening = named.load_opening(PLACE)
+    assert opening is not None
+    assert (opening["label"], opening["new_label"]) == (first.label, first.new_label)
+    assert opening["turns"] == pytest.approx([0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1])
+    with Image.open(named.demo_image_path(PLACE, "opening")) as strip:
+        pictures = [np.asarray(one, dtype=float) for one in split_pictures(strip.convert("RGB"), 7)]
+    away = [np.abs(one - pictures[0]).mean() for one in pictures]
+    assert away[0] == 0 < away[3]
+    assert np.argmax(away) >= 3
+    assert all(len(base64.b64decode(each["map"])) == 16 for each in opening["features"])
+    edit = first.recipe.edits[0]
+    assert turned(edit, 1).strength == pytest.approx(edit.strength)
+    assert turned(edit, 0).is_identity

@@ -11,9 +11,18 @@ from train.benchmarks.__main__ import NAMES, main
 def test_without_a_name_the_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     assert f"Benchmarks: {', '.join(NAMES)}" in capsys.readouterr().out
-    assert {"causes", "collection", "feeding", "gpu", "memory", "quality", "rehearsal", "steering", "training"} <= set(
-        NAMES
-    )
+    assert {
+        "causes",
+        "collection",
+        "feeding",
+        "gpu",
+        "memory",
+        "quality",
+        "rehearsal",
+        "sigmas",
+        "steering",
+        "training",
+    } <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

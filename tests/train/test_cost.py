@@ -92,10 +92,19 @@ def test_the_counts_are_those_of_the_pipeline_and_of_the_run_that_was_made(minia
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "miniature"])
 def test_every_bundled_recipe_has_a_thousand_distinct_tokens_a_feature(name: str) -> None:
     plan = Plan.build(Config.from_recipe(name))
-    assert [str(fit.hookpoint) for fit in plan.trained] == [
-        "transformer_blocks.5.ff", "transformer_blocks.15.ff", "transformer_blocks.18"
-    ]  # fmt: skip
+    of_klein = ["transformer_blocks.4", "transformer_blocks.4.ff", "single_transformer_blocks.9"]
+    of_flux1 = ["transformer_blocks.5.ff", "transformer_blocks.15.ff", "transformer_blocks.18"]
+    assert [str(fit.hookpoint) for fit in plan.trained] == (of_klein if "klein" in name else of_flux1)
     assert all(fit.n_rows >= 1000 * sae.n_features for fit in plan.trained for sae in fit.saes)
+
+
+def test_klein_fits_a_card_of_24_gb_whole_and_a_step_costs_what_its_products_do() -> None:
+    plan, card = Plan.build(Config.from_recipe("flux2-klein")), Machine(constants.GPUS["RTX4090"])
+    found = stages(plan, card)
+    assert all(stage.memory <= 24e9 and "DOES NOT FIT" not in stage.note for stage in found)
+    assert found[0].note == "preset full"
+    # 25 blocks * (26 C^2 N + 4 N^2 C), C = 3072, N = 4096 + 512: 34.8 TFLOP
+    assert card.step_seconds(plan) * card.gpu.peak_tflops * card.step_share.value == pytest.approx(34.8, rel=0.01)
 
 
 def test_the_evening_ends_within_six_hours_of_an_h100() -> None:

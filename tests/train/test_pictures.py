@@ -152,7 +152,7 @@ def test_a_second_time_everything_is_skipped_and_another_folder_is_noticed(
         (moved / file.name).write_bytes(file.read_bytes())
     assert {result.word for result in main(replace(finished, pictures=moved))} == {"skipped"}
     (moved / "000.txt").write_text("another caption")
-    with pytest.raises(FluxSaeError, match="collect is complete with other settings"):
+    with pytest.raises(FluxSaeError, match=r"collect is complete at .* with other settings"):
         main(replace(finished, pictures=moved))
 
 

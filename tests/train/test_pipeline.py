@@ -71,7 +71,7 @@ def test_the_run_holds_what_browsing_needs(finished: PipelineConfig) -> None:
         assert run.load_metrics(place)["fvu"] < 1
     index = json.loads(run.index_path.read_text())
     assert set(index["saes"]) == {str(place) for place in run.hookpoints()}
-    assert not run.work_path("score").exists()
+    assert not list(run.work_path("score").glob("images-*"))  # parts of S stay, since images may be added
 
 
 def test_a_second_time_everything_is_skipped_and_says_so(
@@ -86,8 +86,16 @@ def test_a_second_time_everything_is_skipped_and_says_so(
 
 
 def test_other_options_for_a_complete_stage_are_refused_with_both_values(finished: PipelineConfig) -> None:
-    with pytest.raises(FluxSaeError, match=r"images was 10, now 11\. Pass --force"):
-        main(replace(finished, set=(*OPTIONS, "score.images=11"), only=("score",)))
+    with pytest.raises(FluxSaeError, match=r"images was 10, now 9\. Pass --force"):
+        main(replace(finished, set=(*OPTIONS, "score.images=9"), only=("score",)))
+
+
+def test_the_run_of_another_flux_is_refused_and_its_recipe_kept(finished: PipelineConfig) -> None:
+    toml = RunFolder(finished.run).toml_path
+    before = toml.read_text()
+    with pytest.raises(FluxSaeError, match=r"is a run of .* not of another/flux"):
+        main(replace(finished, flux="another/flux"))
+    assert toml.read_text() == before
 
 
 def test_a_stage_done_again_makes_the_later_ones_run_again(finished: PipelineConfig) -> None:
@@ -192,7 +200,8 @@ def test_the_miniature_s_recipe_is_taken_without_asking() -> None:
 
 def test_an_unknown_recipe_is_refused_with_the_bundled_ones() -> None:
     with pytest.raises(
-        FluxSaeError, match=r"no recipe flux-def. Bundled are flux-dev-evening, flux-dev, flux-schnell, mini"
+        FluxSaeError,
+        match=r"no recipe flux-def. Bundled are flux-dev-evening, flux-dev, flux-schnell, flux2-klein",
     ):
         parse_arguments(["--recipe", "flux-def"])
 
@@ -219,6 +228,10 @@ def test_a_stage_that_was_recorded_under_older_names_is_still_complete(
     shutil.copytree(finished.run, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     values = json.loads(run.info_path.read_text())
+    for name in ("score", "analyze", "directions"):  # one config for all hook points
+        record = values["stages"][name]
+        digests = {place: own.pop("sae") for place, own in record["config"].items()} if name == "score" else {}
+        record["config"] = next(iter(record["config"].values())) | ({"saes": digests} if digests else {})
     score_record = values["stages"]["score"]["config"]
     score_record["n_images"], score_record["step"] = score_record.pop("images"), None
     del score_record["steps"]
@@ -359,7 +372,7 @@ def test_a_stage_whose_files_were_deleted_runs_again(tmp_path: Path) -> None:
     output = tmp_path / "out.txt"
 
     def run_it() -> str:
-        return run_stage(run, "fit", {"k": (1, 2)}, output.touch, outputs=lambda: [output]).word
+        return run_stage(run, "fit", {"k": (1, 2)}, lambda _: output.touch(), outputs=lambda _: [output]).word
 
     assert [run_it(), run_it()] == ["done", "skipped"]
     output.unlink()
@@ -372,11 +385,10 @@ def test_a_stage_stopped_at_its_second_hook_point_is_not_mistaken_for_one_of_oth
     first, second = tmp_path / "first", tmp_path / "second"
 
     def run_it(name: str, output: Path, value: int = 1, *, work: object = None) -> str:
-        return run_stage(
-            run, "fit", {name: value}, work or output.touch, outputs=lambda: [output], by_hookpoint=True  # type: ignore[arg-type]
-        ).word  # fmt: skip
+        act = work or (lambda _: output.touch())
+        return run_stage(run, "fit", {name: {"k": value}}, act, outputs=lambda _: [output], by_name=True).word  # type: ignore[arg-type]
 
-    def write_and_die() -> None:
+    def write_and_die(_: list[str]) -> None:
         second.touch()
         raise KeyboardInterrupt
 
@@ -384,7 +396,7 @@ def test_a_stage_stopped_at_its_second_hook_point_is_not_mistaken_for_one_of_oth
     with pytest.raises(KeyboardInterrupt):
         run_it("b", second, work=write_and_die)
     assert [run_it("b", second), run_it("a", first), run_it("b", second)] == ["done", "skipped", "skipped"]
-    with pytest.raises(FluxSaeError, match="b was 1, now 2"):
+    with pytest.raises(FluxSaeError, match="fit is complete at b with other settings: k was 1, now 2"):
         run_it("b", second, 2)
     start_over(run, "fit", ["b"])
     assert [run_it("a", first), run_it("b", second)] == ["skipped", "done"]

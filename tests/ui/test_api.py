@@ -1,5 +1,7 @@
 """The contract of every endpoint, against a served page: gradio_client, plain HTTP and MCP."""
 
+import base64
+import io
 import json
 import re
 import threading
@@ -8,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import page_server
 import pytest
 import requests
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError, ValidationError
+from mcp import ClientSession
+from mcp.client.streamable_http import streamablehttp_client
 from PIL import Image
 
 from fluxsae.runs.folder import RunFolder
@@ -20,7 +25,8 @@ from fluxsae.steering.edits import Recipe, SteeringEdit
 from fluxsae.ui.kit.snippets import tool_name
 
 ENDPOINTS = {
-    "/heatmap", "/features_at", "/explain", "/search_features", "/feature", "/directions", "/steer", "/sweep",
+    "/heatmap", "/read_picture", "/features_at", "/explain", "/search_features", "/feature", "/directions", "/steer",
+    "/sweep", "/compare", "/swap", "/silence", "/layers",
 }  # fmt: skip
 PROMPT = "a large red circle on a black background"
 REFUSALS = (ValidationError, AppError)
@@ -71,9 +77,11 @@ def test_exactly_the_named_endpoints_are_offered(client: Client) -> None:
         "num_inference_steps",
         "step",
         "limit",
+        "run",
     ]
     assert list(parameters(client, "/sweep")) == [
         "prompt", "hookpoint", "feature", "mode", "strengths", "steps", "region", "seed", "num_inference_steps",
+        "run",
     ]  # fmt: skip
     for name in ENDPOINTS:
         assert all(entry["type"].get("description") for entry in parameters(client, name).values()), name
@@ -86,6 +94,7 @@ def test_an_argument_is_called_required_where_a_call_without_it_is_refused(clien
     }
     assert required == {
         "/heatmap": {"prompt"},
+        "/read_picture": {"picture"},
         "/features_at": {"prompt", "row", "column"},
         "/explain": {"prompt", "feature"},
         "/search_features": set(),
@@ -93,6 +102,10 @@ def test_an_argument_is_called_required_where_a_call_without_it_is_refused(clien
         "/directions": {"feature"},
         "/steer": {"prompt", "edits"},
         "/sweep": {"prompt", "feature", "strengths"},
+        "/compare": {"prompt", "other"},
+        "/swap": {"prompt", "old", "new"},
+        "/silence": {"feature"},
+        "/layers": set(),
     }
 
 
@@ -128,6 +141,33 @@ def test_features_at_a_patch_are_features_of_the_image(client: Client) -> None:
     assert features
     everything = {feature["feature"] for feature in client.predict(prompt=PROMPT, limit=100, api_name="/heatmap")[1]}
     assert {feature["feature"] for feature in features[:3]} <= everything
+
+
+def as_data_url(path: str) -> str:
+    return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+
+
+def test_an_own_picture_is_read_from_a_file_or_a_data_url_and_leaves_no_file(
+    client: Client, page: page_server.Page, place: str
+) -> None:
+    painted, _, _ = client.predict(prompt=PROMPT, limit=1, api_name="/heatmap")
+    features, overlays, familiarity = client.predict(picture=handle_file(painted), limit=5, api_name="/read_picture")
+    assert len(features) == len(overlays) == 5
+    assert all(feature["hookpoint"] == place for feature in features)
+    assert not familiarity["is_unlike"]
+    url = as_data_url(painted)
+    assert client.predict(picture=url, limit=5, api_name="/read_picture")[0] == features
+    at_patch = client.predict(prompt="", picture=url, row=4, column=4, limit=3, api_name="/features_at")
+    assert at_patch
+    why = client.predict(prompt="", picture=url, feature=features[0]["feature"], limit=1, api_name="/explain")
+    assert why["words"] == []
+    before, _, facts = client.predict(prompt="", edits=[], picture=url, change=0.3, api_name="/steer")
+    assert Image.open(before).size == (128, 128)
+    assert facts["recipe"] is None
+    name = Path(painted).name
+    kept = [path for path in (page.log.parent / "files").rglob("*") if path.is_file() and path.name == name]
+    digests = {path.read_bytes() for path in kept if "uploads" in str(path)}
+    assert not digests
 
 
 def test_explain_gives_words_and_named_earlier_features_by_effect(client: Client, place: str) -> None:
@@ -179,7 +219,7 @@ def test_steer_gives_before_after_recipe_and_measurements(client: Client, place:
     assert measured["distance"] > 0
     assert measured["distance_of_unrelated"] > 0
     assert measured["denoising_error_ratio"] > 0
-    assert isinstance(measured["is_safe"], bool)
+    assert isinstance(measured["looks_natural"], bool)
 
 
 def test_steer_with_no_edit_or_an_identity_leaves_the_image_as_it_is(
@@ -202,6 +242,49 @@ def test_sweep_gives_an_image_a_strength_and_accepts_json_text(
     assert len(client.predict(**arguments, strengths="[1]", region=None, api_name="/sweep")[0]) == 1
 
 
+def test_compare_finds_what_differs_and_gives_both_images(client: Client) -> None:
+    other = PROMPT.replace("red", "blue")
+    features, one, two = client.predict(prompt=PROMPT, other=other, limit=6, api_name="/compare")
+    assert len(features) == 6
+    assert {"red", "blue"} & {feature["label"] for feature in features}
+    changes = [abs(feature["relative"] - feature["other_relative"]) for feature in features]
+    assert min(changes) > 0
+    assert Image.open(one).tobytes() != Image.open(two).tobytes()
+
+
+def test_silence_gives_what_each_word_leaves_with_the_images_tried(client: Client, best: dict[str, Any]) -> None:
+    found, images = client.predict(feature=best["feature"], limit=2, api_name="/silence")
+    assert (found["feature"], len(found["words"]), len(images)) == (best["feature"], 2, 3)
+    assert [word["left"] for word in found["words"]] == sorted(word["left"] for word in found["words"])
+    assert all(word["word"] not in word["prompt"].split() for word in found["words"])
+
+
+def test_swap_gives_an_image_that_its_recipe_makes_again(client: Client) -> None:
+    before, after, facts = client.predict(
+        prompt=PROMPT, old="red", new="green", num_inference_steps=20, api_name="/swap"
+    )
+    assert isinstance(facts["is_read"], bool)
+    edits = [edit.to_dict() for edit in Recipe.from_dict(facts["recipe"]).edits]
+    again = client.predict(prompt=PROMPT, edits=edits, api_name="/steer")
+    assert [Image.open(one).tobytes() for one in (before, after)] == [Image.open(one).tobytes() for one in again[:2]]
+
+
+def test_layers_matches_features_of_two_hook_points(client: Client, place: str) -> None:
+    found = client.predict(limit=3, api_name="/layers")
+    assert (len(found["pairs"]), found["second"]) == (3, place)
+    assert found["pairs"][0]["first"]["hookpoint"] == found["first"] != place
+    assert found["n_pairs"] >= 3
+    with pytest.raises(REFUSALS, match="Both hook points are"):
+        client.predict(first=place, second=place, api_name="/layers")
+
+
+def test_a_run_is_asked_for_by_name_and_an_unknown_one_is_refused(client: Client) -> None:
+    for run in (None, "miniature"):
+        assert client.predict(query="", limit=1, run=run, api_name="/search_features")
+    with pytest.raises(REFUSALS, match="run is 'other'; give one of miniature"):
+        client.predict(query="", limit=1, run="other", api_name="/search_features")
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("/heatmap", {"prompt": "  "}, "prompt is blank"),
     ("/heatmap", {"prompt": "x" * 10_000}, "prompt has 10,000 characters; give at most 2,000"),
@@ -211,6 +294,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("/heatmap", {"prompt": PROMPT, "seed": True}, "seed is True"),
     ("/heatmap", {"prompt": PROMPT, "hookpoint": "layer99"}, "hookpoint is 'layer99'; give one of"),
     ("/heatmap", {"prompt": PROMPT, "step": 99}, "step is 99; give a whole number from 0 to"),
+    ("/read_picture", {"picture": "https://example.org/cat.png"}, "Links are not followed"),
+    ("/read_picture", {"picture": "data:image/png;base64,aGVsbG8="}, "is no picture of a kind that is read"),
+    ("/steer", {"prompt": "", "edits": []}, "prompt is blank"),
     ("/features_at", {"prompt": PROMPT, "row": 8, "column": 0}, "row is 8; give a whole number from 0 to 7"),
     ("/features_at", {"prompt": PROMPT, "row": None, "column": 0}, "row is None"),
     ("/explain", {"prompt": PROMPT, "feature": 1, "row": 3}, "row is 3 and column is None; give both"),
@@ -242,6 +328,15 @@ def test_raw_http_numbers_that_are_none_are_refused(page: page_server.Page, numb
     )
     assert answer.status_code in {400, 422}
     assert answer.status_code != 422 or "seed" in answer.text or "json" in answer.text.lower()
+
+
+@pytest.mark.parametrize("more", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["plain", "as a file"])
+def test_a_file_of_the_servers_machine_is_no_picture_of_the_visitors(page: page_server.Page, more: Any) -> None:
+    path = str(page_server.ROOT / "docs" / "heatmap.png")
+    body = {"data": [{"path": path, **more}, "", None, None, 0, 4, None]}
+    answer = requests.post(f"{page.url}/gradio_api/call/read_picture", json=body, timeout=30)
+    assert answer.status_code in {400, 422}
+    assert "give a data URL" in answer.text or "not uploaded by a user" in answer.text
 
 
 @pytest.mark.parametrize(
@@ -339,6 +434,31 @@ def test_mcp_answers_and_refuses_like_the_others(page: page_server.Page) -> None
     assert not found.get("isError")
     refused = mcp(page, "tools/call", name=name, arguments={"query": "", "limit": 0})
     assert "limit is 0" in json.dumps(refused)
+
+
+@pytest.mark.parametrize("wants_progress", [False, True])
+def test_a_real_mcp_client_gets_json_and_images(page: page_server.Page, wants_progress: bool) -> None:
+    async def hear(*_: Any) -> None:
+        return None
+
+    async def ask() -> list[Any]:
+        async with (
+            streamablehttp_client(f"{page.url}/gradio_api/mcp/") as (reader, writer, _),
+            ClientSession(reader, writer) as session,
+        ):
+            await session.initialize()
+            arguments = {"prompt": PROMPT, "limit": 2}
+            found = await session.call_tool("heatmap", arguments, progress_callback=hear if wants_progress else None)
+            return list(found.content)
+
+    contents = anyio.run(ask)
+    assert [content.type for content in contents] == ["image", "text", "text", *["image", "text"] * 2]
+    picture = Image.open(io.BytesIO(base64.b64decode(contents[0].data)))
+    assert picture.size == (128, 128)
+    texts = [json.loads(content.text) for content in contents if content.type == "text"]
+    assert texts[0]["url"].startswith(page.url)
+    assert [feature["feature"] for feature in texts[1]]
+    assert "of its maximum" in texts[2]["caption"]
 
 
 def test_the_log_holds_no_prompt(page: page_server.Page, client: Client) -> None:

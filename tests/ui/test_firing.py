@@ -7,6 +7,7 @@ from desk_data import LATE, maps_of, reading
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import features_at, first_thing, ranked_features, standing_out
 from fluxsae.ui.serve.session import Workbench
+from fluxsae.ui.tabs.heatmap.lab import PER_PATCH, telling_patches
 
 
 def test_a_map_is_the_most_over_the_saes_steps_or_one_step() -> None:
@@ -67,3 +68,32 @@ def test_a_feature_without_a_name_is_no_guess(bench: Workbench) -> None:
     unnamed = [each for each in ranked if cards.labels[each.feature] is None]
     assert unnamed
     assert {each.label_confidence_here for each in unnamed} == {None}
+
+
+def test_what_the_page_knows_of_every_patch_is_what_fires_there(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards, rng = bench.cards[LATE], np.random.default_rng(0)
+    monkeypatch.setattr(cards, "labels", [None, *rng.choice(["red", "blue", "star", None], len(cards) - 1).tolist()])
+    features = np.stack([[rng.permutation(len(cards))[:9] for _ in range(12)] for _ in range(2)])
+    maps = maps_of((4, 8), rng.random(features.shape), features, len(cards))
+    patches, values = telling_patches(maps, cards)
+    for token in range(12):
+        alone = features_at(maps, cards, token=token, step=None, limit=PER_PATCH)
+        assert patches[token].tolist() == [each.feature for each in alone]
+        assert values[token].tolist() == [max(1, round(255 * each.relative)) for each in alone]
+
+
+def test_a_map_read_feature_by_feature_is_the_one_read_token_by_token() -> None:
+    rng = np.random.default_rng(1)
+    features = np.stack([[rng.permutation(6)[:3] for _ in range(5)] for _ in range(3)])
+    maps = maps_of((1, 2, 3), rng.random(features.shape), features, 6)
+    for step in (None, 2):
+        by_token = [maps.at(token, step) for token in range(5)]
+        assert [maps.acts(f, step).tolist() for f in range(6)] == [
+            [at.get(f, 0.0) for at in by_token] for f in range(6)
+        ]
+        tokens, found, acts = maps.strongest(step)
+        assert list(zip(tokens, found, acts, strict=True)) == [
+            (token, f, by_token[token][f]) for token in range(5) for f in sorted(by_token[token])
+        ]

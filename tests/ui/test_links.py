@@ -31,6 +31,13 @@ def test_a_link_that_unpacks_to_too_much_is_refused() -> None:
         decode_view(encode_view({"a": "x" * 10_000_000}))
 
 
+def test_a_view_stands_behind_the_hash_and_is_found_in_old_links_too() -> None:
+    view = {"tab": "steer", "prompt": "x" * 50_000}
+    text = encode_view(view)
+    assert view_of({}, f"#view={text}") == view_of({"view": text}) == view
+    assert view_of({}, "#somewhere") == view_of({}, None) == {}
+
+
 def test_a_hand_written_link_names_a_feature() -> None:
     assert view_of({"hookpoint": LATE, "feature": "7"}) == {"tab": "gallery", "hookpoint": LATE, "feature": 7}
     assert view_of({"feature": "seven"})["feature"] == "seven"
@@ -40,5 +47,6 @@ def test_snippets_carry_the_values_on_screen() -> None:
     code = snippets(HeatmapRequest, {"step": None, "seed": 3, "prompt": "it's <b>"})
     compile(code["Python"], "snippet", "exec")
     assert "seed=3" in code["Python"]
-    assert "\"it'\\''s <b>\", 3, null" in code["curl"]
+    assert '"seed": 3, "step": null' in code["curl"]
+    assert "it'\\''s <b>" in code["curl"]
     assert '"name": "heatmap"' in code["MCP"]

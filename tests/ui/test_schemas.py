@@ -24,7 +24,7 @@ from fluxsae.ui.serve.schemas import (
     SweepRequest,
 )
 
-LIMITS = Limits(hookpoints={EARLY: 64, LATE: 128}, rows=16, cols=16, default_steps=20)
+LIMITS = Limits(hookpoints={EARLY: 64, LATE: 128}, rows=16, cols=16, default_steps=20, height=256, width=256)
 
 
 EDIT = {"hookpoint": LATE, "feature": 3, "mode": "add", "strength": 1.0}
@@ -153,5 +153,5 @@ def test_short_names_and_integral_floats_are_understood() -> None:
 
 def test_the_validator_marks_only_the_wrong_argument() -> None:
     names = list(HEATMAP)
-    marks = validator(HeatmapRequest, LIMITS, names)(*{**HEATMAP, "seed": -1}.values())
+    marks = validator(lambda values: HeatmapRequest.parse(LIMITS, **values), names)(*{**HEATMAP, "seed": -1}.values())
     assert [mark["is_valid"] for mark in marks] == [name != "seed" for name in names]

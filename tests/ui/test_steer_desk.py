@@ -13,19 +13,18 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.grids import join_pictures
+from fluxsae.steering.conditions import Condition
 from fluxsae.steering.demos import DemoConfig
 from fluxsae.steering.edits import Recipe, SteeringEdit
-from fluxsae.steering.measurements import MAX_OUT_OF_DISTRIBUTION
+from fluxsae.steering.naturalness import NaturalRange
 from fluxsae.ui.kit.links import decode_view
 from fluxsae.ui.serve.lane import Done
-from fluxsae.ui.serve.schemas import (
-    SweepRequest,
-)
+from fluxsae.ui.serve.schemas import SteerRequest, SweepRequest
 from fluxsae.ui.serve.session import Workbench, open_workbench
 from fluxsae.ui.tabs.steer.desk import STRIP, SteerDesk
 from fluxsae.ui.tabs.steer.feature_sliders import Sliders
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob
-from fluxsae.ui.tabs.steer.words import safe_turns, share_seen, where_it_changed
+from fluxsae.ui.tabs.steer.words import even_notches, natural_turns, share_seen, where_it_changed
 
 
 def test_a_sliders_middle_changes_nothing_and_its_ends_are_two_modes(bench: Workbench) -> None:
@@ -142,7 +141,7 @@ def test_a_swap_puts_a_name_where_the_old_one_fires_and_says_what_it_cannot_do()
         (("triangle", "green"), "No feature of “triangle” clearly fires"),
         (("red", "red"), "cannot replace itself"),
         (("red", "attic"), "'attic' is no name"),
-        ((["red"], "green"), "is no name"),
+        ((["red"], "green"), "give text of 1 to 200 characters"),
     ):
         with pytest.raises(FluxSaeError, match=refused):
             list(desk.swap(prompt, 1000344, 20, *names))
@@ -173,6 +172,47 @@ def test_a_slider_that_the_page_never_made_is_refused_before_work(
     assert desk.sliders.sent({"edits": [known]})[0]["label"] == bench.cards[LATE].labels[3]
 
 
+def test_a_slider_that_acts_only_where_its_name_is_becomes_an_edit_with_all_features_of_that_name(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label, features, cards = "red", [3, 5], bench.cards[LATE]
+    monkeypatch.setattr(cards, "labels", [label] * len(cards))
+    monkeypatch.setattr(cards, "named", lambda: {label: features})
+    sliders = Sliders(bench, LATE)
+    slider = sliders.slider(LATE, features[0])
+    assert slider["when"] is None
+    edit = sliders.edit({**slider, "turn": -0.5, "when": slider["present"]})
+    assert edit.when == Condition(tuple(features), label=label)
+    assert sliders.slider_of(edit)["when"] == slider["present"]
+    assert sliders.sent({"edits": [{**slider, "when": slider["present"]}]})[0]["when"] == slider["present"]
+
+
+def test_an_endpoint_takes_a_condition_by_label(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[SteerJob] = []
+    monkeypatch.setattr(bench, "cached", lambda job: asked.append(job) or iter(()))
+    label, features = "red", [3, 5]
+    monkeypatch.setattr(bench.cards[LATE], "named", lambda: {label: features})
+    edit = {"hookpoint": LATE, "feature": 3, "mode": "scale", "strength": 0.0}
+
+    def steer(when: dict[str, Any]) -> None:
+        request = SteerRequest.parse(bench.limits, prompt="a circle", edits=[{**edit, "when": when}])
+        list(SteerDesk(bench).steer(request))
+
+    steer({"label": label, "above": 0.25})
+    assert asked[0].variants[1][0].when == Condition(tuple(features), 0.25, label=label)
+    with pytest.raises(FluxSaeError, match="has the label 'nothing like it'"):
+        steer({"label": "nothing like it"})
+    with pytest.raises(FluxSaeError, match=r"when.features is \d+; give a whole number"):
+        steer({"features": [10**6]})
+
+
+def test_notches_are_equal_steps_of_measured_change_within_the_natural_range() -> None:
+    # right: change 0, 1, 3, 4 at 0, 0.2, 0.4, 0.6, so the steps 1, 2, 3, 4 lie at 0.2, 0.3, 0.4, 0.6; left: one point
+    points = [(-0.5, 8.0), (-1.0, 9.0), (0.2, 1.0), (0.4, 3.0), (0.6, 4.0), (0.8, 90.0)]
+    assert even_notches(points, (-0.5, 0.6)) == pytest.approx([-0.5, -0.375, -0.25, -0.125, 0, 0.2, 0.3, 0.4, 0.6])
+    assert even_notches([(0.5, 0.0)], (0.0, 0.5)) == [0.0]
+
+
 def test_the_strip_holds_the_strengths_that_demos_use(bench: Workbench) -> None:
     edits = [Sliders(bench, LATE).edit({"hookpoint": LATE, "feature": 3, "turn": turn}) for turn in STRIP]
     demos = DemoConfig()
@@ -193,12 +233,12 @@ def test_a_broken_picture_is_not_called_safe_though_its_tokens_are_usual() -> No
     )
     *_, done = SteerDesk(bench).sweep(request)
     _, (little, much) = done.value
-    assert little["is_safe"]
-    assert much["out_of_distribution"] <= MAX_OUT_OF_DISTRIBUTION
-    assert not much["is_safe"]
+    assert little["looks_natural"]
+    assert much["out_of_distribution"] <= NaturalRange().out_of_distribution
+    assert not much["looks_natural"]
 
 
-def test_the_safe_range_is_unbroken_around_the_middle() -> None:
+def test_the_natural_range_is_unbroken_around_the_middle() -> None:
     points = [(-1.0, True), (-0.5, False), (0.0, True), (0.25, True), (0.5, False), (1.0, True)]
-    assert safe_turns(points) == [0.0, 0.25]
-    assert safe_turns([(0.5, False), (-0.5, False)]) is None
+    assert natural_turns(points) == [0.0, 0.25]
+    assert natural_turns([(0.5, False), (-0.5, False)]) is None

@@ -98,8 +98,11 @@ def value(bench: Workbench, job: Any) -> Any:
 class Sized:
     """How much a job asks for."""
 
-    n_passes: int = 1
+    passes: int = 1
     n_pictures: int = 1
+
+    def n_passes(self, bench: Workbench) -> int:
+        return self.passes
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def steer_job(strength: float) -> SteerJob:
 
 def test_an_image_is_made_in_another_process_and_is_the_one_of_this_process(bench: Workbench) -> None:
     plain, job = Workbench(RunFolder(miniature_path("run")), source="embedded"), ReadJob(PROMPT, 0, 20)
-    expected, found = job.run(plain, lambda step, n_steps: None), value(bench, job)
+    expected, found = job.run(plain, lambda *_: None), value(bench, job)
     assert found.image.tobytes() == expected.image.tobytes()
     for name, maps in expected.maps.items():
         np.testing.assert_array_equal(found.maps[name].values, maps.values)
@@ -149,7 +152,7 @@ def compare_explanations(loads: str) -> None:
         job = ExplainJob(ExplainRequest.parse(bench.limits, prompt=PROMPT, feature=504, limit=2))
         found, passes = value(bench, job), list[tuple[int, int]]()
         plain = Workbench(RunFolder(miniature_path("run")), source="embedded")
-        expected = job.run(plain, lambda *of: passes.append(of))
+        expected = job.run(plain, lambda step, n_steps, view=None: passes.append((step, n_steps)))
         assert found.explanation.to_dict() == expected.explanation.to_dict()
         assert [n for n, _ in passes] == list(range(passes[0][1]))
         assert b"torch" not in pickle.dumps(found), "results hold no tensors"

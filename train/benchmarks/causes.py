@@ -63,7 +63,7 @@ def _measure(config: CausesConfig) -> tuple[list[Pair], list[Naming]]:
 
     run = RunFolder(config.run or miniature_path("run"))
     pipe = load_flux("miniature")
-    saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place)) for place in run.hookpoints()}
+    saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place)) for place in run.sae_names()}
     work = _Work(pipe, saes, run.load_features(run.hookpoints()[-1]), run.hookpoints()[-1], config)
     rng, pairs, namings = np.random.default_rng(config.seed), [], []
     for image in range(config.images):
@@ -128,13 +128,14 @@ class _Work:
 
         with capture(self.pipe, [self.place], [step], stop_early=True) as captured:
             generate(self.pipe, prompt, seeds=self.config.seed + image)
-        strongest = self.saes[self.place].encode(captured.get(self.place, step))[0].amax(0).detach()
+        acts = self.saes[self.place].encode(captured.get(self.place, step), sigma=captured.sigma(step))
+        strongest = acts[0].amax(0).detach()
         named = [
             feature
             for feature in range(len(self.table))
             for row in [self.table[feature]]
             if row.label in values
-            and (row.label_confidence or 0) >= 0.6
+            and max(row.label_curve or [row.label_confidence or 0]) >= 0.6
             and strongest[feature].item() > row.max_act / 3
         ]
         return int(rng.choice(named)) if named else None

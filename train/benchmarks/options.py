@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from train.flux_options import FluxOptions
 
-Model = Literal["flux1-dev", "tiny"]
+Model = Literal["flux1-dev", "flux2-klein", "tiny"]
 GROUPS = ("steps", "early-exit", "sweep", "training", "ends", "determinism", "batches", "compiled")
 
 
@@ -26,6 +26,22 @@ class CausesConfig:
     """Run folder of the miniature; left out, the embedded one."""
     draws: int = 2000
     """Bootstrap draws, over images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionsConfig:
+    """How much to measure."""
+
+    pictures: int = 12
+    """Pictures of each concept that show it, and as many that do not; half of them choose the level."""
+    above: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0)
+    """Levels to choose from: multiples of a feature's usual activation."""
+    seed: int = 3_000_000
+    """Of scenes and noise."""
+    run: Path | None = None
+    """Run folder of the miniature; without it the embedded one."""
+    draws: int = 2000
+    """Bootstrap draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,14 +204,107 @@ class RehearsalConfig:
     """Markdown file for the table."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PageConfig:
+    """What is served, and to how many."""
+
+    images: int = 20_000
+    """Images of the run."""
+    features: int = 12_288
+    """Features at each of two hook points."""
+    side: int = 1024
+    """Width and height of the images, in pixels."""
+    steps: int = 20
+    """Denoising steps of a picture."""
+    visitors: int = 50
+    """Visitors who browse while one has pictures made."""
+    seconds: float = 40.0
+    """How long they do."""
+    folder: Path | None = None
+    """Folder for run and FLUX, 300 MB; left out, one of the system's temporary folders. Deleted in the end."""
+    keep: bool = False
+    """Leave run and FLUX in the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturesConfig:
+    """What is drawn, read and trained."""
+
+    n_scenes: int = 500
+    """Drawn scenes."""
+    n_collected: int = 250
+    """Of them at most so many train or test the two SAEs."""
+    hookpoint: str = "transformer_blocks.3"
+    """Where features are read."""
+    step: int = 18
+    """Step of the schedule of 20 whose noise is added."""
+    batch_size: int = 25
+    """Pictures read together."""
+    epochs: int = 40
+    """Passes over the activations of the two SAEs."""
+    repeats: int = 5
+    """Timed repetitions; the median counts."""
+    seed: int = 0
+    """Decides scenes and halves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthConfig:
+    """How large the run is."""
+
+    images: int = 500
+    """Images that are collected and scored, and that are added to the scored ones."""
+    batch_size: int = 20
+    """Images generated together; it divides the number of images, so that batches are those of a run made at once."""
+    epochs: int = 4
+    """Passes over the activations."""
+    folder: Path | None = None
+    """Where the scratch folder is made; left out, among the system's temporary ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmasConfig:
+    """What to collect, train and measure."""
+
+    images: int = 320
+    """Images whose activations are collected; every tenth is held out."""
+    hookpoint: str = "transformer_blocks.3"
+    """Where."""
+    steps: tuple[int, ...] = tuple(range(20))
+    """Steps of the schedule of 20."""
+    n_features: int = 512
+    """Features of each SAE."""
+    k: int = 10
+    """Active features a token."""
+    epochs: int = 10
+    """Passes over the data."""
+    batch_size: int = 2048
+    """Rows in a batch, all steps together."""
+    lr: float = 3e-3
+    """Learning rate."""
+    flow_images: int = 24
+    """Drawn scenes for splice error and velocity FVU; 0 leaves them out."""
+    seed: int = 0
+    """Of images, weights and order."""
+    draws: int = 1000
+    """Bootstrap draws, over images."""
+    folder: Path | None = None
+    """Run folder that keeps the activations; left out, a temporary one."""
+
+
 CONFIGS: dict[str, type[Any]] = {
     "causes": CausesConfig,
     "collection": CollectionConfig,
+    "conditions": ConditionsConfig,
     "feeding": FeedingConfig,
     "gpu": GpuConfig,
+    "growth": GrowthConfig,
     "memory": MemoryConfig,
+    "page": PageConfig,
+    "pictures": PicturesConfig,
     "quality": QualityConfig,
     "rehearsal": RehearsalConfig,
+    "sigmas": SigmasConfig,
     "steering": SteeringConfig,
     "training": TrainingConfig,
 }

@@ -26,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from fluxsae.checked import describe
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.names import SaeName
 from train import analyze, collect, directions, embed, find_demos, fit, render, score, select
 from train.command import described
 from train.flux_options import FluxOptions
@@ -65,8 +66,8 @@ class RecipeOptions(FluxOptions):
     """A recipe, and what is changed of it. What is given as a flag goes to every stage."""
 
     recipe: str | None = None
-    """A bundled recipe (flux-dev, flux-dev-evening, flux-schnell, miniature) or a TOML file, such as a run.toml; flags
-    override it. Left out, the bundled one for the miniature, nothing for other models."""
+    """A bundled recipe (flux-dev, flux-dev-evening, flux-schnell, flux2-klein, miniature) or a TOML file, such as a
+    run.toml; flags override it. Left out, the bundled one for the miniature, nothing for other models."""
     hookpoints: tuple[str, ...] = ()
     """Hook points; left out, the recipe's, or an early and a late double-stream block."""
     steps: tuple[int, ...] = ()
@@ -93,6 +94,7 @@ class RecipeOptions(FluxOptions):
 
 
 Options = TypeVar("Options", bound=RecipeOptions)
+Config = TypeVar("Config")
 
 
 def parse_recipe_options(kind: type[Options], arguments: Sequence[str], description: str | None) -> Options:
@@ -166,13 +168,15 @@ def _check_fits(fits: Sequence[Mapping[str, Any]], hookpoints: Sequence[str]) ->
     """Refuses several [[fit]] that do not share out the run's hook points, before anything runs."""
     if len(fits) < 2:
         return
-    named = [str(HookPoint.parse(place)) for fit in fits for place in _listed(fit.get("hookpoints", ()))]
-    wanted = [str(HookPoint.parse(place)) for place in hookpoints]
-    if not all(fit.get("hookpoints") for fit in fits) or sorted(named) != sorted(wanted):
+    named = [SaeName.parse(name) for fit in fits for name in _listed(fit.get("hookpoints", ()))]
+    wanted = sorted(map(HookPoint.parse, hookpoints))
+    is_shared_out = len({*named}) == len(named) and sorted({name.place for name in named}) == wanted
+    if not all(fit.get("hookpoints") for fit in fits) or not is_shared_out:
         raise FluxSaeError(
-            f"The [[fit]] tables are for {', '.join(named) or 'no hook point'}, and the run's hook points are "
-            f"{', '.join(wanted) or 'not given'}. Several [[fit]] share out the hook points that [pipeline] lists, "
-            "each with hookpoints = [...]; for others give a --recipe of your own with one [fit]."
+            f"The [[fit]] tables are for {', '.join(map(str, named)) or 'no hook point'}; the run's hook points are "
+            f"{', '.join(map(str, wanted)) or 'not given'}. Several [[fit]] share out the hook points that [pipeline] "
+            "lists, each with hookpoints = [...], several SAEs at one hook point as hookpoint@variant; for others give "
+            "a --recipe of your own with one [fit]."
         )
 
 
@@ -234,8 +238,33 @@ def build_stage_configs(stage: StageName, recipe: Recipe, run: RunFolder, *, for
     return [_stage_config(stage, own, recipe, run, force=force) for own in recipe.stages.get(stage, [{}])]
 
 
-def _stage_config(stage: StageName, own: Mapping[str, Any], recipe: Recipe, run: RunFolder, *, force: bool) -> Any:
-    kind = SCRIPTS[stage].options
+def run_defaults(kind: type[Config], run: RunFolder) -> list[Config]:
+    """What a stage's script does for this run where an option is left out: as its run.toml says, a config each table.
+
+    More images than the recipe's, once they were made, stay.
+    """
+    stage = next((name for name, script in SCRIPTS.items() if script.options.__name__ == kind.__name__), None)
+    if stage is None or not run.toml_path.is_file():
+        return []
+    recipe = build_recipe(RecipeOptions.from_recipe(str(run.toml_path)))
+    made = run.exists() and stage in run.load_info().stages
+    tables = [
+        {name: value for name, value in table.items() if not (made and name == "images")}
+        for table in recipe.stages.get(stage, [{}])
+    ]
+    return [_stage_config(stage, table, recipe, run, force=False, kind=kind) for table in tables]
+
+
+def _stage_config(
+    stage: StageName,
+    own: Mapping[str, Any],
+    recipe: Recipe,
+    run: RunFolder,
+    *,
+    force: bool,
+    kind: type[Any] | None = None,
+) -> Any:
+    kind = kind or SCRIPTS[stage].options
     shared: dict[str, Any] = {"run": str(run.path), "force": force}
     names = {field.name for field in fields(kind)}
     runs_flux = issubclass(kind, FluxOptions)  # elsewhere a seed or device goes to a stage only where it was given

@@ -2,7 +2,9 @@
 
 With H[n] = dL/dx~_hat[n] the gradients are
     dL/dacts[n, f]  = <H[n], W_dec[f]> + penalty          dL/dW_dec[f] = sum_n acts[n, f] H[n]
-    dL/dpre[n, f]   = dL/dacts[n, f] where f is active    dL/dW_enc[f] = sum_n dL/dpre[n, f] (x~[n] - b_dec)
+    dL/dpre[n, f]   = dL/dacts[n, f] where f is active    dL/dW_enc[f] = sum_n dL/dpre[n, f] (x'[n] - b_dec)
+    dL/dx'[n]       = sum_f dL/dpre[n, f] W_enc[f]        dL/dsigma_scale = x~ dL/dx', dL/dsigma_shift = dL/dx', summed
+x' is what the encoder reads: x~, or with tables over noise levels x~ sigma_scale + sigma_shift, of each token's level.
 The matryoshka loss is the mean over nested dictionaries, so H depends on the segment between two sizes that f lies in.
 Both weight gradients are given a block of features at a time: the optimiser uses a block while it is in the cache.
 """
@@ -26,6 +28,7 @@ from fluxsae.sae.kernels import (
     topk_acts,
 )
 from fluxsae.sae.model import SparseAutoencoder
+from fluxsae.sae.sigma_table import table_places
 from fluxsae.sae.training.processes import Processes
 
 RowGradients = Callable[[slice], tuple[Tensor, Tensor]]
@@ -35,6 +38,7 @@ RowGradients = Callable[[slice], tuple[Tensor, Tensor]]
 class _Encoded:
     x_tilde: Tensor
     centred: Tensor
+    """x' - b_dec."""
     pre_acts: Tensor
 
 
@@ -46,11 +50,13 @@ class BatchGradients:
     """Terms of the loss, weighted, by name: `mse`, `sparsity`, `auxk`; and `l0`, which is no term."""
     fired: Bool[Tensor, " n_features"]
     small: dict[str, Tensor]
-    """Gradients of b_enc, b_dec and, for jumprelu, threshold."""
+    """Gradients of b_enc, b_dec and, where the SAE has them, threshold, sigma_scale and sigma_shift."""
     weight_rows: RowGradients
     """Gradients of the rows of W_enc and of W_dec, for a block of features."""
     smallest_act: Tensor | None = None
     """batchtopk, matryoshka: the smallest selected activation of the global batch."""
+    d_input: Tensor | None = None
+    """dL/dx' of every token, for the tables over noise levels; None in a plain SAE."""
 
 
 @dataclass
@@ -83,11 +89,14 @@ class Situation:
 
 
 def batch_gradients(
-    sae: SparseAutoencoder, x_tilde: Float[Tensor, "tokens d_model"], situation: Situation
+    sae: SparseAutoencoder,
+    x_tilde: Float[Tensor, "tokens d_model"],
+    situation: Situation,
+    sigmas: Float[Tensor, " tokens"] | None = None,
 ) -> BatchGradients:
-    """Loss and gradients of this process's tokens of a batch."""
+    """Loss and gradients of this process's tokens of a batch; an SAE with a `sigma_table` needs their noise levels."""
     with torch.no_grad():
-        centred = x_tilde - sae.b_dec
+        centred = sae.encoder_input(x_tilde, sigmas) - sae.b_dec
         pre_acts = _pre_acts(sae, centred, situation)
         encoded = _Encoded(x_tilde, centred, pre_acts)
         run = _sparse_gradients if situation.is_sparse else _dense_gradients
@@ -96,6 +105,11 @@ def batch_gradients(
             _add_auxiliary_loss(result, sae, encoded, residual, situation)
         # b_dec is subtracted before the encoder: its gradient passes through every pre-activation.
         result.small["b_dec"] -= result.small["b_enc"] @ sae.W_enc
+        if result.d_input is not None and sigmas is not None:
+            table = sae.config.sigma_table
+            places = table_places(table, sigmas)
+            result.small["sigma_scale"] = places.spread(result.d_input * x_tilde, len(table))
+            result.small["sigma_shift"] = places.spread(result.d_input, len(table))
         return result
 
 
@@ -212,7 +226,10 @@ def _dense_gradients(sae: SparseAutoencoder, encoded: _Encoded, situation: Situa
         parts = [product(acts[:, part].T, h) for h, part in overlaps if part.start < part.stop]
         return product(d_pre[:, rows].T, centred), _joined(parts, dim=0)
 
-    return BatchGradients(losses, active.any(0), small, weight_rows, smallest), residual
+    d_input = None
+    if config.is_sigma_conditioned:
+        d_input = product(d_pre, lowered(sae.W_enc, situation.precision))
+    return BatchGradients(losses, active.any(0), small, weight_rows, smallest, d_input), residual
 
 
 def _joined(parts: list[Tensor], *, dim: int) -> Tensor:
@@ -260,9 +277,13 @@ def _sparse_gradients(sae: SparseAutoencoder, encoded: _Encoded, situation: Situ
         for_encoder = pairs.feature_sums(d_pre, centred, rows, pairs.tokens)
         return for_encoder, pairs.feature_sums(values, output, rows, pairs.tokens)
 
-    return BatchGradients(
-        losses, fired > 0, {"b_enc": b_enc, "b_dec": _column_sums(output, sae.b_dec)}, weight_rows
-    ), residual
+    small = {"b_enc": b_enc, "b_dec": _column_sums(output, sae.b_dec)}
+    result = BatchGradients(losses, fired > 0, small, weight_rows)
+    if sae.config.is_sigma_conditioned:
+        by_token = torch.empty_like(d_pre)
+        by_token[pairs.order] = d_pre
+        result.d_input = bag_sums(by_token, flat, starts, situation.gathered("W_enc rows", sae.W_enc))
+    return result, residual
 
 
 def _add_auxiliary_loss(
@@ -281,6 +302,8 @@ def _add_auxiliary_loss(
     output, centred = (lowered(t, situation.precision) for t in (error.mul_(2 * scale), encoded.centred))
     d_pre = product(output, directions.T, is_rounded=True).mul_(acts > 0)
     result.small["b_enc"].index_add_(0, dead, _column_sums(d_pre, sae.b_enc))
+    if result.d_input is not None:
+        result.d_input += product(d_pre, lowered(sae.W_enc[dead], situation.precision))
     for_encoder, for_decoder = product(d_pre.T, centred), product(acts.T, output)
     inner = result.weight_rows
 

@@ -1,6 +1,7 @@
 """What an SAE is worth on images it was not trained on, and the reference acts that come from them."""
 
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -59,11 +60,13 @@ class HeldOut:
         self._positive, self._n_images = _PositiveActs(sae.config.n_features), 0
 
     @torch.no_grad()
-    def add(self, tokens: Float[Tensor, "tokens d_model"]) -> None:
-        """Counts in an image's token rows."""
+    def add(self, tokens: Float[Tensor, "tokens d_model"], *, sigmas: Float[Tensor, " tokens"] | None = None) -> None:
+        """Counts in an image's token rows; an SAE with a `sigma_table` needs their noise levels."""
         self._n_images += 1
-        for rows in tokens.to(self.sae.W_enc.device).float().split(_ROWS_AT_ONCE):
-            acts = self.sae.encode_sparse(rows)
+        levels = repeat(None) if sigmas is None else sigmas.split(_ROWS_AT_ONCE)
+        own = tokens.to(self.sae.W_enc.device).float()
+        for rows, level in zip(own.split(_ROWS_AT_ONCE), levels, strict=False):
+            acts = self.sae.encode_sparse(rows, sigma=level)
             self._sums.update(rows, self.sae.decode_sparse(acts))
             self._firing.update(acts)
             self._positive.update(acts)

@@ -39,6 +39,9 @@ class Source(Protocol):
     def batches(self, epoch: int, *, cursor: int = 0) -> Iterator[Tensor]:
         """This process's share of batches `cursor`, `cursor` + 1, ... of an epoch."""
 
+    def sigmas(self, epoch: int, *, cursor: int = 0) -> Iterator[Tensor]:
+        """The noise level of each row of those batches; asked only for SAEs with a `sigma_table`."""
+
 
 def initialise(saes: Sequence[SparseAutoencoder], source: Source, *, n_rows: int, processes: Processes) -> None:
     """Sets input_mean and input_scale from the first rows, b_dec to their geometric median, thresholds to their start.
@@ -77,7 +80,12 @@ def _geometric_median(rows: Float[Tensor, "rows d_model"], processes: Processes)
 
 
 def resample_dead(
-    trainer: SaeTrainer, x_tilde: Float[Tensor, "tokens d_model"], *, step: int, processes: Processes
+    trainer: SaeTrainer,
+    x_tilde: Float[Tensor, "tokens d_model"],
+    *,
+    step: int,
+    processes: Processes,
+    sigmas: Float[Tensor, " tokens"] | None = None,
 ) -> int:
     """Points dead features at badly reconstructed tokens (Bricken et al. 2023); how many features that were.
 
@@ -87,7 +95,7 @@ def resample_dead(
     dead = (trainer.tokens_since_fired >= sae.config.dead_after_tokens).nonzero()[:, 0]
     if not len(dead):
         return 0
-    centred = x_tilde - sae.b_dec
+    centred = sae.encoder_input(x_tilde, sigmas) - sae.b_dec
     error = x_tilde - (sae.activate(centred @ sae.W_enc.T + sae.b_enc) @ sae.W_dec + sae.b_dec)
     centred, losses = processes.gather(centred), processes.gather(error.double().square().sum(1))
     losses = losses.nan_to_num(nan=0.0, posinf=0.0)  # no feature is pointed at a token that is not finite

@@ -18,7 +18,7 @@ from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.sae.training.checkpoints import LOG_NAME, MetricsLog, Plan, load_checkpoint, save_checkpoint
 from fluxsae.sae.training.config import TrainConfig
-from fluxsae.sae.training.feed import feed
+from fluxsae.sae.training.feed import Batch, feed
 from fluxsae.sae.training.initial import Source, initialise, resample_dead
 from fluxsae.sae.training.processes import Processes
 from fluxsae.sae.training.trainer import SaeTrainer
@@ -65,7 +65,7 @@ class _Run:
     tracker: Callable[[Mapping[str, Any], int], None] | None
     step: int = 0
     """Batches seen."""
-    batches: Iterator[Tensor] = field(default_factory=lambda: iter(()))
+    batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
     log: MetricsLog = field(default_factory=lambda: MetricsLog(None, step=0))
     pending: list[tuple[int, str, dict[str, Tensor]]] = field(default_factory=list)
     """Reports of steps that were not written yet: (step, SAE, report)."""
@@ -126,7 +126,9 @@ def train_together(
     n_steps = sum(run.n_steps for run in runs)
     with _stop_signals() as stop, ExitStack() as stack:
         for run, task in zip(runs, tasks, strict=True):
-            run.batches = stack.enter_context(closing(feed(task.source, run.step, run.n_steps, device=place)))
+            with_sigmas = any(sae.is_sigma_conditioned for sae in task.saes.values())
+            batches = feed(task.source, run.step, run.n_steps, device=place, with_sigmas=with_sigmas)
+            run.batches = stack.enter_context(closing(batches))
         while not all(run.is_finished for run in runs):
             run = min(runs, key=lambda run: run.step / run.n_steps)
             _advance(run)
@@ -199,17 +201,17 @@ def _continue(run: _Run, source: Source) -> int:
     return step
 
 
-def _train_step(run: _Run, batch: Tensor, step: int) -> None:
+def _train_step(run: _Run, batch: Batch, step: int) -> None:
     config = run.plan.config
     first = next(iter(run.trainers.values())).sae
-    x_tilde = first.normalise(batch)  # the SAEs of one run share their input statistics
+    x_tilde = first.normalise(batch.rows)  # the SAEs of one run share their input statistics
     for name, trainer in run.trainers.items():
-        run.pending.append((step, name, trainer.step(x_tilde, step)))
+        run.pending.append((step, name, trainer.step(x_tilde, step, sigmas=batch.sigmas)))
         if trainer.sae.config.architecture == "l1" and config.resamples_at(step, run.n_steps):
-            count = resample_dead(trainer, x_tilde, step=step, processes=run.processes)
+            count = resample_dead(trainer, x_tilde, step=step, processes=run.processes, sigmas=batch.sigmas)
             run.log.write({"step": step + 1, "sae": name, "event": "resampled", "features": count})
     stops = config.on_nan == "stop" or config.on_spike == "stop"
-    if stops and batch.device.type == "cpu":
+    if stops and batch.rows.device.type == "cpu":
         _stop_at_fault(run)
 
 

@@ -55,14 +55,17 @@ class SaeTrainer:
         self._gradients: tuple[Tensor, Tensor] | None = None
         self._scratch: dict[str, Tensor] = {}
 
-    def step(self, x_tilde: Float[Tensor, "tokens d_model"], step: int) -> dict[str, Tensor]:
+    def step(
+        self, x_tilde: Float[Tensor, "tokens d_model"], step: int, *, sigmas: Float[Tensor, " tokens"] | None = None
+    ) -> dict[str, Tensor]:
         """One optimiser step on this process's share of a batch; what happened, as tensors on the device.
 
+        `sigmas` are the noise levels of the rows, which an SAE with a `sigma_table` needs.
         `fault` is 1 where the batch was not finite, 2 where its loss was a spike; `is_skipped` says whether it counted.
         """
         self._refresh_dead(step)
         n_tokens = len(x_tilde) * self.processes.world_size
-        gradients = batch_gradients(self.sae, x_tilde, self._situation(n_tokens, step))
+        gradients = batch_gradients(self.sae, x_tilde, self._situation(n_tokens, step), sigmas)
         report = self._summed_losses(gradients)
         fault = self._fault(report["loss"])
         rate = self.config.learning_rate(step, self.n_steps, self.sae.config.n_features)

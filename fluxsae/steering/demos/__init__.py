@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         measured_sweep,
         run_origin,
     )
+    from fluxsae.steering.demos.opening import opening_swap, write_opening
     from fluxsae.steering.demos.search import DemoScore, SteeringDemo, candidate_images, demo_score, find_demos
     from fluxsae.steering.demos.swap_search import Swap, find_swaps
     from fluxsae.steering.demos.swaps import (
@@ -47,10 +48,12 @@ __all__ = [
     "hot_region",
     "load_limits",
     "measured_sweep",
+    "opening_swap",
     "run_origin",
     "swap_score",
     "swap_variants",
     "try_swaps",
+    "write_opening",
 ]
 
 __getattr__, __dir__ = hand_on(
@@ -75,9 +78,11 @@ __getattr__, __dir__ = hand_on(
         "hot_region": "swaps",
         "load_limits": "measured",
         "measured_sweep": "measured",
+        "opening_swap": "opening",
         "run_origin": "measured",
         "swap_score": "swaps",
         "swap_variants": "swaps",
         "try_swaps": "swaps",
+        "write_opening": "opening",
     },
 )

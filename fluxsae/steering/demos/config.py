@@ -17,6 +17,8 @@ class DemoConfig:
     """Window of the edits, [start, stop); left out, the noise levels the SAE was trained on."""
     n_limit_images: int = 16
     """Unsteered images from which the limits of clean tokens are measured, once a hook point."""
+    n_natural_images: int = 80
+    """Prompts from whose unedited images it is found what looks natural, once a hook point; two images each."""
     picture_side: int = 256
     """Longest side of a picture in the demo's strip, pixels."""
     least_score: float = 0.005

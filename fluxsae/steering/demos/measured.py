@@ -89,7 +89,7 @@ def run_origin(run: RunFolder, pipe: Any, *, source: str | None = None) -> Origi
     """Where the models of a run's recipes come from; `source` is the folder or Hub repository to write down."""
     saes = tuple(
         SaeSource(place, source or str(run.path), run.sae_subfolder(place))
-        for place in run.hookpoints()
+        for place in run.sae_names()
         if run.has_sae(place)
     )
     return Origin(run.load_info().flux_id, flux_identity(pipe).revision, saes)
@@ -135,7 +135,7 @@ def grid_row(
             ", ".join(map(describe_edit, variant.edits)) or "unchanged",
             f"distance {measurement.distance:.3f}" if variant.edits else "the image as it is",
             max(map(edit_direction, variant.edits), key=abs, default=0),
-            measurement.is_safe,
+            measurement.looks_natural,
         )
         for variant, measurement in zip(variants, measured, strict=True)
     ]

@@ -28,7 +28,8 @@ from fluxsae.steering.demos.config import DemoConfig
 from fluxsae.steering.demos.measured import LIMITS_KEY, load_limits, measured_sweep, run_origin
 from fluxsae.steering.demos.swaps import addable
 from fluxsae.steering.edits import Recipe, SteeringEdit
-from fluxsae.steering.measurements import EditMeasurement, TokenLimits, measure_token_limits
+from fluxsae.steering.measurements import EditMeasurement, TokenLimits, measure_token_limits, measure_unedited
+from fluxsae.steering.naturalness import calibrated_range
 from fluxsae.steering.sweeps import Variant, first_edited_step
 
 _log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class DemoScore:
     score: float
     """Mean responsiveness x balance x (1 - collateral); higher is better."""
     less: float
-    """Distance inside the feature's region when it is turned down, times the share of usual tokens; 0 beyond safe."""
+    """Distance inside the feature's region when it is turned down, times the share of usual tokens; 0 where it does
+    not look natural."""
     more: float
     """The same when it is turned up."""
     balance: float
@@ -289,7 +291,10 @@ class _Search:
 
     def _limits(self, feature: int) -> TokenLimits:
         if self.limits is None:
-            self.limits = load_limits(self.run, self.place) or self._measure_limits(feature)
+            known = load_limits(self.run, self.place)
+            if known is None or known.natural.false_alarms is None:
+                known = self._measure_limits(feature)
+            self.limits = known
         return self.limits
 
     def _measure_limits(self, feature: int) -> TokenLimits:
@@ -305,6 +310,18 @@ class _Search:
             settings=self.settings,
             steps=range(first, len(schedule_sigmas(self.pipe, self.settings))),
         )
+        count = min(self.config.n_natural_images, len(self.images))
+        rows = [self.images[image_id] for image_id in range(count)]
+        unedited = measure_unedited(
+            self.pipe,
+            self.sae,
+            self.place,
+            limits,
+            prompts=[row.prompt for row in rows],
+            seeds=[row.seed for row in rows],
+            settings=self.settings,
+        )
+        limits = replace(limits, natural=calibrated_range(unedited))
         self.run.update_metrics(self.place, {LIMITS_KEY: limits.to_dict()})
         return limits
 
@@ -366,8 +383,8 @@ class _Search:
 
 
 def _responsiveness(measured: EditMeasurement) -> float:
-    """How much an edit changed the picture where it acts, less by the odd tokens; nothing beyond safe."""
-    if not measured.is_safe:
+    """How much an edit changed the picture where it acts, less by the odd tokens; nothing where it broke."""
+    if not measured.looks_natural:
         return 0.0
     return (measured.distance_inside or 0.0) * (1 - measured.out_of_distribution)
 

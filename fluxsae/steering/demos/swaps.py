@@ -29,7 +29,8 @@ class SwapScore:
     """How well a picture shows one name in place of another; CLIP cosines, and the run's perceptual measure."""
 
     score: float
-    """The smaller of `gone` and `come`, times 1 - `collateral`; 0 beyond safe, or where another name is read."""
+    """The smaller of `gone` and `come`, times 1 - `collateral`; 0 where the picture does not look natural, or where
+    another name is read."""
     gone: float
     """How much farther the picture came from its prompt, or from the old name alone if the prompt does not have it."""
     come: float
@@ -38,8 +39,8 @@ class SwapScore:
     """Distance outside the region as a share of outside and inside together."""
     is_read: bool
     """Whether, of all names of the kind, CLIP reads the old one before and the new one after."""
-    is_safe: bool
-    """Whether the picture stayed within the safe range."""
+    looks_natural: bool
+    """Whether the picture stayed within what the run's unedited pictures show."""
 
 
 def acts_in_window(
@@ -63,7 +64,7 @@ def acts_in_window(
     @torch.no_grad()
     def take(call: BlockCall) -> None:
         if call.is_conditional:
-            seen.append(sae.encode_features(call.tokens[0], list(features)).float().cpu().T)
+            seen.append(sae.encode_features(call.tokens[0], list(features), sigma=call.sigma).float().cpu().T)
 
     edit = SteeringEdit(place, features[0], "scale", 0.0, steps=steps)
     window = range(*edit_window(edit, sae, schedule_sigmas(pipe, settings)))
@@ -116,8 +117,8 @@ def swap_score(
     inside, outside = measured.distance_inside or 0.0, measured.distance_outside or 0.0
     collateral = outside / (inside + outside) if inside + outside > 0 else 0.0
     is_read = near.argmax(dim=1).tolist() == [0, 1]
-    score = max(0.0, min(gone, come)) * (1 - collateral) if measured.is_safe and is_read else 0.0
-    return SwapScore(score, gone, come, collateral, is_read, measured.is_safe)
+    score = max(0.0, min(gone, come)) * (1 - collateral) if measured.looks_natural and is_read else 0.0
+    return SwapScore(score, gone, come, collateral, is_read, measured.looks_natural)
 
 
 def try_swaps(

@@ -98,8 +98,9 @@ FS.sample = (map, rows, cols, y, x) => {
   return top * (1 - dy) + bottom * dy;
 };
 
-// Draws image and heat as fluxsae.pictures.heatmaps.overlay does: grey where silent, glowing where the feature fires.
-// With `spotlight` the image keeps its own colours where the feature fires and is dimmed elsewhere.
+// Draws image and heat as fluxsae.pictures.heatmaps.overlay does: the image keeps its colours, a little darker, where
+// the feature is silent, and glows where it fires. With `spotlight` it is grey and dark where the feature is silent.
+// `side` enlarges small images smoothly first, so that heat can have finer edges than their pixels.
 FS.drawHeat = async (
   canvas,
   {
@@ -112,18 +113,23 @@ FS.drawHeat = async (
     gain = 1,
     smooth = true,
     spotlight = false,
+    most = Infinity,
+    side = 0,
   },
 ) => {
   const token = (canvas._fsToken = (canvas._fsToken || 0) + 1);
   const image = await FS.image(url).catch(() => null);
   if (!image || canvas._fsToken !== token) return;
-  const width = image.naturalWidth, height = image.naturalHeight;
+  const longest = Math.max(image.naturalWidth, image.naturalHeight);
+  const scale = Math.min(Math.max(1, side / longest), most / longest);
+  const width = Math.round(image.naturalWidth * scale), height = Math.round(image.naturalHeight * scale);
   canvas.width = width;
   canvas.height = height;
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(image, 0, 0);
+  context.imageSmoothingQuality = "high";
+  context.drawImage(image, 0, 0, width, height);
   if (!map || opacity === 0) return;
-  const { exponent, dimming, luma } = FS.heat;
+  const { exponent, dimming } = FS.heat, luma = [0.299, 0.587, 0.114];
   const pixels = context.getImageData(0, 0, width, height);
   const data = pixels.data, table = FS.heatTable(), floor = Math.max(threshold, 1e-6);
   for (let y = 0, at = 0; y < height; y += 1) {
@@ -132,10 +138,8 @@ FS.drawHeat = async (
         ? FS.sample(map, rows, cols, (y + 0.5) / height, (x + 0.5) / width)
         : map[Math.floor((y * rows) / height) * cols + Math.floor((x * cols) / width)];
       const heat = Math.min(1, (raw * gain) / 255);
-      const grey = dimming * (data[at] * luma[0] + data[at + 1] * luma[1] + data[at + 2] * luma[2]);
-      const weight = heat >= floor ? opacity * heat ** exponent : 0;
-      const colour = Math.round(heat * 255) * 3;
       if (spotlight) {
+        const grey = 0.55 * (data[at] * luma[0] + data[at + 1] * luma[1] + data[at + 2] * luma[2]);
         const lit = heat >= floor ? Math.min(1, Math.sqrt(heat) * 1.15) : 0;
         for (let c = 0; c < 3; c += 1) {
           const dim = 0.45 * grey + 0.08 * data[at + c];
@@ -143,8 +147,10 @@ FS.drawHeat = async (
         }
         continue;
       }
+      const weight = heat >= floor ? opacity * heat ** exponent : 0;
+      const colour = Math.round(heat * 255) * 3;
       for (let c = 0; c < 3; c += 1) {
-        const base = data[at + c] + opacity * (grey - data[at + c]);
+        const base = data[at + c] * (1 - opacity * (1 - dimming));
         data[at + c] = base + weight * (table[colour + c] - base);
       }
     }
@@ -178,7 +184,12 @@ FS.sure = (confidence) => {
 FS.isGuess = (confidence) => FS.sure(confidence) === FS.confidence.at(-1)[0];
 
 // A name that is more likely wrong than right has a question mark.
-FS.title = ({ label, confidence }) => (label ? `${label}${FS.isGuess(confidence) ? "?" : ""}` : "unnamed");
+// A feature that fires elsewhere than on what it is named after only goes with it.
+FS.title = ({ label, confidence, place }) =>
+  label ? `${FS.places[place] ? "goes with " : ""}${label}${FS.isGuess(confidence) ? "?" : ""}` : "unnamed";
+
+// Where such a feature fires.
+FS.where = ({ label, place }) => (label && FS.places[place] ? `fires ${FS.places[place]}` : null);
 
 // A feature's name to press: it becomes the visitor's.
 FS.nameLink = (root, feature, props = {}) =>
@@ -207,10 +218,7 @@ FS.alike = (others, draw, known = 0) => {
   const fold = FS.el(
     "details",
     { class: "fs-fold fs-alike" },
-    FS.el("summary", {
-      text: `${count} more with this name`,
-      title: "Other features with the same name: each fires on other patches, or on another kind of it",
-    }),
+    FS.el("summary", { text: `${count} more with this name` }),
   );
   fold.addEventListener("toggle", () => {
     if (fold.childElementCount > 1) return;
@@ -230,9 +238,11 @@ FS.bar = (fraction, colour, text) =>
     FS.el("span", { style: { width: `${Math.max(1, Math.min(1, fraction || 0) * 100)}%`, background: colour } }),
   );
 
+// Pixels of the longer side of a thumbnail: the large pictures of FLUX.1-dev are drawn small.
+FS.thumbSide = 192;
 FS.thumb = (url, map, rows, cols, options = {}) => {
   const canvas = FS.el("canvas", { class: "fs-thumb", width: 64, height: 64, "aria-hidden": "true" });
-  FS.drawHeat(canvas, { url, map, rows, cols, opacity: 1, spotlight: true, ...options });
+  FS.drawHeat(canvas, { url, map, rows, cols, opacity: 1, spotlight: true, most: FS.thumbSide, ...options });
   return canvas;
 };
 
@@ -317,7 +327,8 @@ FS.slider = ({ label, min, max, step, value, format, oninput, help }) => {
     input.setAttribute("aria-valuetext", out.textContent);
     oninput(now);
   });
-  const node = FS.el("label", { class: "fs-slider", title: help || "" }, FS.el("span", { text: label }), input, out);
+  const words = FS.el("span", {}, label, help ? FS.el("span", { class: "fs-help", text: help }) : null);
+  const node = FS.el("label", { class: "fs-slider" }, words, input, out);
   node.input = input;
   return node;
 };
@@ -421,6 +432,7 @@ FS.card = (feature, { rows, cols, onopen, pressed, extra, thumbs }) => {
         FS.el("span", { class: "fs-label", text: FS.title(feature) }),
         sure ? FS.el("span", { class: "fs-quiet", text: sure }) : null,
       ),
+      FS.where(feature) ? FS.el("span", { class: "fs-quiet", text: FS.where(feature) }) : null,
       FS.el(
         "span",
         { class: "fs-row fs-quiet fs-num" },

@@ -2,7 +2,9 @@
 
 from html import escape
 
+from fluxsae.ui.serve.guard import without_folders
 from fluxsae.ui.serve.session import Workbench
+from fluxsae.ui.serve.shelf import Shelf
 
 LOGO = (
     '<svg width="40" height="40" viewBox="0 0 40 40" aria-hidden="true">'
@@ -16,26 +18,40 @@ LOGO = (
 )
 
 
-def header_html(bench: Workbench) -> str:
-    """Name, one sentence, and the facts: FLUX, hook points, run, device."""
+def header_html(shelf: Shelf, bench: Workbench) -> str:
+    """Name, one sentence, and the facts: FLUX, hook points, run, device; with several runs, where the others are."""
     facts = {
         "FLUX": flux_words(bench),
         "Device": "GPU" if bench.device == "cuda" else "CPU",
         "Looking at": ", ".join(f"{bench.word(name)} = {name}" for name in bench.hookpoints),
-        "Run": bench.source,
+        **({"Run": bench.name} if len(shelf.runs) == 1 else {}),
     }
     terms = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in facts.items())
-    notice = f'<p class="fs-notice" role="status">{escape(bench.notice)}</p>' if bench.notice else ""
+    told = [bench.notice, *(f"Left out, as a file is damaged: {without_folders(each)}" for each in bench.problems)]
+    notice = "".join(f'<p class="fs-notice" role="status">{escape(each)}</p>' for each in told if each)
     return (
         f'<header class="fs-head"><div class="fs-brand">{LOGO}<div><h1>fluxsae</h1>'
         "<p>See which features fire inside FLUX, and steer them.</p></div></div>"
-        f'<dl class="fs-facts">{terms}</dl></header>{notice}'
+        f'<details class="fs-about-run"><summary><span>{escape(flux_words(bench))} </span>Details</summary>'
+        f'<dl class="fs-facts">{terms}</dl></details></header>{_chooser(shelf, bench)}{notice}'
     )
+
+
+def _chooser(shelf: Shelf, bench: Workbench) -> str:
+    """Links to the pages of all runs; nothing where there is one."""
+    if len(shelf.runs) == 1:
+        return ""
+    links = "".join(
+        f'<a href="./{shelf.path(other)}"{" aria-current=page" if other is bench else ""}>{escape(name)}</a>'
+        for name, other in shelf.runs.items()
+    )
+    return f'<nav class="fs-runs" aria-label="Runs"><span>Run</span>{links}</nav>'
 
 
 def flux_words(bench: Workbench) -> str:
     """Which FLUX, in words; the miniature is introduced as what it is."""
     if bench.is_miniature:
-        return "the miniature, a tiny FLUX trained on drawn shapes"
+        return "the miniature, a toy FLUX whose inside can be checked"
     revision = f" at {bench.info.flux_revision[:8]}" if bench.info.flux_revision else ""
-    return f"{bench.info.flux_id}{revision}"
+    differs = "" if bench.info.is_exact else ", quantised or cached: its activations are not the model's own"
+    return f"{without_folders(bench.info.flux_id)}{revision}{differs}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from fluxsae.errors import FluxSaeError
 
+FRAGMENT = "#view="
 MAX_VIEW_BYTES = 400_000
 """Longest view that a link may unpack to."""
 
@@ -35,8 +36,13 @@ def decode_view(text: str) -> dict[str, Any]:
     return values
 
 
-def view_of(query: Mapping[str, str]) -> dict[str, Any]:
-    """What a link asks to show: `?view=...` as the page writes it, or `?hookpoint=...&feature=...` by hand."""
+def view_of(query: Mapping[str, str], fragment: Any = "") -> dict[str, Any]:
+    """What a link asks to show: `#view=...` as the page writes it, or `?hookpoint=...&feature=...` by hand.
+
+    `?view=...` is of links that were made before views stood behind the #.
+    """
+    if isinstance(fragment, str) and fragment.startswith(FRAGMENT):
+        return decode_view(fragment.removeprefix(FRAGMENT))
     if query.get("view"):
         return decode_view(query["view"])
     if query.get("feature"):

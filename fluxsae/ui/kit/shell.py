@@ -10,8 +10,8 @@ import gradio as gr
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.kit.links import view_of
 from fluxsae.ui.kit.theme import element, mount
-from fluxsae.ui.serve.guard import guarded
-from fluxsae.ui.serve.lane import Done, StepDone
+from fluxsae.ui.serve.guard import current_visit, guarded, last_words
+from fluxsae.ui.serve.lane import Cancelled, Done, Event, Mail, Pending, StepDone, Waiting
 from fluxsae.ui.serve.schemas import Request
 
 IDLE: Final[Mapping[str, Any]] = {"state": "idle"}
@@ -27,39 +27,81 @@ QUEUED: Final[Mapping[str, Any]] = {
 """Events that may be refused or that change the chosen feature: Gradio shows the errors of queued events only, and
 only of them does it tell a state's listeners."""
 
+FRAGMENT: Final = "() => [location.hash]"
 EACH: Final[Mapping[str, Any]] = {**QUEUED, "trigger_mode": "multiple"}
 """Queued events that carry what was clicked: none is dropped while another is under way, as Gradio's default would, and
 none comes to carry what an earlier one did, as "always_last" would."""
 
 
 def working(event: StepDone, *, makes: str, counts: str = "Denoising step") -> dict[str, Any]:
-    """The progress bar's data after a step; `makes` is the id of what is dimmed until it is shown anew."""
-    return {"state": "working", "step": event.step, "n_steps": event.n_steps, "makes": makes, "counts": counts}
+    """The progress bar's data after a step; `makes` is the id of what is dimmed until it is shown anew.
+
+    It carries what there is to see by then.
+    """
+    told = {"state": "working", "step": event.step, "n_steps": event.n_steps, "makes": makes, "counts": counts}
+    return told if event.view is None else {**told, "view": event.view}
+
+
+def waiting(event: Waiting, *, makes: str) -> dict[str, Any]:
+    """The progress bar's data before the first step."""
+    return {"state": "waiting", "ahead": event.ahead, "loading": event.is_loading, "makes": makes}
 
 
 def with_progress(
-    events: Iterable[StepDone | Done[Any]], *, makes: str, n: int = 1, counts: str = "Denoising step"
-) -> Iterator[tuple[Any, ...]]:
+    events: Iterable[Event[Any]], *, makes: str, n: int = 1, counts: str = "Denoising step"
+) -> Iterator[Any]:
     """(progress bar, the `n` things that are made) after every event: nothing new until all is done."""
+    is_told = False
     for event in events:
-        if isinstance(event, StepDone):
-            yield working(event, makes=makes, counts=counts), *(gr.skip(),) * n
-        else:
-            yield IDLE, *(event.value if n > 1 else (event.value,))
+        if isinstance(event, Pending) and not is_told:  # there is something to stop from the click on
+            yield waiting(Waiting(0), makes=makes), *(gr.skip(),) * n
+        is_told = True
+        match event:
+            case StepDone():
+                yield working(event, makes=makes, counts=counts), *(gr.skip(),) * n
+            case Waiting():
+                yield waiting(event, makes=makes), *(gr.skip(),) * n
+            case Done(value=value):
+                yield IDLE, *(value if n > 1 else (value,))
+            case Pending():
+                yield event
 
 
-def making(ask: Callable[..., Iterable[Any]], *, makes: str, n: int = 1) -> Callable[..., Iterator[tuple[Any, ...]]]:
-    """What FLUX makes when the page asks: guarded, with progress."""
+def making(ask: Callable[..., Iterable[Any]], *, makes: str, n: int = 1) -> Callable[..., Any]:
+    """What FLUX makes when the page asks: guarded, with progress. A visitor's newer request ends the older one."""
+    asked: dict[str, Mail] = {}
 
-    def make(*values: Any) -> Iterator[tuple[Any, ...]]:
-        yield from with_progress(ask(*values), makes=makes, n=n)
+    def make(*values: Any) -> Iterator[Any]:
+        session, mine = current_visit(), None
+        if session in asked:
+            asked.pop(session).put(Cancelled())
+        try:
+            for event in with_progress(ask(*values), makes=makes, n=n):
+                if isinstance(event, Pending):
+                    mine = asked[session] = event.mail
+                yield event
+        except Cancelled:
+            return
+        finally:
+            if mine is not None and asked.get(session) is mine:
+                del asked[session]
 
     return guarded(make)
 
 
 def end_at_idle(running: Any, status: gr.HTML) -> None:
-    """Takes the progress bar away when a run fails."""
-    running.failure(lambda: IDLE, None, status, **QUIET)
+    """Puts what went wrong in the place of the progress bar when a run fails."""
+    running.failure(lambda: {"state": "failed", "words": last_words()}, None, status, **QUIET)
+
+
+def end_runs(stop: gr.Button, *groups: tuple[gr.HTML, list[Any]]) -> None:
+    """Lets a button stop runs, and says beside the button that began them what went wrong: (progress bar, its runs)."""
+    bars = [status for status, _ in groups]
+    every = [run for _, runs in groups for run in runs]
+    stop.click(lambda: [IDLE] * len(bars) if len(bars) > 1 else IDLE, None, bars, cancels=every, **QUIET)
+    for status, runs in groups:
+        for run in runs:
+            end_at_idle(run, status)
 
 
 @dataclass(frozen=True)
@@ -71,6 +113,8 @@ class Shell:
     """{"hookpoint", "feature", "for": the tab it was sent to, "picture": what is to be made again there}, the last two
     if there are any; feature is None until one is chosen."""
     tabs: gr.Tabs
+    address: gr.Textbox
+    """Takes what stands behind the # of the page's address."""
     endpoints: tuple[type[Request], ...]
     """The endpoints that the tabs answer."""
 
@@ -96,9 +140,9 @@ class Shell:
         """Fills a tab from a link to it when the page loads; what is returned then submits."""
         arrived = gr.HTML(None, html_template=element("fs-arrived"), js_on_load=mount(arrive="submit"))
 
-        def open_page(request: gr.Request) -> Any:
+        def open_page(address: Any, request: gr.Request) -> Any:
             try:
-                view = view_of(request.query_params)
+                view = view_of(request.query_params, address)
             except FluxSaeError:
                 view = {}  # told once, for all tabs
             if view.get("tab") != tab:
@@ -106,18 +150,18 @@ class Shell:
             shown = show(view)
             return (gr.Tabs(selected=tab), {"tab": tab}, *(shown if isinstance(shown, tuple) else (shown,)))
 
-        self.app.load(guarded(open_page), None, [self.tabs, arrived, *outputs], **QUEUED)
+        self.app.load(guarded(open_page), self.address, [self.tabs, arrived, *outputs], js=FRAGMENT, **QUEUED)
         return arrived
 
     def tell_bad_links(self, *tabs: str) -> None:
         """Says so when a link is damaged, or leads to no tab of these."""
 
-        def check(request: gr.Request) -> None:
-            view = view_of(request.query_params)
+        def check(address: Any, request: gr.Request) -> None:
+            view = view_of(request.query_params, address)
             if view and view.get("tab") not in tabs:
                 raise FluxSaeError(f"This link leads to {str(view.get('tab'))[:40]!r}; the page has {', '.join(tabs)}.")
 
-        self.app.load(guarded(check), None, None, **QUEUED)
+        self.app.load(guarded(check), self.address, None, js=FRAGMENT, **QUEUED)
 
 
 def _chosen(event: gr.EventData) -> dict[str, Any]:

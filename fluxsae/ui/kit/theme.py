@@ -8,6 +8,7 @@ import gradio as gr
 import numpy as np
 
 from fluxsae.features.firing import CONFIDENCE
+from fluxsae.features.naming import ON_IT, PLACES
 from fluxsae.pictures.heatmaps import HEAT, NEUTRAL_COLOUR, heat_colours
 from fluxsae.ui.kit.snippets import ORIGIN
 from fluxsae.ui.kit.views import base64_text
@@ -38,7 +39,7 @@ LIGHT: Final = {
     "soft": "#5d5d6e",
     "faint": "#6b6b7b",
     "line": "#dcdce4",
-    "edge": "#c9c9d4",
+    "edge": "#8a8a9b",
     "paper": "#ffffff",
     "raised": "#ffffff",
     "page": "#f6f6f9",
@@ -58,7 +59,7 @@ DARK: Final = LIGHT | {
     "soft": "#a9a9ba",
     "faint": "#9a9aab",
     "line": "#363642",
-    "edge": "#45454f",
+    "edge": "#6f6f80",
     "paper": "#1c1c23",
     "raised": "#25252d",
     "page": "#131318",
@@ -76,6 +77,7 @@ GRADIO: Final = {
     "block_title_text_color": "title",
     "block_info_text_color": "soft",
     "checkbox_background_color_selected": "button",
+    "checkbox_border_color": "edge",
     "checkbox_border_color_selected": "button",
     "input_background_fill": "paper",
     "input_border_color": "edge",
@@ -107,6 +109,8 @@ def build_theme() -> gr.themes.Base:
         **{name: LIGHT[colour] for name, colour in GRADIO.items()},
         **{f"{name}_dark": DARK[colour] for name, colour in GRADIO.items()},
         block_shadow="none",
+        button_border_width="1px",
+        input_border_width="1px",
         checkbox_border_radius="4px",
         button_primary_text_color="#ffffff",
         button_primary_text_color_dark="#ffffff",
@@ -133,6 +137,7 @@ def shared_values() -> dict[str, Any]:
         "heat": {**HEAT._asdict(), "table": base64_text(np.ascontiguousarray(ramp[0]))},
         "neutral": NEUTRAL_COLOUR,
         "confidence": list(CONFIDENCE.items()),
+        "places": {place: words for place, words in PLACES.items() if place != ON_IT},
         "origin": ORIGIN,
     }
 
@@ -154,4 +159,10 @@ def _variables(selector: str, colours: dict[str, str]) -> str:
 def _texts(extension: str) -> list[str]:
     """The files of one kind in this folder, in which elements are defined, and then in those of the tabs."""
     files = [*sorted((UI / "kit").glob(f"*.{extension}")), *sorted((UI / "tabs").glob(f"*/*.{extension}"))]
-    return [file.read_text(encoding="utf-8") for file in files]
+    return [_stripped(file.read_text(encoding="utf-8")) for file in files]
+
+
+def _stripped(text: str) -> str:
+    """Without indents and lines of comment: the page's configuration holds all scripts and styles."""
+    lines = (line.strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("//"))

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo, WithJsonSchema
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.names import SaeName
 from fluxsae.runs.prompts import control_character
 from fluxsae.steering.edits import MODES, Region, SteeringEdit, parse_edits
+from fluxsae.ui.serve.given import MAX_PICTURE_BYTES, GivenPicture, take_picture
 
 MAX_PROMPT_CHARACTERS = 2_000
 MAX_QUERY_CHARACTERS = 200
@@ -23,6 +24,7 @@ MAX_SEED = 2**32 - 1
 MAX_RESULTS = 100
 MAX_STRENGTHS = 9
 MAX_TRIED = 32
+LEAST_CHANGE = 0.1
 WHOLE_NUMBERS = {"type": "array", "items": {"type": "integer"}}
 WINDOW: tuple[list[Any], str] = (
     [WHOLE_NUMBERS, "null"],
@@ -37,9 +39,29 @@ REGION: tuple[list[Any], str] = (
     "Where the edit acts: rows of 0 and 1 on the token grid; wherever the feature fires above a share of its usual "
     'activation, {"heatmap": share}; or null for everywhere.',
 )
+WHEN: tuple[list[Any], str] = (
+    [
+        {
+            "type": "object",
+            "properties": {
+                "label": {"type": "string"},
+                "features": WHOLE_NUMBERS,
+                "above": {"type": "number"},
+                "at": {"type": "string", "enum": ["image", "token"]},
+            },
+        },
+        "null",
+    ],
+    "The edit acts only in images (or at tokens) where this is there before it: any feature of a label, or any of some "
+    "features, above a multiple of its usual activation (0.5); null for always.",
+)
 STRENGTH = (
     "scale: factor on the activation, 1 changes nothing; add, clamp: multiples of the feature's usual activation; "
     "ablate, project_out: fraction removed, 0 to 1."
+)
+PICTURE = (
+    "Your own picture: a data URL (data:image/png;base64,...) or an uploaded file (in Python: handle_file(path)), at "
+    f"most {MAX_PICTURE_BYTES // 2**20} MB. It is cropped to the run's shape, and not kept."
 )
 EXAMPLE_EDIT = "__EXAMPLE_EDIT__"
 """Stands for an edit of the served run; an endpoint that is served puts one in."""
@@ -50,30 +72,44 @@ class Limits:
     """What the served run allows; the schemas are checked against it."""
 
     hookpoints: Mapping[str, int]
-    """Module path of each hook point -> its number of features; the last one is the default."""
+    """Name of each SAE (module path, with @variant where there are several) -> its number of features."""
     rows: int
     """Rows of the token grid."""
     cols: int
     """Columns of the token grid."""
     default_steps: int
     """Denoising steps unless asked otherwise."""
+    height: int
+    """Of an image, pixels."""
+    width: int
     max_steps: int = 60
     """Most denoising steps of one request."""
 
+    def steps_of(self, values: Mapping[str, Any]) -> int:
+        """Denoising steps of a request whose checked values these are."""
+        return int(values.get("num_inference_steps", self.default_steps))
+
     @property
     def default_hookpoint(self) -> str:
-        """The latest hook point: where meaning is richest."""
-        return list(self.hookpoints)[-1]
+        """The main SAE of the latest hook point: where meaning is richest."""
+        places = [SaeName.parse(name) for name in self.hookpoints]
+        return str(next(name for name in places if name.place == places[-1].place))
+
+    @property
+    def first_hookpoint(self) -> str:
+        """The earliest hook point."""
+        return next(iter(self.hookpoints))
 
 
 @dataclass(frozen=True)
 class OfRun:
     """Default of an argument that the served run decides."""
 
-    name: Literal["default_hookpoint", "default_steps"]
+    name: Literal["default_hookpoint", "first_hookpoint", "default_steps"]
 
 
 RUN_HOOKPOINT: Final[Any] = OfRun("default_hookpoint")
+FIRST_HOOKPOINT: Final[Any] = OfRun("first_hookpoint")
 RUN_STEPS: Final[Any] = OfRun("default_steps")
 
 
@@ -134,7 +170,7 @@ def _check_hookpoint(value: Any, info: ValidationInfo) -> str:
         return _limits(info).default_hookpoint
     if isinstance(value, str) and len(value) <= 100:
         try:
-            path = str(HookPoint.parse(value))
+            path = str(SaeName.parse(value))
         except FluxSaeError:
             path = ""
         if path in known:
@@ -168,9 +204,11 @@ def _check_edit(edit: SteeringEdit, prefix: str, info: ValidationInfo) -> None:
     if path not in limits.hookpoints:
         allowed = ", ".join(limits.hookpoints)
         raise ValueError(f"{prefix}hookpoint is {path}; give one of this run's hook points: {allowed}.")
-    if edit.feature >= limits.hookpoints[path]:
-        most = limits.hookpoints[path] - 1
-        raise ValueError(f"{prefix}feature is {edit.feature}; give a whole number from 0 to {most}.")
+    most = limits.hookpoints[path] - 1
+    asked = edit.when.features if edit.when is not None else ()
+    for name, feature in (("feature", edit.feature), *(("when.features", feature) for feature in asked)):
+        if feature > most:
+            raise ValueError(f"{prefix}{name} is {feature}; give a whole number from 0 to {most}.")
     _check_grid(edit.region, prefix, info)
 
 
@@ -204,6 +242,31 @@ def _check_pair(column: int | None, info: ValidationInfo) -> int | None:
     return column
 
 
+def _check_picture(value: Any, info: ValidationInfo) -> GivenPicture:
+    if isinstance(value, GivenPicture):
+        return value
+    limits = _limits(info)
+    try:
+        return take_picture(value, height=limits.height, width=limits.width)
+    except FluxSaeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _check_source(value: Any, info: ValidationInfo) -> GivenPicture | None:
+    if value is not None:
+        return _check_picture(value, info)
+    if info.data.get("prompt") == "":
+        raise ValueError(f"prompt is blank; describe the image in 1 to {MAX_PROMPT_CHARACTERS:,} characters.")
+    return None
+
+
+def _check_change(value: Any, info: ValidationInfo) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not LEAST_CHANGE <= value <= 1:
+        raise _refuse(info, value, f"a number from {LEAST_CHANGE} to 1")
+    return float(value)
+
+
 def _check_mode(value: Any, info: ValidationInfo) -> str:
     if not isinstance(value, str) or value not in MODES:
         raise _refuse(info, value, f"one of {', '.join(MODES)}")
@@ -225,7 +288,7 @@ def _check_window(value: Any, info: ValidationInfo) -> tuple[int, int] | None:
 def _check_region(value: Any, info: ValidationInfo) -> Region | None:
     region = _loaded(value, info) if value != "" else None
     try:
-        edit = SteeringEdit(HookPoint.parse(_limits(info).default_hookpoint), 0, "add", 0.0, region=region)
+        edit = SteeringEdit(SaeName.parse(_limits(info).default_hookpoint), 0, "add", 0.0, region=region)
     except (FluxSaeError, RecursionError) as error:
         raise ValueError(str(error)) from None
     _check_grid(edit.region, "", info)
@@ -252,6 +315,7 @@ EDIT: dict[str, Any] = {
         "strength": _described("number", STRENGTH),
         "steps": _described(*WINDOW),
         "region": _described(*REGION),
+        "when": _described(*WHEN),
     },
     "required": ["hookpoint", "feature", "mode", "strength"],
 }
@@ -263,13 +327,47 @@ Prompt = Annotated[
     _text(MAX_PROMPT_CHARACTERS, blank=False),
     _schema("string", f"What the image shows, 1 to {MAX_PROMPT_CHARACTERS:,} characters."),
 ]
+Label = Annotated[
+    str,
+    _text(MAX_QUERY_CHARACTERS, blank=False),
+    _schema("string", "Name of features of this run, as their labels say it."),
+]
+Caption = Annotated[
+    str,
+    _text(MAX_PROMPT_CHARACTERS, blank=True),
+    _schema("string", f"What the picture shows, at most {MAX_PROMPT_CHARACTERS:,} characters; may be empty."),
+]
+PromptOrCaption = Annotated[
+    str,
+    _text(MAX_PROMPT_CHARACTERS, blank=True),
+    _schema(
+        "string",
+        f"What the image shows, 1 to {MAX_PROMPT_CHARACTERS:,} characters; may be empty where a picture is given.",
+    ),
+]
+Picture = Annotated[GivenPicture, BeforeValidator(_check_picture), _schema("string", PICTURE)]
+PictureOrNone = Annotated[
+    GivenPicture | None,
+    BeforeValidator(_check_source),
+    _schema(["string", "null"], f"{PICTURE} null: the image that the prompt makes."),
+]
+Change = Annotated[
+    float,
+    BeforeValidator(_check_change),
+    _schema("number", f"How much of your picture may change, {LEAST_CHANGE} to 1: the share of noise put over it."),
+]
 Query = Annotated[
     str,
     _text(MAX_QUERY_CHARACTERS, blank=True),
     _schema("string", "A feature number, words of a label, or any words (compared with the images by CLIP)."),
 ]
 HookPointPath = Annotated[
-    str, BeforeValidator(_check_hookpoint), _schema("string", "Where in FLUX the features were read: a module path.")
+    str,
+    BeforeValidator(_check_hookpoint),
+    _schema("string", "The SAE, by its place in FLUX: a module path, with @variant where there are several."),
+]
+OtherHookPoint = Annotated[
+    str, BeforeValidator(_check_hookpoint), _schema("string", "Another module path of this run, to compare with.")
 ]
 Seed = Annotated[
     int, _whole(0, lambda info: MAX_SEED), _schema("integer", f"Random seed, 0 to {MAX_SEED}; same seed, same image.")
@@ -279,12 +377,12 @@ Steps = Annotated[
 ]
 Step = Annotated[
     int | None,
-    _whole(0, lambda info: info.data.get("num_inference_steps", 1) - 1, optional=True),
+    _whole(0, lambda info: _limits(info).steps_of(info.data) - 1, optional=True),
     _schema(["integer", "null"], "Denoising step to look at, from 0; null: the steps the SAE was trained on."),
 ]
 OneStep = Annotated[
     int | None,
-    _whole(0, lambda info: info.data.get("num_inference_steps", 1) - 1, optional=True),
+    _whole(0, lambda info: _limits(info).steps_of(info.data) - 1, optional=True),
     _schema(["integer", "null"], "Denoising step to explain, from 0; null: the first that the SAE was trained on."),
 ]
 TriedFeatures = Annotated[
@@ -328,7 +426,7 @@ Edits = Annotated[
     BeforeValidator(_check_edits),
     _schema(
         "array",
-        f"Edits, for no edit the empty list; steps and region may be left out. Example: [{EXAMPLE_EDIT}].",
+        f"Edits, for no edit the empty list; steps, region and when may be left out. Example: [{EXAMPLE_EDIT}].",
         items=EDIT,
     ),
 ]

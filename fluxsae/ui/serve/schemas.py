@@ -10,23 +10,31 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.names import SaeName
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.ui.serve.arguments import (
+    FIRST_HOOKPOINT,
     RUN_HOOKPOINT,
     RUN_STEPS,
+    Caption,
+    Change,
     Column,
     Edits,
     Feature,
     HookPointPath,
+    Label,
     Limit,
     Limits,
     Mode,
     OfRun,
     OneStep,
+    OtherHookPoint,
     PatchColumn,
     PatchRow,
+    Picture,
+    PictureOrNone,
     Prompt,
+    PromptOrCaption,
     Query,
     RegionField,
     Row,
@@ -71,8 +79,10 @@ class Request(BaseModel):
         Raises:
             RequestError: a value is out of range; the message names field, value and allowed range.
         """
+        decided = {name for name, field in cls.model_fields.items() if isinstance(field.default, OfRun)}
+        given = {name: value for name, value in values.items() if value is not None or name not in decided}
         try:
-            return cls.model_validate({**cls.defaults(limits), **values}, context=limits)
+            return cls.model_validate({**cls.defaults(limits), **given}, context=limits)
         except ValidationError as error:
             raise RequestError({str(item["loc"][0]): _message(item) for item in error.errors()}) from None
 
@@ -88,6 +98,12 @@ class Request(BaseModel):
         return {
             name: getattr(limits, value.name) if isinstance(value, OfRun) else value for name, value in given.items()
         }
+
+    @classmethod
+    def fixed_defaults(cls) -> dict[str, Any]:
+        """Argument -> default, of those that are the same in every run."""
+        given = {name: field.default for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in given.items() if not isinstance(value, OfRun)}
 
     @classmethod
     def properties(cls) -> dict[str, dict[str, Any]]:
@@ -120,7 +136,7 @@ class PictureRequest(Request):
         num_inference_steps: Steps
 
     @property
-    def picture(self) -> tuple[str, int, int]:
+    def made_from(self) -> tuple[str, int, int]:
         """Prompt, seed and number of denoising steps."""
         return self.prompt, self.seed, self.num_inference_steps
 
@@ -147,7 +163,7 @@ class HeatmapRequest(PictureRequest):
     results = (
         Result("image", "image", "The image."),
         Result("features", "json", FEATURES),
-        Result("overlays", "gallery", "The image with the heatmap of each feature."),
+        Result("overlays", "gallery", "The image with the heatmap of each of the first 16 features."),
     )
     prompt: Prompt
     hookpoint: HookPointPath = RUN_HOOKPOINT
@@ -157,12 +173,30 @@ class HeatmapRequest(PictureRequest):
     limit: Limit = 8
 
 
+class ReadPictureRequest(Request):
+    """Reads your own picture with FLUX, without painting: ranks the features that fire and shows where each does."""
+
+    endpoint = "read_picture"
+    uses_flux = True
+    results = (
+        Result("features", "json", FEATURES),
+        Result("overlays", "gallery", "The picture with the heatmap of each of the first 16 features."),
+        Result("familiarity", "json", "Whether the picture is like the run's own; if not, no name is sure."),
+    )
+    picture: Picture
+    prompt: Caption = ""
+    hookpoint: HookPointPath = RUN_HOOKPOINT
+    step: Step = None
+    seed: Seed = 0
+    limit: Limit = 8
+
+
 class FeaturesAtRequest(PictureRequest):
-    """Ranks the features that fire at one patch of an image."""
+    """Ranks the features that fire at one patch of an image, or of your own picture."""
 
     endpoint = "features_at"
     results = (Result("features", "json", FEATURES),)
-    prompt: Prompt
+    prompt: PromptOrCaption
     hookpoint: HookPointPath = RUN_HOOKPOINT
     seed: Seed = 0
     num_inference_steps: Steps = RUN_STEPS
@@ -170,6 +204,7 @@ class FeaturesAtRequest(PictureRequest):
     row: Row
     column: Column
     limit: Limit = 8
+    picture: PictureOrNone = None
 
 
 class ExplainRequest(PictureRequest):
@@ -185,7 +220,7 @@ class ExplainRequest(PictureRequest):
             "positive ones over the image.",
         ),
     )
-    prompt: Prompt
+    prompt: PromptOrCaption
     hookpoint: HookPointPath = RUN_HOOKPOINT
     feature: Feature
     seed: Seed = 0
@@ -194,6 +229,7 @@ class ExplainRequest(PictureRequest):
     row: PatchRow = None
     column: PatchColumn = None
     limit: TriedFeatures = 8
+    picture: PictureOrNone = None
 
 
 class SearchRequest(Request):
@@ -237,8 +273,76 @@ class DirectionsRequest(Request):
     n_neighbours: Limit = 12
 
 
+class LayersRequest(Request):
+    """Matches the features of two hook points by the images that they fire on, and names what each has alone."""
+
+    endpoint = "layers"
+    results = (
+        Result(
+            "comparison",
+            "json",
+            "Matched features with their correlation, features of each hook point without a counterpart, how many of "
+            "each there are, and the correlation by chance.",
+        ),
+    )
+    first: HookPointPath = FIRST_HOOKPOINT
+    second: OtherHookPoint = RUN_HOOKPOINT
+    limit: Limit = 20
+
+
+class CompareRequest(PictureRequest):
+    """Makes the images of two prompts at one seed, and finds the features that differ most between them."""
+
+    endpoint = "compare"
+    results = (
+        Result("features", "json", "Features with their share of their maximum in each image; most different first."),
+        Result("image", "image", "The image of the first prompt."),
+        Result("other_image", "image", "The image of the other prompt."),
+    )
+    prompt: Prompt
+    other: Prompt
+    hookpoint: HookPointPath = RUN_HOOKPOINT
+    seed: Seed = 0
+    num_inference_steps: Steps = RUN_STEPS
+    limit: Limit = 12
+
+
+class SilenceRequest(Request):
+    """Makes a feature's best image again without each word of its caption in turn, and measures what is left of it."""
+
+    endpoint = "silence"
+    results = (
+        Result("words", "json", "Prompt, seed, and for each word the share of the feature's peak that is left."),
+        Result("images", "gallery", "The image of the whole prompt, then one without each word."),
+    )
+    uses_flux = True
+    hookpoint: HookPointPath = RUN_HOOKPOINT
+    feature: Feature
+    limit: Limit = 20
+
+
+class SwapRequest(PictureRequest):
+    """Finds edits that put one name in place of another in an image, and makes the image with the best of them."""
+
+    endpoint = "swap"
+    results = (
+        Result("before", "image", "The image without edits."),
+        Result("after", "image", "The image with edits."),
+        Result(
+            "recipe_and_measurements",
+            "json",
+            "The recipe that makes the image again, the measurements, and whether CLIP recognises the new name.",
+        ),
+    )
+    prompt: Prompt
+    old: Label
+    new: Label
+    seed: Seed = 0
+    num_inference_steps: Steps = RUN_STEPS
+
+
 class SteerRequest(PictureRequest):
-    """Makes an image twice, without and with edits of features, and measures what the edits changed."""
+    """Makes an image, or paints on from your own picture, without and with edits, and measures what they changed."""
 
     endpoint = "steer"
     results = (
@@ -246,10 +350,12 @@ class SteerRequest(PictureRequest):
         Result("after", "image", "The image with edits."),
         Result("recipe_and_measurements", "json", "The recipe that makes the image again, and the measurements."),
     )
-    prompt: Prompt
+    prompt: PromptOrCaption
     edits: Edits
     seed: Seed = 0
     num_inference_steps: Steps = RUN_STEPS
+    picture: PictureOrNone = None
+    change: Change = 0.6
 
 
 class SweepRequest(PictureRequest):
@@ -272,7 +378,7 @@ class SweepRequest(PictureRequest):
 
     def edits(self) -> tuple[SteeringEdit, ...]:
         """One edit for each strength."""
-        place = HookPoint.parse(self.hookpoint)
+        place = SaeName.parse(self.hookpoint)
         return tuple(
             SteeringEdit(place, self.feature, self.mode, strength, steps=self.steps, region=self.region)
             for strength in self.strengths

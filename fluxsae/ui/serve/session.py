@@ -3,37 +3,53 @@
 import functools
 import logging
 import os
+import re
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.errors import FluxSaeError, maker
 from fluxsae.features.cards import CardIndex
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature import miniature_path
-from fluxsae.miniature.scenes import ATTRIBUTES
+from fluxsae.miniature.scenes import ATTRIBUTES, PHRASES
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance, load_distance, load_embedder
 from fluxsae.runs.folder import RunFolder, library_versions
+from fluxsae.runs.names import SaeName
 from fluxsae.runs.tables import ImageTable
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.ui.serve.arguments import Limits
-from fluxsae.ui.serve.guard import current_visitor
-from fluxsae.ui.serve.lane import Done, FluxLane, Job, OnStep, StepDone
-from fluxsae.ui.serve.reading import Reading, read_image
+from fluxsae.ui.serve.given import GivenPicture
+from fluxsae.ui.serve.guard import current_visit, current_visitor, without_folders
+from fluxsae.ui.serve.lane import Done, Event, FluxLane, Job, OnStep, StepDone
+from fluxsae.ui.serve.reading import Reading, read_given, read_image
 from fluxsae.ui.serve.visitors import VisitorLimits
 
 log = logging.getLogger("fluxsae.app")
 
+T = TypeVar("T")
+EMBEDDED: Final = "embedded"
+"""Source of the miniature's own run."""
+INSTEAD: Final = " This page shows the miniature instead."
+HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 CACHE_BYTES = 64 * 2**20
 CACHE_ENTRIES = 48
+GIVEN_BYTES = 256 * 2**20
+"""Memory for the pictures of all visitors who are here."""
+GIVEN_ENTRIES = 1024
+PREVIEW_IMAGES = 8
+"""Images of the run to which the colours of previews are fitted."""
 UNRELATED_PAIRS = 8
+SLOW_SECONDS: Final = 3.0
+"""Of a picture, from which a model is slow."""
 WORDS = {1: ["the"], 2: ["early", "late"], 3: ["early", "middle", "late"]}
 
 
@@ -43,6 +59,7 @@ class ResultCache:
     def __init__(self, *, max_bytes: int = CACHE_BYTES, max_entries: int = CACHE_ENTRIES) -> None:
         self.max_bytes, self.max_entries = max_bytes, max_entries
         self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._visits: dict[Hashable, str] = {}
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> Any | None:
@@ -53,13 +70,21 @@ class ResultCache:
             self._entries.move_to_end(key)
             return self._entries[key][0]
 
-    def put(self, key: Hashable, value: Any, *, n_bytes: int) -> None:
-        """Keeps a result and forgets the oldest ones beyond the bound."""
+    def put(self, key: Hashable, value: Any, *, n_bytes: int, visit: str = "") -> None:
+        """Keeps a result, of one visit alone where that is named, and forgets the oldest ones beyond the bound."""
         with self._lock:
             self._entries[key] = (value, n_bytes)
+            self._visits[key] = visit
             self._entries.move_to_end(key)
             while len(self._entries) > 1 and (len(self._entries) > self.max_entries or self._size() > self.max_bytes):
-                self._entries.popitem(last=False)
+                oldest, _ = self._entries.popitem(last=False)
+                del self._visits[oldest]
+
+    def forget(self, visit: str) -> None:
+        """Lets go of what was kept for a visit."""
+        with self._lock:
+            for key in [key for key, whose in self._visits.items() if whose == visit]:
+                del self._entries[key], self._visits[key]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -68,30 +93,67 @@ class ResultCache:
         return sum(n_bytes for _, n_bytes in self._entries.values())
 
 
+class LoadedFlux:
+    """The FLUX models in memory: one at a time, since a GPU holds no two of FLUX.1-dev's size."""
+
+    def __init__(self, *, most: int = 1) -> None:
+        self.most = most
+        self._pipes: OrderedDict[tuple[str | None, ...], Any] = OrderedDict()
+
+    def get(self, source: str, revision: str | None, device: str, dtype: str | None) -> Any:
+        """A model, loaded unless it is there; others make room first."""
+        key = (source, revision, device, dtype)
+        if key not in self._pipes:
+            from fluxsae.flux import load_flux
+
+            while len(self._pipes) >= self.most:
+                self._pipes.popitem(last=False)
+            log.info("loading FLUX %s on %s", source, device)
+            kind = getattr(torch, dtype) if dtype else None
+            self._pipes[key] = load_flux(source, revision=revision, device=device, dtype=kind)
+        return self._pipes[key]
+
+
 @dataclass(frozen=True)
 class ReadJob:
-    """Make an image and read every hook point on the way."""
+    """Make an image, or take the visitor's own picture, and read every hook point."""
 
     prompt: str
     seed: int
     num_inference_steps: int
+    picture: GivenPicture | None = None
+    has_previews: bool = False
+    """Whether what each step shows is drawn and kept, and sent while it is made."""
 
-    @property
-    def n_passes(self) -> int:
+    def n_passes(self, bench: "Workbench") -> int:
         """Passes of the transformer over one image that it needs at most."""
         return self.num_inference_steps
 
     @property
     def n_pictures(self) -> int:
         """Pictures that it makes at most."""
-        return 1
+        return 1 if self.picture is None else 0
 
     def run(self, bench: "Workbench", on_step: OnStep) -> Reading:
         """The reading."""
-        settings = bench.settings(self.num_inference_steps)
-        return read_image(
-            bench.pipe, bench.saes, prompt=self.prompt, seed=self.seed, settings=settings, on_step=on_step
-        )
+        asked: dict[str, Any] = {
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "settings": bench.settings(self.num_inference_steps),
+            "colours": bench.preview_colours if self.has_previews else None,
+            "has_previews": self.has_previews,
+            "on_step": on_step,
+        }
+        if self.picture is None:
+            return read_image(bench.pipe, bench.saes, **asked)
+        metrics = {name: bench.run.load_metrics(name) for name in bench.hookpoints}
+        return read_given(bench.pipe, bench.saes, self.picture, metrics=metrics, **asked)
+
+
+def described_saes(run: RunFolder) -> list[SaeName]:
+    """The SAEs that can be shown: one that was trained or adopted and not scored yet has no features to show."""
+    names = run.sae_names()
+    return [n for n in names if run.features_path(n).is_file() or run.scores_path(n).is_file()] or names
 
 
 class Workbench:
@@ -100,21 +162,79 @@ class Workbench:
     def __init__(self, run: RunFolder, *, source: str = "", notice: str = "") -> None:
         self.run = run
         self.source = source or str(run.path)
+        self.name = _run_name(self.source)
         self.notice = notice
+        self.asked_as: str | None = None
+        """What endpoints take as `run` for it; None where it is the first on the shelf."""
+        self.lacks_flux = ""
+        """Why no FLUX can be run for it, if none can."""
         self.info = run.load_info()
-        self.hookpoints = [str(hookpoint) for hookpoint in run.hookpoints()]
-        self.cards: dict[str, CardIndex] = {name: CardIndex(run, name) for name in self.hookpoints}
+        self.problems: dict[str, None] = {}
+        """What is wrong with files of the run, each once; what they hold is left out."""
+        self.cards: dict[str, CardIndex] = self._open_cards()
+        self.hookpoints = list(self.cards)
         self.limits = Limits(
             hookpoints={name: len(cards) for name, cards in self.cards.items()},
             rows=self.info.rows,
             cols=self.info.cols,
             default_steps=self.info.settings.num_inference_steps,
+            height=self.info.settings.height,
+            width=self.info.settings.width,
         )
         self._embedder_lock = threading.Lock()
         self.lane = FluxLane()
         self.visitors = VisitorLimits.from_environment()
         self.cache = ResultCache()
+        self.pass_seconds: float | None = None
+        """Seconds of a pass of the transformer in the latest job."""
+        self.fluxes = LoadedFlux()
+        self.given = ResultCache(max_bytes=GIVEN_BYTES, max_entries=GIVEN_ENTRIES)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def _open_cards(self) -> dict[str, CardIndex]:
+        """The cards of every hook point that can be opened.
+
+        Raises:
+            FluxSaeError: there is none.
+        """
+        found = {}
+        for name in described_saes(self.run):
+            try:
+                found[str(name)] = CardIndex(self.run, name)
+            except FluxSaeError as error:
+                self.problems[str(error)] = None
+        if not found:
+            raise FluxSaeError(" ".join(self.problems) or "its run.json names no hook point. Restore it.")
+        for cards in found.values():
+            self.problems.update(dict.fromkeys(cards.problems))
+        return found
+
+    def readable(self, load: Callable[[], T], otherwise: T) -> T:
+        """What a file that a page can do without holds; something else where it is damaged, which is then told."""
+        try:
+            return load()
+        except FluxSaeError as error:
+            if str(error) not in self.problems:
+                log.warning("left out: %s", error)
+            self.problems[str(error)] = None
+            return otherwise
+
+    def demos(self, hookpoint: str) -> list[dict[str, Any]]:
+        """The steering demos of a hook point."""
+        return self.readable(lambda: self.run.load_demos(hookpoint), [])
+
+    def swaps(self, hookpoint: str) -> list[dict[str, Any]]:
+        """The swaps of a hook point."""
+        return self.readable(lambda: self.run.load_swaps(hookpoint), [])
+
+    def metrics(self, hookpoint: str) -> dict[str, Any]:
+        """The measured quality of a hook point's SAE."""
+        return self.readable(lambda: self.run.load_metrics(hookpoint), {})
+
+    @property
+    def slug(self) -> str:
+        """Its name as a part of an address."""
+        return re.sub(r"[^a-zA-Z0-9._-]+", "-", self.name).strip("-") or "run"
 
     @property
     def is_miniature(self) -> bool:
@@ -124,7 +244,8 @@ class Workbench:
     @property
     def flux_source(self) -> str:
         """Where FLUX is loaded from: as the run says, or the folder that FLUXSAE_FLUX names."""
-        return os.environ.get("FLUXSAE_FLUX", "").strip() or self.info.flux_id
+        named = "" if self.source == EMBEDDED else os.environ.get("FLUXSAE_FLUX", "").strip()
+        return named or self.info.flux_id
 
     @property
     def has_local_flux(self) -> bool:
@@ -133,13 +254,15 @@ class Workbench:
 
     def word(self, hookpoint: str) -> str:
         """A hook point in words: "early", "middle", "late", or its block number where there are more."""
-        words = WORDS.get(len(self.hookpoints))
-        place = self.hookpoints.index(hookpoint)
-        return words[place] if words else f"block {HookPoint.parse(hookpoint).block_index}"
+        name = SaeName.parse(hookpoint)
+        places = sorted({SaeName.parse(other).place for other in self.hookpoints})
+        words = WORDS.get(len(places))
+        word = words[places.index(name.place)] if words else f"block {name.block_index}"
+        return f"{word}, {name.variant}" if name.variant else word
 
     def hookpoint_choices(self) -> list[tuple[str, str]]:
         """Hook points in words with their path, for menus."""
-        return [(f"{self.word(name)} (block {HookPoint.parse(name).block_index})", name) for name in self.hookpoints]
+        return [(f"{self.word(name)} (block {SaeName.parse(name).block_index})", name) for name in self.hookpoints]
 
     @property
     def example_edit(self) -> dict[str, Any]:
@@ -156,16 +279,12 @@ class Workbench:
             for name in self.hookpoints
         }
 
-    @functools.cached_property
+    @property
     def pipe(self) -> Any:
         """FLUX; loading takes seconds (the miniature) to minutes (FLUX.1-dev). Used inside the lane only."""
-        from fluxsae.flux import load_flux
-
-        log.info("loading FLUX %s on %s", self.flux_source, self.device)
         # As the run was made, where it says so: thresholds and card values belong to that rounding.
-        dtype = getattr(torch, self.info.dtype) if self.info.dtype else None
         revision = None if self.has_local_flux else self.info.flux_revision
-        return load_flux(self.flux_source, revision=revision, device=self.device, dtype=dtype)
+        return self.fluxes.get(self.flux_source, revision, self.device, self.info.dtype)
 
     @property
     def embedder(self) -> ImageEmbedder | None:
@@ -180,7 +299,12 @@ class Workbench:
         if not self.run.embeddings_path.is_file():
             return None
         try:
-            return load_embedder(self.run.load_embeddings().model)
+            embeddings = self.run.load_embeddings()
+            if len(embeddings.vectors) != len(self.images):
+                raise FluxSaeError(
+                    f"{self.run.embeddings_path} is of another number of images. Make it again: {maker('embed')}."
+                )
+            return load_embedder(embeddings.model)
         except FluxSaeError as error:
             log.warning("search works without CLIP: %s", error)
             return None
@@ -201,11 +325,23 @@ class Workbench:
         return self.cards[self.limits.default_hookpoint].images
 
     @property
-    def vocabulary(self) -> str:
-        """The words that the miniature knows, kind by kind; empty for a FLUX that reads any."""
-        if not self.is_miniature:
-            return ""
-        return "It knows: " + "; ".join(" ".join(values) for values in ATTRIBUTES.values()) + " background"
+    def vocabulary(self) -> dict[str, dict[str, str]]:
+        """The words that the miniature knows, by kind, each as a prompt says it; none for a FLUX that reads any."""
+        kinds = ATTRIBUTES if self.is_miniature else {}
+        return {kind: {word: PHRASES.get(word, word) for word in words} for kind, words in kinds.items()}
+
+    @functools.cached_property
+    def preview_colours(self) -> Any:
+        """Colours of previews where the autoencoder is slow, fitted to images of the run; None where it is not."""
+        from fluxsae.flux import fit_colours, is_quick_to_decode
+        from fluxsae.pictures.sources import fit_picture
+
+        if is_quick_to_decode(self.pipe):
+            return None
+        images, patch = self.images, self.info.settings.width // self.info.cols
+        chosen = [images.picture(image) for image in range(min(PREVIEW_IMAGES, len(images)))]
+        sides = [max(patch, side // patch * patch) for side in chosen[0].size]
+        return fit_colours(self.pipe, [fit_picture(one, width=sides[0], height=sides[1]) for one in chosen])
 
     @functools.cached_property
     def unrelated_distance(self) -> float | None:
@@ -229,51 +365,117 @@ class Workbench:
         """What clean tokens look like at each hook point, where the run has measured it."""
         from fluxsae.steering.demos import load_limits
 
-        limits = {place: load_limits(self.run, place) for place in self.run.hookpoints()}
+        places: list[HookPoint] = [SaeName.parse(name) for name in self.hookpoints]
+        limits = {place: self.readable(functools.partial(load_limits, self.run, place), None) for place in places}
         return {place: found for place, found in limits.items() if found is not None}
 
     @functools.cached_property
     def versions(self) -> dict[str, str]:
         """What made the pictures: libraries, run and FLUX."""
         flux = f"{self.info.flux_id}@{self.info.flux_revision}" if self.info.flux_revision else self.info.flux_id
-        return {"run": self.source, "FLUX": flux, "device": self.device, **library_versions()}
+        return {"run": self.name, "FLUX": without_folders(flux), "device": self.device, **library_versions()}
 
     def settings(self, num_inference_steps: int) -> GenerationSettings:
         """The run's own settings at another number of steps."""
         return replace(self.info.settings, num_inference_steps=num_inference_steps)
 
-    def read(self, prompt: str, seed: int, num_inference_steps: int) -> Iterator[StepDone | Done[Reading]]:
-        """An image and what fires in it at every hook point; repeated requests are answered at once."""
-        return self.cached(ReadJob(prompt, seed, num_inference_steps))
+    def read(
+        self,
+        prompt: str,
+        seed: int,
+        num_inference_steps: int,
+        *,
+        picture: GivenPicture | None = None,
+        has_previews: bool = False,
+    ) -> Iterator[Event[Reading]]:
+        """An image and what fires in it at every hook point; repeated requests are answered at once.
 
-    def kept_reading(self, prompt: str, seed: int, num_inference_steps: int) -> Reading | None:
-        """The reading of an image that was made lately, without making it again."""
-        found: Reading | None = self.cache.get(ReadJob(prompt, seed, num_inference_steps))
+        With a picture of the visitor's own that is read, and nothing painted.
+        """
+        kept = self.kept_reading(prompt, seed, num_inference_steps, picture)
+        if kept is not None and (kept.previews or not has_previews):
+            return iter([Done(kept)])
+        return self.cached(ReadJob(prompt, seed, num_inference_steps, picture, has_previews))
+
+    def kept_reading(
+        self, prompt: str, seed: int, num_inference_steps: int, picture: GivenPicture | None = None
+    ) -> Reading | None:
+        """The reading of an image that was made, or of a picture that was read, lately, without doing it again."""
+        jobs = [ReadJob(prompt, seed, num_inference_steps, picture, has_previews) for has_previews in (True, False)]
+        return next((found for job in jobs if (found := self.cache.get(self._key(job))) is not None), None)
+
+    def receive(self, picture: GivenPicture) -> None:
+        """Keeps a visitor's picture, in memory and for this visit, so that the page can go on asking about it."""
+        self.given.put((current_visit(), picture.digest), picture, n_bytes=picture.n_bytes, visit=current_visit())
+
+    def received(self, digest: str) -> GivenPicture:
+        """The picture of this visit that the page calls so.
+
+        Raises:
+            FluxSaeError: it is not kept any more.
+        """
+        found: GivenPicture | None = self.given.get((current_visit(), digest))
+        if found is None:
+            raise FluxSaeError("Your picture is not kept here any more. Choose it again.")
         return found
 
-    def cached(self, job: Any) -> Iterator[StepDone | Done[Any]]:
+    def end_visit(self) -> None:
+        """Lets go of a visitor's pictures, and of what was read in them, when the page is closed."""
+        for kept in (self.given, self.cache):
+            kept.forget(current_visit())
+
+    def cached(self, job: Any) -> Iterator[Event[Any]]:
         """The steps and result of a job (hashable data), or only its result where that is still kept.
 
-        What is made counts against the visitor's share, from its first step on: nothing that is kept or refused does.
+        What is made counts against the visitor's share, as far as it was made: nothing that is kept or refused does.
+        What is made of a visitor's own picture is kept for the visit, and after a call from code not at all.
         """
-        found = self.cache.get(job)
+        key = self._key(job)
+        found = self.cache.get(key)
         if found is not None:
             yield Done(found)
             return
-        visitor = current_visitor()
-        self.visitors.check(visitor)
-        is_counted = False
-        for event in self.lane.stream(job, self):
-            if not is_counted:
-                self.visitors.take(visitor, self.images_of(job))
-                is_counted = True
-            if isinstance(event, Done):
-                self.cache.put(job, event.value, n_bytes=event.value.n_bytes)
-            yield event
+        if self.lacks_flux:
+            raise FluxSaeError(f"This needs FLUX. {self.lacks_flux[:1].upper()}{self.lacks_flux[1:]}")
+        picture = getattr(job, "picture", None)
+        is_kept = picture is None or self.given.get((current_visit(), picture.digest)) is not None
+        with self.visitors.share(current_visitor(), self.images_of(job)) as share:
+            begun = None
+            for event in self.lane.stream(job, self):
+                if isinstance(event, StepDone):
+                    begun = begun or time.monotonic()
+                    share.made(event.step / event.n_steps)
+                elif isinstance(event, Done):
+                    share.made(1.0)
+                    self._time(job, begun)
+                    if is_kept:
+                        visit = "" if picture is None else current_visit()
+                        self.cache.put(key, event.value, n_bytes=event.value.n_bytes, visit=visit)
+                yield event
+
+    def _time(self, job: Job, begun: float | None) -> None:
+        """Remembers what a pass took, from the first step on: what comes before may be FLUX's loading."""
+        if begun is not None and job.n_pictures and job.n_passes(self) > 1:
+            self.pass_seconds = (time.monotonic() - begun) / (job.n_passes(self) - 1)
+
+    def seconds_of(self, job: Job) -> float | None:
+        """About how long a job takes, as the latest one did; None before there was one."""
+        return None if self.pass_seconds is None else job.n_passes(self) * self.pass_seconds
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a picture takes so long that sliders should wait for a press of the button."""
+        if self.pass_seconds is None:
+            return not self.is_miniature
+        return self.limits.default_steps * self.pass_seconds > SLOW_SECONDS
+
+    def _key(self, job: Any) -> Hashable:
+        """What a result is kept under: one of a visitor's own picture is found in that visit alone."""
+        return job if getattr(job, "picture", None) is None else (current_visit(), job)
 
     def images_of(self, job: Job) -> int:
         """How many images a job counts as: those it makes, or as many as its passes would make if those are more."""
-        return max(1, job.n_pictures, round(job.n_passes / self.limits.default_steps))
+        return max(1, job.n_pictures, round(job.n_passes(self) / self.limits.default_steps))
 
     def load_models(self) -> None:
         """FLUX and the autoencoders, ready to use."""
@@ -289,13 +491,10 @@ class Workbench:
 
     @property
     def _runs_flux(self) -> bool:
-        return self.has_local_flux or self.device != "cpu"
+        return not self.lacks_flux and (self.has_local_flux or self.device != "cpu")
 
     def warm_up(self) -> None:
-        """Loads what the first visitor would wait for, in the background: FLUX in its lane first, then CLIP."""
-        threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
-
-    def _warm_up(self) -> None:
+        """Loads what the first visitor would wait for: FLUX in its lane first, then CLIP."""
         try:
             if self._runs_flux:
                 self.lane.call(self.load_models)
@@ -304,28 +503,54 @@ class Workbench:
             log.exception("warming up failed")
 
 
+def _run_name(source: str) -> str:
+    """What a run is called on the page and by `run`: its Hub repository, or the name of its folder, never the path."""
+    if source == EMBEDDED:
+        return "miniature"
+    return source if HUB_ID.fullmatch(source) and not Path(source).is_dir() else Path(source).resolve().name
+
+
 def open_workbench(source: str | None = None) -> Workbench:
     """The run that `source` or the environment variable FLUXSAE_RUN names; the embedded miniature where neither does.
 
-    `source` is a folder or a Hub repository, with `@revision` if wanted. Where it cannot be used here (no token, no
-    licence accepted, no GPU, no network), the miniature is opened and `notice` says why and what lifts the limit.
+    `source` is a folder or a Hub repository, with `@revision` if wanted. Where the run cannot be had, the miniature is
+    opened in its place; where only its FLUX cannot, the run can be browsed. `notice` says why and what lifts the limit.
     """
     wanted = source if source is not None else os.environ.get("FLUXSAE_RUN", "").strip()
     if not wanted:
-        return Workbench(RunFolder(miniature_path("run")), source="embedded")
+        return embedded_workbench()
     try:
         bench = Workbench(_fetch_run(wanted), source=wanted)
-        require_flux(bench)
     except FluxSaeError as error:
         log.warning("%s cannot be served: %s", wanted, error)
-        notice = f"{wanted} cannot be used here: {error} This page shows the miniature instead."
-        return Workbench(RunFolder(miniature_path("run")), source="embedded", notice=notice)
+        return embedded_workbench(
+            notice=f"{without_folders(wanted)} cannot be shown here: {without_folders(str(error))}{INSTEAD}"
+        )
+    try:
+        require_flux(bench)
+    except FluxSaeError as error:
+        log.warning("FLUX of %s cannot be run: %s", wanted, error)
+        bench.lacks_flux = without_folders(str(error))
+        bench.notice = (
+            f"No images can be made of this run here: {bench.lacks_flux} Gallery, Directions and all that was recorded "
+            "work; painting, comparing and steering do not."
+        )
     return bench
 
 
+def embedded_workbench(*, notice: str = "") -> Workbench:
+    """The miniature's own run."""
+    return Workbench(RunFolder(miniature_path("run")), source=EMBEDDED, notice=notice)
+
+
 def _fetch_run(wanted: str) -> RunFolder:
-    if Path(wanted).is_dir():
-        return RunFolder(wanted)
+    if Path(wanted).expanduser().is_dir():
+        return RunFolder(Path(wanted).expanduser())
+    if not HUB_ID.fullmatch(wanted):
+        raise FluxSaeError(
+            "there is no such folder on this machine, and it is no name of a Hub repository (user/name, or "
+            "user/name@revision)."
+        )
     from fluxsae.publishing.publish import pull_run
 
     return pull_run(wanted)
@@ -335,11 +560,16 @@ def require_flux(bench: Workbench) -> None:
     """Refuses a run whose FLUX cannot be loaded here, before a visitor waits for it.
 
     Raises:
-        FluxSaeError: no GPU, no access, or no network; the message says what to do.
+        FluxSaeError: no SAE, no GPU, no access, or no network; the message says what to do.
     """
+    missing = [name for name in bench.hookpoints if not bench.run.has_sae(name)]
+    if missing:
+        raise FluxSaeError(f"it holds no SAE of {', '.join(missing)}; copy the folder sae/ of the run as well.")
     flux_id = bench.flux_source
     if bench.has_local_flux:
         return
+    if Path(flux_id).is_absolute():
+        raise FluxSaeError(f"its FLUX, {Path(flux_id).name}, is a folder of another machine; set FLUXSAE_FLUX to one.")
     if bench.device == "cpu" and not os.environ.get("SPACES_ZERO_GPU"):
         raise FluxSaeError(f"its FLUX, {flux_id}, needs a GPU with 48 GB, and this machine has none.")
     _require_access(flux_id, bench.info.flux_revision)

@@ -6,7 +6,6 @@ import math
 import os
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -86,6 +85,9 @@ def serve(bench: "Workbench") -> None:
     """
     import spaces
 
+    from fluxsae.ui.serve.shelf import MAX_RUNS
+
+    bench.fluxes.most = MAX_RUNS  # each process that the GPU is lent to has all of them
     _ = (bench.pipe, bench.saes, bench.distance, bench.embedder, bench.token_limits)
     _served[bench.source] = Served(
         bench,
@@ -93,13 +95,15 @@ def serve(bench: "Workbench") -> None:
         pass_seconds=max(LEAST_PASS_SECONDS, pass_operations(bench) / OPERATIONS),
     )
     lent = spaces.GPU(duration=seconds_of)(run_job)
-    bench.lane.stream_job = lambda job: _stream(lent, bench.source, job)
+    bench.lane.stream_job = lambda job, bench: _stream(lent, bench.source, job)
 
 
 def seconds_of(source: str, job: "Job") -> int:
     """GPU seconds to ask for: they count against the visitor's quota, so they follow the work."""
     served = _served[source]
-    return math.ceil(served.start_seconds + job.n_passes * served.pass_seconds + job.n_pictures * PICTURE_SECONDS)
+    return math.ceil(
+        served.start_seconds + job.n_passes(served.bench) * served.pass_seconds + job.n_pictures * PICTURE_SECONDS
+    )
 
 
 def pass_operations(bench: "Workbench") -> float:
@@ -116,12 +120,11 @@ def run_job(source: str, job: "Job") -> Iterator[Any]:
 
     Refusals and faults are results too. Closed before its end, it returns when the job has stopped.
     """
-    from fluxsae.ui.serve.lane import in_executor
+    from fluxsae.ui.serve.lane import Done, FluxLane, StepDone
 
-    bench = _served[source].bench
-    with ThreadPoolExecutor(max_workers=1) as executor:
+    with contextlib.closing(FluxLane()) as lane, contextlib.closing(lane.stream(job, _served[source].bench)) as events:
         try:
-            yield from in_executor(executor, lambda on_step: job.run(bench, on_step))
+            yield from (event for event in events if isinstance(event, StepDone | Done))
         except FluxSaeError as error:
             yield Refused(str(error))
         except Exception as error:

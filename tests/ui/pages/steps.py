@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from playwright.sync_api import Page
 
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 812}
+DESKTOP, PHONE = {"width": 1366, "height": 900}, {"width": 390, "height": 844}
 WAIT = 90_000
 PROMPT = "a large red circle on a black background"
 Open = Callable[..., Page]
@@ -25,6 +25,7 @@ def go_to(page: Page, tab: str) -> None:
 
 
 def generate(page: Page, prompt: str = PROMPT) -> None:
+    page.get_by_label("Keep this seed").check()
     page.locator("#heatmap-prompt textarea").fill(prompt)
     page.locator("#heatmap-go").click()
     page.wait_for_function("prompt => document.querySelector('fs-lab').data.prompt === prompt", arg=prompt)

@@ -57,7 +57,7 @@ def test_a_painted_region_is_in_the_link_the_recipe_and_the_strip_before_any_pic
     expect(result.get_by_text("does not show the painted region yet")).to_be_visible()
     result.get_by_role("button", name="Copy link").click()
     expect(result.get_by_role("button", name="Copied")).to_be_visible()
-    view = decode_view(page.evaluate("navigator.clipboard.readText()").partition("?view=")[2])
+    view = decode_view(page.evaluate("navigator.clipboard.readText()").partition("#view=")[2])
     with page.expect_download() as download:
         result.get_by_role("link", name="Recipe", exact=True).click()
     recipe = json.loads(download.value.path().read_text())
@@ -80,7 +80,7 @@ def test_a_region_painted_before_anything_is_turned_is_kept(visit: Open) -> None
     result = page.locator("fs-result")
     result.get_by_role("button", name="Copy link").click()
     expect(result.get_by_role("button", name="Copied")).to_be_visible()
-    (edit,) = decode_view(page.evaluate("navigator.clipboard.readText()").partition("?view=")[2])["edits"]
+    (edit,) = decode_view(page.evaluate("navigator.clipboard.readText()").partition("#view=")[2])["edits"]
     assert 1 <= sum(map(sum, edit["region"])) < 60
     turn(page, 0.5)
     wait_until_turned(page)

@@ -177,11 +177,11 @@ def test_the_natural_range_goes_when_the_steps_of_an_edit_change(visit: Open) ->
     page.locator(".fs-starter").first.click()
     wait_until_turned(page)
     page.locator("#steer-strip-go").click()
-    expect(page.locator(".fs-safe")).to_have_count(1)
+    expect(page.locator(".fs-natural")).to_have_count(1)
     page.get_by_text("When and where").first.click()
     page.get_by_label("First step edited").first.fill("8")
     page.get_by_label("First step edited").first.press("Enter")
-    expect(page.locator(".fs-safe")).to_have_count(0)
+    expect(page.locator(".fs-natural")).to_have_count(0)
     expect(page.get_by_label("First step edited").first).to_be_visible()
     page.wait_for_function("document.querySelector('fs-result').data.edits[0].steps")
     assert page.evaluate("document.querySelector('fs-result').data.edits[0].steps") == [8, 20]
@@ -203,5 +203,7 @@ def test_image_and_recipe_are_downloaded_and_the_recipe_loads_again(visit: Open,
     assert "Measurements" in (tmp_path / "report.html").read_text()
     other = visit()
     go_to(other, "Steer")
-    other.locator("input[type=file]").first.set_input_files(picture)
+    with other.expect_file_chooser() as chooser:
+        other.get_by_role("button", name="Load a recipe").click()
+    chooser.value.set_files(picture)
     expect(other.locator(".fs-edit output")).to_contain_text("3 × its activation removed")

@@ -38,7 +38,9 @@ def test_what_is_refused_is_told_once(visit: Open, tmp_path: Path) -> None:
     page = visit()
     go_to(page, "Steer")
     (tmp_path / "recipe.json").write_text("{}")
-    page.locator("input[type=file]").first.set_input_files(tmp_path / "recipe.json")
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Load a recipe").click()
+    chooser.value.set_files(tmp_path / "recipe.json")
     expect(page.locator(told)).to_contain_text(
         "recipe.json is no recipe of fluxsae: {} is no recipe of schema_version 1"
     )
@@ -50,6 +52,7 @@ def test_what_is_refused_is_told_once(visit: Open, tmp_path: Path) -> None:
 
 def test_a_feature_goes_from_the_heatmap_to_its_page_and_to_the_sliders(visit: Open) -> None:
     page = visit()
+    page.locator("fs-lab .fs-card").first.click()
     feature = chosen(page)
     page.locator("fs-lab").get_by_role("button", name="Open its page").click()
     expect(page.locator("fs-feature article")).to_have_attribute("aria-label", f"Feature {feature}")
@@ -64,7 +67,7 @@ def test_a_feature_goes_from_the_heatmap_to_its_page_and_to_the_sliders(visit: O
 def test_the_about_tab_has_code_for_every_endpoint(visit: Open, served: page_server.Page) -> None:
     page = visit()
     go_to(page, "About")
-    expect(page.locator("fs-endpoints .fs-endpoint")).to_have_count(8)
+    expect(page.locator("fs-endpoints .fs-endpoint")).to_have_count(13)
     page.locator("fs-endpoints summary").first.click()
     expect(page.locator("fs-endpoints pre").first).to_contain_text(served.url)
 

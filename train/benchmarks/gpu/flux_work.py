@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fluxsae.features.scores import max_over_tokens
 from fluxsae.flux import (
+    AnyFlux,
     BlockCall,
     Embeddings,
-    FluxPipeline,
     capture,
     compile_blocks,
     decode_latents,
@@ -48,7 +48,7 @@ _SWEEP_STEPS = 8
 class FluxBench:
     """The pipeline on the bench."""
 
-    pipe: FluxPipeline
+    pipe: AnyFlux
     desk: Desk
 
     @property
@@ -124,7 +124,7 @@ def measure_steps(bench: FluxBench) -> None:
 
     def scored() -> None:
         def score(call: BlockCall) -> None:
-            max_over_tokens(sae.encode_sparse(call.tokens))
+            max_over_tokens(sae.encode_sparse(call.tokens, sigma=call.sigma))
 
         with capture(bench.pipe, [scale.first], sink=score):
             bench.run(n_steps)

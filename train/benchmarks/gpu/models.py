@@ -126,16 +126,16 @@ def build_pipeline(
     generator = torch.Generator(device).manual_seed(seed)
 
     def fill(build: Callable[[], nn.Module]) -> Any:
-        return _filled(build, generator, dtype)
+        return filled(build, generator, dtype)
 
     flow = {"base_shift": 0.5, "max_shift": 1.15, "shift": 3.0, "use_dynamic_shifting": True}
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**flow),
         vae=fill(lambda: AutoencoderKL(**vae)),
         text_encoder=fill(lambda: CLIPTextModel(CLIPTextConfig(**scale.clip, **special))),
-        tokenizer=_tokenizer(words, scale.clip["max_position_embeddings"]),
+        tokenizer=word_tokenizer(words, scale.clip["max_position_embeddings"]),
         text_encoder_2=fill(lambda: T5EncoderModel(T5Config(**scale.t5, pad_token_id=0, eos_token_id=2))),
-        tokenizer_2=_tokenizer(words, scale.settings.max_sequence_length),
+        tokenizer_2=word_tokenizer(words, scale.settings.max_sequence_length),
         transformer=fill(lambda: FluxTransformer2DModel(**scale.transformer)),
     )
     pipe.generation_settings = scale.settings
@@ -143,7 +143,8 @@ def build_pipeline(
     return pipe
 
 
-def _filled(build: Callable[[], nn.Module], generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
+def filled(build: Callable[[], nn.Module], generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
+    """A module with random weights on the generator's device; its shapes are built on the meta device first."""
     with torch.device("meta"):
         module = build()
     module = module.to(dtype).to_empty(device=generator.device).eval().requires_grad_(False)
@@ -152,9 +153,16 @@ def _filled(build: Callable[[], nn.Module], generator: torch.Generator, dtype: t
     for name, parameter in module.named_parameters():
         _fill_parameter(name, parameter, generator)
     for name, buffer in module.named_buffers():
-        assert name.endswith("position_ids"), f"{name} has no value to take"
-        buffer.copy_(torch.arange(buffer.numel(), device=buffer.device).reshape(buffer.shape))
+        _fill_buffer(name, buffer)
     return module
+
+
+def _fill_buffer(name: str, buffer: Tensor) -> None:
+    """Positions count up; a batch norm changes nothing."""
+    if name.endswith("position_ids"):
+        buffer.copy_(torch.arange(buffer.numel(), device=buffer.device).reshape(buffer.shape))
+    else:
+        buffer.fill_({"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}[name.rpartition(".")[2]])
 
 
 def _fill_parameter(name: str, parameter: Tensor, generator: torch.Generator) -> None:
@@ -165,7 +173,8 @@ def _fill_parameter(name: str, parameter: Tensor, generator: torch.Generator) ->
         parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def _tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
+def word_tokenizer(words: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
+    """One token a word."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -1,1 +1,1 @@
-"""Every stage of a run at FLUX.1-dev's true widths, with random weights: `python -m train.benchmarks rehearsal`."""
+"""Every stage of a run at a FLUX's true widths, with random weights: `python -m train.benchmarks rehearsal`."""

@@ -1,12 +1,13 @@
-"""A whole run at FLUX.1-dev's true widths with random weights: seconds and peak memory of each stage.
+"""A whole run at the true widths of a FLUX with random weights: seconds and peak memory of each stage.
 
     python -m train.benchmarks rehearsal
+    python -m train.benchmarks rehearsal --model flux2-klein
     python -m train.benchmarks rehearsal --model tiny        # tries the rehearsal itself, in two minutes
 
-The transformer is 3072 wide with 24 heads, the text 4096 wide, the autoencoder's configuration the real one; there are
-2 + 2 blocks instead of 19 + 38, so that all fits in 16 GB of memory. It shows that every stage works in bfloat16 and
-on an image that is not square, and what it costs; the features mean nothing. Stopped at any moment, the same command
-continues.
+The transformer is 3072 wide with 24 heads, the text 4096 wide (klein: 7680), the autoencoder's configuration the real
+one; there are 2 + 2 blocks instead of 19 + 38 (klein: 5 + 20), so that all fits in 16 GB of memory. It shows that
+every stage works in bfloat16 and on an image that is not square, and what it costs; the features mean nothing. Stopped
+at any moment, the same command continues.
 """
 
 import json

@@ -14,16 +14,18 @@ from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.prompts import load_prompts
 from train.benchmarks.gpu.models import DEV, TINY, Scale, build_pipeline
 from train.benchmarks.options import Model
+from train.benchmarks.rehearsal.klein import KLEIN, KleinScale, build_klein
 from train.prompts import BUNDLED_PROMPTS
 
 N_BLOCKS = {"num_layers": 2, "num_single_layers": 2}
-SCALES: dict[str, Scale] = {
+SCALES: dict[str, Scale | KleinScale] = {
     "flux1-dev": replace(
         DEV,
         transformer=DEV.transformer | N_BLOCKS,
         t5=DEV.t5 | {"num_layers": 1},
         settings=GenerationSettings(height=256, width=384, num_inference_steps=4),
     ),
+    "flux2-klein": replace(KLEIN, transformer=KLEIN.transformer | N_BLOCKS),
     "tiny": replace(
         TINY,
         n_features=256,
@@ -31,7 +33,8 @@ SCALES: dict[str, Scale] = {
     ),
 }
 """`tiny` is no model of anybody: it tries the rehearsal itself, in a minute."""
-N_SPECIAL = 4
+N_SPECIAL = 6
+"""Of a vocabulary: padding, start, end, unknown, and the two speakers of a chat message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +49,18 @@ class Config:
 
 def main(config: Config) -> None:
     """Builds the pipeline in bfloat16 and saves it."""
-    scale = SCALES[config.model]
-    pipe = build_pipeline(scale, device=torch.device("cpu"), dtype=torch.bfloat16, words=known_words(scale))
-    pipe.save_pretrained(config.out)
+    scale, device, dtype = SCALES[config.model], torch.device("cpu"), torch.bfloat16
+    if isinstance(scale, KleinScale):
+        build_klein(scale, device=device, dtype=dtype, words=known_words(scale)).save_pretrained(config.out)
+    else:
+        build_pipeline(scale, device=device, dtype=dtype, words=known_words(scale)).save_pretrained(config.out)
 
 
-def known_words(scale: Scale) -> list[str]:
-    """The words of the bundled prompts that fit both vocabularies, so that different prompts differ for the model."""
+def known_words(scale: Scale | KleinScale) -> list[str]:
+    """The words of the bundled prompts that fit the vocabularies, so that different prompts differ for the model."""
     words = re.findall(r"\w+|[^\w\s]+", "\n".join(load_prompts(BUNDLED_PROMPTS)))
-    room = min(scale.t5["vocab_size"], scale.clip["vocab_size"]) - N_SPECIAL
+    encoders = [scale.qwen] if isinstance(scale, KleinScale) else [scale.t5, scale.clip]
+    room = min(encoder["vocab_size"] for encoder in encoders) - N_SPECIAL
     return list(dict.fromkeys(words))[:room]
 
 

@@ -1,6 +1,5 @@
 """The page of a run as its first visitor meets it: how soon it opens, the first click, the first image."""
 
-import json
 import os
 import socket
 import subprocess
@@ -10,16 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import Request, urlopen
 
-from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex
 from fluxsae.runs.folder import RunFolder
+from train.benchmarks.page.visits import config_text, post
 from train.benchmarks.rehearsal.clock import Timing, wait_for
 
 ROOT = Path(__file__).parents[3]
-OPENS_WITHIN = 600.0
 
 
 def measure_page(run: RunFolder, flux: Path) -> list[Timing]:
@@ -28,8 +24,8 @@ def measure_page(run: RunFolder, flux: Path) -> list[Timing]:
     feature = CardIndex(run, hookpoint).ranked[0]
     timings = []
     started = time.perf_counter()
-    with _served(run, flux) as (process, url):
-        n_bytes = len(_config(process, url))
+    with served(run, flux) as (process, url):
+        n_bytes = len(config_text(url, process))
         timings.append(
             Timing("page: opens", time.perf_counter() - started, note=f"configuration {n_bytes / 1e6:.1f} MB")
         )
@@ -39,30 +35,16 @@ def measure_page(run: RunFolder, flux: Path) -> list[Timing]:
         }
         for name, (endpoint, arguments) in calls.items():
             started = time.perf_counter()
-            _call(url, endpoint, arguments)
+            post(url, endpoint, arguments)
             timings.append(Timing(name, time.perf_counter() - started))
         process.terminate()
         _, peak = wait_for(process)
     return [*timings[:-1], Timing(timings[-1].name, timings[-1].seconds, peak)]
 
 
-def _call(url: str, endpoint: str, arguments: dict[str, Any]) -> None:
-    """Calls an endpoint and waits for its answer.
-
-    Raises:
-        FluxSaeError: it was refused, or failed.
-    """
-    body, head = json.dumps(arguments).encode(), {"Content-Type": "application/json"}
-    with urlopen(Request(f"{url}/gradio_api/call/v2/{endpoint}", data=body, headers=head)) as asked:
-        event = json.load(asked)["event_id"]
-    with urlopen(f"{url}/gradio_api/call/{endpoint}/{event}") as answer:
-        lines = answer.read().decode().splitlines()
-    if "event: complete" not in lines:
-        raise FluxSaeError(f"/{endpoint} of the page failed: {' '.join(lines[-3:])[:300]}")
-
-
 @contextmanager
-def _served(run: RunFolder, flux: Path) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
+def served(run: RunFolder, flux: Path) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
+    """`python app.py` of a run and a FLUX: the process and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -79,20 +61,3 @@ def _served(run: RunFolder, flux: Path) -> Iterator[tuple["subprocess.Popen[byte
         if process.poll() is None:
             process.kill()
             process.wait()
-
-
-def _config(process: "subprocess.Popen[bytes]", url: str) -> bytes:
-    """The page's configuration, once it answers.
-
-    Raises:
-        FluxSaeError: the app ends before, or takes too long.
-    """
-    deadline = time.monotonic() + OPENS_WITHIN
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            with urlopen(f"{url}/config", timeout=60) as answer:
-                config: bytes = answer.read()
-                return config
-        except (URLError, ConnectionError):
-            time.sleep(0.2)
-    raise FluxSaeError(f"app.py did not answer within {OPENS_WITHIN:.0f} s. What it printed above says why.")

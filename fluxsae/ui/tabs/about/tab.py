@@ -8,8 +8,8 @@ import gradio as gr
 
 from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.kit.header import flux_words
-from fluxsae.ui.kit.shell import Shell
-from fluxsae.ui.kit.snippets import snippets
+from fluxsae.ui.kit.shell import QUIET, Shell
+from fluxsae.ui.kit.snippets import PICTURE, snippets
 from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.endpoints import endpoint_arguments
 from fluxsae.ui.serve.schemas import Request
@@ -41,7 +41,8 @@ def build_about_tab(desk: Desk, shell: Shell, tab: gr.Tab) -> None:
     """The tab's text, figures and code."""
     examples = endpoint_examples(desk.bench, shell.endpoints)
     gr.HTML(about_html(desk.bench), elem_id="about-text")
-    gr.HTML({"endpoints": examples}, html_template=element("fs-endpoints"), js_on_load=mount())
+    shown = gr.HTML(None, html_template=element("fs-endpoints"), js_on_load=mount())
+    shell.app.load(lambda: {"endpoints": examples}, None, shown, **QUIET)
 
 
 def about_html(bench: Workbench) -> str:
@@ -69,17 +70,8 @@ def about_html(bench: Workbench) -> str:
 
 
 def endpoint_examples(bench: Workbench, endpoints: Sequence[type[Request]]) -> list[dict[str, Any]]:
-    """Each endpoint as its schema describes it, with a call that works on this run."""
-    cards = bench.cards[bench.limits.default_hookpoint]
-    known = {
-        "prompt": cards.images.prompts[0] if len(cards.images) else "a large red circle",
-        "query": "striped",
-        "feature": bench.example_edit["feature"],
-        "row": bench.limits.rows // 2,
-        "column": bench.limits.cols // 2,
-        "edits": [bench.example_edit],
-        "strengths": [0.1, 0.2, 0.3],
-    }
+    """Each endpoint as its schema describes it, with a call that shows something on this run."""
+    known = _known(bench)
     return [
         {
             "name": f"/{schema.endpoint}",
@@ -87,10 +79,56 @@ def endpoint_examples(bench: Workbench, endpoints: Sequence[type[Request]]) -> l
             "arguments": [
                 [name, argument["description"]] for name, argument in endpoint_arguments(schema, bench).items()
             ],
-            "code": snippets(schema, {**schema.defaults(bench.limits), **known}),
+            "code": snippets(schema, _example(schema, bench, known), run=bench.asked_as),
         }
         for schema in endpoints
     ]
+
+
+def _known(bench: Workbench) -> dict[str, Any]:
+    """Values that show something: the most meaningful feature, in its best image and where it fires most there."""
+    cards, feature = bench.cards[bench.limits.default_hookpoint], bench.example_edit["feature"]
+    best = next(iter(cards[feature].top_images), None)
+    is_made = best is not None and best.source is None and bool(best.prompt)
+    token = best.argmax_token if best is not None else 0
+    prompt = best.prompt if best is not None and is_made else "a large red circle"
+    others = [text for text in cards.images.prompts if text and text != prompt]
+    return {
+        "prompt": prompt,
+        "other": next(iter(others), "a large blue star"),
+        "seed": best.seed if best is not None and is_made else 0,
+        "query": cards.labels[feature] or "",
+        "feature": feature,
+        "row": token // bench.limits.cols,
+        "column": token % bench.limits.cols,
+        "edits": [bench.example_edit],
+        "strengths": [0.1, 0.2, 0.3],
+    }
+
+
+def _example(schema: type[Request], bench: Workbench, known: dict[str, Any]) -> dict[str, Any]:
+    """Values of a call that shows something on this run."""
+    swap = _swap(bench) if "new" in schema.model_fields else {}
+    row = schema.model_fields.get("row")
+    patch = () if row is not None and row.is_required() else ("row", "column")
+    shown = {name: value for name, value in known.items() if name not in patch}
+    return {**schema.defaults(bench.limits), **shown, **swap, **_own_picture(schema)}
+
+
+def _swap(bench: Workbench) -> dict[str, Any]:
+    """A swap that was found to work on this run; of any two names where none was searched."""
+    for hookpoint in reversed(bench.hookpoints):
+        for swap in bench.swaps(hookpoint):
+            if {"label", "new_label", "prompt", "seed"} <= set(swap):
+                return {"old": swap["label"], "new": swap["new_label"], "prompt": swap["prompt"], "seed": swap["seed"]}
+    names = [*bench.cards[bench.limits.default_hookpoint].named(), "red", "blue"]
+    return {"old": names[0], "new": names[1]}
+
+
+def _own_picture(schema: type[Request]) -> dict[str, str]:
+    """The reader's picture, where an endpoint cannot do without."""
+    field = schema.model_fields.get("picture")
+    return {"picture": PICTURE, "prompt": ""} if field is not None and field.is_required() else {}
 
 
 def _settings_words(bench: Workbench) -> str:
@@ -106,7 +144,7 @@ def _figures_html(bench: Workbench) -> str:
     head = "".join(
         f"<th scope='col'>{escape(bench.word(name))}<br><small>{escape(name)}</small></th>" for name in names
     )
-    metrics = {name: bench.run.load_metrics(name) for name in names}
+    metrics = {name: bench.metrics(name) for name in names}
     rows = []
     for key, (words, help, form) in FIGURES.items():
         values = [_value(metrics[name].get(key), form) for name in names]

@@ -4,6 +4,7 @@ import functools
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 import numpy as np
 
@@ -11,12 +12,12 @@ from fluxsae.errors import FluxSaeError, maker
 from fluxsae.features.cards import CardIndex
 from fluxsae.features.directions import nearest_features
 from fluxsae.features.layers import LayerComparison
-from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.pictures.heatmaps import feature_colour, names_colour
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk
+from fluxsae.ui.serve.downloads import Downloads, csv_bytes, whole_number
 from fluxsae.ui.serve.endpoints import Answers
-from fluxsae.ui.serve.schemas import DirectionsRequest
+from fluxsae.ui.serve.schemas import DirectionsRequest, LayersRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +30,8 @@ class DirectionsDesk(Desk):
     """The Directions tab's questions, answered from the run folder."""
 
     def answers(self) -> Answers:
-        """/directions."""
-        return {DirectionsRequest: self.directions}
+        """/directions and /layers."""
+        return {DirectionsRequest: self.directions, LayersRequest: self.layers}
 
     def directions(self, request: DirectionsRequest) -> tuple[list[dict[str, Any]], Any]:
         """The nearest features by cosine of what they write, and a plot of the map around them."""
@@ -41,6 +42,55 @@ class DirectionsDesk(Desk):
             for feature, cosine in near
         ]
         return found, draw_plot(cards, request.feature, [feature for feature, _ in near])
+
+    def downloads(self) -> Downloads:
+        """neighbours.csv of a feature, map.csv of a hook point, layers.csv of two."""
+        return {"neighbours.csv": self._neighbours_csv, "map.csv": self._map_csv, "layers.csv": self._layers_csv}
+
+    def _neighbours_csv(self, asked: Mapping[str, str]) -> bytes:
+        request = DirectionsRequest.parse(
+            self.limits, hookpoint=asked.get("hookpoint"), feature=whole_number(asked, "feature"), n_neighbours=100
+        )
+        labels = self.bench.cards[request.hookpoint].labels
+        rows = ((other, labels[other], cosine) for other, cosine in self._near(request))
+        return csv_bytes(("feature", "label", "cosine"), rows)
+
+    def _map_csv(self, asked: Mapping[str, str]) -> bytes:
+        place = self._place(asked.get("hookpoint"))
+        cards = self.bench.cards[place]
+        self._map(place)  # refuses a run without a map
+        positions = cards.directions["positions"].tolist()
+        rows = ((f, cards.labels[f], cards.max_acts[f], x, y) for f, (x, y) in enumerate(positions))
+        return csv_bytes(("feature", "label", "max_act", "x", "y"), rows)
+
+    def _layers_csv(self, asked: Mapping[str, str]) -> bytes:
+        left, right = self._two(self._place(asked.get("first")), self._place(asked.get("second")))
+        found, one, two = self._comparison(left, right), self.bench.cards[left].labels, self.bench.cards[right].labels
+        matched = zip(found.pairs.tolist(), found.correlations.tolist(), strict=True)
+        rows = ((a, one[a], b, two[b], value) for (a, b), value in matched)
+        names = ("feature", "label", "other_feature", "other_label", "correlation")
+        return csv_bytes(names, rows)
+
+    def layers(self, request: LayersRequest) -> dict[str, Any]:
+        """Matched features of two hook points, and what each has alone."""
+        left, right = self._two(request.first, request.second)
+        comparison, one, two = self._comparison(left, right), self.bench.cards[left], self.bench.cards[right]
+        matched = zip(comparison.pairs[: request.limit], comparison.correlations[: request.limit], strict=True)
+        return {
+            "first": left,
+            "second": right,
+            "pairs": [
+                {"first": views.summary(one, int(a)), "second": views.summary(two, int(b)), "correlation": float(value)}
+                for (a, b), value in matched
+            ],
+            "only_first": self._summaries(one, comparison.only_first, request.limit),
+            "only_second": self._summaries(two, comparison.only_second, request.limit),
+            "n_pairs": len(comparison.pairs),
+            "n_only_first": len(comparison.only_first),
+            "n_only_second": len(comparison.only_second),
+            "counterpart": comparison.counterpart,
+            "correlation_by_chance": comparison.null_correlation,
+        }
 
     def map(self, hookpoint: Any, selection: Any = None) -> dict[str, Any]:
         """Every direction of a hook point on a plane, with the names of its neighbourhoods."""
@@ -57,11 +107,11 @@ class DirectionsDesk(Desk):
         card = cards[request.feature]
         return {
             **views.chip(cards, request.feature),
-            "rows": cards.info.rows,
-            "cols": cards.info.cols,
+            **views.thumb_grid(cards),
             "word": self.bench.word(request.hookpoint),
             "alignment": card.alignment,
-            "pictures": views.card_pictures(cards, card, limit=3),
+            "pictures": views.card_thumbs(cards, request.feature, limit=3),
+            "shown": [{"prompt": top.prompt, "seed": top.seed} for top in card.top_images[:3]],
             "near": [{**views.named(cards, other), "cosine": cosine} for other, cosine in self._near(request)],
             **self.frame(DirectionsRequest, request.model_dump(), tab="directions"),
         }
@@ -70,14 +120,13 @@ class DirectionsDesk(Desk):
         """Hook point, map and neighbours of a link."""
         return view.get("hookpoint"), self.map(view.get("hookpoint"), view), self.near(view)
 
-    def compare(self, first: Any, second: Any) -> dict[str, Any]:
+    def compared(self, first: Any, second: Any) -> dict[str, Any]:
         """Which features of one hook point live on at another, and what each alone has."""
-        left, right = sorted(map(self._place, (first, second)), key=self.bench.hookpoints.index)
-        if left == right:
-            raise FluxSaeError(f"Both hook points are {left}. Choose two different ones.")
+        left, right = self._two(self._place(first), self._place(second))
         comparison = self._comparison(left, right)
         one, two = self.bench.cards[left], self.bench.cards[right]
         return {
+            "file": f"{self.files}/layers.csv?{urlencode({'first': left, 'second': right})}",
             "word_first": self.bench.word(left),
             "word_second": self.bench.word(right),
             "chance": comparison.null_correlation,
@@ -90,6 +139,12 @@ class DirectionsDesk(Desk):
             "only_second": self._alone(two, comparison.only_second),
             "n_only_second": len(comparison.only_second),
         }
+
+    def _two(self, first: str, second: str) -> list[str]:
+        """Two hook points in FLUX's order."""
+        if first == second:
+            raise FluxSaeError(f"Both hook points are {first}. Choose two different ones.")
+        return sorted((first, second), key=self.bench.hookpoints.index)
 
     def _place(self, hookpoint: Any) -> str:
         """A hook point of this run."""
@@ -126,6 +181,7 @@ class DirectionsDesk(Desk):
         alive = (cards.features.column("max_act") > 0).astype(np.uint8)
         return {
             "hookpoint": hookpoint,
+            "file": f"{self.files}/map.csv?{urlencode({'hookpoint': hookpoint})}",
             "word": self.bench.word(hookpoint),
             "positions": views.base64_text(positions),
             "n_dead": int(len(alive) - alive.sum()),
@@ -137,8 +193,8 @@ class DirectionsDesk(Desk):
 
     def _comparison(self, left: str, right: str) -> LayerComparison:
         run = self.bench.run
-        if not run.comparison_path(HookPoint.parse(left), HookPoint.parse(right)).is_file():
-            raise FluxSaeError(f"These hook points were not compared yet. Compare them: {maker('compare_layers')}.")
+        if not run.comparison_path(left, right).is_file():
+            raise FluxSaeError(f"These SAEs were not compared yet. Compare them: {maker('compare_layers')}.")
         return LayerComparison.from_tensors(run.load_comparison(left, right))
 
     def _pairs(self, comparison: LayerComparison, one: CardIndex, two: CardIndex) -> list[dict[str, Any]]:
@@ -160,20 +216,30 @@ class DirectionsDesk(Desk):
         ]
 
     def _alone(self, cards: CardIndex, features: np.ndarray) -> list[dict[str, Any]]:
-        alone = set(features.tolist())
-        best = [feature for feature in cards.ranked if feature in alone]
-        return [views.named(cards, feature) for feature in best[:COMPARED]]
+        return [views.named(cards, feature) for feature in _best(cards, features)[:COMPARED]]
+
+    def _summaries(self, cards: CardIndex, features: np.ndarray, limit: int) -> list[dict[str, Any]]:
+        return [views.summary(cards, feature) for feature in _best(cards, features)[:limit]]
 
     def _position(self, cards: CardIndex, feature: int) -> list[float] | None:
         return cards.directions["positions"][feature].tolist() if cards.directions else None
 
 
+def _best(cards: CardIndex, features: np.ndarray) -> list[int]:
+    """Some features, the most meaningful first."""
+    wanted = set(features.tolist())
+    return [feature for feature in cards.ranked if feature in wanted]
+
+
 def place_names(cards: CardIndex, positions: np.ndarray) -> list[dict[str, Any]]:
     """Names for the map: each label once, at its feature in the midst of the others; the most frequent labels first."""
     counts = Counter(label for label in cards.labels if label)
+    by_label: dict[str, list[int]] = {}
+    for feature, label in enumerate(cards.labels):
+        by_label.setdefault(label or "", []).append(feature)
     names = []
     for label, _ in counts.most_common(PLACE_NAMES):
-        members = [feature for feature, other in enumerate(cards.labels) if other == label]
+        members = by_label[label]
         middle = np.median(positions[members], axis=0)
         nearest = members[int(np.argmin(((positions[members] - middle) ** 2).sum(axis=1)))]
         names.append({"label": label, "feature": nearest})
@@ -188,7 +254,8 @@ def draw_plot(cards: CardIndex, feature: int, near: list[int]) -> Any:
         raise FluxSaeError(f"This run has no map of directions. Make it: {maker('directions')}.")
     positions = cards.directions["positions"].numpy()
     names = [f"feature {index}{f': {label}' if label else ''}" for index, label in enumerate(cards.labels)]
-    others = [index for index in range(len(cards)) if index != feature and index not in set(near)]
+    shown = {feature, *near}
+    others = [index for index in range(len(cards)) if index not in shown]
     figure = go.Figure(
         layout={"template": "plotly_white", "showlegend": False, "margin": {"l": 8, "r": 8, "t": 40, "b": 8}}
     )

@@ -35,7 +35,7 @@ def build_directions_tab(desk: DirectionsDesk, shell: Shell, tab: gr.Tab) -> Non
                 second = gr.Dropdown(bench.hookpoint_choices(), value=bench.hookpoints[-1], label="Second")
                 go = gr.Button("Compare", variant="primary", scale=0, min_width=140, elem_id="directions-compare-go")
             compared = gr.HTML(None, html_template=element("fs-compared"), js_on_load=mount(select="select"))
-        go.click(guarded(desk.compare), [first, second], compared, **QUEUED)
+        go.click(guarded(desk.compared), [first, second], compared, **QUEUED)
         shell.remember(compared)
     tab.select(guarded(desk.map), [hookpoint, shell.selection], chart, **QUEUED)
     hookpoint.change(guarded(desk.map), [hookpoint, shell.selection], chart, **QUEUED)

@@ -246,6 +246,7 @@ FS.define("fs-map", (root, data) => {
               paint();
             },
           }),
+          FS.file(data.file, "CSV"),
         ),
       ),
       stage,
@@ -275,7 +276,7 @@ FS.define("fs-near", (root, data) => {
         `Features of ${data.hookpoint} (${data.word}) that write in a similar direction, by cosine of their decoder rows.`,
       pictures: [
         ...(chart ? [["the map of directions", chart.toDataURL("image/png"), "100%"]] : []),
-        ...drawn.map((canvas, at) => [FS.told(data.pictures[at]), canvas.toDataURL("image/png")]),
+        ...drawn.map((canvas, at) => [FS.told(data.shown[at]), canvas.toDataURL("image/png")]),
       ],
       measurement: {
         hookpoint: data.hookpoint,
@@ -336,7 +337,14 @@ FS.define("fs-near", (root, data) => {
           )
         ),
       ),
-      FS.actions(data, report),
+      FS.actions(
+        data,
+        report,
+        FS.file(
+          `${data.files}/neighbours.csv?${FS.query({ hookpoint: data.hookpoint, feature: data.feature })}`,
+          "Neighbours as CSV",
+        ),
+      ),
       FS.code(data.code),
     ),
   );
@@ -387,5 +395,6 @@ FS.define("fs-compared", (root, data) => {
       alone(`Only in ${data.word_first}`, data.only_first, data.n_only_first),
       alone(`Only in ${data.word_second}`, data.only_second, data.n_only_second),
     ),
+    FS.el("div", { class: "fs-row" }, FS.file(data.file, "All matches as CSV")),
   );
 });

@@ -1,24 +1,26 @@
 """What the Gallery tab and its endpoints ask for, from the run folder alone."""
 
 import functools
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 from PIL import Image
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex, CardNeighbour, FeatureCard
+from fluxsae.features.naming import PLACES
 from fluxsae.pictures.heatmaps import overlay
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk
-from fluxsae.ui.kit.snippets import snippets
-from fluxsae.ui.serve.arguments import MAX_RESULTS
+from fluxsae.ui.serve.downloads import Downloads, csv_bytes
 from fluxsae.ui.serve.endpoints import Answers
-from fluxsae.ui.serve.schemas import FeatureRequest, SearchRequest
+from fluxsae.ui.serve.pictures import thumbnail_url
+from fluxsae.ui.serve.schemas import FeatureRequest, SearchRequest, SilenceRequest
 from fluxsae.ui.serve.session import Workbench
+from fluxsae.ui.tabs.gallery.words import WordsDesk
 
 PAGE = 24
 """Cards shown at first, and added by each "show more"."""
@@ -31,6 +33,11 @@ SORTS = {
     "rare": "Fires most rarely first",
     "number": "By number",
 }
+COLUMNS = (
+    "feature", "label", "label_confidence", "feature_class", "density", "image_density", "mean_act", "max_act",
+    "coherence", "p_value", "q_value", "is_coherent", "monosemanticity", "spatial_spread", "family",
+)  # fmt: skip
+"""What the table of features tells of each."""
 CLASSES = {"any": "Any", "rare": "Rare", "common": "Common", "very common": "Very common", "dead": "Dead"}
 
 
@@ -39,43 +46,63 @@ class GalleryDesk(Desk):
 
     def __init__(self, bench: Workbench) -> None:
         super().__init__(bench)
-        self._lock = threading.Lock()
+        self.words = WordsDesk(bench)
 
     def answers(self) -> Answers:
-        """/search_features and /feature."""
-        return {SearchRequest: functools.partial(views.search, self.bench), FeatureRequest: self.feature}
+        """/search_features, /feature and /silence."""
+        return {
+            SearchRequest: functools.partial(views.search, self.bench),
+            FeatureRequest: self.feature,
+            SilenceRequest: self.words.answer,
+        }
+
+    def downloads(self) -> Downloads:
+        """features.csv: all features that a query and its filters find, in the order of the gallery."""
+        return {"features.csv": self._features_csv}
+
+    def _features_csv(self, asked: Mapping[str, str]) -> bytes:
+        request = SearchRequest.parse(
+            self.limits, query=asked.get("query", ""), hookpoint=asked.get("hookpoint"), limit=PAGE
+        )
+        cards, reasons = self.bench.cards[request.hookpoint], self._found(request.hookpoint, request.query)
+        kept = _passing(cards, list(reasons), asked.get("class", "any"), asked.get("coherent") == "true")
+        names = [name for name in COLUMNS if name in cards.features]
+        columns = [cards.features.column(name).tolist() for name in names]
+        rows = ([*(column[f] for column in columns), reasons[f]] for f in _sorted(cards, kept, asked.get("sort")))
+        return csv_bytes([*names, "found_by"], rows)
 
     def gallery(  # noqa: PLR0917 - the order of the tab's inputs
-        self, query: Any, hookpoint: Any, feature_class: Any, coherent_only: Any, sort: Any, shown: Any = PAGE
+        self, query: Any, hookpoint: Any, feature_class: Any, coherent_only: Any, sort: Any, start: Any = 0
     ) -> dict[str, Any]:
-        """The page's cards for a query and its filters."""
+        """A page of cards for a query and its filters, from the card `start` on; the summary counts all of them."""
         chosen_class = feature_class if feature_class in CLASSES else "any"
         chosen_sort = sort if sort in SORTS else "best"
-        n_shown = int(shown) if isinstance(shown, int) else PAGE
+        first = start if isinstance(start, int) and start > 0 else 0
         try:
-            request = SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=MAX_RESULTS)
-            with self._lock:  # what many ask for at once is found once
-                return self._gallery(request, chosen_class, bool(coherent_only), chosen_sort, n_shown)
+            request = SearchRequest.parse(self.limits, query=query, hookpoint=hookpoint, limit=PAGE)
+            return self._gallery(request, chosen_class, bool(coherent_only), chosen_sort, first)
         except FluxSaeError as error:  # too long, or a number that no feature has
-            return {"rows": 0, "cols": 0, "summary": str(error), "cards": [], "more": None, "code": None}
+            return {"rows": 0, "cols": 0, "start": 0, "summary": str(error), "cards": [], "more": None, "code": None}
 
-    @functools.lru_cache(maxsize=32)  # noqa: B019 - one desk a page, for as long as it is served
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - one desk a page, for as long as it is served
     def _gallery(
-        self, request: SearchRequest, feature_class: str, coherent_only: bool, sort: str, shown: int
+        self, request: SearchRequest, feature_class: str, coherent_only: bool, sort: str, start: int
     ) -> dict[str, Any]:
         cards = self.bench.cards[request.hookpoint]
-        reasons = self._found(request)
+        reasons = self._found(request.hookpoint, request.query)
         kept = _passing(cards, list(reasons), feature_class, coherent_only)
-        chosen = _sorted(cards, kept, sort)
-        page = chosen[: min(int(shown), 20 * PAGE)]
-        left = len(chosen) - len(page)
+        page = _sorted(cards, kept, sort)[start : start + PAGE]
+        asked = {"query": request.query, "hookpoint": request.hookpoint, "class": feature_class, "sort": sort}
+        asked |= {"coherent": "true"} if coherent_only else {}
+        left = max(0, len(kept) - start - len(page))
         return {
-            "rows": cards.info.rows,
-            "cols": cards.info.cols,
+            **views.thumb_grid(cards),
+            "start": start,
             "summary": _summary_words(request.query, [reasons[feature] for feature in kept], len(cards)),
             "cards": [{**self._card(cards, feature), "reason": reasons[feature]} for feature in page],
-            "more": f"Show {min(PAGE, left)} more of {left}" if left else None,
-            "code": snippets(SearchRequest, {**request.model_dump(), "limit": PAGE}),
+            "more": f"Show {min(PAGE, left)} more of {left:,}" if left else None,
+            "file": f"{self.files}/features.csv?{urlencode(asked)}",
+            "code": self.code(SearchRequest, request.model_dump()),
         }
 
     def page(self, selection: Any) -> dict[str, Any]:
@@ -91,8 +118,10 @@ class GalleryDesk(Desk):
             "cols": cards.info.cols,
             "sentence": sentence(card),
             "pictures": views.card_pictures(cards, card, limit=PICTURES),
-            "silent": [_silent(cards, image) for image in card.silent_images[:4]],
+            "levels": _levels(cards, card),
+            "silent": [_plain(cards, image) for image in card.silent_images[:4]],
             "facts": facts(card),
+            "silencing": self.words.cost_words(card),
             **_histogram(card),
             "steps": list(card.steps),
             "step_profile": list(card.step_profile),
@@ -106,25 +135,25 @@ class GalleryDesk(Desk):
         cards = self.bench.cards[request.hookpoint]
         card = cards[request.feature]
         heat = cards.heatmaps(request.feature)
-        pictures = [
-            (
-                overlay(cards.picture(top.image_id), heat[top.image_id], min_side=views.OVERLAY_SIDE),
-                f"{top.prompt} (seed {top.seed}): {100 * top.score / card.max_act:.0f} % of its maximum",
-            )
-            for top in card.top_images
-            if top.image_id in heat
-        ]
+        with views.DRAWING:
+            pictures = [
+                (
+                    overlay(cards.picture(top.image_id), heat[top.image_id], min_side=views.OVERLAY_SIDE),
+                    f"{top.prompt} (seed {top.seed}): {100 * top.score / card.max_act:.0f} % of its maximum",
+                )
+                for top in card.top_images[: views.MAX_OVERLAYS]
+                if top.image_id in heat
+            ]
         return card.to_dict(), pictures
 
-    def _found(self, request: SearchRequest) -> dict[int, str]:
+    @functools.lru_cache(maxsize=16)  # noqa: B019 - one desk a page, for as long as it is served
+    def _found(self, hookpoint: str, query: str) -> dict[int, str]:
         """Feature -> why it was found, best first; every feature for an empty query."""
-        if not request.query:
-            return dict.fromkeys(self.bench.cards[request.hookpoint].ranked, "best")
-        return {hit["feature"]: hit["reason"] for hit in views.search(self.bench, request)}
+        found = views.hits(self.bench, hookpoint, query, limit=self.limits.hookpoints[hookpoint])
+        return {hit.feature: hit.reason for hit in found}
 
     def _card(self, cards: CardIndex, feature: int) -> dict[str, Any]:
-        pictures = views.card_pictures(cards, cards[feature], limit=THUMBS)
-        return {**views.chip(cards, feature), "pictures": pictures}
+        return {**views.chip(cards, feature), "pictures": views.card_thumbs(cards, feature, limit=THUMBS)}
 
 
 def _passing(cards: CardIndex, features: list[int], feature_class: str, coherent_only: bool) -> list[int]:
@@ -156,7 +185,7 @@ def _summary_words(query: str, reasons: Sequence[str], n_all: int) -> str:
     n_words, n_alike = reasons.count("words"), reasons.count("clip")
     parts = [f"{len(reasons) - n_words - n_alike:,} of {n_all:,} features match “{query}” by name"]
     parts += [f"{n_words:,} more by the captions of their best images"] if n_words else []
-    parts += [f"{n_alike:,} more by similarity of their images (CLIP)"] if n_alike else []
+    parts += [f"{n_alike:,} more are most similar by their images (CLIP)"] if n_alike else []
     return "; ".join(parts)
 
 
@@ -176,9 +205,27 @@ def _histogram(card: FeatureCard) -> dict[str, list[Any]]:
     return {"histogram": list(card.histogram[first:last]), "histogram_edges": edges}
 
 
-def _silent(cards: CardIndex, image_id: int) -> dict[str, Any]:
-    row = cards.images[image_id]
-    return {"image": views.webp_url(row.thumbnail), "prompt": row.prompt, "seed": row.seed, "map": None}
+def _plain(cards: CardIndex, image_id: int) -> dict[str, Any]:
+    images = cards.images
+    return {
+        "image": thumbnail_url(images, image_id),
+        "prompt": images.prompts[image_id],
+        "seed": images.seeds[image_id],
+        "map": None,
+    }
+
+
+def _levels(cards: CardIndex, card: FeatureCard) -> list[dict[str, Any]]:
+    """The name's precision at each level of activation that held-out images reach, with some of them."""
+    return [
+        {
+            "words": f"{level.level.capitalize()}: {level.n_images} images, "
+            f"“{card.label}” in {_share(level.precision)} of their captions",
+            "pictures": [_plain(cards, image) for image in level.images],
+        }
+        for level in (card.name.levels if card.name else ())
+        if level.precision is not None
+    ]
 
 
 def sentence(card: FeatureCard) -> str:
@@ -188,11 +235,27 @@ def sentence(card: FeatureCard) -> str:
     often = f"It fires on {_share(card.image_density)} of the images and {_share(card.density)} of all patches"
     words = ", ".join(f"“{word}”" for word in card.caption_words[:4])
     about = f". The captions of its top images contain {words} more often than others" if words else ""
+    often += f". {where}" if (where := where_words(card)) else ""
     if card.coherence is None:
         return f"{often}{about}."
     is_sure = card.q_value is not None and card.q_value <= 0.05
     alike = "are more similar than random images" if is_sure else "are no more similar than random images"
     return f"{often}{about}. Its top images {alike}."
+
+
+def where_words(card: FeatureCard) -> str:
+    """Where a feature fires, in plain words: beside what it is named after, or else in the image."""
+    if card.label and card.place is not None:
+        often = (
+            f" (in {_share(card.place_share)} of other images)" if card.place_share and card.place != "varies" else ""
+        )
+        return f"It goes with images of “{card.label}” and fires {PLACES[card.place]}{often}"
+    if card.patch_share is None or card.centre_share is None or card.border_share is None:
+        return ""
+    return (
+        f"Where it fires it covers {_share(card.patch_share)} of the patches; {_share(card.centre_share)} of its "
+        f"activation lies in the middle quarter of images, {_share(card.border_share)} at their border"
+    )
 
 
 def _share(fraction: float) -> str:
@@ -214,6 +277,7 @@ def facts(card: FeatureCard) -> list[list[str]]:
             _number(card.monosemanticity),
             "CLIP similarity of images, weighted by how strongly it fires",
         ),
+        *_name_facts(card),
         ("Where it fires", _place(card.spatial_spread), "0: always the same place, 1: everywhere alike"),
         (
             "Encoder and decoder",
@@ -222,6 +286,28 @@ def facts(card: FeatureCard) -> list[list[str]]:
         ),
     ]
     return [[term, value, help] for term, value, help in rows if value is not None]
+
+
+def _name_facts(card: FeatureCard) -> list[tuple[str, Any, str]]:
+    """How the name was checked, where its feature fires at its strongest."""
+    name = card.name
+    if name is None:
+        return []
+    rows: list[tuple[str, Any, str]] = [
+        (
+            "q-value of the name",
+            _number(name.q_value),
+            "permutation test on the half of the images that the name was not taken from, corrected for all features",
+        )
+    ]
+    if name.base and name.precision and name.recall:
+        at_half = len(name.recall) // 2
+        rows += [
+            ("Precision of the name", _share(name.precision[-1]), "share of captions with the name, at its strongest"),
+            ("Recall of the name", _share(name.recall[at_half]), "share of images of the name where it reaches half"),
+            ("Lift of the name", f"{name.precision[-1] / name.base:.1f} ×", "the precision over that of all images"),
+        ]
+    return rows
 
 
 def _number(value: float | None) -> str | None:

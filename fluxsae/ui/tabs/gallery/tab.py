@@ -10,12 +10,11 @@ from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.endpoints import in_lane
 from fluxsae.ui.serve.guard import guarded
 from fluxsae.ui.tabs.gallery.desk import CLASSES, PAGE, SORTS, GalleryDesk
-from fluxsae.ui.tabs.gallery.words import WordsDesk
 
 
 def build_gallery_tab(desk: GalleryDesk, shell: Shell, tab: gr.Tab) -> None:
     """The tab's components and events."""
-    bench, words = desk.bench, WordsDesk(desk.bench)
+    bench, words = desk.bench, desk.words
     with gr.Row(elem_classes="fs-ask"):
         query = gr.Textbox(
             label="Search",
@@ -46,15 +45,21 @@ def build_gallery_tab(desk: GalleryDesk, shell: Shell, tab: gr.Tab) -> None:
     silence = gr.HTML(None, html_template=element("fs-silence"), js_on_load=mount(), elem_id="gallery-silence")
     inputs = [query, hookpoint, kind, coherent, sort]
     gallery = gr.HTML(
-        desk.gallery("", bench.limits.default_hookpoint, "any", False, "best"),
+        None,
         html_template=element("fs-gallery"),
         js_on_load=mount(select="select", more="expand"),
         elem_id="gallery-cards",
     )
     shown = gr.State(PAGE)
+    """Cards on the page, from which on the next ones are asked for."""
+
+    # after the page is there: what a tab behind the first shows need not come with it
+    shell.app.load(
+        lambda: desk.gallery("", bench.limits.default_hookpoint, "any", False, "best"), None, gallery, **QUIET
+    )
 
     def more(shown: int, query: Any, place: Any, kind: Any, coherent: Any, sort: Any) -> Any:  # noqa: PLR0917 - inputs
-        return desk.gallery(query, place, kind, coherent, sort, shown + PAGE), shown + PAGE
+        return desk.gallery(query, place, kind, coherent, sort, shown), shown + PAGE
 
     def why(chosen: gr.EventData) -> Iterator[Any]:
         yield from with_progress(words.silence(chosen._data), makes="gallery-silence")

@@ -37,18 +37,18 @@ FS.pictures = (pictures, { rows, cols, colour, words }) =>
     }),
   );
 
+// A page of cards. One that begins later than the first is put behind those that are there.
 FS.define("fs-gallery", (root, data) => {
+  const grid = data.start && root.grid ? root.grid : (root.grid = FS.el("div", { class: "fs-grid" }));
   root.append(FS.el("p", { class: "fs-quiet", role: "status", text: data.summary }));
-  if (!data.cards.length) {
+  if (!data.cards.length && !data.start) {
     root.append(
       FS.el("p", { text: "Nothing matches. Remove a filter, or search for a colour, a shape or a number." }),
     );
     return;
   }
-  root.append(FS.el(
-    "div",
-    { class: "fs-grid" },
-    data.cards.map((card) =>
+  grid.append(
+    ...data.cards.map((card) =>
       FS.card(card, {
         rows: data.rows,
         cols: data.cols,
@@ -62,7 +62,8 @@ FS.define("fs-gallery", (root, data) => {
         onopen: (chosen) => FS.emit(root, "select", { hookpoint: chosen.hookpoint, feature: chosen.feature }),
       })
     ),
-  ));
+  );
+  root.append(grid);
   if (data.more) {
     root.append(
       FS.el(
@@ -72,12 +73,18 @@ FS.define("fs-gallery", (root, data) => {
           class: "fs-button",
           type: "button",
           text: data.more,
-          onclick: () => FS.emit(root, "more", {}),
+          onclick: (event) => {
+            event.currentTarget.disabled = true; // until the next page is there
+            FS.emit(root, "more", {});
+          },
         }),
       ),
     );
   }
-  root.append(FS.code(data.code) || "");
+  root.append(
+    FS.el("div", { class: "fs-row fs-wrap fs-tight" }, FS.file(data.file, "All of these as CSV")),
+    FS.code(data.code) || "",
+  );
 });
 
 FS.chips = (root, others) =>
@@ -108,10 +115,6 @@ FS.facts = (facts) =>
       FS.el("div", { title: help || "" }, FS.el("dt", { text: term }), FS.el("dd", { class: "fs-num", text: value }))
     ),
   );
-
-FS.wordCount = (
-  data,
-) => (data.pictures.length ? new Set(data.pictures[0].prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu)).size + 1 : 0);
 
 FS.define("fs-feature", (root, data) => {
   const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: data.feature });
@@ -151,7 +154,10 @@ FS.define("fs-feature", (root, data) => {
           { class: "fs-row fs-wrap fs-tight" },
           FS.chip(data.colour),
           FS.el("h2", { class: "fs-name", tabindex: -1, text: FS.title(data) }),
-          sure ? FS.el("span", { class: "fs-badge", text: `${sure} (${FS.percent(data.confidence)})` }) : null,
+          data.label_by ? FS.el("span", { class: "fs-badge", text: `named by a ${data.label_by}` }) : null,
+          sure && !data.label_by
+            ? FS.el("span", { class: "fs-badge", text: `${sure} (${FS.percent(data.confidence)})` })
+            : null,
           FS.el("span", { class: "fs-quiet fs-num", text: `feature ${data.feature}, ${data.word}` }),
         ),
         FS.el(
@@ -193,6 +199,20 @@ FS.define("fs-feature", (root, data) => {
           })
           : FS.el("p", { class: "fs-quiet", text: "The feature never fired in this run: it is dead." }),
       ),
+      data.levels.length
+        ? section(
+          "How true the name is at each strength",
+          "Images that the name was not taken from, and the share of their captions that hold it.",
+          ...data.levels.map((level) =>
+            FS.el(
+              "div",
+              {},
+              FS.el("p", { class: "fs-quiet", text: level.words }),
+              FS.pictures(level.pictures, { rows: data.rows, cols: data.cols, colour: data.colour }),
+            )
+          ),
+        )
+        : null,
       FS.el(
         "div",
         { class: "fs-columns" },
@@ -254,9 +274,9 @@ FS.define("fs-feature", (root, data) => {
           FS.el("button", {
             class: "fs-button",
             type: "button",
-            text: `Which word silences it? (about ${FS.wordCount(data)} images)`,
+            text: `Which word silences it? (${data.silencing})`,
             "aria-label": "Which word silences it?",
-            disabled: !data.pictures.length,
+            disabled: !data.silencing,
             onclick: () => FS.emit(root, "why", { hookpoint: data.hookpoint, feature: data.feature }),
           }),
         ),

@@ -2,6 +2,9 @@
 // Cards that stand open even where their names are guesses.
 const LEAST_TOLD = 4;
 
+const STAGE_SIDE = 512; // pixels of the image on screen, at least
+const PLAY_MILLISECONDS = 160;
+
 FS.define("fs-lab", (root, data) => {
   const tokens = data.rows * data.cols;
   const planes = new Map(data.features.map((feature) => [feature.feature, FS.bytes(feature.maps)]));
@@ -9,11 +12,15 @@ FS.define("fs-lab", (root, data) => {
   const patchIds = data.patch_features ? new Uint32Array(FS.bytes(data.patch_features).buffer) : null;
   const patchValues = data.patch_values ? FS.bytes(data.patch_values) : null;
   const perPatch = patchIds ? patchIds.length / tokens : 0;
-  const first = data.features.find((feature) => feature.feature === data.selected) || data.features[0];
+  const first = data.features.find((feature) => feature.feature === data.selected) ||
+    (data.opening ? null : data.features[0]);
+  // The image as it is, with the most heat over the steps the SAE was trained on; then step by step.
+  const shownSteps = [...new Set([...Object.keys(data.previews).map(Number), ...data.steps])].sort((a, b) => a - b);
   const view = {
     feature: first ? first.feature : null,
-    plane: 0,
-    opacity: 0.65,
+    step: null,
+    turn: 0,
+    opacity: 0.8,
     threshold: 0.05,
     scale: "shared",
     smooth: true,
@@ -22,10 +29,21 @@ FS.define("fs-lab", (root, data) => {
   };
 
   const isOf = (answer) =>
-    answer && ["prompt", "seed", "hookpoint", "num_inference_steps"].every((key) => answer[key] === data[key]);
+    answer &&
+    ["prompt", "seed", "hookpoint", "num_inference_steps", "picture"].every((key) => answer[key] === data[key]);
   const plane = (feature, at) => planes.get(feature).subarray(at * tokens, (at + 1) * tokens);
+  // The feature's map at the step on screen; none at a step that the SAE may not be used at.
+  const mapNow = (feature) => {
+    const at = view.step === null ? 0 : data.steps.indexOf(view.step) + 1;
+    return view.step !== null && at === 0 ? null : plane(feature, at);
+  };
+  const imageNow = () =>
+    view.step === null
+      ? (data.opening ? data.opening.pictures[view.turn] : data.image)
+      : data.previews[view.step] || data.image;
   const gain = (map) => (view.scale === "shared" ? 1 : 255 / Math.max(1, map.reduce((a, b) => Math.max(a, b), 0)));
 
+  let turner = null;
   const canvas = FS.el("canvas", { class: "fs-canvas", width: 512, height: 512, "aria-hidden": "true" });
   const cursor = FS.el("div", { class: "fs-cursor", hidden: true });
   const tip = FS.el("div", { class: "fs-tip", hidden: true });
@@ -35,12 +53,15 @@ FS.define("fs-lab", (root, data) => {
       class: "fs-stage",
       tabindex: 0,
       role: "application",
-      "aria-label": `Image of ${data.prompt}. Arrow keys move over the patches, Enter shows what fires there.`,
+      "aria-label": `${
+        data.picture ? "Your picture" : `Image of ${data.prompt}`
+      }. Arrow keys move over the patches, Enter shows what fires there.`,
     },
     canvas,
     cursor,
     tip,
   );
+  const said = FS.promptWords(data.prompt, data.features, (feature) => select(feature));
   const caption = FS.el("div", { class: "fs-caption" });
   const legend = FS.el("div", { class: "fs-legend-slot" });
   const list = FS.el("div", {
@@ -49,10 +70,11 @@ FS.define("fs-lab", (root, data) => {
     "aria-label": "Features that fire in this image, strongest first",
   });
 
-  const picture = { prompt: data.prompt, seed: data.seed, num_inference_steps: data.num_inference_steps };
+  const { prompt, seed, num_inference_steps } = data;
+  const picture = { prompt, seed, num_inference_steps, given: data.picture };
   const whyPanel = FS.el("div", { class: "fs-why-slot", hidden: true });
   const whyWaits = FS.el("span", { class: "fs-quiet fs-why-waits", text: "FLUX is measuring this…" });
-  const stepNow = () => (view.plane === 0 ? null : data.steps[view.plane - 1]);
+  const stepNow = () => (data.steps.includes(view.step) ? view.step : null);
   const askWhy = (cell) => {
     const [row, column] = cell || [null, null];
     FS.emit(root, "why", { feature: view.feature, step: stepNow(), row, column });
@@ -65,26 +87,32 @@ FS.define("fs-lab", (root, data) => {
     whyPanel.replaceChildren(...(isShown ? [FS.why(root, why)] : []));
   };
   const draw = () => {
-    const feature = features.get(view.feature);
+    const feature = features.get(view.feature), map = feature ? mapNow(view.feature) : null;
     legend.replaceChildren();
-    if (!feature) {
-      FS.drawHeat(canvas, { url: data.image, map: null });
-      return;
+    for (const word of said.querySelectorAll(".fs-word")) {
+      word.setAttribute("aria-pressed", String(Number(word.dataset.feature) === view.feature));
     }
-    const map = plane(view.feature, view.plane);
     FS.drawHeat(canvas, {
-      url: data.image,
+      url: imageNow(),
       map: view.style === "plain" ? null : map,
       rows: data.rows,
       cols: data.cols,
-      gain: gain(map),
+      gain: map ? gain(map) : 1,
       opacity: view.opacity,
       threshold: view.threshold,
       smooth: view.smooth,
       spotlight: view.style === "spotlight",
+      side: STAGE_SIDE,
     });
-    stage.style.setProperty("--chip", feature.colour);
-    const most = view.scale === "shared"
+    stage.style.setProperty("--chip", feature ? feature.colour : "transparent");
+    if (!feature) {
+      caption.replaceChildren(FS.el("span", {
+        class: "fs-quiet",
+        text: data.features.length ? "Press a word or a card to see where FLUX thinks of it." : "",
+      }));
+      return;
+    }
+    const most = view.scale === "shared" || !map
       ? feature.maximum
       : (feature.maximum * map.reduce((a, b) => Math.max(a, b), 0)) / 255;
     legend.append(
@@ -101,9 +129,9 @@ FS.define("fs-lab", (root, data) => {
       ),
       FS.el("span", {
         class: "fs-quiet",
-        text: `peak ${FS.percent(feature.relative)} of its run maximum, fires on ${
-          FS.share(feature.density)
-        } of all patches`,
+        text: `${FS.where(feature) ? `${FS.where(feature)}; ` : ""}peak ${
+          FS.percent(feature.relative)
+        } of its run maximum, fires on ${FS.share(feature.density)} of all patches`,
       }),
       FS.el(
         "span",
@@ -141,6 +169,7 @@ FS.define("fs-lab", (root, data) => {
 
   const select = (feature, silent) => {
     view.feature = feature;
+    if (turner) turnTo(0); // the maps are those of the image as it was
     for (const card of list.querySelectorAll(".fs-card")) {
       card.setAttribute("aria-pressed", String(Number(card.dataset.feature) === feature));
     }
@@ -280,7 +309,6 @@ FS.define("fs-lab", (root, data) => {
       step: 0.05,
       value: view.opacity,
       format: FS.percent,
-      help: "How strongly the heat covers the image",
       oninput: (value) => {
         view.opacity = value;
         draw();
@@ -293,7 +321,6 @@ FS.define("fs-lab", (root, data) => {
       step: 0.05,
       value: view.threshold,
       format: FS.percent,
-      help: "Patches weaker than this share of the scale show no heat",
       oninput: (value) => {
         view.threshold = value;
         draw();
@@ -334,63 +361,99 @@ FS.define("fs-lab", (root, data) => {
   );
 
   let steps = null;
-  if (data.steps && data.steps.length > 1) {
-    const words = (value) =>
-      value === 0
-        ? "maximum over the steps the SAE was trained on"
-        : `step ${data.steps[value - 1] + 1} of ${data.num_inference_steps} (noise ${
-          data.sigmas[value - 1].toFixed(2)
-        })`;
+  if (shownSteps.length > 1) {
+    const what = data.picture ? "your picture as FLUX sees it at" : "what FLUX takes the image for at";
+    const words = (value) => {
+      if (value === 0) return data.picture ? "your picture" : "the image";
+      const step = shownSteps[value - 1], at = data.steps.indexOf(step);
+      const noise = at < 0 ? "no heat: the SAE was not trained here" : `noise ${data.sigmas[at].toFixed(2)}`;
+      return `${what} step ${step + 1} of ${data.num_inference_steps} (${noise})`;
+    };
     const slider = FS.slider({
       label: "Denoising step",
       min: 0,
-      max: data.steps.length,
+      max: shownSteps.length,
       step: 1,
       value: 0,
       format: words,
-      help: "From pure noise to the finished image: drag to see when the feature appears",
       oninput: (value) => {
-        view.plane = value;
+        view.step = value === 0 ? null : shownSteps[value - 1];
         draw();
       },
     });
     slider.classList.add("fs-wide");
     let timer = null;
+    const end = () => {
+      clearInterval(timer);
+      timer = null;
+      play.textContent = "Play";
+    };
+    const show = (value) => {
+      slider.input.value = String(value);
+      slider.input.dispatchEvent(new Event("input"));
+    };
     const play = FS.el("button", {
       class: "fs-button fs-small",
       type: "button",
       text: "Play",
       "aria-label": "Play the denoising steps",
-      onclick: () => {
-        if (timer) {
-          clearInterval(timer);
-          timer = null;
-          play.textContent = "Play";
-          return;
-        }
+      onclick: async () => {
+        if (timer) return end();
         play.textContent = "Stop";
+        await Promise.all(Object.values(data.previews).map((url) => FS.image(url).catch(() => null)));
         let now = 0;
         timer = setInterval(() => {
           now += 1;
-          if (!root.isConnected || now > data.steps.length) {
-            clearInterval(timer);
-            timer = null;
-            play.textContent = "Play";
+          if (!root.isConnected || now > shownSteps.length) {
             now = 0;
+            end();
           }
-          slider.input.value = String(now);
-          slider.input.dispatchEvent(new Event("input"));
-        }, 260);
+          show(now);
+        }, PLAY_MILLISECONDS);
       },
     });
     steps = FS.el("div", { class: "fs-row fs-steps" }, slider, play);
+  }
+
+  // One large slider through recorded images: nothing is waited for.
+  const turnTo = (turn) => {
+    view.turn = turn;
+    turner.input.value = String(turn);
+  };
+  if (data.opening) {
+    const { old, new: other, pictures, turns } = data.opening;
+    const input = FS.el("input", {
+      type: "range",
+      min: 0,
+      max: pictures.length - 1,
+      step: 1,
+      value: "0",
+      "aria-label": `Turn ${old} into ${other}`,
+      "aria-valuetext": old,
+      oninput: () => {
+        view.turn = Number(input.value);
+        input.setAttribute("aria-valuetext", `${FS.percent(turns[view.turn])} of the way from ${old} to ${other}`);
+        view.feature = null;
+        for (const pressed of list.querySelectorAll(".fs-card")) pressed.setAttribute("aria-pressed", "false");
+        draw();
+      },
+    });
+    pictures.forEach((url) => FS.image(url));
+    turner = FS.el(
+      "label",
+      { class: "fs-opening" },
+      FS.el("span", { text: old }),
+      input,
+      FS.el("span", { text: other }),
+    );
+    turner.input = input;
   }
 
   const report = () => {
     const shown = features.get(view.feature);
     const picture = shown ? [`feature ${shown.feature}: ${FS.title(shown)}`, canvas.toDataURL("image/png")] : [];
     return {
-      title: `What fires in “${data.prompt}”`,
+      title: data.picture ? "What fires in a picture" : `What fires in “${data.prompt}”`,
       words: FS.told(data),
       pictures: [["image", data.image], picture].filter((pair) => pair.length),
       recipe: {
@@ -427,44 +490,99 @@ FS.define("fs-lab", (root, data) => {
     if (!whyPanel.hidden) FS.bringIntoView(whyPanel);
   };
   root.tellPatch(root.patch);
+  // While FLUX works: the step's own image, with the heat of the feature that is followed; then what was there before.
+  root.see = (seen) => {
+    const was = root.seen;
+    root.seen = seen;
+    stage.classList.toggle("fs-seeing", Boolean(seen));
+    if (!seen) {
+      if (was) draw();
+      return;
+    }
+    const { feature } = seen;
+    cursor.hidden = tip.hidden = true;
+    stage.style.setProperty("--chip", feature ? feature.colour : "transparent");
+    FS.drawHeat(canvas, {
+      url: seen.image,
+      map: feature && view.style !== "plain" ? FS.bytes(seen.map) : null,
+      rows: data.rows,
+      cols: data.cols,
+      opacity: view.opacity,
+      threshold: view.threshold,
+      smooth: view.smooth,
+      spotlight: view.style === "spotlight",
+      side: STAGE_SIDE,
+    });
+    caption.replaceChildren(
+      FS.el("span", { class: "fs-num", text: `Step ${seen.step + 1}, noise ${seen.sigma.toFixed(2)}` }),
+      feature
+        ? FS.el("span", { class: "fs-row" }, FS.chip(feature.colour), FS.el("strong", { text: FS.title(feature) }))
+        : null,
+    );
+  };
   const notices = (data.notices || []).map((text) => FS.el("p", { class: "fs-notice", text }));
+  const badge = data.picture ? "your picture" : data.kind === "example" && !data.opening ? "example" : null;
+  const changed = (data.changed || []).join(", ");
   root.append(
     FS.el(
       "div",
-      { class: "fs-lab" },
+      { class: data.opening ? "fs-lab fs-opens" : "fs-lab" },
       FS.el(
         "section",
         { class: "fs-main", "aria-label": "Image and heatmap" },
-        ...notices,
         stage,
-        legend,
+        turner,
         FS.el(
           "p",
           { class: "fs-prompt" },
-          data.kind === "example" ? FS.el("span", { class: "fs-badge", text: "example" }) : null,
-          FS.el("span", { text: `“${data.prompt}”` }),
-          FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}` }),
+          badge ? FS.el("span", { class: "fs-badge", text: badge }) : null,
+          data.prompt ? said : FS.el("span", { class: "fs-quiet", text: "read without a caption" }),
+          changed ? FS.el("span", { class: "fs-quiet", text: changed }) : null,
+          data.opening ? null : FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}` }),
         ),
-        caption,
-        whyPanel,
         steps,
-        FS.el("div", { class: "fs-row fs-wrap fs-controls" }, controls),
-        toggles,
+        caption,
+        legend,
+        FS.el(
+          "details",
+          { class: "fs-fold fs-look" },
+          FS.el("summary", { text: "How the heat is shown" }),
+          FS.el("div", { class: "fs-row fs-wrap fs-controls" }, controls),
+          toggles,
+        ),
       ),
       FS.el(
         "section",
         { class: "fs-side", "aria-label": "Features" },
+        ...notices,
         asked,
+        whyPanel,
         FS.el("h2", { class: "fs-h", text: "What fires here" }),
         FS.el("p", {
           class: "fs-quiet",
-          text:
-            "A feature is one direction that the sparse autoencoder (SAE) learned. Those that say most about this image come first. Choose one to see where it fires. “Sure”, “fairly sure” and “a guess” rate how well its name fits where it fires this strongly.",
+          text: data.opening
+            ? "Inside FLUX a feature fired for each of these. Choose one to see where. The slider turns two of them: recorded with this run."
+            : "Each card is a feature: one direction that the sparse autoencoder (SAE) learned. Choose one to see where it fires. “Sure”, “fairly sure” and “a guess” rate its name where it fires this strongly.",
         }),
         list,
       ),
     ),
-    FS.actions(data, report),
+    FS.actions(
+      data,
+      report,
+      data.kind === "live" &&
+        FS.file(
+          `${data.files}/activations.npz?${
+            FS.query({
+              prompt: data.prompt,
+              hookpoint: data.hookpoint,
+              seed: data.seed,
+              num_inference_steps: data.num_inference_steps,
+            })
+          }`,
+          "Activations as npz",
+        ),
+    ),
     FS.code(data.code),
   );
   root.choose = (feature) => {
@@ -483,4 +601,9 @@ FS.define("fs-follow", (root, data) => {
   const lab = document.querySelector("fs-lab");
   if (!lab || !lab.data || data.feature === null || lab.data.hookpoint !== data.hookpoint) return;
   if (!lab.choose(data.feature) && lab.data.kind === "live") FS.emit(root, "need", data);
+});
+
+document.addEventListener("fs-seen", (event) => {
+  const lab = document.querySelector("fs-lab");
+  if (lab && lab.see && (event.detail || lab.seen)) lab.see(event.detail);
 });

@@ -1,5 +1,9 @@
 // Why a feature fires at one step: words and earlier features, by what the feature loses without each.
-const signed = (share) => `${share < 0 ? "−" : "+"}${Math.abs(100 * share).toFixed(Math.abs(share) < 0.095 ? 1 : 0)} %`;
+const LITTLE = 0.03; // share of the feature's strength below which an effect is called little
+const signed = (share) =>
+  Math.abs(share) < 0.0005
+    ? "0 %"
+    : `${share < 0 ? "−" : "+"}${Math.abs(100 * share).toFixed(Math.abs(share) < 0.095 ? 1 : 0)} %`;
 
 FS.why = (root, data) => {
   const shares = [...data.words, ...data.features].map((each) => Math.abs(each.share));
@@ -28,6 +32,7 @@ FS.why = (root, data) => {
     lines.length ? FS.el("ol", { class: "fs-rank" }, lines) : FS.el("p", { class: "fs-quiet", text: none }),
   ];
   const where = data.row === null ? "the whole image" : `the patch in row ${data.row}, column ${data.column}`;
+  const isLittle = data.features.length && data.features.every(({ share }) => Math.abs(share) < LITTLE);
   const step = `step ${data.step + 1} of ${data.num_inference_steps}, at noise level ${data.sigma.toFixed(2)}`;
   const left = FS.percent(data.without_prompt / data.drive);
   const found = data.fires
@@ -49,6 +54,9 @@ FS.why = (root, data) => {
           ? "No earlier feature has an effect."
           : "This run has no hook point before this one, so there are none.",
       ),
+      isLittle
+        ? FS.el("p", { text: "Each of them has little effect: no single earlier feature makes it fire." })
+        : null,
       ...data.places.map(({ place, not_reconstructed: missing }) =>
         FS.el("p", {
           class: "fs-quiet",

@@ -1,10 +1,12 @@
 """Why a feature fires: the work in FLUX's lane, and the words and earlier features by effect, with their names."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluxsae.features.cards import CardIndex
-from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.runs.names import SaeName
+from fluxsae.ui.serve.given import GivenPicture
 from fluxsae.ui.serve.lane import OnStep
 from fluxsae.ui.serve.reading import readable_steps
 from fluxsae.ui.serve.schemas import ExplainRequest
@@ -33,12 +35,19 @@ class ExplainJob:
     request: ExplainRequest
 
     @property
-    def n_passes(self) -> int:
+    def picture(self) -> GivenPicture | None:
+        """The visitor's own, where none is made."""
+        return self.request.picture
+
+    def n_passes(self, bench: Workbench) -> int:
         """Passes of the transformer over one image that it needs at most."""
         from fluxsae.steering.attribution import content_words
 
         request, n_words = self.request, len(content_words(self.request.prompt))
-        before = request.num_inference_steps - 1 if request.step is None else request.step
+        before = 0 if self.picture is not None else request.step
+        if before is None:  # the first that was trained on, as far along a schedule of this length; without any model
+            first, trained = min(bench.info.steps, default=0), bench.limits.default_steps
+            before = math.ceil(first * request.num_inference_steps / trained)
         return before + GRADIENT_PASSES * (1 + n_words) + 2 * (n_words + 1 + request.limit)
 
     @property
@@ -48,30 +57,42 @@ class ExplainJob:
 
     def run(self, bench: Workbench, on_step: OnStep) -> Explained:
         """The explanation."""
-        from fluxsae.flux import schedule_sigmas
+        from fluxsae.flux import noised_picture
         from fluxsae.steering.attribution import Target, explain
 
         request, settings = self.request, bench.settings(self.request.num_inference_steps)
-        ground = bench.saes[request.hookpoint].config.trained_on
-        step = request.step
-        if step is None:
-            step = 0 if ground is None else readable_steps(schedule_sigmas(bench.pipe, settings), ground)[1][0]
+        step = self._step(bench)
+        snapshot = None
+        if self.picture is not None:
+            asked: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed, "settings": settings}
+            snapshot = noised_picture(bench.pipe, self.picture.image, step=step, **asked)
         token = None
         if request.row is not None and request.column is not None:
             token = request.row * bench.limits.cols + request.column
-        place = HookPoint.parse(request.hookpoint)
+        place = SaeName.parse(request.hookpoint)
         found = explain(
             bench.pipe,
-            {HookPoint.parse(name): sae for name, sae in bench.saes.items()},
+            {SaeName.parse(name): sae for name, sae in bench.saes.items()},
             Target(place, request.feature, step, token),
             prompt=request.prompt,
             seed=request.seed,
             settings=settings,
+            snapshot=snapshot,
             limit=request.limit,
             allow_mismatch=["unknown"],
             on_pass=on_step,
         )
         return Explained(found)
+
+    def _step(self, bench: Workbench) -> int:
+        """The step asked for, or the first that the SAE was trained on."""
+        from fluxsae.flux import schedule_sigmas
+
+        request, ground = self.request, bench.saes[self.request.hookpoint].config.trained_on
+        if request.step is not None or ground is None:
+            return request.step or 0
+        sigmas = schedule_sigmas(bench.pipe, bench.settings(request.num_inference_steps))
+        return readable_steps(sigmas, ground)[1][0]
 
 
 def explanation_json(found: "Explanation", request: ExplainRequest, bench: Workbench) -> dict[str, Any]:

@@ -9,17 +9,22 @@ from typing import Any
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import best_example
 from fluxsae.features.vocabulary import NameKinds
-from fluxsae.steering.edits import Recipe, SteeringEdit, load_recipes, png_bytes
+from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.steering.edits import SteeringEdit, load_recipes, png_bytes, with_features
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, Picture, then
+from fluxsae.ui.kit.snippets import PICTURE
 from fluxsae.ui.serve.arguments import shortened
 from fluxsae.ui.serve.endpoints import Answers
-from fluxsae.ui.serve.schemas import SearchRequest, SteerRequest, SweepRequest
+from fluxsae.ui.serve.lane import Done
+from fluxsae.ui.serve.pictures import made_url, thumbnail_url
+from fluxsae.ui.serve.schemas import SearchRequest, SteerRequest, SwapRequest, SweepRequest
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.steer import words
 from fluxsae.ui.tabs.steer.feature_sliders import MAX_SLIDERS, SUGGESTED, Sliders
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob
 from fluxsae.ui.tabs.steer.starters import find_starters
+from fluxsae.ui.tabs.steer.swap import N_PICTURES as SWAP_PICTURES
 from fluxsae.ui.tabs.steer.swap import FoundSwap, SwapJob
 
 STRIP = (-2 / 3, -1 / 3, 0.0, 0.1, 0.2, 0.3, 0.6)
@@ -27,6 +32,8 @@ STRIP = (-2 / 3, -1 / 3, 0.0, 0.1, 0.2, 0.3, 0.6)
 MAX_MATCHES = 12
 ALIKE = 0.7
 """How alike in use names of one kind are at least, as in the search for swaps."""
+MAX_NAMED = 30
+"""Names that a refusal lists."""
 MAX_RIVALS = 16
 """Other names of the kind that CLIP may read instead."""
 Filled = tuple[str, int, int, dict[str, Any]]
@@ -43,18 +50,19 @@ class SteerDesk(Desk):
     # The endpoints
 
     def answers(self) -> Answers:
-        """/steer and /sweep."""
-        return {SteerRequest: self.steer, SweepRequest: self.sweep}
+        """/steer, /sweep and /swap."""
+        return {SteerRequest: self.steer, SweepRequest: self.sweep, SwapRequest: self.swapped}
 
     def steer(self, request: SteerRequest) -> Events[tuple[Any, Any, Any]]:
         """Steps, then the image before, the image after, and recipe and measurements."""
 
         def answer(found: Steered) -> tuple[Any, Any, Any]:
-            facts = {"recipe": found.recipes[1].to_dict(), "measurements": found.measurements[1]}
+            recipe = found.recipes[1].to_dict() if request.picture is None else None
+            facts = {"recipe": recipe, "measurements": found.measurements[1]}
             before, after = found.images
             return before, after, facts
 
-        return then(self._made([(), request.edits], request.picture), answer)
+        return then(self._made([(), request.edits], request), answer)
 
     def sweep(self, request: SweepRequest) -> Events[tuple[Any, Any]]:
         """Steps, then one image a strength and the measurements of each."""
@@ -67,7 +75,20 @@ class SteerDesk(Desk):
             ]
             return list(zip(found.images[1:], captions, strict=True)), rows
 
-        return then(self._made([(), *((edit,) for edit in request.edits())], request.picture), answer)
+        return then(self._made([(), *((edit,) for edit in request.edits())], request), answer)
+
+    def swapped(self, request: SwapRequest) -> Events[tuple[Any, Any, Any]]:
+        """Steps of the search, then those of the image, then before, after, and recipe and measurements."""
+        found: FoundSwap | None = None
+        for event in self.bench.cached(self._swap_job(request)):
+            if isinstance(event, Done):
+                found = event.value
+            else:
+                yield event
+        assert found is not None
+        edits = [edit.to_dict() for edit in found.edits]
+        steering = self.steer(SteerRequest.pick(self.limits, {**request.model_dump(), "edits": edits}))
+        yield from then(steering, lambda made: (*made[:2], {**made[2], "is_read": found.is_read}))
 
     # The page
 
@@ -87,13 +108,13 @@ class SteerDesk(Desk):
         image_id, _ = best_example(cards, SUGGESTED)
         if image_id is None:
             return {}
-        row = cards.images[image_id]
+        images = cards.images
         return {
             "kind": "example",
-            "pictures": [views.webp_url(row.thumbnail)],
+            "pictures": [thumbnail_url(images, image_id)],
             "panels": [],
-            "prompt": row.prompt,
-            "seed": row.seed,
+            "prompt": images.prompts[image_id],
+            "seed": images.seeds[image_id],
             "words": "Choose a feature. FLUX then makes this image again with the feature steered.",
         }
 
@@ -125,12 +146,18 @@ class SteerDesk(Desk):
         picture = selection.get("picture")
         if not isinstance(picture, Mapping):
             return None, found
-        return SteerRequest.pick(self.limits, {**picture, "edits": []}).picture, {**found, "alone": True}
+        if picture.get("given"):
+            own = self.bench.received(str(picture["given"]))
+            asked = {**picture, "edits": [], "picture": own}
+            change = SteerRequest.defaults(self.limits)["change"]
+            given = {"digest": own.digest, "image": views.image_url(own.image, is_own=True), "change": change}
+            return SteerRequest.pick(self.limits, asked).made_from, {**found, "alone": True, "given": given}
+        return SteerRequest.pick(self.limits, {**picture, "edits": []}).made_from, {**found, "alone": True}
 
     def linked(self, view: Mapping[str, Any]) -> Filled:
         """What a link fills the tab with."""
         request = SteerRequest.pick(self.limits, view)
-        return (*request.picture, self.sliders.page_of(request.edits))
+        return (*request.made_from, self.sliders.page_of(request.edits))
 
     def loaded(self, path: str) -> Filled:
         """What a recipe file fills the tab with."""
@@ -162,15 +189,43 @@ class SteerDesk(Desk):
             raise FluxSaeError(f"{none} matches {shortened(query)}. Search for a colour, a shape or a number.")
         return {"query": str(query), "found": found, "add": new[0], "at": time.monotonic()}
 
-    def turn(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Events[dict[str, Any]]:
-        """Steps, then the page's before and after, with a random-direction control beside it."""
+    def cost_words(self) -> str:
+        """How many images each button makes, and how long that takes here."""
+        prompt, seed, steps = "", 0, self.limits.default_steps
+        n_turn = 2 if self.bench.is_slow else 3
+        jobs = {
+            "Steer": SteerJob(((),) * n_turn, prompt, seed, steps),
+            "Compare strengths": SteerJob(((),) * (1 + len(STRIP)), prompt, seed, steps),
+            "Swap": SteerJob(((),) * (SWAP_PICTURES + n_turn), prompt, seed, steps),
+        }
+        most = {"Swap": "up to "}
+        told = [
+            f"{name} makes {most.get(name, '')}{job.n_pictures} images{_about(self.bench.seconds_of(job))}"
+            for name, job in jobs.items()
+        ]
+        waits = " Sliders wait until you press Steer." if self.bench.is_slow else ""
+        return f"{'; '.join(told)}.{waits}"
+
+    def moved(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Events[dict[str, Any]]:
+        """As `turn`, where that is quick; on a slow model nothing: it waits for the button."""
+        return iter(()) if self.bench.is_slow else self.turn(prompt, seed, steps, page)
+
+    def controlled(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Events[dict[str, Any]]:
+        """As `turn`, with the control in any case."""
+        return self.turn(prompt, seed, steps, page, wants_control=True)
+
+    def turn(
+        self, prompt: Any, seed: Any, steps: Any, page: Any, wants_control: bool = False
+    ) -> Events[dict[str, Any]]:
+        """Steps, then the page's before and after, with a random-direction control where that is quick or asked for."""
         sliders = self.sliders.sent(page, steps)
-        request = self._request(prompt, seed, steps, [self.sliders.edit(slider) for slider in sliders])
+        request = self._request(prompt, seed, steps, [self.sliders.edit(slider) for slider in sliders], page)
         is_turned = not all(edit.is_identity for edit in request.edits)
-        # where nothing is turned all three are one image until the last step
-        variants = [(), request.edits, request.edits] if is_turned else [()] * 3
+        # where nothing is turned all are one image until the last step
+        edits = request.edits if is_turned else ()
+        has_control = wants_control or not self.bench.is_slow
         swap = page.get("unread") if isinstance(page, Mapping) else None
-        made = self._made(variants, request.picture, control=2)
+        made = self._made([(), *[edits] * (1 + has_control)], request, control=2 if has_control else -1)
         return then(made, lambda steered: self._result(request, steered, sliders, swap))
 
     def strip(self, prompt: Any, seed: Any, steps: Any, page: Any) -> Events[dict[str, Any]]:
@@ -179,9 +234,9 @@ class SteerDesk(Desk):
         if not sliders:
             raise FluxSaeError("Add a feature first: its strengths are compared.")
         edits = [self.sliders.edit({**sliders[0], "turn": position}) for position in STRIP]
-        request = self._request(prompt, seed, steps, edits[:1])
-        made = self._made([(), *((edit,) for edit in edits)], request.picture)
-        return then(made, lambda steered: _strip(sliders[0], edits, steered))
+        request = self._request(prompt, seed, steps, edits[:1], page)
+        made = self._made([(), *((edit,) for edit in edits)], request)
+        return then(made, lambda steered: _strip(sliders[0], edits, steered, request))
 
     # Swaps
 
@@ -200,46 +255,85 @@ class SteerDesk(Desk):
         alike = self._kinds.alike(str(name), least=ALIKE)
         return [other for other in alike if other in self.names] or [other for other in self.names if other != name]
 
+    def kin_with(self, name: Any, other: Any) -> list[str]:
+        """The names that are used like one, and one that is on screen in any case."""
+        kin = self.kin(name) if name in self.names else []
+        return [*kin, *(one for one in (other,) if one in self.names and one not in kin)]
+
     def swap(self, prompt: Any, seed: Any, steps: Any, old: Any, new: Any) -> Events[Filled]:
         """Steps, then prompt, seed, steps and the sliders that put one name in place of another."""
-        for name in (old, new):
-            if not isinstance(name, str) or name not in self.names:
-                raise FluxSaeError(f"{str(name)[:40]!r} is no name of this run's features; choose one of the list.")
-        if old == new:
-            raise FluxSaeError(f"“{old}” cannot replace itself; choose two different names.")
-        request = self._request(prompt, seed, steps, [])
-        job = SwapJob(
+        request = SwapRequest.parse(self.limits, prompt=prompt, old=old, new=new, seed=seed, num_inference_steps=steps)
+
+        def fill(found: FoundSwap) -> Filled:
+            unread = None if found.is_read else [request.old, request.new]
+            return (*request.made_from, {**self.sliders.page_of(found.edits), "unread": unread})
+
+        return then(self.bench.cached(self._swap_job(request)), fill)
+
+    def swap_on(  # noqa: PLR0917 - the order of the tab's inputs
+        self, prompt: Any, seed: Any, steps: Any, old: Any, new: Any, page: Any
+    ) -> Events[Filled]:
+        """As `swap`, of an image that FLUX makes.
+
+        Raises:
+            FluxSaeError: the page steers a visitor's own picture.
+        """
+        if _given(page):
+            raise FluxSaeError("Swap works on images that FLUX makes. Move the sliders to steer your own picture.")
+        return self.swap(prompt, seed, steps, old, new)
+
+    # How it is done
+
+    def _swap_job(self, request: SwapRequest) -> SwapJob:
+        """The search for edits.
+
+        Raises:
+            FluxSaeError: no two different names of this run's features.
+        """
+        for name in (request.old, request.new):
+            if name not in self.names:
+                known = ", ".join(list(self.names)[:MAX_NAMED])
+                raise FluxSaeError(f"{shortened(name)} is no name of this run's features; it has {known}.")
+        if request.old == request.new:
+            raise FluxSaeError(f"“{request.old}” cannot replace itself; choose two different names.")
+        return SwapJob(
             hookpoint=self.sliders.hookpoint,
-            old=old,
-            new=new,
-            old_features=tuple(self.names[old]),
-            new_features=tuple(self.names[new][: MAX_SLIDERS - 1]),
-            rivals=tuple(self._kinds.rivals(old, new, least=ALIKE, limit=MAX_RIVALS)),
+            old=request.old,
+            new=request.new,
+            old_features=tuple(self.names[request.old]),
+            new_features=tuple(self.names[request.new][: MAX_SLIDERS - 1]),
+            rivals=tuple(self._kinds.rivals(request.old, request.new, least=ALIKE, limit=MAX_RIVALS)),
             prompt=request.prompt,
             seed=request.seed,
             num_inference_steps=request.num_inference_steps,
         )
 
-        def fill(found: FoundSwap) -> Filled:
-            unread = None if found.is_read else [old, new]
-            return (*request.picture, {**self.sliders.page_of(found.edits), "unread": unread})
-
-        return then(self.bench.cached(job), fill)
-
-    # How it is done
-
     @functools.cached_property
     def _kinds(self) -> NameKinds:
         return NameKinds(self.bench.images.prompts, self.names)
 
-    def _request(self, prompt: Any, seed: Any, steps: Any, edits: Sequence[SteeringEdit]) -> SteerRequest:
-        given = [edit.to_dict() for edit in edits]
-        return SteerRequest.parse(self.limits, prompt=prompt, edits=given, seed=seed, num_inference_steps=steps)
+    def _request(self, prompt: Any, seed: Any, steps: Any, edits: Sequence[SteeringEdit], page: Any) -> SteerRequest:
+        asked = {"prompt": prompt, "seed": seed, "num_inference_steps": steps, "edits": [e.to_dict() for e in edits]}
+        given = _given(page)
+        if given:
+            asked |= {"picture": self.bench.received(str(given.get("digest"))), "change": given.get("change")}
+        return SteerRequest.parse(self.limits, **asked)
 
     def _made(
-        self, variants: Sequence[Sequence[SteeringEdit]], picture: Picture, *, control: int = -1
+        self,
+        variants: Sequence[Sequence[SteeringEdit]],
+        request: SteerRequest | SweepRequest,
+        *,
+        control: int = -1,
     ) -> Events[Steered]:
-        return self.bench.cached(SteerJob(tuple(map(tuple, variants)), *picture, control))
+        filled = tuple(with_features(edits, self._labelled) for edits in variants)
+        own: dict[str, Any] = {}
+        if isinstance(request, SteerRequest) and request.picture is not None:
+            own = {"picture": request.picture, "change": request.change}
+        return self.bench.cached(SteerJob(filled, *request.made_from, control, **own))
+
+    def _labelled(self, hookpoint: HookPoint, label: str) -> Sequence[int]:
+        return self.sliders.named(str(hookpoint)).get(label, ())
 
     def _search(self, query: Any) -> list[dict[str, Any]]:
         hookpoint = self.sliders.hookpoint
@@ -250,68 +344,111 @@ class SteerDesk(Desk):
         """Where the run's demos steer best; without any demo the last."""
 
         def best(name: str) -> float:
-            return max((float(demo["score"]["score"]) for demo in self.bench.run.load_demos(name)), default=0.0)
+            return max(map(_score, self.bench.demos(name)), default=0.0)
 
         return max(reversed(self.bench.hookpoints), key=best)
 
     def _result(
         self, request: SteerRequest, steered: Steered, sliders: Sequence[Mapping[str, Any]], swap: Any
     ) -> dict[str, Any]:
-        before, after, random = steered.images
+        before, after, *random = steered.images
+        is_own, png = request.picture is not None, png_bytes(after, [steered.recipes[1]] * (request.picture is None))
         recipe = steered.recipes[1]
         edits = [edit.to_dict() for edit in request.edits]
-        measured = steered.measurements[1:] if recipe.edits else (None, None)
+        measured = (*steered.measurements[1:], None) if recipe.edits else (None, None)
         return {
             "prompt": request.prompt,
             "seed": request.seed,
-            "picture": _picture_of(recipe),
+            "picture": _picture_of(request),
+            "given": self._given_words(request, steered),
             "edits": edits,
             "rows": self.limits.rows,
             "cols": self.limits.cols,
             "region": words.common_region(request.edits),
             "cut": words.where_it_changed(before, after),
-            "before": views.image_url(before),
-            "after": views.image_url(after),
-            "random": views.image_url(random),
+            "before": views.image_url(before, is_own=is_own),
+            "after": views.image_url(after, is_own=is_own),
+            "random": views.image_url(random[0], is_own=is_own) if random else None,
             "words": words.result_words(list(zip(sliders, request.edits, strict=True))),
             "measurement": measured[0],
             "random_measurement": measured[1],
-            "png": views.base64_text(png_bytes(after, [recipe])),
-            "recipe": recipe.to_dict(),
+            "png": made_url(png, kind="png") if request.picture is None else views.data_url(png, kind="png"),
+            "recipe": recipe.to_dict() if request.picture is None else None,
             "notices": [
                 *views.notices(steered.unread, before),
                 *words.unread_notice(swap, self.names),
-                *words.unsafe_notice(request.edits, steered),
+                *words.unnatural_notice(request.edits, steered),
                 *words.faint_notice(request.edits, steered),
             ],
-            **self.frame(SteerRequest, {**request.model_dump(exclude={"edits"}), "edits": edits}, tab="steer"),
+            **self._frame(request, edits),
         }
 
+    def _frame(self, request: SteerRequest, edits: list[dict[str, Any]]) -> dict[str, Any]:
+        values = {**request.model_dump(exclude={"edits", "picture", "change"}), "edits": edits}
+        if request.picture is None:
+            return self.frame(SteerRequest, values, tab="steer")
+        values |= {"picture": PICTURE, "change": request.change}
+        return {**self.frame(SteerRequest, values, tab="steer"), "link": None}  # a link cannot hold the picture
 
-def _strip(slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: Steered) -> dict[str, Any]:
+    def _given_words(self, request: SteerRequest, steered: Steered) -> str | None:
+        """What "before" is of a visitor's own picture."""
+        if request.picture is None or steered.first_step is None:
+            return None
+        return (
+            f"Before is your picture, covered with {100 * request.change:.0f} % noise and painted on by FLUX without "
+            f"the edits, from step {steered.first_step + 1} of {request.num_inference_steps}."
+        )
+
+
+def _given(page: Any) -> Mapping[str, Any] | None:
+    """What the page says of a visitor's own picture that is steered."""
+    given = page.get("given") if isinstance(page, Mapping) else None
+    return given if isinstance(given, Mapping) else None
+
+
+def _strip(
+    slider: Mapping[str, Any], edits: Sequence[SteeringEdit], steered: Steered, request: SteerRequest
+) -> dict[str, Any]:
     measurements = steered.measurements[1:]
-    sound = [measured is not None and measured["is_safe"] for measured in measurements]
-    safe = words.safe_turns(list(zip(STRIP, sound, strict=True)))
-    low, high = safe or (0.0, 0.0)
+    sound = [measured is not None and measured["looks_natural"] for measured in measurements]
+    natural = words.natural_turns(list(zip(STRIP, sound, strict=True)))
+    low, high = natural or (0.0, 0.0)
+    changes = [
+        (turn, measured["distance"]) for turn, measured in zip(STRIP, measurements, strict=True) if measured is not None
+    ]
     cells = [
         {
-            "image": views.image_url(image),
+            "image": views.image_url(image, is_own=request.picture is not None),
             "words": words.edit_words(slider, edit),
             "short": words.short_words(edit),
             "measurement": measured,
-            "safe": low <= turn <= high,
+            "natural": low <= turn <= high,
         }
         for turn, edit, image, measured in zip(STRIP, edits, steered.images[1:], measurements, strict=True)
     ]
-    shown = ("hookpoint", "feature", "steps", "region", "colour", "label")
+    shown = ("hookpoint", "feature", "steps", "region", "when", "colour", "label")
     return {
         **{key: slider[key] for key in shown},
-        "picture": _picture_of(steered.recipes[0]),
+        "picture": _picture_of(request),
         "cells": cells,
-        "safe": safe,
+        "natural": natural,
+        "notches": words.even_notches(changes, natural) if natural else [],
     }
 
 
-def _picture_of(recipe: Recipe) -> list[Any]:
-    """What an unedited picture is made of: a safe range holds for it alone."""
-    return [recipe.prompt, recipe.seed, recipe.settings.num_inference_steps]
+def _about(seconds: float | None) -> str:
+    return "" if seconds is None else f", in about {max(1, round(seconds))} s"
+
+
+def _score(demo: Mapping[str, Any]) -> float:
+    """How well a demo steers; 0 where it does not say."""
+    try:
+        return float(demo["score"]["score"])
+    except (KeyError, TypeError, ValueError):
+        return 0.0
+
+
+def _picture_of(request: SteerRequest) -> list[Any]:
+    """What an unedited picture is made of: a natural range holds for it alone."""
+    own = [] if request.picture is None else [request.picture.digest, request.change]
+    return [*request.made_from, *own]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.steering.conditions import Condition
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.ui.kit import views
 from fluxsae.ui.serve.schemas import FeatureRequest
@@ -28,6 +29,7 @@ class Sliders:
 
     def __init__(self, bench: Workbench, hookpoint: str) -> None:
         self.bench, self.limits, self.hookpoint = bench, bench.limits, hookpoint
+        self._names: dict[str, Mapping[str, Sequence[int]]] = {}
 
     def page(self, edits: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """What the page needs to draw some sliders and to offer more."""
@@ -50,7 +52,10 @@ class Sliders:
     def slider(self, hookpoint: str, feature: int) -> dict[str, Any]:
         """A slider in its middle."""
         card = views.chip(self.bench.cards[hookpoint], feature)
-        return {**card, "turn": 0.0, "steps": None, "region": None, "word": self.bench.word(hookpoint)}
+        label = card.get("label") or ""
+        present = Condition(tuple(self.named(hookpoint).get(label, (feature,))), label=label)
+        fresh = {"turn": 0.0, "steps": None, "region": None, "when": None, "present": present.to_dict()}
+        return {**card, **fresh, "word": self.bench.word(hookpoint)}
 
     def slider_of(self, edit: SteeringEdit) -> dict[str, Any]:
         """The slider that stands for an edit exactly.
@@ -74,7 +79,7 @@ class Sliders:
         if isinstance(values["region"], dict):
             raise FluxSaeError("The page cannot show a region that follows a heatmap; use the /steer endpoint.")
         slider = self.slider(values["hookpoint"], edit.feature)
-        return {**slider, "turn": turn, "steps": values["steps"], "region": values["region"]}
+        return {**slider, "turn": turn, **{name: values.get(name) for name in ("steps", "region", "when")}}
 
     def edit(self, slider: Mapping[str, Any]) -> SteeringEdit:
         """Left of the middle suppresses (scale, strength below 1), right of it amplifies (add)."""
@@ -82,7 +87,7 @@ class Sliders:
         if isinstance(turn, bool) or not isinstance(turn, (int, float)) or not -1 <= turn <= 1:
             raise FluxSaeError(f"turn is {str(turn)[:40]}; a slider gives a number from -1 to 1.")
         mode, strength = ("scale", 1.0 + turn * MAX_SUPPRESS) if turn < 0 else ("add", turn * MAX_AMPLIFY)
-        given = {name: slider.get(name) for name in ("hookpoint", "feature", "steps", "region")}
+        given = {name: slider.get(name) for name in ("hookpoint", "feature", "steps", "region", "when")}
         return SteeringEdit.from_dict({**given, "mode": mode, "strength": round(strength, 4)})
 
     def sent(self, page: Any, n_steps: Any = None) -> list[dict[str, Any]]:
@@ -105,8 +110,14 @@ class Sliders:
         lines = region if isinstance(region, list) and len(region) == rows else [None]
         if region is not None and not all(isinstance(line, list) and len(line) == cols for line in lines):
             raise FluxSaeError(f"region is not {rows} rows of {cols} patches.")
-        given = {name: edit.get(name) for name in ("turn", "steps", "region")}
+        given = {name: edit.get(name) for name in ("turn", "steps", "region", "when")}
         return {**self.slider(request.hookpoint, request.feature), **given}
+
+    def named(self, hookpoint: str) -> Mapping[str, Sequence[int]]:
+        """The features of each name at a hook point."""
+        if hookpoint not in self._names:
+            self._names[hookpoint] = self.bench.cards[hookpoint].named()
+        return self._names[hookpoint]
 
     @functools.cached_property
     def _suggestions(self) -> list[dict[str, Any]]:

@@ -2,16 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from PIL import Image
 
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
+from fluxsae.runs.names import SaeName
 from fluxsae.steering.edits import Recipe, SaeSource, SteeringEdit
+from fluxsae.ui.serve.given import GivenPicture
 from fluxsae.ui.serve.lane import OnStep
 from fluxsae.ui.serve.reading import NOTHING, Unread, unread
-from fluxsae.ui.serve.session import Workbench
+from fluxsae.ui.serve.session import EMBEDDED, Workbench
+
+if TYPE_CHECKING:
+    from fluxsae.flux import Snapshot
 
 CONTROL_SEED: Final = 0
 EMBEDDED_RUN: Final = "fluxsae/miniature/run"
@@ -25,6 +30,8 @@ class Steered:
     recipes: tuple[Recipe, ...]
     measurements: tuple[dict[str, Any] | None, ...]
     unread: Unread = NOTHING
+    first_step: int | None = None
+    """The step from which a visitor's own picture was painted on."""
 
     @property
     def n_bytes(self) -> int:
@@ -42,9 +49,12 @@ class SteerJob:
     num_inference_steps: int
     control: int = -1
     """The variant that writes random directions in place of the features' own; -1 for none."""
+    picture: GivenPicture | None = None
+    """The visitor's own, which is noised and painted on, where none is made."""
+    change: float = 1.0
+    """How much of it may change: the share of noise (sigma) at which the first step begins, at most."""
 
-    @property
-    def n_passes(self) -> int:
+    def n_passes(self, bench: Workbench) -> int:
         """Passes of the transformer over one image that it needs at most, its measuring included."""
         from fluxsae.steering.naturalness import NOISE_SEEDS
 
@@ -60,8 +70,9 @@ class SteerJob:
         from fluxsae.steering.measurements import EditRecorder
         from fluxsae.steering.sweeps import sweep
 
-        saes = {HookPoint.parse(name): sae for name, sae in bench.saes.items()}
+        saes: dict[HookPoint, Any] = {SaeName.parse(name): sae for name, sae in bench.saes.items()}
         settings = bench.settings(self.num_inference_steps)
+        snapshot = self._snapshot(bench)
         recorder = EditRecorder(bench.pipe, saes, self.variants, limits=bench.token_limits)
         with recorder.watch():
             found = sweep(
@@ -71,6 +82,7 @@ class SteerJob:
                 prompt=self.prompt,
                 seed=self.seed,
                 settings=settings,
+                snapshot=snapshot,
                 origin=run_origin(bench),
                 direction_of=self._direction_of(bench, saes) if self.control >= 0 else None,
                 on_edit=recorder.record,
@@ -79,7 +91,20 @@ class SteerJob:
         measured = self._measured(bench, [variant.image for variant in found], recorder.recorded)
         recipes = tuple(variant.recipe for variant in found)
         images = tuple(variant.image for variant in found)
-        return Steered(images, recipes, measured, unread(bench.pipe, self.prompt, settings))
+        words = unread(bench.pipe, self.prompt, settings) if self.prompt else NOTHING
+        return Steered(images, recipes, measured, words, None if snapshot is None else snapshot.step)
+
+    def _snapshot(self, bench: Workbench) -> "Snapshot | None":
+        """The visitor's own picture with the noise of the first step that begins with no more than may change."""
+        from fluxsae.flux import noised_picture, schedule_sigmas
+
+        if self.picture is None:
+            return None
+        settings = bench.settings(self.num_inference_steps)
+        sigmas = schedule_sigmas(bench.pipe, settings)
+        step = next((step for step, sigma in enumerate(sigmas) if sigma <= self.change), len(sigmas) - 1)
+        asked: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, "settings": settings}
+        return noised_picture(bench.pipe, self.picture.image, step=step, **asked)
 
     def _direction_of(self, bench: Workbench, saes: Mapping[HookPoint, Any]) -> Any:
         from fluxsae.steering.measurements import random_directions
@@ -95,7 +120,7 @@ class SteerJob:
     def _measured(
         self, bench: Workbench, images: Sequence[Image.Image], recorded: Sequence[Any]
     ) -> tuple[dict[str, Any] | None, ...]:
-        from fluxsae.steering.measurements import SAFE_UP_TO, measure_edit
+        from fluxsae.steering.measurements import measure_edit
         from fluxsae.steering.naturalness import denoising_errors
 
         errors = denoising_errors(bench.pipe, images, bench.settings(self.num_inference_steps))
@@ -116,8 +141,7 @@ class SteerJob:
                 {
                     **measured.to_dict(),
                     "distance_of_unrelated": bench.unrelated_distance,
-                    "is_safe": measured.is_safe,
-                    "safe_up_to": dict(SAFE_UP_TO),
+                    "looks_natural": measured.looks_natural,
                 }
             )
         return tuple(values)
@@ -127,9 +151,9 @@ def run_origin(bench: Workbench) -> Any:
     """Where the models of this page's recipes come from."""
     from fluxsae.steering.sweeps import Origin
 
-    repo, _, revision = (EMBEDDED_RUN if bench.source == "embedded" else bench.source).partition("@")
+    repo, _, revision = (EMBEDDED_RUN if bench.source == EMBEDDED else bench.name).partition("@")
     saes = tuple(
-        SaeSource(HookPoint.parse(name), repo, bench.run.sae_subfolder(name), revision or None)
+        SaeSource(SaeName.parse(name), repo, bench.run.sae_subfolder(name), revision or None)
         for name in bench.hookpoints
     )
     return Origin(bench.info.flux_id, bench.info.flux_revision, saes)

@@ -30,12 +30,12 @@ def find_starters(bench: Workbench, slider_of: SliderOf) -> list[dict[str, Any]]
     `slider_of` gives the slider that stands for an edit, and refuses an edit that none does.
     """
     places = list(reversed(bench.hookpoints))
-    swaps = [(name, swap) for name in places for swap in bench.run.load_swaps(name)]
+    swaps = [(name, swap) for name in places for swap in bench.swaps(name)]
     swapped = [starter for name, swap in swaps if (starter := _swapped(bench, slider_of, name, swap)) is not None]
     clear = _clear(swapped)
     order = varied(range(len(clear)), [str(starter["edits"][0]["feature"]) for starter in clear])
     found = [clear[place] for place in order[:MAX_SWAPS]]
-    demos = [(name, demo) for name in places for demo in bench.run.load_demos(name)]
+    demos = [(name, demo) for name in places for demo in bench.demos(name)]
     made = [starter for name, demo in demos if (starter := _less(bench, slider_of, name, demo)) is not None]
     gone = [starter["gone"] for starter in made if starter["gone"] is not None]
     seen = [starter for starter in made if starter["gone"] is None or starter["gone"] >= SEEN * max(gone)]

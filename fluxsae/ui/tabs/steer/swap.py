@@ -8,7 +8,8 @@ import numpy as np
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import CONFIDENCE
 from fluxsae.features.vocabulary import has_name, in_place
-from fluxsae.flux.hookpoints import HookPoint, TokenGrid
+from fluxsae.flux.hookpoints import TokenGrid
+from fluxsae.runs.names import SaeName
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.ui.serve.lane import OnStep
 from fluxsae.ui.serve.session import Workbench
@@ -52,8 +53,7 @@ class SwapJob:
     seed: int
     num_inference_steps: int
 
-    @property
-    def n_passes(self) -> int:
+    def n_passes(self, bench: Workbench) -> int:
         """Passes of the transformer over one image that it needs at most, its measuring included."""
         from fluxsae.steering.naturalness import NOISE_SEEDS
 
@@ -75,7 +75,7 @@ class SwapJob:
 
         if bench.embedder is None:
             raise FluxSaeError("Swaps need CLIP, which this run does not have. Use the sliders.")
-        place, sae, config = HookPoint.parse(self.hookpoint), bench.saes[self.hookpoint], SwapConfig()
+        place, sae, config = SaeName.parse(self.hookpoint), bench.saes[self.hookpoint], SwapConfig()
         new_features = addable(sae, self.new_features)
         if not new_features:
             raise FluxSaeError(f"The features of “{self.new}” fired too rarely to know how strongly to add them.")
@@ -116,5 +116,5 @@ class SwapJob:
 
 
 def _rank(score: "SwapScore") -> tuple[Any, ...]:
-    """What is read comes before what is safe, and that before how clear it is."""
-    return score.is_read, score.is_safe, min(score.gone, score.come) * (1 - score.collateral)
+    """What is read comes before what looks natural, and that before how clear it is."""
+    return score.is_read, score.looks_natural, min(score.gone, score.come) * (1 - score.collateral)

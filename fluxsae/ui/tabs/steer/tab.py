@@ -1,10 +1,11 @@
 """The Steer tab: turn features, compare, share."""
 
+from html import escape
 from typing import Any
 
 import gradio as gr
 
-from fluxsae.ui.kit.shell import EACH, IDLE, QUEUED, QUIET, Shell, end_at_idle, making
+from fluxsae.ui.kit.shell import EACH, IDLE, QUEUED, QUIET, Shell, end_runs, making
 from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.endpoints import in_lane
 from fluxsae.ui.serve.guard import guarded
@@ -40,7 +41,7 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
                 js_on_load=mount(turn="input", begin="submit"),
                 elem_id="steer-edits",
             )
-            old, new, swap_go = _swap_row(desk)
+            old, new, swap_go, swap_status = _swap_row(desk, tab)
             with gr.Row():
                 find = gr.Textbox(
                     label="Find a feature",
@@ -63,10 +64,15 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
                 go = gr.Button("Steer", variant="primary", elem_id="steer-go")
                 strip_go = gr.Button("Compare strengths", elem_id="steer-strip-go")
                 stop = gr.Button("Stop", elem_id="steer-stop", elem_classes="fs-stop", min_width=70)
+            costs = gr.HTML(elem_id="steer-costs")
         with gr.Column(scale=6, min_width=300):
             result = gr.HTML(
-                first or None, html_template=element("fs-result"), js_on_load=mount(), elem_id="steer-result"
+                first or None,
+                html_template=element("fs-result"),
+                js_on_load=mount(control="submit"),
+                elem_id="steer-result",
             )
+
     strip = gr.HTML(None, html_template=element("fs-strip"), js_on_load=mount(), elem_id="steer-strip")
     asked = [prompt, seed, steps, edits]
 
@@ -75,12 +81,15 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
 
     turn = making(desk.turn, makes="steer-result")
     compare = making(desk.strip, makes="steer-strip")
-    swap = making(desk.swap, makes="steer-result", n=4)
+
+    swap = making(desk.swap_on, makes="steer-result", n=4)
     lane = in_lane(status)
+    newest = {**lane, "trigger_mode": "multiple"}  # what is asked while another is made ends that
     latest = {**lane, "trigger_mode": "always_last"}  # what is asked while another is made is made next
     runs = [
-        edits.input(turn, asked, [status, result], **latest),
-        gr.on([go.click, prompt.submit], turn, asked, [status, result], **latest),
+        edits.input(making(desk.moved, makes="steer-result"), asked, [status, result], **latest),
+        gr.on([go.click, prompt.submit], turn, asked, [status, result], **newest),
+        result.submit(making(desk.controlled, makes="steer-result"), asked, [status, result], **newest),
         strip_go.click(compare, asked, [status, strip], **latest),
     ]
     find.change(guarded(desk.matches), find, found, **QUIET)
@@ -97,28 +106,40 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
     shell.follow(follow, [], [prompt, seed, steps, found])
     arrived = shell.open_link("steer", desk.linked, asked)
     runs.append(arrived.submit(turn, asked, [status, result], **lane))
-    swapped = [prompt, seed, steps, old, new]
-    swapping = swap_go.click(swap, swapped, [status, *asked], **latest)
-    runs += [swapping, swapping.success(turn, asked, [status, result], **lane)]
-    stop.click(lambda: IDLE, None, status, cancels=runs, **QUIET)
+    swapped = [prompt, seed, steps, old, new, edits]
+    swapping = swap_go.click(swap, swapped, [swap_status, *asked], **latest)
+    runs.append(swapping.success(turn, asked, [status, result], **lane))
+    _tell_costs(desk, shell, costs, [*runs, swapping])
+    end_runs(stop, (status, runs), (swap_status, [swapping]))
+
+
+def _tell_costs(desk: SteerDesk, shell: Shell, costs: gr.HTML, runs: list[Any]) -> None:
+    """Says how many images the buttons make and how long that takes, when the page opens and after each run."""
+
+    def cost() -> str:
+        return f'<p class="fs-quiet fs-hint">{escape(desk.cost_words())}</p>'
+
+    shell.app.load(cost, None, costs, **QUIET)
     for run in runs:
-        end_at_idle(run, status)
+        run.success(cost, None, costs, **QUIET)
 
 
-def _swap_row(desk: SteerDesk) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button]:
-    """What goes, what comes in its place, and the button; not shown where fewer than two names are to be had."""
+def _swap_row(desk: SteerDesk, tab: gr.Tab) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button, gr.HTML]:
+    """What goes, what comes in its place, the button and its progress; not shown where there are no two names."""
     names = list(desk.names)
-    old, new = desk.first_swap() or [*names[:1], *desk.kin(*names[:1])[:1]] if len(names) > 1 else (None, None)
-    kin = desk.kin(old) if old else []
+    old, new = desk.first_swap() or names[:2] if len(names) > 1 else (None, None)
     with gr.Column(elem_classes="fs-swap", visible=len(names) > 1):
         with gr.Row():
             one = gr.Dropdown(names, value=old, label="Replace", min_width=120, elem_id="steer-old")
-            other = gr.Dropdown(kin, value=new, label="with", min_width=120, elem_id="steer-new")
+            other = gr.Dropdown(names, value=new, label="with", min_width=120, elem_id="steer-new")
             go = gr.Button("Swap", min_width=80, elem_id="steer-swap")
         only = " Colours work best; shapes rarely work." if desk.bench.is_miniature else ""
         gr.HTML(
             '<p class="fs-quiet fs-hint">Tries eight swaps where the first name fires. Keeps the one in which CLIP '
             f"recognises the second name best, and sets the sliders to it.{only}</p>"
         )
+        status = gr.HTML(IDLE, html_template=element("fs-status"), js_on_load=mount())
+    # names of one kind are found when the tab is opened: of 20,000 prompts that takes seconds
+    tab.select(guarded(lambda name, other: gr.Dropdown(desk.kin_with(name, other))), [one, other], other, **QUEUED)
     one.change(lambda name: gr.Dropdown(desk.kin(name), value=desk.kin(name)[0]), one, other, **QUEUED)
-    return one, other, go
+    return one, other, go, status

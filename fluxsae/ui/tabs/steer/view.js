@@ -1,4 +1,4 @@
-// The Steer tab: sliders with their natural range, before and after, a strip of strengths, painting the region.
+// The Steer tab: sliders with the range in which the image looks natural, before and after, a strip of strengths, painting the region.
 FS.turnWords = (turn, { max_suppress: least, max_amplify: most, edit_words: words }) => {
   if (Math.abs(turn) < 0.005) return words.unchanged;
   if (turn > 0) return words.added.replace("{}", FS.number(turn * most, 2));
@@ -23,17 +23,19 @@ FS.panels = (pictures, names, words = []) =>
     ),
   );
 // Natural ranges that strips have found, for the image on screen alone: another prompt or seed has others.
-FS.safe = { picture: null, ranges: new Map() };
-FS.safeKey = (edit) => JSON.stringify([edit.hookpoint, edit.feature, edit.steps || null, edit.region || null]);
-FS.safeOf = (picture) => {
-  if (JSON.stringify(FS.safe.picture) !== JSON.stringify(picture)) FS.safe = { picture, ranges: new Map() };
-  return FS.safe.ranges;
+FS.natural = { picture: null, ranges: new Map() };
+FS.naturalKey = (edit) =>
+  JSON.stringify([edit.hookpoint, edit.feature, edit.steps || null, edit.region || null, edit.when || null]);
+FS.naturalOf = (picture) => {
+  if (JSON.stringify(FS.natural.picture) !== JSON.stringify(picture)) FS.natural = { picture, ranges: new Map() };
+  return FS.natural.ranges;
 };
 
 FS.define("fs-edits", (root, data) => {
   if (data.starters) FS.starters = data.starters; // they come with the page, not with every slider
-  const state = { edits: data.edits }, unfolded = new WeakSet();
-  const keep = () => root.keep({ ...data, starters: undefined, unread: undefined, edits: state.edits });
+  const state = { edits: data.edits, given: data.given || null }, unfolded = new WeakSet();
+  const keep = () =>
+    root.keep({ ...data, starters: undefined, unread: undefined, edits: state.edits, given: state.given });
   const tell = () => {
     keep();
     FS.emit(root, "turn");
@@ -43,21 +45,27 @@ FS.define("fs-edits", (root, data) => {
     if (structure) draw();
   };
   const track = (edit) => {
-    const safe = FS.safe.ranges.get(FS.safeKey(edit));
+    const natural = FS.natural.ranges.get(FS.naturalKey(edit));
     return FS.el(
       "div",
       { class: "fs-track", "aria-hidden": "true" },
-      safe
+      natural
         ? FS.el("span", {
-          class: "fs-safe",
-          style: { left: `${(safe[0] + 1) * 50}%`, width: `${(safe[1] - safe[0]) * 50}%` },
+          class: "fs-natural",
+          style: {
+            left: `${(natural.range[0] + 1) * 50}%`,
+            width: `${(natural.range[1] - natural.range[0]) * 50}%`,
+          },
         })
         : null,
+      ...(natural ? natural.notches : []).map((turn) =>
+        FS.el("span", { class: "fs-notch", style: { left: `${(turn + 1) * 50}%` } })
+      ),
       FS.el("span", { class: "fs-middle" }),
     );
   };
   const row = (edit) => {
-    const safe = FS.safe.ranges.get(FS.safeKey(edit));
+    const natural = FS.natural.ranges.get(FS.naturalKey(edit));
     const words = FS.el("output", { class: "fs-num", text: FS.turnWords(edit.turn, data) });
     const slider = FS.el("input", {
       type: "range",
@@ -70,7 +78,8 @@ FS.define("fs-edits", (root, data) => {
     });
     slider.setAttribute("aria-valuetext", words.textContent);
     slider.addEventListener("input", () => {
-      edit.turn = Math.abs(Number(slider.value)) < 0.03 ? 0 : Number(slider.value);
+      const turn = Number(slider.value), near = (at) => Math.abs(turn - at) < 0.03;
+      edit.turn = [0, ...(natural ? natural.notches : [])].find(near) ?? turn;
       words.textContent = FS.turnWords(edit.turn, data);
       slider.setAttribute("aria-valuetext", words.textContent);
     });
@@ -126,9 +135,9 @@ FS.define("fs-edits", (root, data) => {
       ),
       FS.el("p", {
         class: "fs-quiet fs-hint",
-        text: safe
-          ? "The band marks the natural range for this image, as measured by “Compare strengths”."
-          : "“Compare strengths” below measures the natural range of this slider.",
+        text: natural
+          ? "The band marks where this image looks natural; its notches are equal steps of measured change."
+          : "“Compare strengths” below measures how far the image looks natural.",
       }),
       FS.el(
         "details",
@@ -155,6 +164,19 @@ FS.define("fs-edits", (root, data) => {
             },
           }),
         ),
+        FS.el(
+          "label",
+          { class: "fs-row fs-tight fs-quiet" },
+          FS.el("input", {
+            type: "checkbox",
+            checked: Boolean(edit.when),
+            onchange: (event) => {
+              edit.when = event.target.checked ? edit.present : null;
+              changed(true);
+            },
+          }),
+          FS.el("span", { text: `Only in images that show ${FS.title(edit)}; others stay as they are` }),
+        ),
         FS.el("p", {
           class: "fs-quiet fs-hint",
           text: edit.region
@@ -164,12 +186,55 @@ FS.define("fs-edits", (root, data) => {
       ),
     );
   };
+  // A picture of the visitor's own: how much of it may change, and the way back to images from a prompt.
+  const givenPanel = () => {
+    if (!state.given) return null;
+    const change = FS.slider({
+      label: "How much may change",
+      min: 0.1,
+      max: 1,
+      step: 0.05,
+      value: state.given.change,
+      format: FS.percent,
+      oninput: (value) => {
+        state.given = { ...state.given, change: value };
+      },
+    });
+    change.input.addEventListener("change", tell);
+    return FS.el(
+      "div",
+      { class: "fs-own", role: "group", "aria-label": "Your own picture" },
+      FS.el("img", { src: state.given.image, alt: "Your picture" }),
+      FS.el(
+        "div",
+        { class: "fs-block" },
+        FS.el("span", { class: "fs-row fs-between" }, FS.el("strong", { text: "Your own picture" }), back()),
+        change,
+        FS.el("p", {
+          class: "fs-quiet fs-hint",
+          text:
+            "So much noise is put over it, and FLUX paints on from there. At 100 % nothing of it is left. The prompt above is its caption, and may be empty.",
+        }),
+      ),
+    );
+  };
+  const back = () =>
+    FS.el("button", {
+      class: "fs-button fs-small",
+      type: "button",
+      text: "Use the prompt instead",
+      onclick: () => {
+        state.given = null;
+        changed(true);
+      },
+    });
   const draw = () => {
     root.replaceChildren(
       FS.el(
         "section",
         { class: "fs-editor", "aria-label": "Features being steered" },
         FS.el("h2", { class: "fs-h", text: "Steer features" }),
+        givenPanel(),
         !state.edits.length && (FS.starters || []).length
           ? FS.el(
             "div",
@@ -241,6 +306,7 @@ FS.define("fs-edits", (root, data) => {
                   edit.turn = 0;
                   edit.steps = null;
                   edit.region = null;
+                  edit.when = null;
                 });
                 changed(true);
               },
@@ -265,8 +331,8 @@ FS.define("fs-edits", (root, data) => {
   root.has = (feature) =>
     state.edits.some((edit) => edit.feature === feature.feature && edit.hookpoint === feature.hookpoint);
   // A feature that was just added is brought into view, and its picture, still unturned, is asked for.
-  root.add = (slider, alone = false) => {
-    if (alone) state.edits = [];
+  root.add = (slider, alone = false, given = null) => {
+    if (alone) Object.assign(state, { edits: [], given });
     const at = state.edits.findIndex((edit) => edit.feature === slider.feature && edit.hookpoint === slider.hookpoint);
     if (at >= 0 || state.edits.length >= data.max_edits) {
       FS.bringIntoView(root.querySelectorAll(".fs-edit")[Math.max(at, 0)]);
@@ -288,7 +354,7 @@ FS.define("fs-found", (root, data) => {
   const editor = document.querySelector("fs-edits");
   if (data.add) {
     root.keep({ ...data, add: null });
-    setTimeout(() => editor.add(data.add, data.alone)); // once the prompt that came along is there
+    setTimeout(() => editor.add(data.add, data.alone, data.given)); // once the prompt that came along is there
   }
   if (data.query) {
     root.append(
@@ -366,7 +432,11 @@ FS.define("fs-result", (root, data) => {
   }
   const images = { before: data.before, after: data.after, random: data.random };
   const view = { right: "after", cut: 50, painting: false };
-  const left = FS.el("img", { class: "fs-shot", src: images.before, alt: `Before: ${data.prompt}` });
+  const left = FS.el("img", {
+    class: "fs-shot",
+    src: images.before,
+    alt: data.given ? "Before: your picture, painted on without edits" : `Before: ${data.prompt}`,
+  });
   const right = FS.el("img", {
     class: "fs-shot fs-over",
     src: images.after,
@@ -428,7 +498,25 @@ FS.define("fs-result", (root, data) => {
       context.fillRect(at % data.cols, Math.floor(at / data.cols), 1, 1);
     });
   };
-  let focus = null, brush = 1, stroked = false;
+  let focus = null, brush = 1, stroked = false, last = null;
+  // The brush is a disc, of one patch where there are few and of five across where there are 64 x 64.
+  const radius = Math.floor(Math.max(data.rows, data.cols) / 32);
+  const dab = (at) => {
+    const row = Math.floor(at / data.cols), column = at % data.cols;
+    for (let y = -radius; y <= radius; y += 1) {
+      for (let x = -radius; x <= radius; x += 1) {
+        const isInside = row + y >= 0 && row + y < data.rows && column + x >= 0 && column + x < data.cols;
+        if (isInside && x * x + y * y <= radius * (radius + 1)) mask[(row + y) * data.cols + column + x] = brush;
+      }
+    }
+    last = at;
+  };
+  // A quick hand skips patches: all between two points are painted.
+  const stroke = (from, to) => {
+    const [x, y] = [from % data.cols, Math.floor(from / data.cols)];
+    const [dx, dy] = [to % data.cols - x, Math.floor(to / data.cols) - y], n = Math.max(Math.abs(dx), Math.abs(dy), 1);
+    for (let i = 1; i <= n; i += 1) dab(Math.round(y + (dy * i) / n) * data.cols + Math.round(x + (dx * i) / n));
+  };
   const cell = (event) => {
     const rect = grid.getBoundingClientRect();
     const row = Math.min(
@@ -447,15 +535,15 @@ FS.define("fs-result", (root, data) => {
   grid.addEventListener("pointerdown", (event) => {
     grid.setPointerCapture(event.pointerId);
     brush = mask[cell(event)] ? 0 : 1;
-    mask[cell(event)] = brush;
     focus = null;
+    dab(cell(event));
     paint();
   });
   grid.addEventListener("pointerup", () => mark());
   grid.addEventListener("pointercancel", () => mark());
   grid.addEventListener("pointermove", (event) => {
     if (event.buttons) {
-      mask[cell(event)] = brush;
+      stroke(last ?? cell(event), cell(event));
       paint();
     }
   });
@@ -466,7 +554,8 @@ FS.define("fs-result", (root, data) => {
     else if (event.key !== " ") return;
     event.preventDefault();
     if (event.key === " ") {
-      mask[focus] = mask[focus] ? 0 : 1;
+      brush = mask[focus] ? 0 : 1;
+      dab(focus);
       mark();
     }
     paint();
@@ -475,13 +564,12 @@ FS.define("fs-result", (root, data) => {
     Array.from({ length: data.rows }, (_, row) => Array.from(mask.subarray(row * data.cols, (row + 1) * data.cols)));
   const region = () => (mask.some(Boolean) ? rows() : null);
   const editor = () => document.querySelector("fs-edits");
-  const had = FS.safe.ranges.size;
-  if (had && !FS.safeOf(data.picture).size && editor()) editor().redraw();
+  const had = FS.natural.ranges.size;
+  if (had && !FS.naturalOf(data.picture).size && editor()) editor().redraw();
   const painter = FS.el("button", {
     class: "fs-button fs-small",
     type: "button",
     text: "Paint where it acts",
-    title: "Press, then drag over the squares of the image",
     "aria-pressed": "false",
     onclick: () => {
       view.painting = !view.painting;
@@ -518,21 +606,24 @@ FS.define("fs-result", (root, data) => {
   });
   const recipeFile = (recipe) =>
     `data:application/json;charset=utf-8,${encodeURIComponent(JSON.stringify(recipe, null, 1))}`;
-  const recipe = download("recipe.json", recipeFile(data.recipe), "Recipe");
+  const recipe = data.recipe && download("recipe.json", recipeFile(data.recipe), "Recipe");
   const later = FS.el("p", {
     class: "fs-notice",
     role: "status",
     hidden: true,
-    text: "The image does not show the painted region yet: press Steer. The link and the recipe already contain it.",
+    text: data.recipe
+      ? "The image does not show the painted region yet: press Steer. The link and the recipe already contain it."
+      : "The image does not show the painted region yet: press Steer.",
   });
   const mark = () => {
     stroked = true;
     if (editor() && editor().markRegion) editor().markRegion(region());
+    later.hidden = false;
+    if (!data.recipe) return;
     const { prompt, seed, settings, batch, index } = asked();
     recipe.href = recipeFile(asked());
     FS.packView({ tab: "steer", prompt, edits: batch[index], seed, num_inference_steps: settings.num_inference_steps })
       .then((text) => (data.link = text));
-    later.hidden = false;
   };
   root.append(
     FS.el(
@@ -542,14 +633,23 @@ FS.define("fs-result", (root, data) => {
       FS.el(
         "p",
         { class: "fs-prompt" },
-        FS.el("span", { text: `“${data.prompt}”` }),
+        data.given ? FS.el("span", { class: "fs-badge", text: "your picture" }) : null,
+        data.prompt ? FS.el("span", { text: `“${data.prompt}”` }) : null,
         FS.el("span", { class: "fs-quiet fs-num", text: `seed ${data.seed}` }),
       ),
       stage,
+      data.given ? FS.el("p", { class: "fs-quiet fs-hint", text: data.given }) : null,
       FS.el(
         "div",
         { class: "fs-row fs-wrap" },
-        data.measurement &&
+        data.measurement && !data.random &&
+          FS.el("button", {
+            class: "fs-button fs-small",
+            type: "button",
+            text: "Compare with a random direction (makes 3 images)",
+            onclick: () => FS.emit(root, "control", {}),
+          }),
+        data.measurement && data.random &&
           FS.toggle({
             label: "Right half",
             options: [["after", "after"], ["random", "a random direction"]],
@@ -571,8 +671,7 @@ FS.define("fs-result", (root, data) => {
         data,
         () => ({
           title: data.words.join("; ") || data.prompt,
-          words: FS.told(data),
-
+          words: FS.told({ ...data, picture: data.given }),
           pictures: [["before", data.before], ["after", data.after], [
             "random direction, same strength",
             data.random,
@@ -580,7 +679,7 @@ FS.define("fs-result", (root, data) => {
           recipe: data.recipe,
           measurement: data.measurement,
         }),
-        download("fluxsae.png", `data:image/png;base64,${data.png}`, "Image with recipe"),
+        download("fluxsae.png", data.png, data.recipe ? "Image with recipe" : "Image"),
         recipe,
       ),
       FS.code(data.code),
@@ -597,6 +696,14 @@ FS.changed = (share) => {
   return `${word} (${FS.share(share)} of the distance between unrelated images)`;
 };
 
+// How often the bounds of what looks natural are wrong on images that nobody edited.
+FS.calibration = ({ false_alarms, n_pictures }) =>
+  false_alarms === null
+    ? "These bounds were not calibrated in this run."
+    : `At most ${
+      FS.percent(false_alarms)
+    } of FLUX's own unedited images are beyond them (from ${n_pictures} of this run).`;
+
 FS.measured = (data, isRandom) => {
   const measurement = isRandom ? data.random_measurement : data.measurement;
   if (!measurement) return [];
@@ -607,7 +714,7 @@ FS.measured = (data, isRandom) => {
     "largest activation before and after, in multiples of the feature's usual strength",
   ];
   const odd = measurement.out_of_distribution, doubt = measurement.denoising_error_ratio;
-  const most = measurement.safe_up_to;
+  const most = measurement.natural;
   return [
     FS.facts([
       measurement.distance_of_unrelated === null ? null : [
@@ -620,17 +727,19 @@ FS.measured = (data, isRandom) => {
       inside,
       [
         "Unusual patches",
-        `${odd === 0 ? "0 %" : FS.share(odd)}${odd > most.out_of_distribution ? ", outside the natural range" : ""}`,
-        `share of the edited patches that look unlike those of FLUX's own images; natural range: up to ${
+        `${odd === 0 ? "0 %" : FS.share(odd)}${odd > most.out_of_distribution ? ", more than looks natural" : ""}`,
+        `share of the edited patches that look unlike those of FLUX's own images; natural: up to ${
           FS.percent(most.out_of_distribution)
         }`,
       ],
       [
         "Denoising error",
         `${FS.number(doubt, 2)} × that of the image before${
-          doubt > most.denoising_error_ratio ? ", outside the natural range" : ""
+          doubt > most.denoising_error_ratio ? ", more than looks natural" : ""
         }`,
-        `error of FLUX when it denoises this image without a prompt, relative to the image before (1: the same); natural range: up to ${most.denoising_error_ratio}`,
+        `error of FLUX when it denoises this image without a prompt, relative to the image before (1: the same); natural: up to ${
+          FS.number(most.denoising_error_ratio, 2)
+        }`,
       ],
       measurement.relative_size === null ? null : [
         "Size of the edit",
@@ -654,13 +763,13 @@ FS.measured = (data, isRandom) => {
 
 FS.isStripOf = (strip, result) =>
   JSON.stringify(strip.picture) === JSON.stringify(result.picture) &&
-  result.edits.some((edit) => FS.safeKey(edit) === FS.safeKey(strip));
+  result.edits.some((edit) => FS.naturalKey(edit) === FS.naturalKey(strip));
 
 FS.define("fs-strip", (root, data) => {
-  const ranges = FS.safeOf(data.picture);
-  if (data.safe) ranges.set(FS.safeKey(data), data.safe);
-  else ranges.delete(FS.safeKey(data));
-  const editor = document.querySelector("fs-edits"), most = data.cells[0].measurement.safe_up_to;
+  const ranges = FS.naturalOf(data.picture);
+  if (data.natural) ranges.set(FS.naturalKey(data), { range: data.natural, notches: data.notches });
+  else ranges.delete(FS.naturalKey(data));
+  const editor = document.querySelector("fs-edits"), most = data.cells[0].measurement.natural;
   if (editor && editor.redraw) editor.redraw();
   root.append(
     FS.el(
@@ -673,18 +782,33 @@ FS.define("fs-strip", (root, data) => {
         data.cells.map((cell) =>
           FS.el(
             "li",
-            { class: cell.safe ? "fs-ok" : "" },
+            { class: cell.natural ? "fs-ok" : "" },
             FS.el("img", { src: cell.image, alt: cell.words }),
             FS.el("span", { class: "fs-num", text: cell.short }),
-            FS.el("span", { class: "fs-quiet", text: cell.safe ? "in range" : "out of range" }),
+            FS.el("span", { class: "fs-quiet", text: cell.natural ? "looks natural" : "not natural" }),
           )
+        ),
+      ),
+      FS.el(
+        "div",
+        { class: "fs-row fs-wrap fs-tight" },
+        data.cells.map((cell, at) =>
+          FS.el("a", {
+            class: "fs-button fs-small",
+            href: cell.image,
+            download: `strength-${at + 1}.webp`,
+            text: `Save ${at + 1}`,
+            "aria-label": `Save the image at ${cell.short}, at full size`,
+          })
         ),
       ),
       FS.el("p", {
         class: "fs-quiet",
-        text: `In the natural range, at most ${
+        text: `An image looks natural where at most ${
           FS.percent(most.out_of_distribution)
-        } of the edited patches look unlike those of FLUX's own images, and FLUX denoises the image almost as well as the one before (error up to ${most.denoising_error_ratio} ×). The band on the slider shows this range for this image.`,
+        } of the edited patches look unlike those of FLUX's own images, and FLUX denoises the image almost as well as the one before (error up to ${
+          FS.number(most.denoising_error_ratio, 2)
+        } ×). ${FS.calibration(most)} The band on the slider shows this range for this image.`,
       }),
     ),
   );

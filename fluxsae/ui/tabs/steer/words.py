@@ -22,6 +22,8 @@ EDIT_WORDS: Final = {
 }
 """What an edit does, in words; the sliders use the same."""
 SHORT_WORDS: Final = EDIT_WORDS | {"multiple": "{} × removed", "added": "{} × added"}
+NOTCHES: Final = 4
+"""Of a slider, on each side of its middle."""
 AT_A_GLANCE: Final = 48
 """Difference of a colour channel, of 255, from which a pixel is seen to change."""
 
@@ -73,7 +75,8 @@ def result_words(turned: Sequence[tuple[Mapping[str, Any], SteeringEdit]]) -> li
         label = slider.get("label")
         named = {**slider, "label": f"{label} #{edit.feature}"} if label and labels[label] > 1 else slider
         where = ", in the marked region" if edit.region and not edit.is_identity else ""
-        found.append(edit_words(named, edit) + where)
+        when = f", only where {edit.when.label or 'it'} is there" if edit.when and not edit.is_identity else ""
+        found.append(edit_words(named, edit) + where + when)
     return found
 
 
@@ -91,21 +94,23 @@ def unread_notice(swap: Any, names: Container[str]) -> list[str]:
     return []
 
 
-def unsafe_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
-    """What to do about an image outside the natural range."""
+def unnatural_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
+    """What to do about an image that does not look natural."""
     measured = steered.measurements[1]
-    if measured is None or measured["is_safe"]:
+    if measured is None or measured["looks_natural"]:
         return []
     if any(edit.mode == "add" and edit.strength > 0 and edit.region is None for edit in edits):
-        return ["Outside the natural range: the feature is added everywhere. Paint where it acts, or add less."]
-    return ["Outside the natural range: the image may be broken. Move the slider towards the middle."]
+        return ["This image does not look natural: the feature is added everywhere. Paint where it acts, or add less."]
+    return ["This image does not look natural: it may be broken. Move the slider towards the middle."]
 
 
 def faint_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
     """What to try where an edit did little."""
     measured = steered.measurements[1]
-    if measured is None or not measured["is_safe"] or all(edit.is_identity for edit in edits):
+    if measured is None or not measured["looks_natural"] or all(edit.is_identity for edit in edits):
         return []
+    if any(edit.when for edit in edits) and measured["edited_share"] == 0:
+        return ["Nothing changed: the edit acts only in images that show its feature, and this one does not."]
     if share_seen(*steered.images[:2]) >= LEAST_SEEN:
         return []
     if measured["activation_before"] == 0 and all(edit.mode in LESS for edit in edits):
@@ -115,12 +120,28 @@ def faint_notice(edits: Sequence[SteeringEdit], steered: Steered) -> list[str]:
     ]
 
 
-def safe_turns(points: Sequence[tuple[float, bool]]) -> list[float] | None:
-    """The unbroken range of slider positions around the middle that are safe."""
+def even_notches(points: Sequence[tuple[float, float]], natural: Sequence[float]) -> list[float]:
+    """Slider positions within the natural range: on each side of the middle, steps of equal measured change.
+
+    `points` are positions with the perceptual distance there.
+    """
+    found = [0.0]
+    for end in natural:
+        side = sorted((abs(turn), change) for turn, change in points if turn * end > 0 and abs(turn) <= abs(end))
+        turns = np.array([0.0, *(turn for turn, _ in side)])
+        changes = np.maximum.accumulate([0.0, *(change for _, change in side)])
+        if changes[-1] > 0:
+            wanted = changes[-1] * np.arange(1, NOTCHES + 1) / NOTCHES
+            found += [round(float(np.sign(end) * turn), 4) for turn in np.interp(wanted, changes, turns)]
+    return sorted(found)
+
+
+def natural_turns(points: Sequence[tuple[float, bool]]) -> list[float] | None:
+    """The unbroken range of slider positions around the middle whose images look natural."""
     low = high = 0.0
     for side in (-1, 1):
-        for turn, is_safe in sorted((p for p in points if p[0] * side > 0), key=lambda p: abs(p[0])):
-            if not is_safe:
+        for turn, is_natural in sorted((p for p in points if p[0] * side > 0), key=lambda p: abs(p[0])):
+            if not is_natural:
                 break
             low, high = min(low, turn), max(high, turn)
     return [low, high] if low < high else None
