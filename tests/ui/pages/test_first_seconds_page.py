@@ -89,7 +89,7 @@ def test_painting_is_seen_step_by_step_with_heat_and_can_be_played_again(visit: 
     page.evaluate(
         "() => { window.seen = []; document.addEventListener('fs-seen', event => window.seen.push(event.detail)); }"
     )
-    generate(page)
+    generate(page, "a large green striped ring on a white background")  # what was made before would come at once
     page.wait_for_function("window.seen.at(-1) === null")
     steps = [view["step"] for view in page.evaluate("window.seen") if view]
     assert len(steps) >= 10
