@@ -2,6 +2,7 @@
 #   PYTHON=...  the interpreter to build .venv with (3.11 or newer; found by itself when unset)
 #   JOBS=2      test processes
 #   MODEL=...   whose dimensions `make rehearsal` has: flux1-dev, flux2-klein, or tiny to try it
+#   IMAGES=16   images that `make rehearsal` collects, and as many that it scores; at least 10
 #   TESTS=...   what `make test` hands to pytest, e.g. TESTS=tests/sae
 
 SHELL := /bin/bash
@@ -14,6 +15,7 @@ PYTHON ?=
 JOBS ?= 2
 TESTS ?= tests
 MODEL ?= flux1-dev
+IMAGES ?= 16
 VENV := .venv
 PY := $(VENV)/bin/python
 
@@ -52,7 +54,7 @@ browser: $(DEV_STAMP)
 	@$(PY) -m tests.browser
 
 tests: $(DEV_STAMP)
-	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope --durations 15 -q $(TESTS)
+	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder --durations 15 -q $(TESTS)
 
 bench: $(DEV_STAMP) ## measured speed: training against other tools, steering, scale (an hour)
 	$(PY) -m train.benchmarks training
@@ -66,7 +68,7 @@ soak: $(DEV_STAMP) ## long runs: killed at random and resumed, load on the page 
 	$(PY) -m pytest -m bench --timeout 0 -s $(SOAK)
 
 rehearsal: $(DEV_STAMP) ## every stage at a FLUX's true widths, random weights: seconds and memory (an hour, 16 GB)
-	$(PY) -m train.benchmarks rehearsal --model $(MODEL)
+	$(PY) -m train.benchmarks rehearsal --model $(MODEL) --n-images $(IMAGES)
 
 screenshots: $(DEV_STAMP) browser ## pictures of every tab, for the README
 	$(PY) -m tests.screenshots

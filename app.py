@@ -12,14 +12,13 @@ from fluxsae.ui.serve.shelf import open_shelf
 
 
 def main() -> None:
-    """Builds and launches; FLUX is imported before the page is there and loaded in the background afterwards."""
+    """Builds and launches; FLUX, CLIP and what searches need are loaded in the background once the page is there."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     shelf = open_shelf()
     if is_zero_gpu():
         for bench in shelf.runs.values():
             serve(bench)
     app = build_app(shelf)
-    shelf.prepare()
     app.launch(**launch_options(), prevent_thread_lock=True)
     shelf.warm_up()
     app.block_thread()

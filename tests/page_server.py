@@ -6,10 +6,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import requests
 
@@ -69,3 +71,12 @@ def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path, started: floa
         except requests.ConnectionError:
             time.sleep(0.2)
     raise AssertionError(f"app.py did not answer within {START_SECONDS} s:\n{log.read_text()[-3000:]}")
+
+
+T = TypeVar("T")
+
+
+def in_a_thread(function: Callable[..., T], *arguments: object) -> T:
+    """Its result, from a thread without an event loop: the browser of the page tests runs one in their own thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()

@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fluxsae.activations.shards import ActivationManifest, ShardFolder
-    from fluxsae.runs.folder import RunFolder
+    from fluxsae.runs.folder import RunFolder, RunInfo
     from fluxsae.runs.names import SaeName
     from fluxsae.sae.model import SparseAutoencoder
 
+SAME_SIGMA = 1e-3
+"""Noise levels that differ by less are those of one step, written with fewer digits."""
 FLUX_PATCH = 16
 """Pixels a token, on a side, of FLUX.1 and FLUX.2."""
 WORST_FVU = 0.9
@@ -220,6 +222,9 @@ def _grounded(
         dataset_hash=_digest(config.source),
         flux_weights=info.flux_weights,
         adapters=info.adapters,
+        is_exact=manifest.is_exact,
+        max_sequence_length=settings.max_sequence_length,
+        true_cfg_scale=settings.true_cfg_scale,
     )
     return sae.with_trained_on(ground)
 
@@ -239,6 +244,8 @@ def _adopt_activations(config: AdoptConfig, run: RunFolder, place: HookPoint) ->
     assert config.height is not None
     assert config.width is not None
     steps = tuple(sorted(set(config.steps)))
+    if config.steps != steps:
+        raise FluxSaeError(f"--steps are {[*config.steps]}; give them rising, each once, and the rows in that order.")
     if run.exists():
         info = run.load_info()
         if config.flux != info.flux_id:
@@ -250,7 +257,7 @@ def _adopt_activations(config: AdoptConfig, run: RunFolder, place: HookPoint) ->
             height=config.height, width=config.width, num_inference_steps=config.num_inference_steps
         )
         info = RunInfo(flux_id=config.flux, settings=settings, hookpoints=(), versions=library_versions())
-    known = dict(zip(info.steps, info.sigmas, strict=True)) | dict(zip(steps, config.sigmas, strict=False))
+    known = dict(zip(info.steps, info.sigmas, strict=True)) | _told_sigmas(config, info)
     if any(step not in known for step in steps):
         raise FluxSaeError(f"The noise levels of steps {[*steps]} are not known; give --sigmas, one for each of them.")
     settings = replace(info.settings, height=config.height, width=config.width)
@@ -268,6 +275,26 @@ def _adopt_activations(config: AdoptConfig, run: RunFolder, place: HookPoint) ->
     known = dict(sorted(known.items()))
     run.save_info(replace(info, hookpoints=tuple(map(str, places)), steps=tuple(known), sigmas=tuple(known.values())))
     print(f"{place}: activations of {n_images} images at steps {', '.join(map(str, steps))}; train.fit can use them")
+
+
+def _told_sigmas(config: AdoptConfig, info: RunInfo) -> dict[int, float]:
+    """The noise level of each step as they were told, in the same order.
+
+    Raises:
+        FluxSaeError: more or fewer than the steps, or another than the run's own.
+    """
+    if not config.sigmas:
+        return {}
+    if len(config.sigmas) != len(config.steps):
+        raise FluxSaeError(f"--sigmas are {len(config.sigmas)} and --steps {len(config.steps)}; give one for each.")
+    told, own = dict(zip(config.steps, config.sigmas, strict=True)), dict(zip(info.steps, info.sigmas, strict=True))
+    other = [step for step, sigma in told.items() if abs(own.get(step, sigma) - sigma) > SAME_SIGMA]
+    if other:
+        raise FluxSaeError(
+            f"The noise levels of this run are {', '.join(f'{own[step]:.4f} at step {step}' for step in other)}, not "
+            f"{', '.join(f'{told[step]:g}' for step in other)}. Give the steps in this run's schedule."
+        )
+    return told
 
 
 if __name__ == "__main__":

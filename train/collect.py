@@ -129,7 +129,7 @@ def stage_config(config: CollectConfig) -> dict[str, Any]:
 
 
 def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any) -> None:
-    from fluxsae.activations.collection import build_manifests, build_request, collect
+    from fluxsae.activations.collection import build_manifests, build_request, collect, count_left_out
 
     settings = config.settings(pipe)
     hookpoints = [HookPoint.parse(name) for name in config.hookpoints] or default_hookpoints(
@@ -160,21 +160,22 @@ def _collect(config: CollectConfig, run: RunFolder, peers: Processes, pipe: Any)
         _make_room(config, run, manifests)
         save_run(run, info, force=config.force)
     peers.wait()
+    folders = {
+        hookpoint: activations_path(config.run, config.activations) / str(hookpoint) for hookpoint in request.hookpoints
+    }
     with Bars(is_shown=peers.rank == 0) as bars:
-        n_left_out = collect(
+        collect(
             pipe,
             plan,
             request,
-            folders={
-                hookpoint: activations_path(config.run, config.activations) / str(hookpoint)
-                for hookpoint in request.hookpoints
-            },
+            folders=folders,
             manifests=manifests,
             rank=peers.rank,
             world_size=peers.world_size,
             on_images=partial(bars, "collect"),
         )
-    if n_left_out:
+    peers.wait()
+    if peers.rank == 0 and (n_left_out := count_left_out(plan, folders)):
         print(f"collect: {n_left_out} of {len(plan)} images are left out: they held NaN or infinite numbers.")
 
 

@@ -6,9 +6,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar, get_type_hints
 
 import tyro
 from tqdm import tqdm
@@ -44,7 +44,7 @@ def start(
         warnings.simplefilter("ignore")
     try:
         if isinstance(options, type):
-            parse = partial(tyro.cli, options, args=words, description=described(description))
+            parse = partial(tyro.cli, plainly(options), args=words, description=described(description))
             results = [main(config) for config in _configs(options, words, parse)]
             return results[-1]
         return main(options(words))
@@ -85,6 +85,18 @@ def _shared_out(defaults: Sequence[Any], asked: Sequence[Any], parse: Callable[.
         if own:
             found.append(replace(config, hookpoints=tuple(own)))
     return [*found, *([replace(parse(), hookpoints=tuple(map(str, sorted(left))))] if left else [])]
+
+
+def plainly(kind: type[Config]) -> type[Config]:
+    """The same options, whose help does not end in "(default: None)": their texts say what being left out means."""
+    types = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):  # type: ignore[arg-type]
+        own = types[field.name]
+        if field.default is None:
+            kind.__annotations__[field.name] = Annotated[own, tyro.conf.arg(help_behavior_hint="")]
+        elif isinstance(own, type) and is_dataclass(own):
+            plainly(own)
+    return kind
 
 
 def described(text: str | None) -> str:

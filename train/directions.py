@@ -80,17 +80,24 @@ def _write_all(run: RunFolder, names: Sequence[str], config: DirectionsConfig) -
 def _write_directions(run: RunFolder, hookpoint: str, config: DirectionsConfig) -> None:
     import torch
 
-    from fluxsae.features.directions import encoder_decoder_alignment, feature_map, nearest_features
+    from fluxsae.features.directions import (
+        encoder_decoder_alignment,
+        feature_map,
+        map_neighbours,
+        nearest_features,
+    )
     from fluxsae.sae.model import SparseAutoencoder
 
     sae = SparseAutoencoder.from_pretrained(run.path, subfolder=run.sae_subfolder(hookpoint))
     W_enc, W_dec = sae.W_enc.detach(), sae.W_dec.detach()
-    near = nearest_features(W_dec, n=min(config.n_neighbours, len(W_dec) - 1))
+    n_kept = min(config.n_neighbours, len(W_dec) - 1)
+    near = nearest_features(W_dec, n=max(n_kept, map_neighbours(len(W_dec), perplexity=config.perplexity)))
+    positions = feature_map(W_dec, perplexity=config.perplexity, seed=config.seed, near=near)
     alignment = encoder_decoder_alignment(W_enc, W_dec)
     tensors = {
-        "neighbours": near.indices.to(torch.int32),
-        "similarities": near.cosines,
-        "positions": torch.from_numpy(feature_map(W_dec, perplexity=config.perplexity, seed=config.seed)),
+        "neighbours": near.indices[:, :n_kept].to(torch.int32),
+        "similarities": near.cosines[:, :n_kept].contiguous(),
+        "positions": torch.from_numpy(positions),
         "alignment": alignment,
         "encoder_norms": W_enc.norm(dim=1),
         "decoder_norms": W_dec.norm(dim=1),
@@ -101,7 +108,7 @@ def _write_directions(run: RunFolder, hookpoint: str, config: DirectionsConfig) 
         f"median encoder-decoder alignment {alignment.median():.3f}, in {run.directions_path(hookpoint)}"
     )
     if run.features_path(hookpoint).is_file() and run.images_path.is_file():
-        _draw(run, hookpoint, tensors["positions"].numpy())
+        _draw(run, hookpoint, positions)
 
 
 def _draw(run: RunFolder, hookpoint: str, positions: Float[np.ndarray, "features 2"]) -> None:

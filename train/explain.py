@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.sae.config import Mismatch
 from train.command import start
+from train.outputs import check_file_path
 
 if TYPE_CHECKING:
     from fluxsae.steering.attribution import Explanation
@@ -61,6 +62,8 @@ def main(config: ExplainConfig) -> "Explanation":
     from fluxsae.steering.attribution import Target, explain
     from train.flux_options import open_flux
 
+    if config.out is not None:
+        check_file_path(config.out)
     if (config.row is None) != (config.column is None):
         raise FluxSaeError("--row and --column name one patch together; give both or neither.")
     run = RunFolder(config.run or miniature_path("run"))

@@ -366,8 +366,10 @@ def _from_disk(config: FitConfig, hookpoint: HookPoint, peers: Processes) -> _Da
 def _from_flux(
     config: FitConfig, run: RunFolder, hookpoints: Sequence[HookPoint], peers: Processes, pipe: Any
 ) -> _Data:
-    from fluxsae.activations.collection import build_manifests, build_request, capture_rows, live_sources
+    from fluxsae.activations.collection import build_manifests, build_request, capture_rows
+    from fluxsae.activations.live import live_sources
     from fluxsae.activations.shards import ActivationManifest
+    from fluxsae.flux.bad_numbers import LeftOut
     from train.collect import describe_run, describe_splits, save_run
     from train.flux_options import default_steps
 
@@ -394,9 +396,11 @@ def _from_flux(
     )  # fmt: skip
 
     def held_out() -> Iterator[Mapping[HookPoint, Tensor]]:
+        left_out = LeftOut(len(plan))
         for image_id in filter(manifests[request.hookpoints[0]].is_held_out, range(len(plan))):
-            captured = capture_rows(pipe, plan, [image_id], request)
-            yield {hookpoint: tokens.flatten(0, 2) for hookpoint, (tokens, _) in captured.items()}
+            captured = capture_rows(pipe, plan, [image_id], request, on_bad=left_out.add)
+            if image_id not in left_out.image_ids:
+                yield {hookpoint: tokens.flatten(0, 2) for hookpoint, (tokens, _) in captured.items()}
 
     grounds = {hookpoint: _ground(manifest, request.steps) for hookpoint, manifest in manifests.items()}
     return _Data(sources, grounds, held_out)

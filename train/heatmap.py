@@ -140,7 +140,7 @@ class _Reader:
                     generate(self.pipe, prompt, seeds=self.seed, settings=self.settings)
                 with torch.inference_mode():
                     acts = [
-                        self.sae.encode_features(captured.get(self.hookpoint, s), [feature], sigma=captured.sigma(s))
+                        self.sae.encode_features(self._tokens(captured, s), [feature], sigma=captured.sigma(s))
                         for s in self.steps
                     ]
                 scores.append(max(float(part.max()) for part in acts))
@@ -152,10 +152,15 @@ class _Reader:
         import torch
 
         with torch.inference_mode():
-            by_step = (
-                self.sae.encode(captured.get(self.hookpoint, step), sigma=captured.sigma(step)) for step in self.steps
-            )
+            by_step = (self.sae.encode(self._tokens(captured, step), sigma=captured.sigma(step)) for step in self.steps)
             return reduce(torch.maximum, by_step)
+
+    def _tokens(self, captured: Captured, step: int) -> Float[Tensor, "images tokens d_model"]:
+        from fluxsae.flux.bad_numbers import check_finite
+
+        tokens = captured.get(self.hookpoint, step)
+        check_finite(tokens, ["this image"], hookpoint=self.hookpoint, step=step)
+        return tokens
 
 
 def _strongest(acts: Float[Tensor, "tokens features"], index: CardIndex) -> int:

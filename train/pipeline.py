@@ -107,14 +107,15 @@ def _default_name(config: PipelineConfig) -> str:
 
 
 def check_export(target: Path) -> None:
-    """Refuses to replace a folder that holds something other than a run.
+    """Refuses to replace a file, or a folder that holds something other than a run.
 
     Raises:
         FluxSaeError: it does.
     """
     from fluxsae.runs.folder import RunFolder
 
-    if target.exists() and any(target.iterdir()) and not RunFolder(target).exists():
+    is_empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not is_empty and not RunFolder(target).exists():
         raise FluxSaeError(f"{target} holds something that is no run. Name a new folder, or one that holds a run.")
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from fluxsae.errors import FluxSaeError
 from train.command import start
+from train.outputs import check_folder_path
 from train.stages import StageResult, run_stage
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def main(config: RenderConfig) -> StageResult | None:
     from fluxsae.features.cards import CardIndex
     from fluxsae.runs.folder import RunFolder
 
+    if config.overlays is not None:
+        check_folder_path(config.overlays, option="--overlays")
     run = RunFolder(config.run)
     names = [*config.hookpoints] or [str(name) for name in run.sae_names() if run.features_path(name).is_file()]
     indices = [CardIndex(run, name) for name in names]

@@ -171,8 +171,8 @@ def _score(config: ScoreConfig, run: RunFolder, names: Sequence[str], *, peers: 
     with Bars(is_shown=peers.rank == 0) as bars:
         score_images(pipe, saes, parts, rank=peers.rank, world_size=peers.world_size, on_images=partial(bars, "score"))
     peers.wait()
-    if peers.rank == 0:
-        merge_parts(parts)
+    if peers.rank == 0 and (n_left_out := merge_parts(parts)):
+        print(f"score: {n_left_out} of {len(plan)} images are left out: they held NaN or infinite numbers.")
 
 
 def _make_way(config: ScoreConfig, run: RunFolder, names: Sequence[HookPoint], request: ScoreRequest) -> bool:

@@ -140,7 +140,13 @@ def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
 
     if config.vocabulary is None:
         return caption_vocabulary(prompts, limit=config.max_phrases)
-    phrases = [line.strip() for line in config.vocabulary.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = config.vocabulary.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FluxSaeError(
+            f"{config.vocabulary} cannot be read as text ({error}). Name a UTF-8 file with one phrase a line."
+        ) from error
+    phrases = [line.strip() for line in lines if line.strip()]
     if not phrases:
         raise FluxSaeError(f"{config.vocabulary} holds no phrase; write one a line")
     return phrases
@@ -149,6 +155,8 @@ def _phrases(prompts: list[str], config: SelectConfig) -> list[str]:
 def _select(
     run: RunFolder, hookpoint: str, checker: NameChecker, scenes: dict[int, Scene], config: SelectConfig
 ) -> None:
+    import torch
+
     from fluxsae.features.naming import kept_names, name_columns, random_named
     from fluxsae.features.scores import ScoreMatrix
     from fluxsae.features.selection import (
@@ -163,12 +171,14 @@ def _select(
     scores, subjects, embeddings = matrix.stored(), run.load_images().subjects, _unit_vectors(run)
     judged = feature_coherence(scores, embeddings, subjects, config=config.selection)
     groups, n_top = prompt_groups(subjects), config.selection.top_images
+    left_out = torch.tensor(matrix.left_out, dtype=torch.long)
     proposed, checks, silent = [], [], []
     for column in iter_columns(scores):
         proposed.append(checker.propose(column))
         checks.append(checker.check(column, proposed[-1]))
         top = top_unique(column, groups, n=n_top)
-        silent.append(nearest_silent_images(column, embeddings, top, n=config.n_silent).tolist())
+        known = column.index_fill(0, left_out, 1.0)  # nobody knows whether the feature is silent in those
+        silent.append(nearest_silent_images(known, embeddings, top, n=config.n_silent).tolist())
     names = kept_names(checks, max_q=config.selection.max_q)
     alive = [scores[:, f].float() for f in np.flatnonzero([name is not None for name in checks])[:RANDOM_FEATURES]]
     by_chance = random_named(checker, alive, names, seed=config.selection.seed)

@@ -1,17 +1,16 @@
 """FLUX to token rows: onto disk as shards, or straight into training."""
 
 import logging
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import BFloat16, Float, Int
+from jaxtyping import BFloat16, Int
 from torch import Tensor
 
-from fluxsae.activations.mixing import MixingBuffer
 from fluxsae.activations.shards import ActivationManifest, ShardFolder, ShardWriter, has_manifest, missing_bytes
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import check_free_space
@@ -24,6 +23,7 @@ from fluxsae.flux import (
     read_picture,
     schedule_sigmas,
 )
+from fluxsae.flux.bad_numbers import LeftOut, OnBad, bad_items, check_finite, describe_bad
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.sources import PictureSet
@@ -33,12 +33,6 @@ _log = logging.getLogger(__name__)
 
 SEED_BLOCK = 1_000_000
 """Image seeds of one purpose lie in a block of this size, so that no two images of a run share one."""
-
-MAX_BAD_SHARE = 0.05
-"""Of a collection's images may be left out since they hold NaN or infinite numbers; beyond it something is wrong."""
-
-OnBad = Callable[[int, str], None]
-"""Called with (image id, what is wrong) for an image that is to be left out; may raise to stop."""
 
 OnImages = Callable[[int, int], None]
 """Called with (images done, images in all)."""
@@ -187,30 +181,6 @@ def capture_rows(
     }
 
 
-def check_finite(call: BlockCall, names: Sequence[str]) -> None:
-    """Refuses activations that are no numbers, before anything is made of them; `names` says what each item is.
-
-    Raises:
-        FluxSaeError: an item of the batch holds NaN or an infinite number.
-    """
-    bad = [names[item] for item in _bad_items(call)]
-    if bad:
-        raise FluxSaeError(_describe_bad(call, ", ".join(bad)))
-
-
-def _bad_items(call: BlockCall) -> list[int]:
-    is_sound = call.tokens.flatten(1).isfinite().all(1).tolist()
-    return [item for item, sound in enumerate(is_sound) if not sound]
-
-
-def _describe_bad(call: BlockCall, names: str) -> str:
-    return (
-        f"At step {call.step} of {call.hookpoint}, the activations of {names} hold NaN or infinite "
-        f"numbers; nothing was made of them. FLUX ran in {str(call.tokens.dtype).removeprefix('torch.')}: float16 "
-        "overflows in it, so load it in bfloat16 or float32; if it was loaded so, try another GPU."
-    )
-
-
 def _capture_batch(
     pipe: Any, plan: ImagePlan, image_ids: Sequence[int], request: CaptureRequest, on_bad: OnBad | None
 ) -> dict[HookPoint, Rows]:
@@ -219,11 +189,11 @@ def _capture_batch(
     def keep(call: BlockCall) -> None:
         names = [f"image {i}" for i in image_ids]
         if on_bad is None:
-            check_finite(call, names)
-        bad = _bad_items(call)
+            check_finite(call.tokens, names, hookpoint=call.hookpoint, step=call.step)
+        bad = bad_items(call.tokens)
         for item in bad:
             assert on_bad is not None
-            on_bad(image_ids[item], _describe_bad(call, names[item]))
+            on_bad(image_ids[item], describe_bad(call.tokens, names[item], hookpoint=call.hookpoint, step=call.step))
         n_tokens = call.tokens.shape[1]
         index = torch.stack([kept_tokens(request, i, call.step, n_tokens=n_tokens) for i in image_ids])
         tokens = call.tokens.gather(1, index.to(call.tokens.device)[..., None].expand(-1, -1, call.tokens.shape[2]))
@@ -322,26 +292,29 @@ def collect(
     present = {index: min(writers[h].n_present(index) for h in writers if index in missing[h]) for index in wanted}
     total = sum(len(manifest.image_ids(index)) - present[index] for index in wanted)
     done = 0
-    left_out: set[int] = set().union(*(writer.left_out() for writer in writers.values()))
-
-    def leave_out(image_id: int, reason: str) -> None:
-        if image_id not in left_out:
-            left_out.add(image_id)
-            _log.warning("image %d of %d is left out. %s", image_id, len(plan), reason)
-        if len(left_out) > MAX_BAD_SHARE * len(plan):
-            raise FluxSaeError(f"{len(left_out)} of {len(plan)} images would be left out, too many to go on. {reason}")
-
+    left_out = LeftOut(len(plan), set().union(*(writer.left_out() for writer in writers.values())))
     for index in wanted:
         new = manifest.image_ids(index)[present[index] :]
-        rows = capture_rows(pipe, plan, new, request, on_bad=leave_out)
-        bad = [image_id for image_id in manifest.image_ids(index) if image_id in left_out]
+        rows = capture_rows(pipe, plan, new, request, on_bad=left_out.add)
+        bad = [image_id for image_id in manifest.image_ids(index) if image_id in left_out.image_ids]
         for hookpoint, writer in writers.items():
             if index in missing[hookpoint]:
                 writer.write(index, *_added(writer, index, rows[hookpoint], present[index]), left_out=bad)
         done += len(new)
         if on_images is not None:
             on_images(done, total)
-    return len(left_out)
+    return len(left_out.image_ids)
+
+
+def count_left_out(plan: ImagePlan, folders: Mapping[HookPoint, str | Path]) -> int:
+    """How many images a collection of one process or several leaves out.
+
+    Raises:
+        FluxSaeError: more than `MAX_BAD_SHARE` of them.
+    """
+    left_out = LeftOut(len(plan), set().union(*(ShardFolder(folder).left_out() for folder in folders.values())))
+    left_out.check("Each is logged above with its step.")
+    return len(left_out.image_ids)
 
 
 def _added(
@@ -379,168 +352,3 @@ def _check_space(folders: Mapping[HookPoint, str | Path], manifests: Mapping[Hoo
         needed[Path(folders[hookpoint]).parent] += missing_bytes(folders[hookpoint], manifest)
     for folder, n_bytes in needed.items():
         check_free_space(folder, n_bytes, purpose=f"Collecting at {', '.join(map(str, manifests))}")
-
-
-@runtime_checkable
-class Peers(Protocol):
-    """The processes of a live source; `fluxsae.sae.training.Processes` is one."""
-
-    @property
-    def rank(self) -> int:
-        """This process's number."""
-
-    @property
-    def world_size(self) -> int:
-        """How many there are."""
-
-    def broadcast_(self, tensor: Tensor, *, source: int) -> Tensor:
-        """The tensor, replaced by that of process `source`."""
-
-
-class LiveImages:
-    """Images that are made once for all hook points of a request, with fresh noise in every epoch.
-
-    Batches of images are dealt to the processes in turn and their rows exchanged: every process has all rows, which do
-    not depend on how many processes there are. Rows that a hook point has not asked for yet wait for it; beyond
-    `waiting_bytes` the oldest are forgotten, and made again if they are asked for after all.
-    """
-
-    def __init__(
-        self,
-        pipe: Any,
-        plan: ImagePlan,
-        request: CaptureRequest,
-        *,
-        images_per_shard: int = 32,
-        held_out_every: int = 10,
-        waiting_bytes: int = 1 << 30,
-        peers: Peers | None = None,
-    ) -> None:
-        self._pipe, self._plan, self._request, self._peers = pipe, plan, request, peers
-        self._shapes = stream_shapes(pipe, request)
-        every = held_out_every
-        ids = [i for i in range(len(plan)) if not every or i % every != every - 1]
-        self._shards = [ids[start : start + images_per_shard] for start in range(0, len(ids), images_per_shard)]
-        self._waiting: OrderedDict[tuple[int, int, HookPoint], Tensor] = OrderedDict()
-        self._waiting_bytes = waiting_bytes
-
-    def d_model(self, hookpoint: HookPoint) -> int:
-        """Width of a hook point's rows."""
-        return self._shapes[hookpoint][1]
-
-    def n_rows(self, hookpoint: HookPoint) -> list[int]:
-        """Rows of each shard; held-out images are never generated."""
-        return [len(shard) * self._rows_per_image(hookpoint) for shard in self._shards]
-
-    def image_sigmas(self, hookpoint: HookPoint) -> Float[Tensor, " rows_of_image"]:
-        """The noise level of each of a hook point's rows of an image."""
-        sigmas = torch.tensor(schedule_sigmas(self._pipe, self._request.settings))[list(self._request.steps)]
-        return sigmas.repeat_interleave(self._rows_per_image(hookpoint) // len(sigmas))
-
-    def take(self, hookpoint: HookPoint, shard: int, *, epoch: int) -> BFloat16[Tensor, "rows d_model"]:
-        """A hook point's rows of a shard's images.
-
-        Raises:
-            FluxSaeError: so many epochs that the seeds would leave their block.
-        """
-        if (epoch, shard, hookpoint) not in self._waiting:
-            made = self._make(shard, epoch)
-            self._waiting |= {(epoch, shard, place): rows for place, rows in made.items()}
-        rows = self._waiting.pop((epoch, shard, hookpoint))
-        while sum(tensor.nbytes for tensor in self._waiting.values()) > self._waiting_bytes:
-            self._waiting.popitem(last=False)
-        return rows
-
-    def _rows_per_image(self, hookpoint: HookPoint) -> int:
-        n_tokens, asked = self._shapes[hookpoint][0], self._request.tokens_per_image
-        return len(self._request.steps) * min(n_tokens, asked or n_tokens)
-
-    def _make(self, shard: int, epoch: int) -> dict[HookPoint, Tensor]:
-        first = epoch * len(self._plan)
-        if first + len(self._plan) > SEED_BLOCK:
-            raise FluxSaeError(
-                f"Epoch {epoch} of {len(self._plan)} images would need more than {SEED_BLOCK} seeds. Use fewer epochs."
-            )
-        plan, size = replace(self._plan, first_seed=self._plan.first_seed + first), self._request.batch_size
-        ids = self._shards[shard]
-        batches = [ids[start : start + size] for start in range(0, len(ids), size)]
-        rank, world_size = (self._peers.rank, self._peers.world_size) if self._peers else (0, 1)
-        pieces: dict[HookPoint, list[Tensor]] = {place: [] for place in self._request.hookpoints}
-        for start in range(0, len(batches), world_size):
-            turn = batches[start : start + world_size]
-            own = capture_rows(self._pipe, plan, turn[rank], self._request) if rank < len(turn) else None
-            for source, images in enumerate(turn):
-                for place, made in pieces.items():
-                    if own is not None and source == rank:
-                        rows = own[place][0].flatten(0, 2)
-                    else:
-                        shape = (len(images) * self._rows_per_image(place), self.d_model(place))
-                        rows = torch.empty(shape, dtype=torch.bfloat16)
-                    made.append(self._peers.broadcast_(rows, source=source) if self._peers else rows)
-        return {place: torch.cat(made) for place, made in pieces.items()}
-
-
-class LiveReader:
-    """One hook point's rows straight from FLUX: a shard is generated when it is asked for."""
-
-    reads_ahead = False
-
-    def __init__(self, images: LiveImages, hookpoint: HookPoint) -> None:
-        self._images, self._hookpoint = images, hookpoint
-        self.d_model = images.d_model(hookpoint)
-
-    def n_rows(self) -> list[int]:
-        """Rows of each shard."""
-        return self._images.n_rows(self._hookpoint)
-
-    def image_sigmas(self) -> Float[Tensor, " rows_of_image"]:
-        """The noise level of each row of an image."""
-        return self._images.image_sigmas(self._hookpoint)
-
-    def rows(
-        self, shards: Sequence[int], wanted: Int[Tensor, " wanted"], *, epoch: int
-    ) -> BFloat16[Tensor, "wanted d_model"]:
-        """Some of the rows of some shards' images, with the noise of this epoch."""
-        rows = torch.empty(len(wanted), self.d_model, dtype=torch.bfloat16)
-        first, place = 0, 0
-        for shard in shards:
-            made = self._images.take(self._hookpoint, shard, epoch=epoch)
-            stop = place + int(torch.searchsorted(wanted[place:], first + len(made)))
-            rows[place:stop] = made[wanted[place:stop] - first]
-            first, place = first + len(made), stop
-        return rows
-
-
-def live_sources(
-    pipe: Any,
-    plan: ImagePlan,
-    request: CaptureRequest,
-    *,
-    batch_size: int,
-    seed: int = 0,
-    images_per_shard: int = 32,
-    held_out_every: int = 10,
-    buffer_bytes: int = 1 << 30,
-    peers: Peers | None = None,
-) -> dict[HookPoint, MixingBuffer]:
-    """Batches of every requested hook point that come from FLUX itself and never touch the disk.
-
-    Each is used as `mixing_buffer` is. Their images are the same and made once, as long as all sources are read side by
-    side; `buffer_bytes` is shared out among them. Under several processes (`peers`) each generates its share of the
-    images and gets its slice of every batch.
-
-    Raises:
-        FluxSaeError: there are too few rows for a batch, or `batch_size` does not divide by the number of processes.
-    """
-    images = LiveImages(
-        pipe, plan, request, images_per_shard=images_per_shard, held_out_every=held_out_every,
-        waiting_bytes=buffer_bytes, peers=peers,
-    )  # fmt: skip
-    rank, world_size = (peers.rank, peers.world_size) if peers else (0, 1)
-    return {
-        hookpoint: MixingBuffer(
-            LiveReader(images, hookpoint), batch_size=batch_size, seed=seed,
-            buffer_bytes=buffer_bytes // len(request.hookpoints), rank=rank, world_size=world_size,
-        )
-        for hookpoint in request.hookpoints
-    }  # fmt: skip

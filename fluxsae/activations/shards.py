@@ -247,6 +247,10 @@ def _shard(folder: Path, manifest: ActivationManifest, index: int) -> Activation
     return ActivationShard(folder / f"shard-{index:05d}.safetensors", index, manifest)
 
 
+def _left_out(shards: Sequence[ActivationShard]) -> set[int]:
+    return {image_id for shard in shards if shard.path.is_file() for image_id in shard.left_out}
+
+
 class ShardFolder:
     """A folder of activation shards, complete or not.
 
@@ -270,6 +274,10 @@ class ShardFolder:
     def missing(self) -> list[int]:
         """Shards that are not written yet."""
         return [shard.index for shard in self.shards if not shard.path.is_file()]
+
+    def left_out(self) -> set[int]:
+        """The images that the shards which are there leave out."""
+        return _left_out(self.shards)
 
     def check_complete(self, *, hookpoint: HookPoint | str | None = None, d_model: int | None = None) -> None:
         """Refuses a folder with missing or wrong shards, or of another hook point or width than asked for.
@@ -381,8 +389,7 @@ class ShardWriter:
 
     def left_out(self) -> set[int]:
         """The images that the shards which are there leave out."""
-        present = [shard for shard in map(self._shard, range(self.manifest.n_shards)) if shard.path.is_file()]
-        return {image_id for shard in present for image_id in shard.left_out}
+        return _left_out([self._shard(index) for index in range(self.manifest.n_shards)])
 
     def _shard(self, index: int) -> ActivationShard:
         return _shard(self.path, self.manifest, index)

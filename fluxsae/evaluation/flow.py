@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from fluxsae.flux import (
     schedule_sigmas,
     velocity,
 )
+from fluxsae.flux.bad_numbers import LeftOut
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature.scenes import Scene, caption_scene, render_scene, sample_scene
@@ -138,6 +139,16 @@ class _StepSums:
     velocity_square: Float[np.ndarray, " images"]
     """Mean over tokens and channels of v^2."""
 
+    def of(self, images: Sequence[int]) -> "_StepSums":
+        """The sums of some of the images."""
+        return _StepSums(*(getattr(self, name)[list(images)] for name in _StepSums.__dataclass_fields__))
+
+    @property
+    def is_sound(self) -> Bool[np.ndarray, " images"]:
+        """Whether all velocities of each image are finite."""
+        sound: Bool[np.ndarray, " images"] = np.isfinite(self.clean + self.sae + self.mean)
+        return sound
+
 
 @torch.no_grad()
 def evaluate_flow(
@@ -155,24 +166,43 @@ def evaluate_flow(
     """Flow-loss recovered, splice error and velocity FVU of each SAE, with intervals over images.
 
     Noise comes from seeds of the evaluation's own, the same for clean, spliced and mean velocities. Guidance is 1.
+    Images with a velocity that is NaN or infinite are left out and logged.
+
+    Raises:
+        FluxSaeError: too many images are left out.
     """
     # Distilled guidance shifts the velocity away from noise - x0, the target that FLUX was trained on.
     settings = replace(settings, guidance_scale=1.0, true_cfg_scale=1.0)
-    weights = bootstrap_weights(len(images), draws=draws, seed=seed)
     reports = {}
     for hookpoint, sae in saes.items():
+        left_out = LeftOut(len(images))
         sums: dict[int, list[_StepSums]] = {step: [] for step in steps[hookpoint]}
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
             part = CleanImages(images.prompts[rows], images.latents[rows], images.are_true)
-            for step, here in _batch_sums(
-                pipe, hookpoint, sae, part, steps=list(sums), settings=settings, first_seed=seed + start
-            ).items():
-                sums[step].append(here)
+            made = _batch_sums(pipe, hookpoint, sae, part, steps=list(sums), settings=settings, first_seed=seed + start)
+            sound = _sound_images(made, hookpoint, range(start, start + len(part)), left_out)
+            for step, here in made.items():
+                sums[step].append(here.of(sound))
             if on_progress is not None:
                 on_progress(f"flow loss at {hookpoint}", min(start + batch_size, len(images)), len(images))
+        weights = bootstrap_weights(len(images) - len(left_out.image_ids), draws=draws, seed=seed)
         reports[hookpoint] = _flow_report(sums, weights, settings, images.are_true)
     return reports
+
+
+def _sound_images(
+    made: Mapping[int, _StepSums], hookpoint: HookPoint, image_ids: range, left_out: LeftOut
+) -> list[int]:
+    """The places in a batch of images whose velocities are numbers at every step."""
+    for step, here in made.items():
+        for place in np.flatnonzero(~here.is_sound).tolist():
+            left_out.add(
+                image_ids[place],
+                f"At step {step}, a velocity of image {image_ids[place]} with {hookpoint} as it is, reconstructed or "
+                "at its mean holds NaN or infinite numbers. Load FLUX in bfloat16 or float32, or try another GPU.",
+            )
+    return [place for place, image_id in enumerate(image_ids) if image_id not in left_out.image_ids]
 
 
 def _batch_sums(

@@ -13,6 +13,7 @@ from torch import Tensor
 from fluxsae.evaluation.intervals import Estimate, Weights, bootstrap_weights, interval, weighted_mean
 from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
 from fluxsae.flux import AnyFlux, schedule_sigmas
+from fluxsae.flux.bad_numbers import LeftOut
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.sae.metrics import FiringSums, density_histogram, to_float64
@@ -106,13 +107,21 @@ def evaluate_reconstruction(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> dict[HookPoint, ReconstructionReport]:
-    """FVU, L0, density and dead features of each SAE over all tokens of the images, with intervals over images."""
+    """FVU, L0, density and dead features of each SAE over all tokens of the images, with intervals over images.
+
+    Images whose activations are not numbers are left out and logged, here and in `transfer_table`.
+
+    Raises:
+        FluxSaeError: too many images are left out.
+    """
     sums = {hookpoint: ImageSums() for hookpoint in saes}
     firing = {hookpoint: FiringSums.empty(sae.config.n_features) for hookpoint, sae in saes.items()}
     sigmas = torch.tensor(schedule_sigmas(pipe, settings))
+    left_out = LeftOut(len(images))
     batches = iter_activations(
-        pipe, images, steps, settings=settings, batch_size=batch_size, on_progress=on_progress, doing="reconstruction"
-    )
+        pipe, images, steps, settings=settings, batch_size=batch_size, on_progress=on_progress, doing="reconstruction",
+        left_out=left_out,
+    )  # fmt: skip
     for batch in batches:
         for hookpoint, sae in saes.items():
             x = batch.tokens[hookpoint]
@@ -120,7 +129,7 @@ def evaluate_reconstruction(
             active = to_float64(acts.active).mean(-1)
             sums[hookpoint].update(x, sae.decode_sparse(acts), centre=sae.input_mean, active=active)
             firing[hookpoint].update(acts)
-    weights = bootstrap_weights(len(images), draws=draws, seed=seed)
+    weights = bootstrap_weights(len(images) - len(left_out.image_ids), draws=draws, seed=seed)
     return {
         hookpoint: _reconstruction_report(sums[hookpoint], firing[hookpoint], weights, steps[hookpoint])
         for hookpoint in saes
@@ -184,7 +193,7 @@ def transfer_table(
         sums = {hookpoint: ImageSums() for hookpoint in saes}
         batches = iter_activations(
             pipe, images, every, settings=here, batch_size=batch_size, on_progress=on_progress,
-            doing=f"transfer to {height} x {width}",
+            doing=f"transfer to {height} x {width}", left_out=LeftOut(len(images)),
         )  # fmt: skip
         for batch in batches:
             for hookpoint, sae in saes.items():

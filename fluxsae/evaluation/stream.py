@@ -10,7 +10,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import AnyFlux, capture, generate
+from fluxsae.flux import AnyFlux, Captured, capture, generate
+from fluxsae.flux.bad_numbers import LeftOut, bad_items, check_finite, describe_bad
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 
@@ -77,10 +78,15 @@ def iter_activations(
     with_pictures: bool = False,
     on_progress: OnProgress | None = None,
     doing: str = "generating",
+    left_out: LeftOut | None = None,
 ) -> Iterator[ActivationBatch]:
     """Generates the images batch by batch and gives their tokens at each hook point's steps.
 
-    Without pictures a generation ends after the last step and block that is wanted.
+    Without pictures a generation ends after the last step and block that is wanted. Images whose activations are not
+    numbers go to `left_out` and lack in the tokens, but not in the rows; a batch of such images alone is passed over.
+
+    Raises:
+        FluxSaeError: too many images are left out, or one would be and there is no `left_out`.
     """
     wanted = sorted({step for some in steps.values() for step in some})
     for start in range(0, len(images), batch_size):
@@ -90,10 +96,36 @@ def iter_activations(
         with capture(pipe, list(steps), wanted, stop_early=not with_pictures) as captured:
             made = generate(pipe, prompts, seeds=seeds, settings=settings)
             pictures = made if isinstance(made, list) else []
-        tokens = {
-            hookpoint: torch.stack([captured.get(hookpoint, step) for step in some], dim=1).float()
-            for hookpoint, some in steps.items()
-        }
-        yield ActivationBatch(rows, tokens, pictures)
+        bad = _bad_places(captured, steps, [f"seed {seed} ({p!r:.60})" for p, seed in zip(prompts, seeds, strict=True)],
+                          rows=rows, left_out=left_out)  # fmt: skip
+        sound = [place for place in range(len(rows)) if place not in bad]
+        if sound:
+            tokens = {
+                hookpoint: torch.stack([captured.get(hookpoint, step) for step in some], dim=1)[sound].float()
+                for hookpoint, some in steps.items()
+            }
+            yield ActivationBatch(rows, tokens, pictures)
         if on_progress is not None:
             on_progress(doing, rows.stop, len(images))
+
+
+def _bad_places(
+    captured: Captured,
+    steps: Mapping[HookPoint, Sequence[int]],
+    names: Sequence[str],
+    *,
+    rows: range,
+    left_out: LeftOut | None,
+) -> set[int]:
+    """The places in a batch of images whose activations are not numbers."""
+    bad: set[int] = set()
+    for hookpoint, some in steps.items():
+        for step in some:
+            tokens = captured.get(hookpoint, step)
+            if left_out is None:
+                check_finite(tokens, names, hookpoint=hookpoint, step=step)
+                continue
+            for place in bad_items(tokens):
+                bad.add(place)
+                left_out.add(rows[place], describe_bad(tokens, names[place], hookpoint=hookpoint, step=step))
+    return bad

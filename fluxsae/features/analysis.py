@@ -104,9 +104,10 @@ def describe_features(scores: ScoreMatrix, stats: FeatureStats, config: Analysis
     Raises:
         FluxSaeError: S and the sums are of different features or images.
     """
-    if scores.n_features != len(stats.counts) or scores.n_images != stats.n_images:
+    n_scored = scores.n_images - len(scores.left_out)
+    if scores.n_features != len(stats.counts) or n_scored != stats.n_images:
         raise FluxSaeError(
-            f"S is of {scores.n_images} images and {scores.n_features} features, the sums of {stats.n_images} and "
+            f"S is of {n_scored} images and {scores.n_features} features, the sums of {stats.n_images} and "
             f"{len(stats.counts)}. Score the images again."
         )
     best = scores.top(max(config.n_top_images, config.companion_images))

@@ -66,11 +66,21 @@ def encoder_decoder_alignment(
     return (normalize(W_enc.detach().float(), dim=-1) * normalize(W_dec.detach().float(), dim=-1)).sum(dim=-1)
 
 
+def map_neighbours(n_features: int, *, perplexity: float) -> int:
+    """How many neighbours of each feature its place on the map follows."""
+    return min(n_features - 1, int(3 * perplexity) + 1)
+
+
 def feature_map(
-    W_dec: Float[Tensor, "features d_model"], *, perplexity: float = 30.0, seed: int = 0
+    W_dec: Float[Tensor, "features d_model"],
+    *,
+    perplexity: float = 30.0,
+    seed: int = 0,
+    near: Neighbours | None = None,
 ) -> Float[np.ndarray, "features 2"]:
     """All decoder directions on a plane, near ones near: t-SNE by cosine from a PCA start, within [-1, 1].
 
+    `near` are the `map_neighbours` nearest of each feature, or more of them, where they are known.
     The same directions give the same map. t-SNE: van der Maaten & Hinton 2008, with the learning rates of Belkina et
     al. 2019 (a quarter of the features, since the library multiplies by 4), which need half of the usual iterations.
     """
@@ -81,7 +91,8 @@ def feature_map(
     if n_features < 4:
         raise FluxSaeError(f"a map of {n_features} features was asked; it needs at least 4")
     perplexity = min(perplexity, (n_features - 1) / 3)
-    near = _distances(W_dec, n=min(n_features - 1, int(3 * perplexity) + 1))
+    n = map_neighbours(n_features, perplexity=perplexity)
+    distances = _distances(near or nearest_features(W_dec, n=n), n=n)
     places = PCA(n_components=2, svd_solver="randomized", random_state=seed).fit_transform(
         normalize(W_dec.detach().float(), dim=-1).cpu().numpy()
     )
@@ -91,22 +102,21 @@ def feature_map(
             perplexity=perplexity, metric="precomputed", init=places, early_exaggeration=exaggeration, max_iter=250,
             learning_rate=max(n_features / (4 * exaggeration), 50.0), angle=_ANGLE, random_state=seed,
         )  # fmt: skip
-        places = method.fit_transform(near)
+        places = method.fit_transform(distances)
     centred = places - places.mean(axis=0)
     scaled: Float[np.ndarray, "features 2"] = (centred / np.abs(centred).max()).astype(np.float32)
     return scaled
 
 
-def _distances(W_dec: Tensor, *, n: int) -> Any:
+def _distances(near: Neighbours, *, n: int) -> Any:
     """1 - cosine of each feature and its `n` nearest, itself first, as a sparse matrix with rows in rising order."""
     from scipy.sparse import csr_array
 
-    near = nearest_features(W_dec, n=n)
-    own = torch.arange(len(W_dec))[:, None]
-    indices = torch.cat([own, near.indices.cpu()], dim=1).numpy()
-    distances = torch.cat([torch.zeros_like(own), (1 - near.cosines.cpu()).clamp(min=0)], dim=1).numpy()
+    own = torch.arange(len(near.indices))[:, None]
+    indices = torch.cat([own, near.indices[:, :n].cpu()], dim=1).numpy()
+    distances = torch.cat([torch.zeros_like(own), (1 - near.cosines[:, :n].cpu()).clamp(min=0)], dim=1).numpy()
     starts = np.arange(0, indices.size + 1, n + 1)
-    return csr_array((distances.ravel(), indices.ravel(), starts), shape=(len(W_dec), len(W_dec)))
+    return csr_array((distances.ravel(), indices.ravel(), starts), shape=(len(own), len(own)))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.sparse import csr_array
-from scipy.special import gammaln, log_ndtr, logsumexp
 from torch import Tensor
 
 from fluxsae.features.config import SelectionConfig
@@ -111,7 +109,7 @@ class CaptionLabeller:
 
         The exact permutation test of one term. None for a text that is no term of the captions; 1 with too few images.
         """
-        from scipy.stats import hypergeom  # takes a second to import, and browsing needs none of it
+        from scipy.stats import hypergeom
 
         holds = self._captions_with(text)
         if holds is None:
@@ -142,6 +140,8 @@ def enrichment_log_p(
 
     The upper tail of the hypergeometric distribution, for all terms at once (scipy's own is a loop over the terms).
     """
+    from scipy.special import logsumexp
+
     drawn, have = np.arange(n_top + 1)[None], in_all[:, None]
     is_possible = (drawn >= in_top[:, None]) & (drawn <= have) & (n_top - drawn <= n_all - have)
     log_pmf = _log_choose(have, drawn) + _log_choose(n_all - have, n_top - drawn) - _log_choose(n_all, n_top)
@@ -150,10 +150,15 @@ def enrichment_log_p(
 
 
 def _log_choose(n: Any, k: Any) -> Any:
+    from scipy.special import gammaln
+
     return gammaln(n + 1) - gammaln(k + 1) - gammaln(np.maximum(n - k, 0) + 1)
 
 
-def _presence(found: Sequence[set[str]], terms: Sequence[str]) -> csr_array:
+def _presence(found: Sequence[set[str]], terms: Sequence[str]) -> Any:
+    """Captions by terms, as a scipy csr_array; scipy takes a second to import, and browsing needs none of it."""
+    from scipy.sparse import csr_array
+
     number = {term: index for index, term in enumerate(terms)}
     pairs = [(row, number[term]) for row, present in enumerate(found) for term in present if term in number]
     rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
@@ -241,6 +246,8 @@ def rank_sum(
     Mann and Whitney's permutation test (1947) by its normal approximation. Unlike means of the values themselves,
     ranks have no heavy tails, and the approximation is cautious for few images. Ranks are of `n_prompts`.
     """
+    from scipy.special import log_ndtr
+
     n_top = len(ranks)
     n_rest = max(n_prompts - n_top, 1)
     above = (ranks.mean(axis=0, dtype=np.float64) - (n_top + 1) / 2) / n_rest

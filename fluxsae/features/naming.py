@@ -6,7 +6,6 @@ from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from fluxsae.features.config import SelectionConfig
@@ -229,6 +228,8 @@ def precision_curve(
     `shares` are scores as shares of the highest. A few images more, of which as many hold it as of all, keep few images
     from making a certainty. Where a lower level does better, both get their mean, weighted by their images.
     """
+    from scipy.optimize import isotonic_regression
+
     base, fires = float(holds.mean()) if len(holds) else 0.0, shares > 0
     bins = np.minimum((shares[fires] * _BINS).astype(np.int64), _BINS - 1)
     n_near, n_held = (np.bincount(bins, weights=w, minlength=_BINS) for w in (None, holds[fires]))

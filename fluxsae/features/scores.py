@@ -1,5 +1,6 @@
 """S, the highest activation of each feature on each image, and sums over all tokens: streaming and mergeable."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,6 +31,8 @@ class ScoreMatrix:
     """The captured steps that S is the maximum over."""
     rows: int
     cols: int
+    left_out: tuple[int, ...] = ()
+    """Images whose activations were NaN or infinite: S is 0 for them, and the sums do not know them."""
 
     @classmethod
     def load(cls, path: str | Path) -> "ScoreMatrix":
@@ -45,7 +48,8 @@ class ScoreMatrix:
                 f"{path}: S has shape {values.shape}, argmax_token {tokens.shape}; score the images again."
             )
         steps = tuple(int(step) for step in header.metadata["steps"].split(","))
-        return cls(values, tokens, steps, int(header.metadata["rows"]), int(header.metadata["cols"]))
+        rows, cols = (int(header.metadata[name]) for name in ("rows", "cols"))
+        return cls(values, tokens, steps, rows, cols, left_out_images(path))
 
     @property
     def n_images(self) -> int:
@@ -131,6 +135,7 @@ class ScoreAccumulator:
         self._scores: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
         self._seen: set[tuple[int, int]] = set()
+        self._left_out: set[int] = set()
 
     @property
     def image_ids(self) -> list[int]:
@@ -155,6 +160,12 @@ class ScoreAccumulator:
         for image_id, row, token_row in zip(image_ids, scores.cpu(), tokens.cpu(), strict=True):
             self._keep_larger(int(image_id), row, token_row)
 
+    def leave_out(self, image_ids: Sequence[int]) -> None:
+        """Takes note of images that cannot be scored: S is 0 for them, and the sums are of the others."""
+        for image_id in image_ids:
+            self._left_out.add(image_id)
+            self._keep_larger(image_id, torch.zeros(self.n_features), torch.zeros(self.n_features, dtype=torch.int32))
+
     def merge(self, other: "ScoreAccumulator") -> "ScoreAccumulator":
         """An accumulator that has seen what both have.
 
@@ -167,6 +178,7 @@ class ScoreAccumulator:
         merged._sums = self._sums.merge(other._sums)
         for part in (self, other):
             merged._refuse_repetition(part._seen)
+            merged._left_out |= part._left_out
             for image_id, row in part._scores.items():
                 merged._keep_larger(image_id, row, part._tokens[image_id])
         return merged
@@ -186,7 +198,7 @@ class ScoreAccumulator:
         """The sums, with the counts of images."""
         counts = (self.scores() > 0).sum(0)
         values = {f.name: getattr(self._sums, f.name) for f in fields(FeatureStats)}
-        return FeatureStats(**{**values, "n_images": len(self._scores), "image_counts": counts})
+        return FeatureStats(**{**values, "n_images": len(self._scores) - len(self._left_out), "image_counts": counts})
 
     def _refuse_repetition(self, new: set[tuple[int, int]]) -> None:
         repeated = self._seen & new
@@ -237,7 +249,10 @@ def merge_score_files(path: str | Path, parts: Sequence[Path], *, steps: Sequenc
         "S": (score_type, (n_images, n_features)),
         "argmax_token": (_token_type(grid.n_tokens), (n_images, n_features)),
     }
-    metadata = {"steps": ",".join(map(str, steps)), "rows": str(grid.rows), "cols": str(grid.cols)}
+    metadata = {
+        "steps": ",".join(map(str, steps)), "rows": str(grid.rows), "cols": str(grid.cols),
+        **left_out_metadata([image_id for part in parts for image_id in left_out_images(part)]),
+    }  # fmt: skip
     with mapped_tensors(path, shapes, metadata=metadata) as arrays:
         start = 0
         for part in parts:
@@ -248,6 +263,16 @@ def merge_score_files(path: str | Path, parts: Sequence[Path], *, steps: Sequenc
             start = stop
             for array in arrays.values():
                 release_pages(array)
+
+
+def left_out_metadata(image_ids: Sequence[int]) -> dict[str, str]:
+    """What the metadata of a file with S say about the images that it leaves out: nothing where there are none."""
+    return {"left_out": json.dumps(sorted(image_ids))} if image_ids else {}
+
+
+def left_out_images(path: str | Path) -> tuple[int, ...]:
+    """The images that a file with S leaves out."""
+    return tuple(json.loads(read_header(path).metadata.get("left_out", "[]")))
 
 
 def _stored(scores: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -12,14 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fluxsae.activations.collection import ImagePlan, OnImages, check_finite
+from fluxsae.activations.collection import ImagePlan, OnImages
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.familiarity import image_fvu, summarise_fvu
-from fluxsae.features.scores import ScoreAccumulator, ScoreMatrix, merge_score_files
+from fluxsae.features.scores import (
+    ScoreAccumulator,
+    ScoreMatrix,
+    left_out_images,
+    left_out_metadata,
+    merge_score_files,
+)
 from fluxsae.features.statistics import FeatureStats
 from fluxsae.features.top_maps import TopMapCollector, write_heatmaps
 from fluxsae.files import load_tensors, read_json, remove_leftovers, save_tensors, write_json
 from fluxsae.flux import BlockCall, capture, generate, nearest_step, read_picture, token_grid
+from fluxsae.flux.bad_numbers import LeftOut, OnBad, bad_items, check_finite, describe_bad
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.folder import RunFolder
@@ -226,6 +233,11 @@ class ScoreParts:
         """The parts that are not complete."""
         return [part for part in range(self.n_parts) if self.missing_saes(part)]
 
+    def left_out(self) -> set[int]:
+        """The images that the parts which are there leave out."""
+        made = [path for name in self.request.steps for path in self.all_scores(name) if path.is_file()]
+        return {image_id for path in made for image_id in left_out_images(path)}
+
     def forget_images(self) -> None:
         """Called when the run has all pictures: those of the parts are not needed any more."""
         self.n_there = len(self.request.plan)
@@ -243,8 +255,14 @@ def score_images(
     world_size: int = 1,
     on_images: OnImages | None = None,
 ) -> None:
-    """Makes the parts that this process has still to make; each image is generated once for all SAEs."""
-    request = parts.request
+    """Makes the parts that this process has still to make; each image is generated once for all SAEs.
+
+    An image with NaN or infinite activations is left out, at all SAEs, and logged with its step.
+
+    Raises:
+        FluxSaeError: too many of the images are left out.
+    """
+    request, left_out = parts.request, LeftOut(len(parts.request.plan), parts.left_out())
     collectors = {
         name: TopMapCollector(sae.config.n_features, n_top=request.n_top, n_tokens=request.grids[name].n_tokens)
         for name, sae in saes.items()
@@ -258,57 +276,105 @@ def score_images(
             collectors[name].skip(parts.image_ids(part), load_tensors(parts.scores_path(name, part))["S"])
         if not missing:
             continue
-        _score_part(pipe, {name: saes[name] for name in missing}, parts, part, collectors)
+        _score_part(pipe, {name: saes[name] for name in missing}, parts, part, collectors, left_out)
         done += len(parts.image_ids(part))
         if on_images is not None:
             on_images(done, total)
 
 
-def _score_part(
+def _score_part(  # noqa: PLR0917 - all that a part is made of
     pipe: Any,
     saes: Mapping[HookPoint, SparseAutoencoder],
     parts: ScoreParts,
     part: int,
     collectors: Mapping[HookPoint, TopMapCollector],
+    left_out: LeftOut,
 ) -> None:
     request, with_images = parts.request, not parts.has_images(part)
-    accumulators = {
-        name: ScoreAccumulator(sae.config.n_features, grid=request.grids[name], steps=request.steps[name])
-        for name, sae in saes.items()
-    }
+    accumulators = _no_scores(saes, request)
     rows: list[ImageRow] = []
-    fvus: dict[tuple[HookPoint, int], list[Tensor]] = defaultdict(list)
+    fvus: dict[tuple[HookPoint, int], list[Tensor]] = defaultdict(lambda: [torch.zeros(0)])
 
-    ids, pictures = parts.image_ids(part), request.plan.pictures
+    ids = parts.image_ids(part)
     for start in range(0, len(ids), request.batch_size):
         batch = list(ids[start : start + request.batch_size])
-
-        def keep(call: BlockCall, acts: SparseActs, batch: list[int] = batch) -> None:
-            accumulators[call.hookpoint].update(batch, acts, step=call.step)
-            collectors[call.hookpoint].update(batch, acts)
-            fvus[call.hookpoint, call.step].append(image_fvu(saes[call.hookpoint], call.tokens, acts))
-
-        images = generate_with_acts(
-            pipe,
-            saes,
-            {name: request.steps[name] for name in saes},
-            prompts=[request.plan.prompts[i] for i in batch],
-            seeds=[request.plan.seed(i) for i in batch],
-            settings=request.settings,
-            pictures=None if pictures is None else [pictures.picture(i) for i in batch],
-            with_images=with_images,
-            on_acts=keep,
-        )
-        for name, accumulator in accumulators.items():
-            collectors[name].complete(batch, accumulator.scores(batch))
+        made = _score_batch(pipe, saes, request, batch, collectors, left_out, with_images=with_images)
+        for name, accumulator in made.accumulators.items():
+            if made.kept:
+                collectors[name].complete(made.kept, accumulator.scores(made.kept))
+            accumulator.leave_out([i for i in batch if i not in made.kept])
+            accumulators[name] = accumulators[name].merge(accumulator)
+        for place, fvu in made.fvus.items():
+            fvus[place].append(fvu)
         if with_images:
-            rows += [_image_row(request, i, image) for i, image in zip(batch, images, strict=True)]
+            rows += [_image_row(request, i, image) for i, image in zip(batch, made.images, strict=True)]
+    bad = [i for i in ids if i in left_out.image_ids]
     for name, accumulator in accumulators.items():
         fvu = torch.stack([torch.cat(fvus[name, step]) for step in request.steps[name]], dim=1)
         entries = {**collectors[name].pop(), _FVU: fvu}
-        _save_part(parts.scores_path(name, part), accumulator, entries)
+        _save_part(parts.scores_path(name, part), accumulator, entries, left_out=bad)
     if with_images:
         write_images(parts.images_path(part), rows)
+
+
+def _no_scores(saes: Mapping[HookPoint, SparseAutoencoder], request: ScoreRequest) -> dict[HookPoint, ScoreAccumulator]:
+    return {
+        name: ScoreAccumulator(sae.config.n_features, grid=request.grids[name], steps=request.steps[name])
+        for name, sae in saes.items()
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _ScoredBatch:
+    """What was made of the images of a batch that are not left out, and the pictures of all of them."""
+
+    kept: list[int]
+    accumulators: dict[HookPoint, ScoreAccumulator]
+    fvus: dict[tuple[HookPoint, int], Tensor]
+    images: list[Image.Image]
+
+
+def _score_batch(  # noqa: PLR0917 - as its caller
+    pipe: Any,
+    saes: Mapping[HookPoint, SparseAutoencoder],
+    request: ScoreRequest,
+    batch: Sequence[int],
+    collectors: Mapping[HookPoint, TopMapCollector],
+    left_out: LeftOut,
+    *,
+    with_images: bool,
+) -> _ScoredBatch:
+    """Scores a batch; once more where an image turned out bad when some of its steps were counted already."""
+    pictures, known = request.plan.pictures, left_out.image_ids & {*batch}
+    sound = [place for place, image_id in enumerate(batch) if image_id not in known]
+    kept = [batch[place] for place in sound]
+    accumulators, fvus = _no_scores(saes, request), dict[tuple[HookPoint, int], Tensor]()
+
+    def keep(call: BlockCall, acts: SparseActs) -> None:
+        if not kept:
+            return
+        own, tokens = (acts.images(sound), call.tokens[sound]) if known else (acts, call.tokens)
+        accumulators[call.hookpoint].update(kept, own, step=call.step)
+        collectors[call.hookpoint].update(kept, own)
+        fvus[call.hookpoint, call.step] = image_fvu(saes[call.hookpoint], tokens, own)
+
+    images = generate_with_acts(
+        pipe,
+        saes,
+        {name: request.steps[name] for name in saes},
+        prompts=[request.plan.prompts[i] for i in batch],
+        seeds=[request.plan.seed(i) for i in batch],
+        settings=request.settings,
+        pictures=None if pictures is None else [pictures.picture(i) for i in batch],
+        with_images=with_images,
+        on_acts=keep,
+        on_bad=lambda place, reason: left_out.add(batch[place], reason),
+    )
+    if known == left_out.image_ids & {*batch}:
+        return _ScoredBatch(kept, accumulators, fvus, images)
+    for name in saes:
+        collectors[name].forget()
+    return _score_batch(pipe, saes, request, batch, collectors, left_out, with_images=with_images)
 
 
 def generate_with_acts(
@@ -322,18 +388,34 @@ def generate_with_acts(
     on_acts: OnActs,
     pictures: Sequence[Image.Image] | None = None,
     with_images: bool = True,
+    on_bad: OnBad | None = None,
 ) -> list[Image.Image]:
     """Images; meanwhile `on_acts` gets the acts (images, tokens, features) of each SAE at its steps, as they come.
 
     With `pictures` nothing is generated: they are read with these prompts as captions, and handed back. Without
     `with_images` a generation ends after the last wanted step and block, nothing is decoded, and no image comes back.
+    `on_bad` gets the place in the batch of an image whose activations are not numbers; zeros are encoded for it.
+
+    Raises:
+        FluxSaeError: the activations of an image are not numbers, and there is no `on_bad`.
     """
+    names = [f"seed {seed} ({prompt!r:.60})" for seed, prompt in zip(seeds, prompts, strict=True)]
 
     def encode(call: BlockCall) -> None:
-        if call.step in steps[call.hookpoint]:
-            check_finite(call, [f"seed {seed} ({prompt!r:.60})" for seed, prompt in zip(seeds, prompts, strict=True)])
-            sae = saes[call.hookpoint]
-            on_acts(call, sae.encode_sparse(call.tokens.to(sae.W_enc.device), sigma=call.sigma))
+        if call.step not in steps[call.hookpoint]:
+            return
+        place, step, sae = call.hookpoint, call.step, saes[call.hookpoint]
+        if on_bad is None:
+            check_finite(call.tokens, names, hookpoint=place, step=step)
+        bad = bad_items(call.tokens)
+        for item in bad:
+            assert on_bad is not None
+            on_bad(item, describe_bad(call.tokens, names[item], hookpoint=place, step=step))
+        tokens = call.tokens.to(sae.W_enc.device)
+        if bad:
+            tokens = tokens.clone()
+            tokens[bad] = 0
+        on_acts(call, sae.encode_sparse(tokens, sigma=call.sigma))
 
     wanted = sorted({step for chosen in steps.values() for step in chosen})
     if pictures is not None:
@@ -352,17 +434,21 @@ def _image_row(request: ScoreRequest, image_id: int, image: Image.Image) -> Imag
     return ImageRow(image_id, plan.prompts[image_id], plan.seed(image_id), thumbnail, source)
 
 
-def _save_part(path: Path, accumulator: ScoreAccumulator, entries: Mapping[str, Tensor]) -> None:
+def _save_part(
+    path: Path, accumulator: ScoreAccumulator, entries: Mapping[str, Tensor], *, left_out: Sequence[int]
+) -> None:
     stats = accumulator.stats()
     tensors = {"S": accumulator.scores(), "argmax_token": accumulator.argmax_tokens(), **stats.tensors(), **entries}
-    save_tensors(path, tensors, metadata=stats.metadata())
+    save_tensors(path, tensors, metadata={**stats.metadata(), **left_out_metadata(left_out)})
 
 
-def merge_parts(parts: ScoreParts) -> None:
+def merge_parts(parts: ScoreParts) -> int:
     """Writes images, S, sums and heatmaps of the run from the complete parts; a rerun gives the same bytes.
 
+    Returned is how many images they leave out.
+
     Raises:
-        FluxSaeError: parts are missing.
+        FluxSaeError: parts are missing, or all processes together left out too many images.
     """
     request, run = parts.request, parts.run
     if parts.missing():
@@ -370,6 +456,8 @@ def merge_parts(parts: ScoreParts) -> None:
             f"{len(parts.missing())} of {parts.n_parts} parts of the scoring are missing, the first is "
             f"{parts.missing()[0]}. Start the same command again to make them."
         )
+    left_out = LeftOut(len(request.plan), parts.left_out())
+    left_out.check("Each is logged above with its step.")
     if parts.n_there < len(request.plan):
         run.save_images(_iter_rows(parts))
         parts.forget_images()
@@ -382,6 +470,7 @@ def merge_parts(parts: ScoreParts) -> None:
         stats.save(run.stats_path(hookpoint))
         fvus = torch.cat([load_tensors(file)[_FVU] for file in files])
         run.update_metrics(hookpoint, summarise_fvu(fvus, steps))
+    return len(left_out.image_ids)
 
 
 def _iter_rows(parts: ScoreParts) -> Iterator[ImageRow]:

@@ -62,11 +62,19 @@ class TopMapCollector:
                 }
             )
 
+    def forget(self) -> None:
+        """Drops what was added of images that are not complete; they may come again."""
+        self._open.clear()
+
     def pop(self) -> dict[str, Tensor]:
         """The entries since the last call, one line per active (image, feature, token), as tensors to save."""
         parts, self._parts = self._parts, []
-        names = ("map_image", "map_feature", "map_token", "map_value")
-        return {name: torch.cat([part[name] for part in parts]) for name in names}
+        dtypes = {"map_image": torch.int32, "map_feature": torch.int32, "map_token": torch.int32}
+        dtypes["map_value"] = torch.float32
+        return {
+            name: torch.cat([torch.empty(0, dtype=dtype), *(part[name] for part in parts)])
+            for name, dtype in dtypes.items()
+        }
 
 
 def write_heatmaps(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fluxsae.lazy import hand_on
 
 if TYPE_CHECKING:
-    from fluxsae.flux.devices import execution_device
+    from fluxsae.flux.devices import execution_device, is_offloaded
     from fluxsae.flux.families import Embeddings
     from fluxsae.flux.generation import (
         OnStep,
@@ -76,6 +76,7 @@ __all__ = [
     "hookpoint_width",
     "initial_noise",
     "is_exact",
+    "is_offloaded",
     "is_quick_to_decode",
     "load_flux",
     "nearest_step",
@@ -129,6 +130,7 @@ __getattr__, __dir__ = hand_on(
         "hookpoint_width": "loading",
         "initial_noise": "latents",
         "is_exact": "identity",
+        "is_offloaded": "devices",
         "is_quick_to_decode": "previews",
         "load_flux": "loading",
         "nearest_step": "schedules",

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def execution_device(pipe: Any) -> torch.device:
@@ -12,3 +13,10 @@ def execution_device(pipe: Any) -> torch.device:
     run by this private name alone.
     """
     return torch.device(pipe._execution_device)
+
+
+def is_offloaded(pipe: Any) -> bool:
+    """Whether parts of a pipeline rest elsewhere (in main memory, on disk) and come to where it computes in turn."""
+    kind = execution_device(pipe).type
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return any(parameter.device.type != kind for part in parts for parameter in part.parameters())

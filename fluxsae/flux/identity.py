@@ -119,7 +119,8 @@ def find_adapters(pipe: Any) -> tuple[str, ...]:
         for layer in module.modules() if isinstance(module, nn.Module) else ():
             for name in _acting_adapters(layer):
                 parts[name] += _adapter_values(layer, name)
-    found = {name: f"adapter {_hash_values(values)}" for name, values in parts.items()}
+    content = {name: torch.cat(values).float().cpu().numpy().tobytes() for name, values in parts.items()}
+    found = {name: f"adapter {hashlib.sha256(values).hexdigest()[:12]}" for name, values in content.items()}
     # Once its layers are unloaded, a fused adapter is known to the pipeline by name alone.
     fused = {f"fused adapter {name}" for name in getattr(pipe, "fused_loras", ()) if name not in found}
     image = {"image prompt adapter"} if getattr(pipe.transformer, "encoder_hid_proj", None) is not None else set()
@@ -141,10 +142,6 @@ def _adapter_values(layer: Any, name: str) -> list[Tensor]:
     values = [tensor.detach().flatten()[:_VALUES_HASHED].to(torch.bfloat16) for tensor in tensors]
     scale = torch.tensor([getattr(layer, "scaling", {}).get(name, 1.0)], dtype=torch.bfloat16)
     return [*values, *([scale.to(values[0].device)] if values else [])]
-
-
-def _hash_values(values: list[Tensor]) -> str:
-    return hashlib.sha256(torch.cat(values).float().cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 def is_exact(pipe: Any) -> bool:

@@ -8,6 +8,7 @@ import torch
 from PIL.Image import Image
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.flux.bad_numbers import check_finite
 from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.hooks import (
@@ -49,7 +50,8 @@ def read_picture(
 
     Raises:
         FluxSaeError: a picture that is not RGB, a side off the patch, pictures of several sizes or of another size
-            than `settings`, counts that differ, an overlong prompt, unknown hook points, a step outside the schedule.
+            than `settings`, counts that differ, an overlong prompt, unknown hook points, a step outside the schedule;
+            or, without a `sink`, activations that are NaN or infinite.
     """
     pictures = [image] if isinstance(image, Image) else list(image)
     settings = _sized_settings(pipe, pictures, settings)
@@ -108,6 +110,8 @@ class _PassRecorder:
         if self.sink is not None:
             self.sink(call)
         else:
+            names = [f"picture {number}" for number in range(len(call.tokens))]
+            check_finite(call.tokens, names, hookpoint=call.hookpoint, step=call.step)
             self.captured.keep(call)
         self.unseen.discard(call.hookpoint)
         if not self.unseen:

@@ -272,7 +272,7 @@ def load_pictures(path: str | Path, *, height: int, width: int, caption_column: 
             if isinstance(content, FluxSaeError):
                 raise content
             opened = inspect_picture(content, name=name)
-            text = _one_caption(caption, name)
+            text = next(prompts_in(caption, where=f"The caption of {name}"), "")  # the first of those given
         except FluxSaeError as error:
             refusals.append(Refusal(name, _kind_of(str(error)), str(error)))
             continue
@@ -316,11 +316,6 @@ def _misnamed(name: str, content: bytes) -> tuple[str, ...]:
         kind = str(image.format)
     right = _FORMAT_SUFFIXES.get(kind, (f".{kind.lower()}", ".apng" if kind == "PNG" else ""))
     return (f"{suffix} that holds {kind}",) if suffix in SUFFIXES and suffix not in right else ()
-
-
-def _one_caption(value: object, name: str) -> str:
-    """The first caption of those given, clean; empty where there is none."""
-    return next(prompts_in(value, where=f"The caption of {name}"), "")
 
 
 _Found = tuple[str, bytes | FluxSaeError, object]

@@ -215,7 +215,8 @@ class _AboutHookpoint:
     def stats(self, path: Path) -> Iterator[str]:
         stats = FeatureStats.load(path)
         yield from self._columns(len(stats.counts))
-        yield from _counted("images", stats.n_images, self.whole.n_images, "images")
+        n_left_out = len(self.score_matrix.left_out) if self.score_matrix else 0
+        yield from _counted("images", stats.n_images + n_left_out, self.whole.n_images, "images")
         if self.image_counts is not None and not np.array_equal(stats.image_counts.numpy(), self.image_counts):
             yield "counts other images than S does. Score the images again."
         for name, values in stats.tensors().items():

@@ -267,18 +267,6 @@ class RunFolder:
             raise FluxSaeError(f"This run has no SAE {wanted}; it has {', '.join(map(str, present))}.")
         return wanted
 
-    def check_hookpoint(self, hookpoint: HookPoint | str) -> HookPoint:
-        """The hook point, if the run has it.
-
-        Raises:
-            FluxSaeError: it names no hook point, or one that this run does not have.
-        """
-        wanted = HookPoint.parse(hookpoint)
-        present = self.hookpoints()
-        if wanted not in present:
-            raise FluxSaeError(f"This run has no hook point {wanted}; it has {', '.join(map(str, present))}.")
-        return wanted
-
     # SAEs
 
     def sae_subfolder(self, hookpoint: HookPoint | str) -> str:

@@ -1,11 +1,8 @@
 """The tables of a run as typed values, each with the one reader and writer of its file format."""
 
 import csv
-import functools
-import io
-import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,159 +11,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float, Int, UInt8
-from PIL import Image
+from jaxtyping import Float
 
 from fluxsae.errors import FluxSaeError, maker
 from fluxsae.files import atomic_path, load_tensors, map_array, read_header, save_tensors
+from fluxsae.runs.heatmaps import HEATMAPS_SCHEMA, Heatmaps
+from fluxsae.runs.images import ImageRow, ImageTable, encode_webp, iter_image_rows, open_parquet, write_images
 from fluxsae.runs.names import SaeName
 
-_IMAGE_ROW_GROUP = 128
-_THUMBNAIL_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_IMAGE_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.int64()),
-        ("prompt", pa.string()),
-        ("seed", pa.int64()),
-        ("thumbnail", _THUMBNAIL_TYPE),
-        ("source", pa.string()),
-    ]
-)
-_IMAGE_COLUMNS = _IMAGE_SCHEMA.names[:-1]  # runs scored before pictures could be read have no source
-# What the `datasets` library and the Hub's viewer read to show the thumbnails as pictures.
-_HUGGINGFACE = {
-    "info": {
-        "features": {
-            "image_id": {"dtype": "int64", "_type": "Value"},
-            "prompt": {"dtype": "string", "_type": "Value"},
-            "seed": {"dtype": "int64", "_type": "Value"},
-            "thumbnail": {"_type": "Image"},
-            "source": {"dtype": "string", "_type": "Value"},
-        }
-    }
-}
+__all__ = [
+    "HEATMAPS_SCHEMA", "Embeddings", "FeatureRow", "FeatureTable", "Heatmaps", "ImageRow", "ImageTable", "encode_webp",
+    "iter_image_rows", "load_directions", "load_given_labels", "load_lines", "write_images",
+]  # fmt: skip
+
 _FEATURE_COLUMNS = ("feature", "feature_class", "density", "mean_act", "max_act")
-
-
-@dataclass(frozen=True)
-class ImageRow:
-    """One scored image: its id is its row in S; prompt and seed identify it, or the picture it was read from."""
-
-    image_id: int
-    prompt: str
-    seed: int
-    thumbnail: bytes
-    """The picture as webp."""
-    source: str | None = None
-    """Name of the picture that was read (its path, or file and row); None for a generated image."""
-
-    def picture(self) -> Image.Image:
-        """The thumbnail decoded."""
-        return Image.open(io.BytesIO(self.thumbnail)).convert("RGB")
-
-
-def encode_webp(image: Image.Image, *, longest_side: int, quality: int = 90) -> bytes:
-    """The image as webp, no side longer than `longest_side` pixels."""
-    small = image.convert("RGB")
-    if max(small.size) > longest_side:
-        small.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, format="WEBP", quality=quality, method=4)
-    return buffer.getvalue()
-
-
-class ImageTable:
-    """`images.parquet`: prompts and seeds in memory, thumbnails read as they are asked for."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._file = _open_parquet(self.path, _IMAGE_COLUMNS)
-        names = ["image_id", "prompt", "seed", "source"]
-        light = self._file.read(columns=[name for name in names if name in self._file.schema_arrow.names])
-        self.image_ids: list[int] = light["image_id"].to_pylist()
-        self.prompts: list[str] = light["prompt"].to_pylist()
-        self.seeds: list[int] = light["seed"].to_pylist()
-        has_source = "source" in light.column_names
-        self.sources: list[str | None] = light["source"].to_pylist() if has_source else [None] * len(self.prompts)
-        if self.image_ids != list(range(len(self.image_ids))):
-            raise FluxSaeError(f"{self.path} must list image ids 0, 1, 2, ... in order. Score the images again.")
-        sizes = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
-        self._group_starts = np.concatenate([[0], np.cumsum(sizes)])
-        self._group = functools.lru_cache(maxsize=8)(self._read_group)
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def __getitem__(self, image_id: int) -> ImageRow:
-        thumbnail = self.thumbnail(image_id)
-        return ImageRow(image_id, self.prompts[image_id], self.seeds[image_id], thumbnail, self.sources[image_id])
-
-    def __iter__(self) -> Iterator[ImageRow]:
-        return (self[image_id] for image_id in self.image_ids)
-
-    @property
-    def subjects(self) -> list[str]:
-        """What tells images apart where one prompt's, or one picture's, count once: the source, else the prompt."""
-        return [source or prompt for source, prompt in zip(self.sources, self.prompts, strict=True)]
-
-    def thumbnail(self, image_id: int) -> bytes:
-        """The webp bytes of one image.
-
-        Raises:
-            FluxSaeError: there is no such image.
-        """
-        if not 0 <= image_id < len(self):
-            raise FluxSaeError(f"Image id {image_id} is not in this run; ids go from 0 to {len(self) - 1}.")
-        group = int(np.searchsorted(self._group_starts, image_id, side="right")) - 1
-        return self._group(group)[image_id - int(self._group_starts[group])]
-
-    def picture(self, image_id: int) -> Image.Image:
-        """One thumbnail decoded."""
-        return Image.open(io.BytesIO(self.thumbnail(image_id))).convert("RGB")
-
-    def _read_group(self, group: int) -> list[bytes]:
-        return [
-            entry["bytes"] for entry in self._file.read_row_group(group, columns=["thumbnail"])["thumbnail"].to_pylist()
-        ]
-
-
-def iter_image_rows(path: str | Path) -> Iterator[ImageRow]:
-    """The rows of an images file, whatever their ids, a group at a time."""
-    file = _open_parquet(Path(path), _IMAGE_COLUMNS)
-    for group in range(file.num_row_groups):
-        for row in file.read_row_group(group).to_pylist():
-            yield ImageRow(row["image_id"], row["prompt"], row["seed"], row["thumbnail"]["bytes"], row.get("source"))
-
-
-def write_images(path: str | Path, rows: Iterable[ImageRow]) -> None:
-    """Writes `images.parquet` from rows in the order of their ids, streaming."""
-    schema = _IMAGE_SCHEMA.with_metadata({"huggingface": json.dumps(_HUGGINGFACE)})
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        remaining = iter(rows)
-        while group := list(itertools.islice(remaining, _IMAGE_ROW_GROUP)):
-            writer.write_table(_image_group(group, schema))
-
-
-def _image_group(rows: Sequence[ImageRow], schema: pa.Schema) -> pa.Table:
-    thumbnails = [{"bytes": row.thumbnail, "path": f"{row.image_id:06d}.webp"} for row in rows]
-    plain = [[getattr(row, name) for row in rows] for name in ("image_id", "prompt", "seed", "source")]
-    columns = [*plain[:3], thumbnails, plain[3]]
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
-
-
-def _open_parquet(path: Path, columns: Sequence[str]) -> pq.ParquetFile:
-    if not path.is_file():
-        raise FluxSaeError(f"{path} does not exist. Check the run folder, or run the stage that writes it.")
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise FluxSaeError(
-            f"{path} is not a whole parquet file ({error}). Run the stage that writes it again."
-        ) from error
-    missing = [name for name in columns if name not in file.schema_arrow.names]
-    if missing:
-        raise FluxSaeError(f"{path} lacks the columns {', '.join(missing)}. Run the stage that writes it again.")
-    return file
 
 
 @dataclass(frozen=True)
@@ -283,7 +141,7 @@ class FeatureTable:
     @classmethod
     def load(cls, path: str | Path) -> "FeatureTable":
         """The table in a parquet file."""
-        return cls(_open_parquet(Path(path), _FEATURE_COLUMNS).read())
+        return cls(open_parquet(Path(path), _FEATURE_COLUMNS).read())
 
     def save(self, path: str | Path) -> None:
         """Writes the parquet file, whole or absent."""
@@ -368,84 +226,6 @@ class FeatureTable:
         if found is None:
             raise FluxSaeError(f"The feature table lacks its {key}. Make it again: {maker('analyze')}.")
         return bytes(found).decode()
-
-
-HEATMAPS_SCHEMA = 2
-"""Version 1 held every token of every map; it is still read."""
-
-
-@dataclass(frozen=True)
-class Heatmaps:
-    """`heatmaps.safetensors`: acts of the alive features on the tokens of their top images, 8 bits an act.
-
-    Map m = position * top + rank holds the entries `starts[m]` to `starts[m + 1]` - 1. An entry is the distance to the
-    token of the entry before (to token -1 for the first) and a level; a distance above 255 passes entries of level 0.
-    """
-
-    features: Int[np.ndarray, " alive"]
-    image_ids: Int[np.ndarray, "alive top"]
-    """-1 where a feature fires on fewer images."""
-    starts: Int[np.ndarray, " maps_and_end"]
-    steps: UInt8[np.ndarray, " entries"]
-    levels: UInt8[np.ndarray, " entries"]
-    scale: Float[np.ndarray, " alive"]
-    """Activation that 255 stands for: the feature's run-wide maximum."""
-    rows: int
-    cols: int
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Heatmaps":
-        """The heatmaps of a file; entries are paged in as they are used.
-
-        Raises:
-            FluxSaeError: missing, cut off, or written by a newer version of this program.
-        """
-        header = read_header(path)
-        version = int(header.metadata.get("schema_version", "1"))
-        if version > HEATMAPS_SCHEMA:
-            raise FluxSaeError(
-                f"{path} was written with schema version {version}; this program reads up to {HEATMAPS_SCHEMA}. "
-                "Update fluxsae."
-            )
-        arrays = {name: map_array(path, name, header=header) for name in ("features", "image_ids", "scale")}
-        if version == 1:
-            arrays |= _dense_entries(map_array(path, "values", header=header))
-        else:
-            arrays |= {name: map_array(path, name, header=header) for name in ("starts", "steps", "levels")}
-        return cls(**arrays, rows=int(header.metadata["rows"]), cols=int(header.metadata["cols"]))
-
-    def acts(self, feature: int) -> dict[int, Float[np.ndarray, " tokens"]]:
-        """Image id -> acts of the feature on that image's tokens, best image first; empty for a dead feature."""
-        position = int(np.searchsorted(self.features, feature))
-        if position == len(self.features) or self.features[position] != feature:
-            return {}
-        unit = np.float32(self.scale[position]) / np.float32(255)
-        ids, first = self.image_ids[position], position * self.image_ids.shape[1]
-        return {int(i): self._levels(first + rank).astype(np.float32) * unit for rank, i in enumerate(ids) if i >= 0}
-
-    def fits(self) -> bool:
-        """Whether there is a map for each image id, and every map ends within the grid."""
-        if len(self.starts) != self.image_ids.size + 1 or len(self.steps) != len(self.levels):
-            return False
-        if self.starts[0] != 0 or self.starts[-1] != len(self.steps) or (np.diff(self.starts) < 0).any():
-            return False
-        begins = self.starts[:-1][np.diff(self.starts) > 0]
-        walked = np.add.reduceat(self.steps, begins, dtype=np.int64) if len(begins) else begins
-        return bool((walked <= self.rows * self.cols).all() and np.all(self.steps))
-
-    def _levels(self, place: int) -> UInt8[np.ndarray, " tokens"]:
-        own = slice(int(self.starts[place]), int(self.starts[place + 1]))
-        levels = np.zeros(self.rows * self.cols, dtype=np.uint8)
-        levels[np.cumsum(self.steps[own], dtype=np.int64) - 1] = self.levels[own]
-        return levels
-
-
-def _dense_entries(values: UInt8[np.ndarray, "alive top tokens"]) -> dict[str, np.ndarray]:
-    """Maps of every token, as entries of distance 1."""
-    n_tokens = values.shape[2]
-    starts = np.arange(values.shape[0] * values.shape[1] + 1) * n_tokens
-    steps = np.broadcast_to(np.ones(1, dtype=np.uint8), values.size)
-    return {"starts": starts, "steps": steps, "levels": values.reshape(-1)}
 
 
 @dataclass(frozen=True)

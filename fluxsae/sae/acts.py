@@ -72,6 +72,12 @@ class SparseActs:
             part = slice(low, high)
             yield SparseActs(self.tokens[part] - start, self.features[part], self.values[part], (size, self.n_features))
 
+    def images(self, places: Sequence[int]) -> "SparseActs":
+        """The acts of some of the images, in this order: of shape (places, tokens, n_features)."""
+        n_tokens = self.shape[1]
+        parts = list(self.split(n_tokens))
+        return SparseActs.joined([parts[place] for place in places], (len(places), n_tokens, self.n_features))
+
     def dense(self) -> Float[Tensor, "*batch n_features"]:
         """The acts of all features, zeros included."""
         rows = self.values.new_zeros(self.n_tokens, self.n_features)

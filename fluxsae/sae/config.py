@@ -25,9 +25,11 @@ Mismatch = Literal[
     "true_cfg_scale",
     "max_sequence_length",
     "sigmas",
+    "sae",
     "unknown",
 ]
-"""What may differ from the training ground, if it is named; `unknown`: the SAE has no record of its training."""
+"""What may differ from the training ground, if it is named; `unknown`: the SAE has no record of its training; `sae`: a
+recipe was made with another SAE."""
 MISMATCHES: tuple[Mismatch, ...] = get_args(Mismatch)
 
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)

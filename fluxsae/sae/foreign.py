@@ -4,6 +4,7 @@ overcomplete:  z = relu(x W_enc^T + b_enc), its top k or those above a threshold
 plain `.pt`:   acts = relu(W_enc (x - pre_bias) + b_enc), or the top k of it;        x_hat = W_dec^T acts + pre_bias
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from fluxsae.sae.interop import (
     from_saelens,
     from_sparsify,
     load_plain,
+    refuse_settings,
     require_tensors,
 )
 from fluxsae.sae.model import SparseAutoencoder
@@ -139,7 +141,7 @@ def from_plain(path: str | Path, *, told: Told) -> SparseAutoencoder:
         "W_dec": tensors["decoder.weight"].T,
         "b_dec": b_dec,
     }
-    arch, k = _said(config)
+    arch, k = _said(config, path)
     return _built(Told(told.arch or arch, told.k, told.threshold), told.k or k, parts, path)
 
 
@@ -162,13 +164,26 @@ def _built(told: Told, k: int | None, parts: Mapping[str, Tensor], path: Path) -
     return build_sae(arch, k, parts, path=path, gates_on_norms=arch == "l1")
 
 
-def _said(config: Mapping[str, Any]) -> tuple[Architecture | None, int | None]:
-    """Architecture and k as the configs of plain checkpoints say them, under any of the usual names."""
+def _said(config: Mapping[str, Any], path: Path) -> tuple[Architecture | None, int | None]:
+    """Architecture and k as the configs of plain checkpoints say them, under any of the usual names.
+
+    Raises:
+        FluxSaeError: another activation than one that can be read.
+    """
     values = {name.lower(): value for name, value in config.items()}
     counts = [values.get(name) for name in ("k", "top_k", "topk", "topk_k", "k_sparse")]
     k = next((value for value in counts if isinstance(value, int) and not isinstance(value, bool) and value > 0), None)
     flags = [values[name] for name in ("use_topk", "use_top_k", "topk", "top_k") if isinstance(values.get(name), bool)]
-    kind = str(values.get("activation") or values.get("arch") or values.get("architecture") or "").lower()
+    names = ("activation", "activation_fn", "arch", "architecture")
+    said = next((str(values[name]) for name in names if values.get(name)), "")
+    kind = re.sub("[_ -]|sparse|autoencoder|sae", "", said.lower())
+    if kind == "batchtopk":
+        return "batchtopk", k
+    if kind not in ("", "topk", "relu", "l1", "standard", "vanilla"):
+        raise FluxSaeError(
+            f"The config in {path} says {said[:60]!r}. What can be read of a plain checkpoint is relu (l1), topk and "
+            "batchtopk; another activation would change which features fire."
+        )
     if any(flags) or (not flags and (kind == "topk" or (k is not None and kind != "relu"))):
         return "topk", k
     return ("l1", None) if flags or kind in ("relu", "l1") else (None, None)
@@ -187,7 +202,15 @@ def _state(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], M
             name = name.removeprefix(prefix)  # noqa: PLW2901
         tensors[name] = tensor.float()
     config = content.get("config")
-    return tensors, config if isinstance(config, Mapping) and found is not content else {}
+    config = config if isinstance(config, Mapping) and found is not content else {}
+    beside = {
+        name: value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
+        for name, value in content.items()
+        if found is not content
+    }
+    for settings in (beside, config):  # also statistics that lie beside the weights
+        refuse_settings(settings, {"activation_fn"}, path)
+    return tensors, config
 
 
 def _refuse_others(tensors: Mapping[str, Tensor], known: set[str], path: Path, *, kind: str) -> None:

@@ -9,6 +9,7 @@ b_dec, and input_mean and input_scale are 0 and 1. batchtopk and matryoshka beco
 threshold.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,18 @@ from fluxsae.sae.model import SparseAutoencoder
 
 _SAELENS_VERSION = "6.0.0"
 _EQUAL_NORMS = 1e-4
+_ARITHMETIC = re.compile(
+    "norm|scal|skip|b_dec|activation_f|nonlinear|thresh|gate|signed|transcod|shift|cent(er|re)|subtract|whiten|rms|rotat|"
+    "reshape|temperature|jump|(^|_)(mean|std|var)$",
+    re.IGNORECASE,
+)
+"""Names of settings that change what weights compute, whichever tool has them."""
+_TRAINING = re.compile(
+    "dead|loss|grad|penalty|init|bandwidth|threshold_(beta|start_step|lr)|scaler|lp_norm|noise_scale|tanh_scale|"
+    "max_activation_norm_multiple|normalize_(sae_)?decoder",
+    re.IGNORECASE,
+)
+"""Names like those that shape the training alone."""
 
 
 def to_saelens(sae: SparseAutoencoder, folder: str | Path) -> None:
@@ -65,12 +78,14 @@ def from_saelens(folder: str | Path) -> SparseAutoencoder:
     tensors = _read(path / "sae_weights.safetensors")
     if config.get("finetuning_scaling_factor"):  # acts are scaled where they are decoded, so rows may be as well
         require_tensors(tensors, ["scaling_factor"], path)
-        tensors["W_dec"] = tensors["W_dec"] * tensors["scaling_factor"][:, None]
+        tensors["W_dec"] = tensors["W_dec"] * tensors.pop("scaling_factor")[:, None]
+    elif bool((tensors.get("scaling_factor", torch.zeros(1)) == 1).all()):  # as SAELens wrote for a while
+        del tensors["scaling_factor"]
     kinds: dict[str, Architecture] = {"standard": "l1", "topk": "topk", "jumprelu": "jumprelu"}
     architecture = _one_of(kinds, config.get("architecture"), path)
-    require_tensors(
-        tensors, ["W_enc", "W_dec", "b_enc", "b_dec", *(["threshold"] if architecture == "jumprelu" else [])], path
-    )
+    names = ["W_enc", "W_dec", "b_enc", "b_dec", *(["threshold"] if architecture == "jumprelu" else [])]
+    require_tensors(tensors, names, path)
+    refuse_tensors(tensors, set(names), path)
     parts = {**tensors, "W_enc": tensors["W_enc"].T}
     if not config.get("apply_b_dec_to_input", True):
         parts["b_enc"] = parts["b_enc"] + parts["W_enc"] @ parts["b_dec"]
@@ -84,7 +99,8 @@ def _modern_saelens(config: dict[str, Any]) -> dict[str, Any]:
     config = {renamed.get(name, name): value for name, value in config.items()}
     config = {"architecture": "standard", "activation_fn": "relu", **config}
     if config["activation_fn"] == "topk" and config["architecture"] == "standard":
-        config |= {"architecture": "topk", "activation_fn": "relu", "k": _own_k(config)}
+        k = (config.get("activation_fn_kwargs") or {}).get("k")
+        config |= {"architecture": "topk", "activation_fn": "relu", "k": k}
     if isinstance(config.get("normalize_activations"), bool):
         config["normalize_activations"] = "expected_average_only_in" if config["normalize_activations"] else "none"
     if "hook_z" in str(config.get("hook_name", "")):
@@ -92,11 +108,8 @@ def _modern_saelens(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _own_k(config: Mapping[str, Any]) -> Any:
-    return (config.get("activation_fn_kwargs") or {}).get("k")
-
-
 def _check_saelens(config: Mapping[str, Any], path: Path) -> None:
+    folded = {"apply_b_dec_to_input", "finetuning_scaling_factor", "rescale_acts_by_decoder_norm"}
     plain: dict[str, tuple[Any, ...]] = {
         "normalize_activations": ("none", None),
         "reshape_activations": ("none", None),
@@ -108,6 +121,7 @@ def _check_saelens(config: Mapping[str, Any], path: Path) -> None:
                 f"{path} has {name} {config[name]!r}, which changes what its weights compute. Only {allowed[0]!r} can "
                 "be read; fold it into the weights with SAELens first, or train the SAE without it."
             )
+    refuse_settings(config, folded | set(plain) | {"activation_fn_kwargs"}, path)
 
 
 def to_sparsify(sae: SparseAutoencoder, folder: str | Path) -> None:
@@ -154,8 +168,11 @@ def from_sparsify(folder: str | Path) -> SparseAutoencoder:
             f"{path} has {', '.join(unlike) or config['activation']}. Only plain topk SAEs have an equal here: acts "
             "are never negative, and the output is built from features alone."
         )
+    refuse_settings(config, set(), path)
     tensors = _read(path / "sae.safetensors")
-    require_tensors(tensors, ["encoder.weight", "encoder.bias", "W_dec", "b_dec"], path)
+    names = ["encoder.weight", "encoder.bias", "W_dec", "b_dec"]
+    require_tensors(tensors, names, path)
+    refuse_tensors(tensors, set(names), path)
     parts = {
         "W_enc": tensors["encoder.weight"], "b_enc": tensors["encoder.bias"], "W_dec": tensors["W_dec"],
         "b_dec": tensors["b_dec"],
@@ -208,12 +225,17 @@ def from_dictionary_learning(folder: str | Path) -> SparseAutoencoder:
         FluxSaeError: another class, a file that is no plain table of tensors, tensors that do not fit.
     """
     path = Path(folder)
-    trainer = read_json(path / "config.json").get("trainer", {})
+    config = read_json(path / "config.json")
+    trainer = config.get("trainer", {})
     kinds: dict[str, Architecture] = {
         "AutoEncoder": "l1", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu",
     }  # fmt: skip
     architecture = _one_of(kinds, trainer.get("dict_class"), path)
+    for settings in (trainer, config.get("buffer") or {}):
+        refuse_settings(settings, set(), path)
     tensors = read_tensors(path / "ae.pt")
+    linear = {"encoder.weight", "encoder.bias", "decoder.weight", "bias", "b_dec", "k", "threshold"}
+    refuse_tensors(tensors, {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"} if "W_enc" in tensors else linear, path)
     if architecture == "jumprelu":
         require_tensors(tensors, ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"], path)
         encoder = tensors["W_enc"].T
@@ -376,6 +398,30 @@ def _one_of(kinds: Mapping[str, Architecture], name: object, path: Path) -> Arch
     if name not in kinds:
         raise FluxSaeError(f"{path} holds a {name!r}. What can be read is {', '.join(kinds)}.")
     return kinds[str(name)]
+
+
+def refuse_settings(settings: Mapping[str, Any], read: set[str], path: Path) -> None:
+    """Refuses settings that sound as if they changed what the weights compute, and that are on, but are not `read`."""
+    unread = {
+        name: value
+        for name, value in settings.items()
+        if name not in read and _ARITHMETIC.search(name) and not _TRAINING.search(name) and value and value != "none"
+    }
+    if unread:
+        named = ", ".join(f"{name} {value!r}"[:60] for name, value in unread.items())
+        raise FluxSaeError(
+            f"{path} has {named}, which may change what its weights compute and is not known here. Fold it into the "
+            "weights where the SAE is from, or take it out of the config if it changes nothing after training."
+        )
+
+
+def refuse_tensors(tensors: Mapping[str, Tensor], read: set[str], path: Path) -> None:
+    """Refuses tensors that would be left out."""
+    unread = sorted(set(tensors) - read)
+    if unread:
+        raise FluxSaeError(
+            f"{path} holds {', '.join(unread)} beside the encoder and the decoder, and would be read wrongly without."
+        )
 
 
 def require_tensors(tensors: Mapping[str, Tensor], names: list[str], path: Path) -> None:

@@ -28,12 +28,12 @@ from fluxsae.files import read_header, save_tensors, write_json
 from fluxsae.flux.ground import Ground
 from fluxsae.sae.acts import SparseActs, tokens_at_once
 from fluxsae.sae.config import Mismatch, SaeConfig, TrainedOn
+from fluxsae.sae.fingerprint import WEIGHTS_NAME, tensors_fingerprint
 from fluxsae.sae.ground import check_ground
 from fluxsae.sae.kernels import sparse_decode, sparse_pays, topk, topk_acts
 from fluxsae.sae.sigma_table import table_places
 
 CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 
 _FEW_FEATURES = 8
 _SIGMA_TOLERANCE = 0.05  # of tables whose SAE does not say what it was trained on
@@ -341,6 +341,11 @@ class SparseAutoencoder(nn.Module):
         """This SAE, with its training ground recorded."""
         self.config = replace(self.config, trained_on=trained_on)
         return self
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What tells it from another SAE of the same name, as `fluxsae.sae.fingerprint` reads it from its file."""
+        return tensors_fingerprint(self.state_dict())
 
     def require_ground(self, ground: Ground, *, allow_mismatch: Collection[Mismatch] = ()) -> dict[Mismatch, str]:
         """The differences between the training ground and `ground`, to be shown.

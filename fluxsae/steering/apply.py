@@ -1,6 +1,7 @@
 """Edits of SAE features applied inside a `with`: only the edit's own delta is added, nothing is reconstructed."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -170,10 +171,12 @@ def steer(
         for place in sorted({name.place for name in hookpoints})
     }
 
+    begun: defaultdict[int, set[tuple[int, SteeringEdit]]] = defaultdict(set)
+
     def check_run(call: TransformerCall) -> None:
+        for handler in handlers.values():  # at every call, since another run may lie inside this one
+            handler.began = begun[call.run]
         if call.is_first_of_run:
-            for handler in handlers.values():
-                handler.began.clear()
             _check_batch(edits, len(call.inputs["hidden_states"]))
             _check_facts(saes, per_item, _RunFacts.from_call(pipe, call, hookpoints), allow_mismatch=allow_mismatch)
 
@@ -228,7 +231,7 @@ def edit_window(edit: SteeringEdit, sae: SparseAutoencoder, sigmas: Sequence[flo
     return steps[0], steps[-1] + 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _SteeredHookpoint:
     """The handler of one hook point: every item of the batch gets its own edits' deltas, summed in canonical order.
 
@@ -241,7 +244,7 @@ class _SteeredHookpoint:
     direction_of: DirectionOf | None
     on_edit: Callable[[EditedCall], None] | None
     began: set[tuple[int, SteeringEdit]] = field(default_factory=set)
-    """Place in the batch and edit, for conditions on the image that have held in this run."""
+    """Place in the batch and edit, for conditions on the image that have held in the run of the present call."""
 
     @torch.no_grad()
     def __call__(self, call: BlockCall) -> Tensor | None:

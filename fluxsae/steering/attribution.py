@@ -212,8 +212,8 @@ def explain(
             for (source, predicted), found in zip(features.items(), of_features, strict=True)
         ),
         without_prompt=trials.baseline - nothing.effect,
-        unexplained=whole.error_effects(),
-        explained=whole.summed_feature_effects(),
+        unexplained={place: acts.error_effect() for place, acts in whole.acts.items()},
+        explained={place: float(acts.effects().sum()) for place, acts in whole.acts.items()},
     )
 
 
@@ -332,7 +332,7 @@ class _DifferentiatedPass:
             sources = (self.text.prompt, self.text.pooled, *seen.values())
             gradients = torch.autograd.grad(drive, sources, allow_unused=True)
         self._of_text = gradients[:2]
-        self._acts = {
+        self.acts = {
             place: _SourceActs(saes[place], x.detach(), gradient, sigma)
             for (place, x), gradient in zip(seen.items(), gradients[2:], strict=True)
             if gradient is not None
@@ -347,18 +347,12 @@ class _DifferentiatedPass:
         """The earlier features whose predicted effect is largest in size, with it."""
         found = {
             (place, int(feature)): float(effects[feature])
-            for place, acts in self._acts.items()
+            for place, acts in self.acts.items()
             for effects in [acts.effects()]
             for feature in effects.abs().topk(min(limit, len(effects))).indices
             if effects[feature] != 0
         }
         return dict(sorted(found.items(), key=lambda item: -abs(item[1]))[:limit])
-
-    def summed_feature_effects(self) -> dict[HookPoint, float]:
-        return {place: float(acts.effects().sum()) for place, acts in self._acts.items()}
-
-    def error_effects(self) -> dict[HookPoint, float]:
-        return {place: acts.error_effect() for place, acts in self._acts.items()}
 
 
 @dataclass(frozen=True, eq=False)

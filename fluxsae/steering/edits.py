@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 from PIL import Image, PngImagePlugin
 from pydantic import BeforeValidator, Field, GetPydanticSchema, InstanceOf, SkipValidation
@@ -16,7 +16,11 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.names import SaeName
+from fluxsae.sae.config import Mismatch
 from fluxsae.steering.conditions import Condition, FeaturesOf, filled_in
+
+if TYPE_CHECKING:
+    from fluxsae.flux.identity import FluxIdentity
 
 Mode = Literal["scale", "add", "clamp", "ablate", "project_out"]
 
@@ -221,6 +225,8 @@ class SaeSource:
     path: str
     subfolder: str = ""
     revision: str | None = None
+    fingerprint: str | None = None
+    """What tells the SAE from another of the same name; None in recipes of before this field."""
 
     def to_dict(self) -> dict[str, Any]:
         """The source as JSON values; the key is not "path", which Gradio's clients would try to download."""
@@ -229,6 +235,7 @@ class SaeSource:
             "source": self.path,
             "subfolder": self.subfolder,
             "revision": self.revision,
+            **({} if self.fingerprint is None else {"fingerprint": self.fingerprint}),
         }
 
     @classmethod
@@ -271,6 +278,8 @@ class Recipe:
     device: str = "cpu"
     flux_weights: str | None = None
     adapters: Annotated[tuple[str, ...], FromList] | None = None
+    is_exact: bool | None = None
+    """False where FLUX was quantised or cached; None in recipes of before this field."""
 
     def __post_init__(self) -> None:
         for name, most in (("index", len(self.batch) - 1), ("shared_steps", self.settings.num_inference_steps)):
@@ -281,6 +290,33 @@ class Recipe:
     def edits(self) -> tuple[SteeringEdit, ...]:
         """This image's own edits."""
         return self.batch[self.index]
+
+    @property
+    def identity(self) -> "FluxIdentity":
+        """The FLUX that made the image."""
+        from fluxsae.flux.identity import FluxIdentity  # loads torch, which `--help` can do without
+
+        return FluxIdentity(self.flux_id, self.flux_revision, self.flux_weights, self.adapters, self.is_exact)
+
+    def differences(self, flux: "FluxIdentity", fingerprints: Mapping[str, str | None]) -> dict[Mismatch, str]:
+        """What differs between where it was made and here, in words; what one side does not know is no difference.
+
+        `fingerprints` are those of the SAEs here, by name.
+        """
+        from fluxsae.flux.identity import identity_differences
+
+        found: dict[Mismatch, str] = dict(identity_differences(self.identity, flux).items())
+        edited = {str(edit.hookpoint) for edits in self.batch for edit in edits}
+        others = [
+            name
+            for source in self.saes
+            if (name := str(source.hookpoint)) in edited
+            and None not in (source.fingerprint, fingerprints.get(name))
+            and source.fingerprint != fingerprints[name]
+        ]
+        if others:
+            found["sae"] = f"the SAE of {', '.join(others)} is another one, whose features mean something else"
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON values."""
@@ -299,6 +335,7 @@ class Recipe:
             "device": self.device,
             "flux_weights": self.flux_weights,
             "adapters": None if self.adapters is None else list(self.adapters),
+            "is_exact": self.is_exact,
         }
 
     @classmethod

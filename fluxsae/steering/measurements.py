@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Final, Self
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.functional import interpolate, normalize
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.silencing import prompts_without_words
 from fluxsae.flux import BlockCall, block_hooks, capture, default_settings, generate
+from fluxsae.flux.bad_numbers import check_finite
 from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
@@ -68,6 +70,7 @@ class TokenLimits:
         return is_odd_size | (residuals > self.residual_high[place])
 
 
+@torch.no_grad()
 def norm_and_residual(
     x: Float[Tensor, "*batch d_model"], sae: SparseAutoencoder, *, sigma: float | None = None
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
@@ -77,16 +80,14 @@ def norm_and_residual(
     """
     level = None if sigma is None else sae.nearest_sigma(sigma)
     rows: Tensor = x.reshape(-1, x.shape[-1])
-    pairs = [
-        _norm_and_residual(part.float(), sae, level)
-        for part in rows.split(tokens_at_once(sae.config.n_features, x.device))
-    ]
-    norms, residuals = (torch.cat(parts).reshape(x.shape[:-1]) for parts in zip(*pairs, strict=True))
-    return norms, residuals
-
-
-def _norm_and_residual(values: Tensor, sae: SparseAutoencoder, sigma: float | None) -> tuple[Tensor, Tensor]:
-    return values.norm(dim=-1), (values - sae.reconstruct(values, sigma=sigma)).norm(dim=-1)
+    # Written into one tensor each: small results kept between the chunks leave holes in memory that no chunk fits into.
+    norms, residuals = (torch.empty(len(rows), device=x.device) for _ in range(2))
+    at_once = tokens_at_once(sae.config.n_features, x.device)
+    for part, norm, residual in zip(*(each.split(at_once) for each in (rows, norms, residuals)), strict=True):
+        values = part.float()
+        norm.copy_(values.norm(dim=-1))
+        residual.copy_((values - sae.reconstruct(values, sigma=level)).norm(dim=-1))
+    return norms.reshape(x.shape[:-1]), residuals.reshape(x.shape[:-1])
 
 
 def limits_of(samples: Mapping[float, Float[Tensor, "tokens 2"]], *, quantile: float = QUANTILE) -> TokenLimits:
@@ -114,18 +115,24 @@ def measure_token_limits(
     steps: Sequence[int] | None = None,
     quantile: float = QUANTILE,
 ) -> TokenLimits:
-    """The limits of a hook point's clean tokens, from unsteered generations of these prompts, in batches that fit."""
+    """The limits of a hook point's clean tokens, from unsteered generations of these prompts, in batches that fit.
+
+    Raises:
+        FluxSaeError: activations are NaN or infinite.
+    """
     settings = settings or default_settings(pipe)
     samples: dict[float, list[Tensor]] = {}
 
-    def keep(call: BlockCall) -> None:
+    def keep(call: BlockCall, names: Sequence[str]) -> None:
+        check_finite(call.tokens, names, hookpoint=call.hookpoint, step=call.step)
         pair = torch.stack(norm_and_residual(call.tokens, sae, sigma=call.sigma), dim=-1)
         samples.setdefault(call.sigma, []).append(pair.reshape(-1, 2).cpu())
 
     size = batch_within_memory(pipe, settings)
     for start in range(0, len(prompts), size):
         batch = slice(start, start + size)
-        with capture(pipe, [hookpoint], steps, sink=keep, stop_early=True):
+        names = [f"{prompt!r:.60}" for prompt in prompts[batch]]
+        with capture(pipe, [hookpoint], steps, sink=partial(keep, names=names), stop_early=True):
             generate(pipe, list(prompts[batch]), seeds=list(seeds[batch]), settings=settings, output_type="latent")
     return limits_of({sigma: torch.cat(parts) for sigma, parts in samples.items()}, quantile=quantile)
 

@@ -22,7 +22,6 @@ from fluxsae.flux import (
     token_grid,
 )
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.flux.identity import FluxIdentity, identity_differences
 from fluxsae.flux.presets import measure_machine
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.sae.config import Mismatch
@@ -164,7 +163,7 @@ def reproduce(
 ) -> Variant:
     """The image of a recipe: bit for bit on the machine that wrote it, since batch and shared steps are repeated."""
     settings, step = recipe.settings, recipe.shared_steps
-    _check_flux(pipe, recipe, allow_mismatch)
+    _check_recipe(pipe, saes, recipe, allow_mismatch)
     check_edits(pipe, saes, recipe.batch, settings=settings, allow_mismatch=allow_mismatch)
     clock = _Progress(on_progress, step, settings.num_inference_steps - step, 1)
     snapshot = denoise_to(
@@ -179,14 +178,15 @@ def reproduce(
     return Variant(_decoded(pipe, own, settings), own.cpu(), recipe)
 
 
-def _check_flux(pipe: Any, recipe: Recipe, allow_mismatch: Collection[Mismatch]) -> None:
-    recorded = FluxIdentity(recipe.flux_id, recipe.flux_revision, recipe.flux_weights, recipe.adapters, is_exact=None)
-    found = identity_differences(recorded, flux_identity(pipe))
+def _check_recipe(
+    pipe: Any, saes: Mapping[HookPoint, SparseAutoencoder], recipe: Recipe, allow_mismatch: Collection[Mismatch]
+) -> None:
+    found = recipe.differences(flux_identity(pipe), {str(place): sae.fingerprint for place, sae in saes.items()})
     refused = [name for name in found if name not in allow_mismatch]
     if refused:
         raise FluxSaeError(
-            f"The recipe was made elsewhere: {'; '.join(found[name] for name in refused)}. Open that FLUX, or allow "
-            f"what differs by name: {', '.join(refused)} (allow_mismatch)."
+            f"The recipe was made elsewhere: {'; '.join(found[name] for name in refused)}. Open the same FLUX "
+            f"and SAEs, or allow what differs by name: {', '.join(refused)} (allow_mismatch)."
         )
 
 
@@ -274,6 +274,7 @@ def _recipe(
         device=execution_device(pipe).type,
         flux_weights=identity.weights,
         adapters=identity.adapters,
+        is_exact=identity.is_exact,
     )
 
 

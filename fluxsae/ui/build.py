@@ -7,8 +7,8 @@ import gradio as gr
 
 from fluxsae.ui.kit.desk import Desk
 from fluxsae.ui.kit.header import header_html
-from fluxsae.ui.kit.shell import Shell
-from fluxsae.ui.kit.theme import build_theme, page_css, page_head
+from fluxsae.ui.kit.shell import QUIET, Shell
+from fluxsae.ui.kit.theme import build_theme, page_css, page_head, script_route
 from fluxsae.ui.serve.downloads import download_route, offer
 from fluxsae.ui.serve.endpoints import add_endpoint
 from fluxsae.ui.serve.lane import MAX_WAITING
@@ -68,11 +68,13 @@ def _build_page(
     selection = gr.State({"hookpoint": bench.limits.default_hookpoint, "feature": None})
     address = gr.Textbox(visible=False)
     with gr.Tabs(elem_id="tabs") as tabs:
-        shell = Shell(app, selection, tabs, address, endpoints=endpoints)
+        shell = Shell(app, selection, tabs, address, endpoints=endpoints, fingerprints=bench.fingerprints)
         for tab, desk in desks.items():
             with gr.Tab(tab.title, id=tab.name) as place:
                 tab.build(desk, shell, place)
     header.value = header_html(shelf, bench)  # last: what is damaged is found while tabs are built
+    # FLUX is loaded after the page is built, and only then says whether it is offloaded or quantised
+    app.load(lambda: header_html(shelf, bench) if bench.flux_remarks else gr.skip(), None, header, **QUIET)
     shell.tell_bad_links(*(tab.name for tab, desk in desks.items() if desk.answers()))
 
 
@@ -92,5 +94,8 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": MAX_FILE_SIZE,
         "max_threads": MAX_THREADS,
         "footer_links": [],
-        "app_kwargs": {"exception_handlers": exception_handlers(), "routes": [picture_route(), download_route()]},
+        "app_kwargs": {
+            "exception_handlers": exception_handlers(),
+            "routes": [picture_route(), download_route(), script_route()],
+        },
     }

@@ -11,7 +11,7 @@ from fluxsae.evaluation.intervals import bootstrap_weights
 from fluxsae.evaluation.reconstruction import ImageSums, evaluate_reconstruction, transfer_table
 from fluxsae.evaluation.stream import ImageSet, iter_activations
 from fluxsae.evaluation.tables import flow_text, reconstruction_text, transfer_text
-from fluxsae.flux import FluxPipeline, capture, generate
+from fluxsae.flux import BlockCall, FluxPipeline, block_hooks, capture, generate
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.metrics import fvu, l0
@@ -104,6 +104,56 @@ def test_reconstruction_equals_the_metrics_on_the_same_tokens(tiny_flux: FluxPip
     assert report.fvu_by_step[3].value == pytest.approx(fvu(x[:, 1], out.x_hat[:, 1]), rel=1e-5)
     assert report.fvu.low <= report.fvu.value <= report.fvu.high
     assert "FVU" in reconstruction_text(report)
+
+
+def spoil(call: BlockCall) -> torch.Tensor:
+    """As a number that overflows in float16 would come out of a block: in the second image of a batch."""
+    spoiled = call.tokens.clone()
+    spoiled[1:2, 0, 0] = float("inf")
+    return spoiled
+
+
+def test_evaluations_leave_a_bad_image_out_and_count_it(
+    tiny_flux: FluxPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, sae, seen = ImageSet.fresh(["a red circle"], 20), random_sae(), list[int]()
+
+    def once(call: BlockCall) -> torch.Tensor | None:
+        seen.append(call.step)
+        return spoil(call) if len(seen) == 1 else None
+
+    asked = {"settings": SETTINGS, "batch_size": 10, "draws": 20}
+    expected = evaluate_reconstruction(tiny_flux, {LATE: sae}, images, {LATE: [0, 2]}, **asked)[LATE]
+    with block_hooks(tiny_flux, {HookPoint.parse("layer0"): once}):
+        report = evaluate_reconstruction(tiny_flux, {LATE: sae}, images, {LATE: [0, 2]}, **asked)[LATE]
+    assert (expected.n_images, report.n_images, report.n_tokens) == (20, 19, 19 * 2 * 16)
+    assert report.fvu.value == pytest.approx(expected.fvu.value, rel=0.05)
+    assert "image 1 of 20 is left out. At step 0 of transformer_blocks.2.ff" in caplog.text
+    with (
+        block_hooks(tiny_flux, {HookPoint.parse("layer0"): spoil}),
+        pytest.raises(FluxSaeError, match="2 of 20 images would be left out"),
+    ):
+        transfer_table(
+            tiny_flux, {LATE: sae}, images, settings=SETTINGS, sizes=[(32, 32)], trained={LATE: [0]}, batch_size=10
+        )
+    with (
+        block_hooks(tiny_flux, {HookPoint.parse("layer0"): spoil}),
+        pytest.raises(FluxSaeError, match=r"At step 1 of transformer_blocks.2.ff, the activations of seed 2 \('a blue"),
+    ):
+        list(iter_activations(tiny_flux, IMAGES, {LATE: [1]}, settings=SETTINGS))
+
+
+def test_flow_leaves_an_image_out_whose_velocity_is_no_number(
+    tiny_flux: FluxPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    latents = torch.randn(20, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents[3, 0, 0] = torch.nan
+    images = CleanImages(("a red circle",) * 20, latents, are_true=True)
+    asked = {"settings": SETTINGS, "batch_size": 10, "draws": 20}
+    report = evaluate_flow(tiny_flux, {LATE: random_sae()}, images, {LATE: [2]}, **asked)[LATE]
+    assert report.n_images == 19
+    assert np.isfinite([report.overall.loss_clean, report.overall.splice_error.value]).all()
+    assert "image 3 of 20 is left out. At step 2, a velocity of image 3" in caplog.text
 
 
 def test_a_perfect_sae_recovers_all_of_the_flow_loss_and_the_mean_none(tiny_flux: FluxPipeline) -> None:

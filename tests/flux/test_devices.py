@@ -5,7 +5,7 @@ import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
 from tiny_flux import SETTINGS, build_tiny_flux
 
-from fluxsae.flux import execution_device
+from fluxsae.flux import execution_device, is_offloaded
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.presets import Machine
 from fluxsae.sae.config import SaeConfig
@@ -34,6 +34,8 @@ def test_an_offloaded_pipeline_says_where_it_computes(offloaded, tiny_flux) -> N
     assert offloaded.device.type == offloaded.transformer.device.type == "cpu"
     assert execution_device(offloaded) == META
     assert execution_device(tiny_flux) == torch.device("cpu")
+    assert is_offloaded(offloaded)
+    assert not is_offloaded(tiny_flux)
 
 
 def test_batch_sizes_and_recipes_follow_the_device_that_computes(offloaded, monkeypatch) -> None:

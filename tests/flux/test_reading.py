@@ -16,12 +16,14 @@ from fluxsae.flux import (
     BlockCall,
     FluxPipeline,
     Snapshot,
+    block_hooks,
     embed_prompts,
     encode_images,
     generate_from,
     initial_noise,
     schedule_sigmas,
 )
+from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
 from fluxsae.miniature.scenes import Scene, object_mask, place_object, render_scene
 
@@ -43,6 +45,18 @@ def with_kl_autoencoder(pipe: FluxPipeline) -> FluxPipeline:
             use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.36, shift_factor=0.12, **blocks,
         ).eval()  # fmt: skip
     return pipe
+
+
+def test_a_picture_whose_activations_are_no_numbers_is_refused_by_step(tiny_flux: FluxPipeline) -> None:
+    def spoil(call: BlockCall) -> torch.Tensor:
+        return call.tokens / 0
+
+    where = r"At step 2 of transformer_blocks.1.ff, the activations of picture 0 hold NaN"
+    with (
+        block_hooks(tiny_flux, {HookPoint.parse("layer0"): spoil}),
+        pytest.raises(FluxSaeError, match=where),
+    ):
+        read_picture(tiny_flux, picture(), hookpoints=["layer1"], steps=[2])
 
 
 @pytest.mark.parametrize("step", [0, 2])

@@ -12,8 +12,8 @@ import train.analyze
 import train.heatmap
 import train.score
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import default_settings, flux_identity, load_flux, schedule_sigmas
-from fluxsae.flux.hookpoints import TokenGrid
+from fluxsae.flux import block_hooks, default_settings, flux_identity, load_flux, schedule_sigmas
+from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.pictures.heatmaps import (
     HEAT,
     NAMED_COLOURS,
@@ -223,6 +223,21 @@ def test_the_heatmap_script_shows_one_feature_of_one_image(
     picture = Image.open(out)
     assert picture.width > 2 * 512
     assert np.asarray(picture).std() > 5
+
+
+def test_the_heatmap_script_refuses_activations_that_are_no_numbers(
+    tiny_run: RunFolder, tiny_flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = load_flux(str(tiny_flux_folder), device="cpu")
+    monkeypatch.setattr("fluxsae.flux.load_flux", lambda *_, **__: pipe)
+    out = tmp_path / "heatmap.png"
+    config = train.heatmap.HeatmapConfig(prompt="a red star", run=tiny_run.path, out=out)
+    with (
+        block_hooks(pipe, {HookPoint.parse("layer0"): lambda call: call.tokens / 0}),
+        pytest.raises(FluxSaeError, match=r"At step 1 of transformer_blocks.1.ff, .* of this image hold NaN"),
+    ):
+        train.heatmap.main(config)
+    assert not out.exists()
 
 
 def test_the_heatmap_script_refuses_what_does_not_exist_before_any_model_work(

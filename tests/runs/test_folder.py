@@ -176,9 +176,9 @@ def test_a_damaged_run_json_is_refused_with_its_name(tmp_path: Path, content: st
 def test_unknown_hook_points_are_refused_with_those_that_exist(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.save_info(INFO)
-    assert str(run.check_hookpoint("layer3")) == "transformer_blocks.3.ff"
+    assert str(run.check_sae("layer3")) == "transformer_blocks.3.ff"
     with pytest.raises(FluxSaeError, match=r"it has transformer_blocks\.1\.ff, transformer_blocks\.3\.ff"):
-        run.check_hookpoint("layer2")
+        run.check_sae("layer2")
 
 
 def test_a_missing_run_is_refused(tmp_path: Path) -> None:

@@ -159,6 +159,15 @@ REFUSED = {
     "tanh": (saelens({"activation_fn_str": "tanh-relu"}), "activation_fn 'tanh-relu'", True),
     "signed": (sparsify(signed=True), "has signed", True),
     "skip": (sparsify(skip_connection=True), "has skip_connection", True),
+    "scaled in a way unknown": (saelens({"input_scale": 2.0}), r"input_scale 2\.0, which may change", True),
+    "tensor of a skip": (saelens({}, W_skip=W_ENC), "holds W_skip beside the encoder", True),
+    "thresholds of relu": (saelens({}, threshold=SCALING), "holds threshold beside", True),
+    "scaling that its config denies": (saelens({}, scaling_factor=SCALING), "holds scaling_factor beside", True),
+    "sparsify, normalised in a way unknown": (sparsify(normalize_io=True), "normalize_io True, which may change", True),
+    "plain, normalised": (checkpoint(plain({"k": K, "normalize_input": True})), "normalize_input True", False),
+    "plain, statistics beside": (checkpoint({**plain({"k": K}), "input_mean": B_DEC}), "input_mean 'Tensor'", False),
+    "plain, another activation": (checkpoint(plain({"k": K, "activation": "jumprelu"})), "says 'jumprelu'", False),
+    "plain, batchtopk": (checkpoint(plain({"k": K, "arch": "BatchTopK"})), "--arch batchtopk --k K --thr", False),
     "groupmax": (sparsify(activation="groupmax"), "has groupmax", True),
     "pickled module": (checkpoint(Module()), "pickled module can run code", False),
     "a list": (checkpoint([1, 2]), "holds a list", False),
@@ -183,6 +192,19 @@ def test_what_would_be_read_wrongly_is_refused_with_its_reason(name: str, tmp_pa
     write(path)
     with pytest.raises(FluxSaeError, match=message):
         read_foreign(path)
+
+
+def test_settings_of_the_training_and_those_that_are_off_are_no_hindrance(tmp_path: Path) -> None:
+    saelens(
+        {
+            "normalize_sae_decoder": True,
+            "lp_norm": 1.0,
+            "dead_threshold": 0.1,
+            "input_scale": None,
+            "center_input": False,
+        }
+    )(tmp_path)
+    torch.testing.assert_close(read_foreign(tmp_path)(X).x_hat, pre().relu() @ ROWS + B_DEC, atol=1e-5, rtol=1e-5)
 
 
 def test_a_folder_of_no_tool_is_refused_with_the_layouts(tmp_path: Path) -> None:

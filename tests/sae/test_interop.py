@@ -122,6 +122,18 @@ def test_what_has_no_equal_here_is_refused_by_name(tmp_path: Path, change: dict[
         from_saelens(tmp_path)
 
 
+@pytest.mark.parametrize("is_tensor", [True, False])
+def test_dictionary_learning_leaves_nothing_out(tmp_path: Path, is_tensor: bool) -> None:
+    to_dictionary_learning(build_sae("topk"), tmp_path)
+    if is_tensor:
+        torch.save({**torch.load(tmp_path / "ae.pt"), "r_mag": torch.ones(48)}, tmp_path / "ae.pt")
+    else:
+        path, config = tmp_path / "config.json", json.loads((tmp_path / "config.json").read_text())
+        path.write_text(json.dumps({**config, "trainer": {**config["trainer"], "input_scaling": 2.0}}))
+    with pytest.raises(FluxSaeError, match="r_mag" if is_tensor else "input_scaling 2"):
+        from_dictionary_learning(tmp_path)
+
+
 def test_missing_tensors_are_named(tmp_path: Path) -> None:
     to_sparsify(build_sae("topk"), tmp_path)
     tensors = load_file(tmp_path / "sae.safetensors")

@@ -14,6 +14,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux.ground import Ground
 from fluxsae.flux.identity import FluxIdentity
 from fluxsae.sae.config import ARCHITECTURES, Architecture, SaeConfig, TrainedOn
+from fluxsae.sae.fingerprint import file_fingerprint
 from fluxsae.sae.model import SparseAutoencoder
 
 GROUND = TrainedOn(
@@ -300,3 +301,15 @@ def test_nan_is_never_saved(tmp_path: Path) -> None:
     with pytest.raises(FluxSaeError, match="b_enc holds 1 values"):
         sae.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_fingerprint_is_of_the_tensors_whether_in_memory_or_in_a_file(tmp_path: Path) -> None:
+    config = SaeConfig(architecture="topk", d_model=16, n_features=32, k=4)
+    first, other = (SparseAutoencoder(config, seed=seed) for seed in (0, 1))
+    assert first.fingerprint != other.fingerprint
+    assert file_fingerprint(tmp_path) is None
+    first.save_pretrained(tmp_path)
+    assert file_fingerprint(tmp_path) == first.fingerprint == SparseAutoencoder.from_pretrained(tmp_path).fingerprint
+    assert first.half().fingerprint is None
+    other.reference_acts[0] = 1.0
+    assert other.fingerprint != SparseAutoencoder(config, seed=1).fingerprint

@@ -10,9 +10,9 @@ import torch
 from test_mixing import MANIFEST, write_all
 from test_model import GROUND, build_config
 from test_steering import ALL, DOUBLE, latents, random_sae, trained_on
-from test_training import D_MODEL, MemorySource, sae_config, sparse_rows, write_collected_run
 from tiny_flux import SETTINGS
 from torch import Tensor
+from training_data import D_MODEL, MemorySource, sae_config, sparse_rows, write_collected_run
 
 from fluxsae.activations.mixing import mixing_buffer
 from fluxsae.errors import FluxSaeError

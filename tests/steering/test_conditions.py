@@ -8,7 +8,7 @@ import torch
 from tiny_flux import D_MODEL, SETTINGS, build_tiny_flux
 
 from fluxsae import FluxSaeError, SteeringEdit, generate, steer
-from fluxsae.flux import FluxPipeline, denoise_to, generate_from
+from fluxsae.flux import FluxPipeline, denoise_to, embed_prompts, generate_from, initial_noise, velocity
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.model import SparseAutoencoder
@@ -96,6 +96,23 @@ def test_each_run_begins_anew(tiny_flux: FluxPipeline) -> None:
     assert np.array_equal(second, plain(tiny_flux))
 
 
+def test_a_pass_beside_a_run_does_not_make_it_forget_that_the_condition_has_held(tiny_flux: FluxPipeline) -> None:
+    edited: list[tuple[int, bool]] = []
+    embeddings = embed_prompts(tiny_flux, PROMPTS[:1], SETTINGS)
+    latents = initial_noise(tiny_flux, [1], SETTINGS)
+
+    def look_aside(step: int, n_steps: int) -> None:
+        if step == 1:
+            velocity(tiny_flux, latents, embeddings, step=0, settings=SETTINGS)
+
+    with steer(
+        tiny_flux, {HERE: build_sae([PRESENT, ABSENT, ABSENT])}, [edit(Condition((1,), 0.5))],
+        on_edit=lambda call: edited.append((call.call.step, bool(call.delta.any()))),
+    ):  # fmt: skip
+        generate(tiny_flux, PROMPTS[:1], seeds=[1], settings=SETTINGS, output_type="latent", on_step=look_aside)
+    assert edited == [(0, False), (1, True), (0, False), (2, True), (3, True)]
+
+
 def test_at_tokens_the_edit_acts_only_where_the_feature_is(tiny_flux: FluxPipeline) -> None:
     calls: list[EditedCall] = []
     acts = [1.1, 0.9, 1.0, 1.2] + [0.0] * 12
@@ -124,6 +141,33 @@ def test_any_feature_will_do_and_one_of_unknown_reference_needs_level_zero(tiny_
     assert np.array_equal(image(tiny_flux, build_sae([fires]), [edit(Condition((1, 2), 0.1))]), untouched)
 
 
+def test_weights_ask_for_a_sum_at_one_token(tiny_flux: FluxPipeline) -> None:
+    # feature 1 counts in multiples of 2.0: 1.0 * 1.6 / 2 - 0.5 * 0.8 / 1 = 0.4 where both fire
+    both, one = [[1.6] + [0.0] * 15, [0.8] + [0.0] * 15], [[1.6] + [0.0] * 15, [0.0, 0.8] + [0.0] * 14]
+    untouched = plain(tiny_flux)
+    for acts, above, is_same in ((both, 0.41, True), (both, 0.39, False), (one, 0.79, False), (one, 0.81, True)):
+        sae = build_sae([acts])
+        sae.reference_acts[2] = 1.0
+        found = image(tiny_flux, sae, [edit(Condition((1, 2), above, weights=(1.0, -0.5)))])
+        assert np.array_equal(found, untouched) == is_same
+
+
+def test_least_asks_for_several_features_at_one_token(tiny_flux: FluxPipeline) -> None:
+    both, apart = [[1.6] + [0.0] * 15, [0.8] + [0.0] * 15], [[1.6] + [0.0] * 15, [0.0, 0.8] + [0.0] * 14]
+    untouched = plain(tiny_flux)
+    for acts, is_same in ((both, False), (apart, True)):
+        sae = build_sae([acts])
+        sae.reference_acts[2] = 1.0
+        found = image(tiny_flux, sae, [edit(Condition((1, 2), 0.5, least=2))])
+        assert np.array_equal(found, untouched) == is_same
+
+
+def test_a_feature_of_unknown_reference_counts_for_nothing_in_a_sum(tiny_flux: FluxPipeline) -> None:
+    sae = build_sae([[[1.6], [5.0]]])
+    found = image(tiny_flux, sae, [edit(Condition((1, 2), 0.81, weights=(1.0, 1.0)))])
+    assert np.array_equal(found, plain(tiny_flux))
+
+
 def test_the_condition_reads_the_true_acts() -> None:
     pipe = build_tiny_flux()
     sae = SparseAutoencoder(SaeConfig(architecture="topk", d_model=D_MODEL, n_features=8, k=4), seed=0)
@@ -150,6 +194,8 @@ def test_a_generation_taken_up_midway_decides_as_the_whole_one(tiny_flux: FluxPi
         Condition((3, 7), 0.25),
         Condition((1,), 0.0, "token", label="red"),
         Condition(label="a red thing"),
+        Condition((3, 7), 0.25, weights=(1.0, -0.5)),
+        Condition((3, 7), 0.25, least=2),
     ],
 )
 def test_a_condition_reads_back_from_its_json(when: Condition) -> None:
@@ -169,6 +215,11 @@ def test_a_condition_reads_back_from_its_json(when: Condition) -> None:
         ({"features": [-1]}, "features"),
         ({"features": [True]}, "features"),
         ({"features": [1], "then": 2}, "then is unknown"),
+        ({"features": [1], "weights": [1, 2]}, "2 weights for 1 features"),
+        ({"label": "red", "weights": [1]}, "1 weights for 0 features"),
+        ({"features": [1], "weights": [1000]}, "weights"),
+        ({"features": [1], "least": 2}, "least is 2 with 1 features"),
+        ({"features": [1, 2], "weights": [1, 1], "least": 2}, "and 2 weights"),
         ("red", "when"),
     ],
 )

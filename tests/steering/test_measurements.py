@@ -9,6 +9,7 @@ from tiny_flux import D_MODEL, SETTINGS
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, block_hooks, capture, generate, token_grid
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
+from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.apply import EditedCall
 from fluxsae.steering.edits import HeatmapRegion, SteeringEdit
 from fluxsae.steering.measurements import (
@@ -185,6 +186,11 @@ def test_norm_and_residual_are_euclidean() -> None:
     norm, residual = norm_and_residual(x, SAES[DOUBLE])
     torch.testing.assert_close(norm, (x**2).sum(-1).sqrt())
     torch.testing.assert_close(residual, ((x - SAES[DOUBLE](x).x_hat) ** 2).sum(-1).sqrt())
+
+
+def test_norms_and_residuals_of_a_trainable_sae_hold_no_graph() -> None:
+    trainable = SparseAutoencoder(SAES[DOUBLE].config, seed=0).requires_grad_()
+    assert not any(found.requires_grad for found in norm_and_residual(torch.randn(3, D_MODEL), trainable))
 
 
 def measurement(out_of_distribution: float, denoising_error_ratio: float | None = None) -> EditMeasurement:

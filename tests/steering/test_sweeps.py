@@ -12,9 +12,10 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux import FluxPipeline, block_hooks, generate
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.steering.apply import steer
-from fluxsae.steering.edits import Recipe, SteeringEdit
+from fluxsae.steering.edits import Recipe, SaeSource, SteeringEdit
 from fluxsae.steering.sweeps import (
     MAX_VARIANTS,
+    Origin,
     batch_within_memory,
     first_edited_step,
     reproduce,
@@ -200,7 +201,11 @@ def test_in_bfloat16_strength_0_of_the_last_batch_is_the_baseline_bit_for_bit() 
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("flux", {"flux_id": "user/other", "flux_weights": "0" * 64}), ("adapters", {"adapters": ("adapter 0",)})],
+    [
+        ("flux", {"flux_id": "user/other", "flux_weights": "0" * 64}),
+        ("adapters", {"adapters": ("adapter 0",)}),
+        ("is_exact", {"is_exact": False}),
+    ],
 )
 def test_a_recipe_of_another_flux_is_refused_or_allowed_by_name(name: str, changes: dict[str, object]) -> None:
     pipe = build_tiny_flux()
@@ -211,3 +216,15 @@ def test_a_recipe_of_another_flux_is_refused_or_allowed_by_name(name: str, chang
     with pytest.raises(FluxSaeError, match=rf"The recipe was made elsewhere: .*allow what differs by name: {name} \("):
         reproduce(pipe, SAES, other)
     reproduce(pipe, SAES, other, allow_mismatch=[name])
+
+
+def test_a_recipe_of_another_sae_of_the_same_name_is_refused_or_allowed_by_name(tiny_flux: FluxPipeline) -> None:
+    def recipe(fingerprint: str | None) -> Recipe:
+        source = SaeSource(DOUBLE, "user/name", fingerprint=fingerprint)
+        return run(tiny_flux, VARIANTS[:2], origin=Origin("unknown", saes=(source,)))[1].recipe
+
+    reproduce(tiny_flux, SAES, recipe(SAES[DOUBLE].fingerprint))
+    reproduce(tiny_flux, SAES, recipe(None))
+    with pytest.raises(FluxSaeError, match=rf"the SAE of {DOUBLE} is another one.*by name: sae \("):
+        reproduce(tiny_flux, SAES, recipe("0" * 16))
+    reproduce(tiny_flux, SAES, recipe("0" * 16), allow_mismatch=["sae"])

@@ -26,6 +26,7 @@ for module, *words in {commands!r}:
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert words == [] and module == "train.benchmarks" or "usage:" in said.getvalue(), module
+    assert "default: None" not in " ".join(said.getvalue().replace("│", "").split()), module
     print(module, *words, *({heavy!r} & set(sys.modules)), sep=",")
 """
 

@@ -309,6 +309,35 @@ def test_an_sae_from_elsewhere_is_measured_scored_and_shown(grown: Stages, tmp_p
     assert adopt.main(adopted(grown, tmp_path / "sae_best.pt")).word == "skipped"
 
 
+def test_an_adopted_sae_has_the_ground_of_the_activations_it_was_measured_on(grown: Stages, tmp_path: Path) -> None:
+    run, name = grown.run, f"{PLACE}@ground"
+    write_plain(SparseAutoencoder.from_pretrained(run.sae_path(PLACE)), tmp_path / "sae.pt")
+    adopt.main(adopted(grown, tmp_path / "sae.pt", hookpoint="layer0@ground"))
+    mine, theirs = (SparseAutoencoder.from_pretrained(run.sae_path(n)).config.trained_on for n in (PLACE, name))
+    assert mine is not None
+    assert theirs is not None
+    for field in ("is_exact", "max_sequence_length", "true_cfg_scale", "flux_weights", "adapters"):
+        assert getattr(theirs, field) == getattr(mine, field), field
+    shutil.rmtree(run.sae_path(name))
+
+
+@pytest.mark.parametrize("sigmas", [(0.9,), (0.9, 0.8, 0.7)])
+def test_noise_levels_that_contradict_the_steps_or_the_run_are_refused(
+    grown: Stages, tmp_path: Path, sigmas: tuple[float, ...]
+) -> None:
+    RunFolder(tmp_path / "run").save_info(replace(grown.run.load_info(), stages={}))
+    np.save(tmp_path / "rows.npy", np.zeros((2 * 16, 8), dtype=np.float32))
+    config = adopted(grown, tmp_path / "rows.npy", run=tmp_path / "run", hookpoint="layer0")
+    with pytest.raises(FluxSaeError, match=rf"--sigmas are {len(sigmas)} and --steps 2"):
+        adopt.main(replace(config, sigmas=sigmas))
+    own = dict(zip(grown.run.load_info().steps, grown.run.load_info().sigmas, strict=True))
+    low_first = tuple(own[step] for step in reversed(STEPS))
+    with pytest.raises(FluxSaeError, match=r"The noise levels of this run are"):
+        adopt.main(replace(config, sigmas=low_first))
+    with pytest.raises(FluxSaeError, match=r"--steps are \[3, 1\]; give them rising"):
+        adopt.main(replace(config, steps=(3, 1)))
+
+
 def test_what_no_file_says_is_asked_for(grown: Stages, tmp_path: Path) -> None:
     write_plain(SparseAutoencoder.from_pretrained(grown.run.sae_path(PLACE)), tmp_path / "sae.pt")
     with pytest.raises(FluxSaeError, match="give --steps, --width as whoever trained it says"):
@@ -343,8 +372,9 @@ def test_activations_that_another_script_wrote_train_an_sae(grown: Stages, tmp_p
     for (_, mine, _), (_, theirs, _) in zip(made.iter_images("all"), folder.iter_images("all"), strict=True):
         assert torch.equal(mine, theirs)
     assert fit.main(FitConfig(run=tmp_path / "fresh", batch_size=32, epochs=1, n_features=(48,), k=(4,))).word == "done"
+    own = dict(zip(STEPS, grown.run.load_info().sigmas, strict=True))
     with pytest.raises(FluxSaeError, match="no whole number of images of 3 steps"):
-        adopt.main(replace(config, run=tmp_path / "other", steps=(0, 1, 3), sigmas=(1.0, 0.8, 0.3)))
+        adopt.main(replace(config, run=tmp_path / "other", steps=(0, 1, 3), sigmas=(1.0, own[1], own[3])))
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(FluxSaeError, match=r"no \.npy file of plain numbers"):
         adopt.main(replace(config, source=tmp_path / "objects.npy", run=tmp_path / "other"))

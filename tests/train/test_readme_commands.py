@@ -57,7 +57,7 @@ n_features = 2
 [demos]
 hookpoints = ["transformer_blocks.3"]
 n_features = 1
-search = { n_candidates = 1, n_limit_images = 4, n_natural_images = 8 }
+search = { n_candidates = 1, n_limit_images = 2, n_natural_images = 4 }
 swap = { n_images = 1, n_names = 1 }
 """
 SMALLER = {

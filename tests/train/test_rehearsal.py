@@ -46,13 +46,19 @@ def test_a_stopped_rehearsal_goes_on_and_clears_up(
     with pytest.raises(FluxSaeError, match="disk is full"):
         rehearsal.main(config)
     with pytest.raises(FluxSaeError, match="holds a rehearsal of"):
-        rehearsal.main(replace(config, n_images=7))
+        rehearsal.main(replace(config, n_images=17))
     timings = rehearsal.main(config)
     assert ran == ["build", "collect", "collect", "page"]
     assert [timing.name for timing in timings] == ["build", "collect", "page"]
     assert not (tmp_path / "scratch").exists()
     assert "| collect | 61.2 | 3.0 | a note |" in (tmp_path / "table.md").read_text()
     assert "build: done before" in capsys.readouterr().out
+
+
+def test_too_few_images_are_refused_before_anything_is_built(tmp_path: Path) -> None:
+    with pytest.raises(FluxSaeError, match="n_images is 9; give at least 10"):
+        rehearsal.main(RehearsalConfig(folder=tmp_path / "scratch", n_images=9))
+    assert not (tmp_path / "scratch").exists()
 
 
 def test_a_program_is_timed_from_outside_and_its_failure_is_told() -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from test_survival import contents
-from test_training import write_collected_run
+from training_data import write_collected_run
 
 from fluxsae.files import load_tensors
 from fluxsae.runs.folder import RunFolder

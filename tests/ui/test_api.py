@@ -6,7 +6,6 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,8 @@ REFUSALS = (ValidationError, AppError)
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[page_server.Page]:
-    with page_server.serve() as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def client(page: page_server.Page, tmp_path_factory: pytest.TempPathFactory) -> Client:
-    return Client(page.url, verbose=False, download_files=str(tmp_path_factory.mktemp("files")))
+def client(served: page_server.Page, tmp_path_factory: pytest.TempPathFactory) -> Client:
+    return Client(served.url, verbose=False, download_files=str(tmp_path_factory.mktemp("files")))
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +53,10 @@ def parameters(client: Client, name: str) -> dict[str, Any]:
     return {parameter["parameter_name"]: parameter for parameter in info["parameters"]}
 
 
-def test_the_guide_s_call_of_the_page_runs(page: page_server.Page, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_guide_s_call_of_the_page_runs(served: page_server.Page, capsys: pytest.CaptureFixture[str]) -> None:
     guide = (page_server.ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     (code,) = (part for part in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "gradio_client" in part)
-    exec(code.replace("http://127.0.0.1:7860", page.url), {})
+    exec(code.replace("http://127.0.0.1:7860", served.url), {})
     assert len(capsys.readouterr().out.strip().splitlines()) >= 5
 
 
@@ -148,7 +141,7 @@ def as_data_url(path: str) -> str:
 
 
 def test_an_own_picture_is_read_from_a_file_or_a_data_url_and_leaves_no_file(
-    client: Client, page: page_server.Page, place: str
+    client: Client, served: page_server.Page, place: str
 ) -> None:
     painted, _, _ = client.predict(prompt=PROMPT, limit=1, api_name="/heatmap")
     features, overlays, familiarity = client.predict(picture=handle_file(painted), limit=5, api_name="/read_picture")
@@ -165,7 +158,7 @@ def test_an_own_picture_is_read_from_a_file_or_a_data_url_and_leaves_no_file(
     assert Image.open(before).size == (128, 128)
     assert facts["recipe"] is None
     name = Path(painted).name
-    kept = [path for path in (page.log.parent / "files").rglob("*") if path.is_file() and path.name == name]
+    kept = [path for path in (served.log.parent / "files").rglob("*") if path.is_file() and path.name == name]
     digests = {path.read_bytes() for path in kept if "uploads" in str(path)}
     assert not digests
 
@@ -321,20 +314,20 @@ def test_bad_input_is_refused_in_words(client: Client, name: str, arguments: Any
 
 
 @pytest.mark.parametrize("number", ["NaN", "1e309", "-1e309", "true", "[1]", '{"a": 1}', '"7"'])
-def test_raw_http_numbers_that_are_none_are_refused(page: page_server.Page, number: str) -> None:
+def test_raw_http_numbers_that_are_none_are_refused(served: page_server.Page, number: str) -> None:
     body = f'{{"data": ["{PROMPT}", null, {number}, 20, null, 4]}}'
     answer = requests.post(
-        f"{page.url}/gradio_api/call/heatmap", data=body, headers={"Content-Type": "application/json"}, timeout=30
+        f"{served.url}/gradio_api/call/heatmap", data=body, headers={"Content-Type": "application/json"}, timeout=30
     )
     assert answer.status_code in {400, 422}
     assert answer.status_code != 422 or "seed" in answer.text or "json" in answer.text.lower()
 
 
 @pytest.mark.parametrize("more", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["plain", "as a file"])
-def test_a_file_of_the_servers_machine_is_no_picture_of_the_visitors(page: page_server.Page, more: Any) -> None:
+def test_a_file_of_the_servers_machine_is_no_picture_of_the_visitors(served: page_server.Page, more: Any) -> None:
     path = str(page_server.ROOT / "docs" / "heatmap.png")
     body = {"data": [{"path": path, **more}, "", None, None, 0, 4, None]}
-    answer = requests.post(f"{page.url}/gradio_api/call/read_picture", json=body, timeout=30)
+    answer = requests.post(f"{served.url}/gradio_api/call/read_picture", json=body, timeout=30)
     assert answer.status_code in {400, 422}
     assert "give a data URL" in answer.text or "not uploaded by a user" in answer.text
 
@@ -343,9 +336,9 @@ def test_a_file_of_the_servers_machine_is_no_picture_of_the_visitors(page: page_
     ("body", "words"), [({}, "required argument: prompt"), ({"prompt": PROMPT, "sed": 1}, "`sed` is not a valid")]
 )
 def test_a_missing_or_unknown_argument_by_name_is_refused_in_words(
-    page: page_server.Page, body: dict[str, Any], words: str
+    served: page_server.Page, body: dict[str, Any], words: str
 ) -> None:
-    answer = requests.post(f"{page.url}/gradio_api/call/v2/heatmap", json=body, timeout=30)
+    answer = requests.post(f"{served.url}/gradio_api/call/v2/heatmap", json=body, timeout=30)
     assert answer.status_code == 422
     assert words in answer.json()["detail"]
 
@@ -369,12 +362,12 @@ def test_html_in_a_prompt_comes_back_as_text(client: Client) -> None:
         "app.py",
     ],
 )
-def test_files_of_the_machine_are_not_served(page: page_server.Page, path: str) -> None:
-    assert requests.get(f"{page.url}/gradio_api/file={path}", timeout=30).status_code in {403, 404}
+def test_files_of_the_machine_are_not_served(served: page_server.Page, path: str) -> None:
+    assert requests.get(f"{served.url}/gradio_api/file={path}", timeout=30).status_code in {403, 404}
 
 
-def test_a_file_address_keeps_working_when_a_later_call_fails(page: page_server.Page, client: Client) -> None:
-    raw = Client(page.url, verbose=False, download_files=False)
+def test_a_file_address_keeps_working_when_a_later_call_fails(served: page_server.Page, client: Client) -> None:
+    raw = Client(served.url, verbose=False, download_files=False)
     image = raw.predict(prompt=PROMPT, limit=1, api_name="/heatmap")[0]
     address = image["url"] if isinstance(image, dict) else image
     with pytest.raises(REFUSALS):
@@ -391,12 +384,14 @@ def test_a_cancelled_generation_frees_the_lane_and_the_next_is_exact(client: Cli
     assert Image.open(image).tobytes() == before
 
 
-def test_answers_are_not_mixed_up_between_visitors(page: page_server.Page, client: Client) -> None:
+def test_answers_are_not_mixed_up_between_visitors(served: page_server.Page, client: Client) -> None:
     alone = {seed: client.predict(prompt=PROMPT, seed=seed, limit=2, api_name="/heatmap")[1] for seed in range(10, 14)}
     found: dict[int, Any] = {}
 
     def ask(seed: int) -> None:
-        found[seed] = Client(page.url, verbose=False).predict(prompt=PROMPT, seed=seed, limit=2, api_name="/heatmap")[1]
+        found[seed] = Client(served.url, verbose=False).predict(prompt=PROMPT, seed=seed, limit=2, api_name="/heatmap")[
+            1
+        ]
 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in alone]
     for thread in threads:
@@ -406,9 +401,9 @@ def test_answers_are_not_mixed_up_between_visitors(page: page_server.Page, clien
     assert found == alone
 
 
-def mcp(page: page_server.Page, method: str, **params: Any) -> dict[str, Any]:
+def mcp(served: page_server.Page, method: str, **params: Any) -> dict[str, Any]:
     answer = requests.post(
-        f"{page.url}/gradio_api/mcp/",
+        f"{served.url}/gradio_api/mcp/",
         json={"jsonrpc": "2.0", "id": 1, "method": method, "params": params},
         headers={"Accept": "application/json, text/event-stream"},
         timeout=120,
@@ -417,8 +412,8 @@ def mcp(page: page_server.Page, method: str, **params: Any) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
-def test_mcp_offers_every_endpoint_as_a_tool_described_like_the_api(page: page_server.Page, client: Client) -> None:
-    tools = {tool["name"]: tool for tool in mcp(page, "tools/list")["result"]["tools"]}
+def test_mcp_offers_every_endpoint_as_a_tool_described_like_the_api(served: page_server.Page, client: Client) -> None:
+    tools = {tool["name"]: tool for tool in mcp(served, "tools/list")["result"]["tools"]}
     for name in ENDPOINTS:
         tool = next(tool for key, tool in tools.items() if key.endswith(name.strip("/")))
         assert tool["description"]
@@ -427,23 +422,23 @@ def test_mcp_offers_every_endpoint_as_a_tool_described_like_the_api(page: page_s
         assert tool["name"] == tool_name(name.strip("/"))
 
 
-def test_mcp_answers_and_refuses_like_the_others(page: page_server.Page) -> None:
-    names = [tool["name"] for tool in mcp(page, "tools/list")["result"]["tools"]]
+def test_mcp_answers_and_refuses_like_the_others(served: page_server.Page) -> None:
+    names = [tool["name"] for tool in mcp(served, "tools/list")["result"]["tools"]]
     name = next(name for name in names if name.endswith("search_features"))
-    found = mcp(page, "tools/call", name=name, arguments={"query": "", "limit": 2})["result"]
+    found = mcp(served, "tools/call", name=name, arguments={"query": "", "limit": 2})["result"]
     assert not found.get("isError")
-    refused = mcp(page, "tools/call", name=name, arguments={"query": "", "limit": 0})
+    refused = mcp(served, "tools/call", name=name, arguments={"query": "", "limit": 0})
     assert "limit is 0" in json.dumps(refused)
 
 
 @pytest.mark.parametrize("wants_progress", [False, True])
-def test_a_real_mcp_client_gets_json_and_images(page: page_server.Page, wants_progress: bool) -> None:
+def test_a_real_mcp_client_gets_json_and_images(served: page_server.Page, wants_progress: bool) -> None:
     async def hear(*_: Any) -> None:
         return None
 
     async def ask() -> list[Any]:
         async with (
-            streamablehttp_client(f"{page.url}/gradio_api/mcp/") as (reader, writer, _),
+            streamablehttp_client(f"{served.url}/gradio_api/mcp/") as (reader, writer, _),
             ClientSession(reader, writer) as session,
         ):
             await session.initialize()
@@ -451,19 +446,19 @@ def test_a_real_mcp_client_gets_json_and_images(page: page_server.Page, wants_pr
             found = await session.call_tool("heatmap", arguments, progress_callback=hear if wants_progress else None)
             return list(found.content)
 
-    contents = anyio.run(ask)
+    contents = page_server.in_a_thread(anyio.run, ask)
     assert [content.type for content in contents] == ["image", "text", "text", *["image", "text"] * 2]
     picture = Image.open(io.BytesIO(base64.b64decode(contents[0].data)))
     assert picture.size == (128, 128)
     texts = [json.loads(content.text) for content in contents if content.type == "text"]
-    assert texts[0]["url"].startswith(page.url)
+    assert texts[0]["url"].startswith(served.url)
     assert [feature["feature"] for feature in texts[1]]
     assert "of its maximum" in texts[2]["caption"]
 
 
-def test_the_log_holds_no_prompt(page: page_server.Page, client: Client) -> None:
+def test_the_log_holds_no_prompt(served: page_server.Page, client: Client) -> None:
     client.predict(prompt="a purple heart 8675309", api_name="/heatmap")
-    assert "8675309" not in page.log.read_text()
+    assert "8675309" not in served.log.read_text()
 
 
 def test_the_run_that_is_served_is_the_embedded_one(client: Client, place: str) -> None:

@@ -36,6 +36,7 @@ def cut(path: Path) -> None:
 OPTIONAL: dict[str, Callable[[RunFolder], None]] = {
     "demos.jsonl": lambda run: run.demos_path(LATE).write_text('{"feature": 3, "ima'),
     "metrics.json": lambda run: run.metrics_path(LATE).write_text("[]"),
+    "model.safetensors": lambda run: cut(run.sae_path(LATE) / "model.safetensors"),
     "heatmaps.safetensors": lambda run: cut(run.heatmaps_path(LATE)),
     f"{LATE}.safetensors": lambda run: cut(run.directions_path(LATE)),
 }
@@ -67,6 +68,14 @@ def test_maps_of_another_size_are_left_out(run: RunFolder) -> None:
     shelf = open_shelf(str(run.path))
     assert "maps of 16 x 16 patches" in header_html(shelf, shelf.first)
     assert GalleryDesk(shelf.first).page({"hookpoint": LATE, "feature": 3})["pictures"][0]["map"] is None
+
+
+def test_an_sae_of_another_size_than_what_is_described_is_told_and_left_out(run: RunFolder) -> None:
+    path = run.sae_path(EARLY) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "n_features": 5}))
+    shelf = open_shelf(str(run.path))
+    assert shelf.first.hookpoints == [LATE]
+    assert f"The SAE of {EARLY} has 5 features, and " in header_html(shelf, shelf.first)
 
 
 def test_a_hook_point_that_was_not_copied_is_left_out_and_the_page_has_one(run: RunFolder) -> None:

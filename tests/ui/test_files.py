@@ -10,6 +10,7 @@ from desk_data import EARLY, LATE, reading
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from fluxsae.ui.kit.theme import page_head, script_route
 from fluxsae.ui.kit.views import coarse
 from fluxsae.ui.serve.downloads import csv_bytes, download_route, offer
 from fluxsae.ui.serve.pictures import KeptPictures, made_url, picture_route, thumbnail_url
@@ -23,7 +24,7 @@ from fluxsae.ui.tabs.heatmap.desk import HeatmapDesk
 def web(bench: Workbench) -> Iterator[TestClient]:
     for desk in (HeatmapDesk, GalleryDesk, DirectionsDesk):
         offer(bench.slug, desk(bench).downloads())
-    with TestClient(Starlette(routes=[picture_route(), download_route()])) as client:
+    with TestClient(Starlette(routes=[picture_route(), download_route(), script_route()])) as client:
         yield client
 
 
@@ -38,6 +39,17 @@ def test_pictures_of_runs_and_those_made_are_served_for_good(web: TestClient, be
     assert answer.content == bench.images.thumbnail(3)
     assert "immutable" in answer.headers["cache-control"]
     assert web.get(f"/{made_url(b'png', kind='png')}").headers["content-type"] == "image/png"
+
+
+def test_the_scripts_are_one_file_that_browsers_keep_and_the_page_holds_only_its_address(web: TestClient) -> None:
+    head = page_head()
+    address = head.partition('src="')[2].partition('"')[0]
+    answer = web.get(f"/{address}")
+    assert "immutable" in answer.headers["cache-control"]
+    assert answer.headers["content-type"].startswith("text/javascript")
+    assert "FS.feed = " in answer.text
+    assert 'FS.define("fs-result"' in answer.text
+    assert len(head) < 4000
 
 
 @pytest.mark.parametrize(

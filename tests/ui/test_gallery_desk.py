@@ -1,5 +1,7 @@
 """What the Gallery tab answers."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -8,8 +10,9 @@ import pytest
 from desk_data import LATE, maps_of, reading
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.cards import CardLevel, CardName
+from fluxsae.features.cards import CardLevel, CardName, SearchHit
 from fluxsae.features.silencing import prompts_without_words
+from fluxsae.ui.kit import views
 from fluxsae.ui.serve.lane import Done, StepDone
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.gallery.desk import PAGE, GalleryDesk, facts, sentence
@@ -30,6 +33,24 @@ def test_the_gallery_filters_and_counts(bench: Workbench) -> None:
     assert desk.gallery("4", LATE, "any", False, "best")["cards"][0]["feature"] == 4
     with pytest.raises(FluxSaeError, match="feature is None"):
         desk.page({"hookpoint": LATE, "feature": None})
+
+
+def test_those_who_search_the_same_at_a_time_wait_for_one_search(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def hits(bench: Workbench, hookpoint: str, query: str, *, limit: int) -> list[SearchHit]:
+        asked.append(query)
+        time.sleep(0.1)
+        return [SearchHit(4, "label", 1.0)]
+
+    monkeypatch.setattr(views, "hits", hits)
+    desk = GalleryDesk(bench)
+    with ThreadPoolExecutor(8) as pool:
+        pages = list(pool.map(lambda _: desk.gallery("circle", LATE, "any", False, "best"), range(8)))
+    assert asked == ["circle"]
+    assert all(page["cards"][0]["feature"] == 4 for page in pages)
 
 
 def test_a_card_says_where_its_feature_fires_and_how_its_name_was_checked(bench: Workbench) -> None:

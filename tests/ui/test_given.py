@@ -16,6 +16,7 @@ from fluxsae.ui.kit.snippets import PICTURE, snippets
 from fluxsae.ui.serve import given, session
 from fluxsae.ui.serve.given import MAX_PICTURE_BYTES, forget_uploads, take_picture
 from fluxsae.ui.serve.lane import Done, Pending, StepDone
+from fluxsae.ui.serve.opening import open_workbench
 from fluxsae.ui.serve.schemas import (
     ExplainRequest,
     FeaturesAtRequest,
@@ -23,7 +24,7 @@ from fluxsae.ui.serve.schemas import (
     RequestError,
     SteerRequest,
 )
-from fluxsae.ui.serve.session import ReadJob, Workbench, open_workbench
+from fluxsae.ui.serve.session import ReadJob, Workbench
 from fluxsae.ui.serve.visitors import VisitorLimits
 from fluxsae.ui.tabs.heatmap.desk import HeatmapDesk
 from fluxsae.ui.tabs.heatmap.lab import doubted, lab

@@ -1,21 +1,27 @@
 """The page holds FLUX as its run was made, and reads with SAEs of that very hook point."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from tiny_flux import SETTINGS
+from accelerate.hooks import CpuOffload, add_hook_to_module
+from tiny_flux import SETTINGS, build_tiny_flux
 
 import fluxsae.flux
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import capture
+from fluxsae.flux import block_hooks, capture
+from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.miniature import miniature_path
 from fluxsae.runs.folder import RunFolder
 from fluxsae.sae.config import SaeConfig, TrainedOn
 from fluxsae.sae.model import SparseAutoencoder
-from fluxsae.ui.serve.reading import read_image
+from fluxsae.ui.kit.header import header_html
+from fluxsae.ui.serve.given import GivenPicture
+from fluxsae.ui.serve.reading import read_given, read_image
 from fluxsae.ui.serve.session import Workbench
+from fluxsae.ui.serve.shelf import Shelf
 
 
 def test_an_sae_of_another_hook_point_is_refused_as_in_steering(tiny_flux) -> None:
@@ -28,6 +34,20 @@ def test_an_sae_of_another_hook_point_is_refused_as_in_steering(tiny_flux) -> No
     with pytest.raises(FluxSaeError, match=r"hookpoint is transformer_blocks\.2\.ff, not transformer_blocks\.1\.ff"):
         read_image(tiny_flux, {"transformer_blocks.2.ff": sae}, **asked)
     assert read_image(tiny_flux, {"transformer_blocks.1.ff": sae}, **asked).grid.n_tokens == 16
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["made", "own picture"])
+def test_an_image_whose_activations_are_no_numbers_is_refused_by_step(tiny_flux, is_given: bool) -> None:
+    place = "transformer_blocks.1.ff"
+    saes = {place: SparseAutoencoder(SaeConfig(architecture="l1", d_model=32, n_features=8))}
+    asked = {"prompt": "a red circle", "seed": 0, "settings": SETTINGS}
+    own = {"picture": GivenPicture(32, 32, bytes(32 * 32 * 3)), "metrics": {place: {}}}
+    read = partial(read_given, **own) if is_given else read_image
+    with (
+        block_hooks(tiny_flux, {HookPoint.parse("layer0"): lambda call: call.tokens / 0 if call.step == 2 else None}),
+        pytest.raises(FluxSaeError, match=r"At step 2 of transformer_blocks.1.ff, the activations of this image hold"),
+    ):
+        read(tiny_flux, saes, **asked)
 
 
 @pytest.mark.parametrize("has_ground", [True, False])
@@ -63,3 +83,18 @@ def test_flux_is_held_in_the_type_its_run_was_made_in(recorded, asked, monkeypat
     monkeypatch.setattr(fluxsae.flux, "load_flux", lambda *_, dtype, **__: found.append(dtype), raising=False)
     _ = bench.pipe
     assert found == [asked]
+
+
+def test_the_header_says_that_flux_is_offloaded_or_quantised_once_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf([Workbench(RunFolder(miniature_path("run")))])
+    bench, pipe = shelf.first, build_tiny_flux()
+    bench.info = replace(bench.info, flux_id="owner/flux", flux_revision=None)
+    monkeypatch.setattr(fluxsae.flux, "load_flux", lambda *_, **__: pipe)
+    before = header_html(shelf, bench)
+    _ = bench.pipe
+    assert header_html(shelf, bench) == before
+    for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.transformer):
+        add_hook_to_module(part, CpuOffload(execution_device=torch.device("meta")))
+    assert "owner/flux, offloaded here: exact" in header_html(shelf, bench)
+    pipe.transformer.hf_quantizer = object()
+    assert "here the transformer is quantised (object): its activations are not" in header_html(shelf, bench)

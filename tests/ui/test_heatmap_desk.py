@@ -14,7 +14,8 @@ from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.miniature import miniature_path
 from fluxsae.runs.folder import RunFolder
 from fluxsae.ui.serve.lane import Done
-from fluxsae.ui.serve.session import Workbench, open_workbench
+from fluxsae.ui.serve.opening import open_workbench
+from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.heatmap.desk import HeatmapDesk
 from fluxsae.ui.tabs.heatmap.lab import opening_lab, with_alike
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.ui.kit.links import decode_view, encode_view, view_of
+from fluxsae.ui.kit.links import check_view, decode_view, encode_view, view_of
 from fluxsae.ui.kit.snippets import snippets
-from fluxsae.ui.serve.schemas import (
-    HeatmapRequest,
-)
+from fluxsae.ui.serve.schemas import HeatmapRequest, SteerRequest
+from fluxsae.ui.serve.session import Workbench
+from fluxsae.ui.tabs.steer.desk import SteerDesk
 
 
 @given(st.dictionaries(st.text(max_size=8), st.integers() | st.text(max_size=20), max_size=5))
@@ -36,6 +36,18 @@ def test_a_view_stands_behind_the_hash_and_is_found_in_old_links_too() -> None:
     text = encode_view(view)
     assert view_of({}, f"#view={text}") == view_of({"view": text}) == view
     assert view_of({}, "#somewhere") == view_of({}, None) == {}
+
+
+def test_a_link_of_another_sae_under_the_same_name_is_refused(bench: Workbench) -> None:
+    desk = SteerDesk(bench)
+    values = {"prompt": "a circle", "edits": [], "seed": 0, "num_inference_steps": 20}
+    view = decode_view(desk.frame(SteerRequest, values, tab="steer")["link"])
+    assert set(view["saes"]) == set(bench.hookpoints)
+    check_view(view, bench.fingerprints)
+    check_view({**view, "saes": {**view["saes"], "layer9": "of an SAE that is not here"}}, bench.fingerprints)
+    check_view({"tab": "gallery", "hookpoint": LATE, "feature": 7}, bench.fingerprints)
+    with pytest.raises(FluxSaeError, match=f"made with another SAE of {LATE}: its feature numbers mean something else"):
+        check_view({**view, "saes": {**view["saes"], LATE: "0" * 16}}, bench.fingerprints)
 
 
 def test_a_hand_written_link_names_a_feature() -> None:

@@ -4,7 +4,6 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import page_server
 import psutil
@@ -12,9 +11,14 @@ import pytest
 import requests
 from gradio_client import Client
 
+from fluxsae.errors import FluxSaeError
+from train.benchmarks.page.visits import Visitor
+
 PROMPT = "a large red circle on a black background"
 VISITORS = 50
-QUEUED = 200
+SECONDS = 20
+QUEUED, DIFFERENT = 200, 20
+REQUESTS = 1000
 P95_MS = 300
 FIRST_HEATMAP_S = 3
 GROWTH_MB = 50
@@ -23,41 +27,23 @@ GROWTH_MB = 50
 @pytest.fixture(scope="module")
 def page() -> Iterator[page_server.Page]:
     with page_server.serve() as served:
-        client = Client(served.url, verbose=False)
+        client = Client(served.url, verbose=False, httpx_kwargs={"timeout": 120})
         client.predict(prompt=PROMPT, limit=1, api_name="/heatmap")
         client.predict(query="striped", limit=5, api_name="/search_features")
         yield served
 
 
-def gallery_events(url: str) -> tuple[int, list[Any]]:
-    """The page's own gallery event: its number and what a visitor's browser sends."""
-    config = requests.get(f"{url}/config", timeout=30).json()
-    event = next(
-        e for e in config["dependencies"] if {name for _, name in e["targets"]} == {"change"}
-        and len(e["inputs"]) == len(e["targets"]) == 5
-    )  # fmt: skip
-    values = {component["id"]: component["props"].get("value") for component in config["components"]}
-    return event["id"], [values[number] for number in event["inputs"]]
-
-
-def browse(  # noqa: PLR0917 - a thread's arguments
-    url: str, event: int, inputs: list[Any], stop: float, times: list[float], errors: list[str]
-) -> None:
-    session = requests.Session()
+def browse(visitor: Visitor, stop: float, times: list[float], errors: list[str]) -> None:
     words = ("", "striped", "red", "7", "circle", "black")
     for turn in range(10_000):
         if time.monotonic() > stop:
             return
-        values = [words[turn % len(words)], *inputs[1:]]
         started = time.perf_counter()
-        answer = session.post(
-            f"{url}/gradio_api/run/predict",
-            json={"data": values, "fn_index": event, "session_hash": "load"},
-            timeout=60,
-        )
+        try:
+            visitor.gallery(words[turn % len(words)])
+        except (FluxSaeError, OSError) as error:
+            errors.append(str(error)[:200])
         times.append(1000 * (time.perf_counter() - started))
-        if not answer.ok or "cards" not in answer.text:
-            errors.append(answer.text[:200])
         time.sleep(2.5)
 
 
@@ -65,7 +51,7 @@ def browse(  # noqa: PLR0917 - a thread's arguments
 def test_the_first_heatmap_takes_at_most_three_seconds() -> None:
     with page_server.serve() as served:
         time.sleep(5)  # a visitor reads and types; FLUX loads meanwhile
-        client = Client(served.url, verbose=False)
+        client = Client(served.url, verbose=False, httpx_kwargs={"timeout": 120})
         times = []
         for seed in range(3):
             started = time.perf_counter()
@@ -77,22 +63,20 @@ def test_the_first_heatmap_takes_at_most_three_seconds() -> None:
 
 @pytest.mark.bench
 def test_fifty_visitors_browse_while_one_generates(page: page_server.Page) -> None:
-    event, inputs = gallery_events(page.url)
     times: list[float] = []
     errors: list[str] = []
-    stop = time.monotonic() + 20
-    visitors = [
-        threading.Thread(target=browse, args=(page.url, event, inputs, stop, times, errors)) for _ in range(VISITORS)
-    ]
-    for place, visitor in enumerate(visitors):
-        threading.Timer(2.5 * place / VISITORS, visitor.start).start()
-    client, made = Client(page.url, verbose=False), 0
+    visitor = Visitor(page.url, page.process)
+    stop = time.monotonic() + SECONDS
+    visitors = [threading.Thread(target=browse, args=(visitor, stop, times, errors)) for _ in range(VISITORS)]
+    for place, thread in enumerate(visitors):
+        threading.Timer(2.5 * place / VISITORS, thread.start).start()
+    client, made = Client(page.url, verbose=False, httpx_kwargs={"timeout": 120}), 0
     while time.monotonic() < stop:
         client.predict(prompt=PROMPT, seed=made, limit=1, api_name="/heatmap")
         made += 1
     time.sleep(3)
-    for visitor in visitors:
-        visitor.join(60)
+    for thread in visitors:
+        thread.join(60)
     p95 = statistics.quantiles(times, n=20)[-1]
     print(f"\n{len(times)} gallery requests of {VISITORS} visitors beside {made} generations: "
           f"median {statistics.median(times):.0f} ms, p95 {p95:.0f} ms, {len(errors)} errors")  # fmt: skip
@@ -103,8 +87,9 @@ def test_fifty_visitors_browse_while_one_generates(page: page_server.Page) -> No
 @pytest.mark.bench
 def test_two_hundred_queued_requests_are_all_answered_to_the_right_visitor(page: page_server.Page) -> None:
     def place(seed: int) -> str:
-        body = {"data": [PROMPT, None, seed % 20, 20, None, 1]}
-        return str(requests.post(f"{page.url}/gradio_api/call/heatmap", json=body, timeout=60).json()["event_id"])
+        body = {"prompt": PROMPT, "seed": seed % DIFFERENT, "limit": 1}  # by name: arguments may be added and moved
+        answer = requests.post(f"{page.url}/gradio_api/call/v2/heatmap", json=body, timeout=60).json()
+        return str(answer["event_id"])
 
     def answer(event: str) -> str:
         text = requests.get(f"{page.url}/gradio_api/call/heatmap/{event}", timeout=900, stream=False).text
@@ -120,19 +105,19 @@ def test_two_hundred_queued_requests_are_all_answered_to_the_right_visitor(page:
         thread.join(900)
     print(f"\n{QUEUED} queued requests answered in {time.monotonic() - started:.0f} s")
     assert all(found)
-    assert [found[at % 20] for at in range(QUEUED)] == found
-    assert len(set(found)) == 20
+    assert [found[at % DIFFERENT] for at in range(QUEUED)] == found
+    assert len(set(found)) == DIFFERENT
 
 
 @pytest.mark.bench
 def test_memory_after_a_thousand_requests_is_as_after_a_hundred(page: page_server.Page) -> None:
-    client = Client(page.url, verbose=False)
+    client = Client(page.url, verbose=False, httpx_kwargs={"timeout": 120})
     process = psutil.Process(page.process.pid)
     marks = {}
-    for number in range(2, 1001, 2):
+    for number in range(2, REQUESTS + 1, 2):
         client.predict(prompt=PROMPT, seed=number, limit=2, api_name="/heatmap")
         client.predict(hookpoint=None, feature=number % 200, api_name="/feature")
-        if number in {100, 1000}:
+        if number in {REQUESTS // 10, REQUESTS}:
             marks[number] = process.memory_info().rss / 2**20
             print(f"\nafter {number} requests: {marks[number]:.0f} MB")
-    assert marks[1000] - marks[100] < GROWTH_MB
+    assert marks[REQUESTS] - marks[REQUESTS // 10] < GROWTH_MB

@@ -21,7 +21,7 @@ from schemathesis import GenerationMode
 from fluxsae.miniature import miniature_path
 from fluxsae.sae.model import SparseAutoencoder
 
-N_EXAMPLES = int(os.environ.get("FLUXSAE_FUZZ_EXAMPLES", "10"))
+N_EXAMPLES = int(os.environ.get("FLUXSAE_FUZZ_EXAMPLES", "5"))
 """Calls of each operation and mode."""
 FUZZ = settings(
     max_examples=N_EXAMPLES,

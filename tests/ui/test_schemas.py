@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from desk_data import EARLY, LATE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fluxsae.steering import Condition, SteeringEdit
+from fluxsae.ui.serve import arguments
 from fluxsae.ui.serve.arguments import Limits
 from fluxsae.ui.serve.guard import validator
 from fluxsae.ui.serve.schemas import (
@@ -155,3 +158,10 @@ def test_the_validator_marks_only_the_wrong_argument() -> None:
     names = list(HEATMAP)
     marks = validator(lambda values: HeatmapRequest.parse(LIMITS, **values), names)(*{**HEATMAP, "seed": -1}.values())
     assert [mark["is_valid"] for mark in marks] == [name != "seed" for name in names]
+
+
+def test_the_schema_of_an_edit_names_every_field_that_is_read() -> None:
+    told = arguments.EDIT["properties"]
+    (condition,) = [kind for kind in told["when"]["anyOf"] if kind.get("type") == "object"]
+    assert set(told) == {field.name for field in fields(SteeringEdit)}
+    assert set(condition["properties"]) == {field.name for field in fields(Condition)}

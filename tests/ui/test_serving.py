@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio.to_thread
 import gradio as gr
+import page_server
 import pytest
 import starlette.requests
 import whole_run
@@ -24,8 +25,9 @@ from fluxsae.miniature.scenes import ATTRIBUTES, vocabulary
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.ui.kit.shell import with_progress
 from fluxsae.ui.serve.guard import guarded, visitor_of, without_folders
+from fluxsae.ui.serve.kept import ResultCache
 from fluxsae.ui.serve.lane import Cancelled, Done, FluxLane, Pending, StepDone, Waiting
-from fluxsae.ui.serve.session import ReadJob, ResultCache, Workbench
+from fluxsae.ui.serve.session import ReadJob, Workbench
 from fluxsae.ui.serve.shelf import open_shelf
 from fluxsae.ui.serve.visitors import MAX_PENDING, WINDOW, VisitorLimits
 from fluxsae.ui.tabs.gallery.desk import GalleryDesk
@@ -192,7 +194,7 @@ def test_a_generator_that_waits_holds_no_thread_and_hears_a_cancel_at_once() -> 
         gate.set()
         return int(busy)
 
-    assert asyncio.run(scenario()) == 0
+    assert page_server.in_a_thread(asyncio.run, scenario()) == 0
 
 
 @pytest.mark.parametrize(

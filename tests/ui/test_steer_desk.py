@@ -1,6 +1,7 @@
 """What the Steer tab answers: sliders, starters, strips and swaps."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.grids import join_pictures
 from fluxsae.steering.conditions import Condition
 from fluxsae.steering.demos import DemoConfig
-from fluxsae.steering.edits import Recipe, SteeringEdit
+from fluxsae.steering.edits import Recipe, SaeSource, SteeringEdit
 from fluxsae.steering.naturalness import NaturalRange
 from fluxsae.ui.kit.links import decode_view
 from fluxsae.ui.serve.lane import Done
+from fluxsae.ui.serve.opening import open_workbench
 from fluxsae.ui.serve.schemas import SteerRequest, SweepRequest
-from fluxsae.ui.serve.session import Workbench, open_workbench
+from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.steer.desk import STRIP, SteerDesk
-from fluxsae.ui.tabs.steer.feature_sliders import Sliders
-from fluxsae.ui.tabs.steer.job import Steered, SteerJob
-from fluxsae.ui.tabs.steer.words import even_notches, natural_turns, share_seen, where_it_changed
+from fluxsae.ui.tabs.steer.feature_sliders import MAX_SLIDERS, Sliders
+from fluxsae.ui.tabs.steer.job import Steered, SteerJob, run_origin
+from fluxsae.ui.tabs.steer.swap import FoundSwap
+from fluxsae.ui.tabs.steer.words import even_notches, natural_turns, read_words, share_seen, where_it_changed
 
 
 def test_a_sliders_middle_changes_nothing_and_its_ends_are_two_modes(bench: Workbench) -> None:
@@ -44,6 +47,62 @@ def test_a_sliders_middle_changes_nothing_and_its_ends_are_two_modes(bench: Work
 def test_an_edit_that_no_slider_stands_for_is_refused_not_bent(bench: Workbench, mode: str, strength: float) -> None:
     with pytest.raises(FluxSaeError, match=f"No slider can show {mode} {strength:g}"):
         Sliders(bench, LATE).page_of([SteeringEdit(HookPoint.parse(LATE), 3, mode, strength)])
+
+
+def test_more_edits_than_sliders_are_refused_not_dropped(bench: Workbench) -> None:
+    edits = [SteeringEdit(HookPoint.parse(LATE), feature, "scale", 0.0).to_dict() for feature in range(MAX_SLIDERS + 1)]
+    with pytest.raises(FluxSaeError, match=f"There are {MAX_SLIDERS + 1} edits, and the page holds at most"):
+        SteerDesk(bench).linked({"prompt": "a circle", "edits": edits})
+
+
+def recipe_here(bench: Workbench, **changes: Any) -> Recipe:
+    """As the page writes it, with one edit of feature 3."""
+    place = HookPoint.parse(LATE)
+    given = {
+        "prompt": "a circle", "seed": 1, "settings": bench.info.settings, "flux_id": bench.info.flux_id,
+        "saes": run_origin(bench).saes, "batch": ((SteeringEdit(place, 3, "scale", 0.0),),),
+    }  # fmt: skip
+    return Recipe(**{**given, **changes})
+
+
+def test_a_recipe_of_this_run_fills_the_page(bench: Workbench, tmp_path: Path) -> None:
+    recipe = recipe_here(bench)
+    assert {source.fingerprint for source in recipe.saes} == {sae.fingerprint for sae in bench.saes.values()} != {None}
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    *_, page = SteerDesk(bench).loaded(str(tmp_path / "recipe.json"))
+    assert [edit["feature"] for edit in page["edits"]] == [3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flux_id": "user/other"}, "FLUX is miniature .*, not user/other"),
+        ({"adapters": ("adapter 0",)}, "adapters are none, not adapter 0"),
+        ({"is_exact": False}, "is_exact is True, not False"),
+        ({"saes": (SaeSource(HookPoint.parse(LATE), "user/other", fingerprint="0" * 16),)}, f"the SAE of {LATE} is"),
+        ({"width": 512}, "width is .*, not 512"),
+        ({"guidance_scale": 1.0}, r"guidance_scale is 3.5, not 1.0"),
+        ({"true_cfg_scale": 2.0}, r"true_cfg_scale is 1.0, not 2.0"),
+        ({"negative_prompt": "a star"}, "negative_prompt is '', not 'a star'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_recipe_that_would_make_another_image_here_is_refused(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(bench, "info", replace(bench.info, adapters=()))
+    recipe, fields = recipe_here(bench), set(Recipe.__dataclass_fields__)
+    settings = replace(recipe.settings, **{name: value for name, value in changes.items() if name not in fields})
+    own = {name: value for name, value in changes.items() if name in fields}
+    (tmp_path / "recipe.json").write_text(replace(recipe, settings=settings, **own).to_json())
+    with pytest.raises(FluxSaeError, match=f"This recipe was made elsewhere: {message}"):
+        SteerDesk(bench).loaded(str(tmp_path / "recipe.json"))
+
+
+def test_a_file_of_several_recipes_is_refused_not_cut(bench: Workbench, tmp_path: Path) -> None:
+    (tmp_path / "grid.json").write_text(f"[{recipe_here(bench).to_json()}, {recipe_here(bench).to_json()}]")
+    with pytest.raises(FluxSaeError, match="holds 2 recipes, and the page shows one"):
+        SteerDesk(bench).loaded(str(tmp_path / "grid.json"))
 
 
 def test_a_feature_that_was_just_added_is_shown_unturned_with_one_image(
@@ -107,6 +166,15 @@ def test_the_handle_splits_what_changed() -> None:
     assert where_it_changed(before, after) == pytest.approx(0.875)
 
 
+def test_a_demo_of_an_earlier_sae_is_no_starter(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = demo_of(3, 0.3, None)
+    monkeypatch.setattr(bench, "demos", lambda name: [demo] if name == LATE else [])
+    for fingerprint, n in ((bench.fingerprints[LATE], 1), ("0" * 16, 0)):
+        sources = [SaeSource(HookPoint.parse(LATE), "user/name", fingerprint=fingerprint).to_dict()]
+        demo["recipes"] = {side: {**recipe, "saes": sources} for side, recipe in demo["recipes"].items()}
+        assert len(SteerDesk(bench).starters) == n
+
+
 def test_a_demo_that_nobody_sees_change_is_no_starter(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -130,7 +198,7 @@ def test_a_swap_puts_a_name_where_the_old_one_fires_and_says_what_it_cannot_do()
     assert steps
     *asked, page = done.value
     assert asked == [prompt, 1000344, 20]
-    assert page["unread"] is None
+    assert (page["unread"], page["read"]) == (None, ["red", "green"])
     old, *new = page["edits"]
     assert (old["label"], {slider["label"] for slider in new}) == ("red", {"green"})
     assert old["turn"] < 0 < new[0]["turn"]
@@ -185,6 +253,43 @@ def test_a_slider_that_acts_only_where_its_name_is_becomes_an_edit_with_all_feat
     assert edit.when == Condition(tuple(features), label=label)
     assert sliders.slider_of(edit)["when"] == slider["present"]
     assert sliders.sent({"edits": [{**slider, "when": slider["present"]}]})[0]["when"] == slider["present"]
+
+
+def test_a_condition_names_few_of_the_many_features_that_a_large_run_has_of_a_name(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards, many = bench.cards[LATE], list(range(3000))
+    monkeypatch.setattr(cards, "labels", ["red"] * len(cards))
+    monkeypatch.setattr(cards, "named", lambda: {"red": many})
+    assert Sliders(bench, LATE).slider(LATE, 3)["present"]["features"] == many[:32]
+
+
+@pytest.fixture
+def named_desk(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> SteerDesk:
+    """A desk of a run whose features have three names."""
+    for cards in bench.cards.values():
+        monkeypatch.setattr(cards, "named", lambda: {"red": [1], "green": [2], "blue": [3]})
+    return SteerDesk(bench)
+
+
+def test_what_the_prompt_has_is_offered_first_to_be_replaced(named_desk: SteerDesk) -> None:
+    assert named_desk.replaceable("a blue thing", "red") == (["blue", "red", "green"], "blue")
+    assert named_desk.replaceable("a blue and green thing", "green") == (["green", "blue", "red"], "green")
+    assert named_desk.replaceable("a thing", "green") == (["red", "green", "blue"], "green")
+
+
+def test_a_swap_that_is_read_is_told_and_its_earlier_sliders_come_along(
+    named_desk: SteerDesk, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = FoundSwap((SteeringEdit(HookPoint.parse(LATE), 1, "scale", -1.0),), is_read=True)
+    monkeypatch.setattr(bench, "cached", lambda job: iter([Done(found)]))
+    before = named_desk.sliders.page([{**named_desk.sliders.slider(LATE, 3), "turn": 0.5}])
+    (done,) = named_desk.swap_on("a star", 0, 20, "red", "green", before)
+    page = done.value[-1]
+    assert [(slider["feature"], slider["turn"]) for slider in page["undo"]] == [(3, 0.5)]
+    assert page["read"] == ["red", "green"]
+    assert read_words(page["read"], named_desk.names) == ["“red” became “green”: CLIP recognises it in this image."]
+    assert read_words(["<b>", "green"], named_desk.names) == []
 
 
 def test_an_endpoint_takes_a_condition_by_label(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import tyro
 
 from fluxsae.errors import FluxSaeError
 from train.benchmarks.options import CONFIGS
-from train.command import start
+from train.command import plainly, start
 
 NAMES = sorted(CONFIGS)
 
@@ -29,7 +29,9 @@ def main(arguments: list[str]) -> None:
     module = f"train.benchmarks.{name}" + ".__main__" * package.is_dir()
     source = package / "__main__.py" if package.is_dir() else package.with_suffix(".py")
     description = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))  # read without loading torch
-    config = tyro.cli(CONFIGS[name], prog=f"python -m train.benchmarks {name}", description=description, args=options)
+    config = tyro.cli(
+        plainly(CONFIGS[name]), prog=f"python -m train.benchmarks {name}", description=description, args=options
+    )
     importlib.import_module(module).main(config)
 
 

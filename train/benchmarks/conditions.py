@@ -2,10 +2,10 @@
 
     python -m train.benchmarks conditions
 
-The concepts, their features and the edit are those of the run's own laboratory report. Each edit is tried with and
-without its condition, on pictures that show the concept and on pictures that do not, by what is read back from them.
-Pictures without the concept should stay bit-identical; on the others the edit should do what it does without the
-condition. The level is chosen on the first half of the pictures of each concept and reported on the second.
+The condition of each concept is chosen by `fluxsae.steering.choosing` on unedited images of their own, so that it holds
+in 2 % of the images without the concept, and in as many with it as that leaves. Then each edit is tried on other
+images, with its condition and without, by what is read back from them. Images without the concept should stay
+bit-identical; on the others the edit should do what it does without the condition.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,172 +17,201 @@ import numpy as np
 from train.benchmarks.options import ConditionsConfig
 
 if TYPE_CHECKING:
+    from fluxsae.flux.hookpoints import HookPoint
     from fluxsae.laboratory.truths import Concept
+    from fluxsae.miniature.scenes import Scene
+    from fluxsae.sae.model import SparseAutoencoder
+    from fluxsae.steering.choosing import ChosenCondition
     from fluxsae.steering.edits import SteeringEdit
 
-ATTRIBUTES = ("colour", "texture", "background")
-LEAST_IDENTICAL = 0.95
+BATCH = 16
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One picture with one edit."""
+    """One image of the report."""
 
     concept: str
     attribute: str
     is_present: bool
-    """Whether the unedited picture shows the concept."""
-    above: float | None
-    """Level of the condition; None: without one."""
+    """Whether the unedited image shows the concept."""
     is_identical: bool
-    """Whether no bit of the latents changed."""
-    is_success: bool
-    """Whether the concept, which was there, is not seen in the edited picture, which still shows something."""
-    is_report: bool = False
-    """Whether the picture is one of those that are reported."""
+    """Whether no bit of the latents changes with the condition."""
+    is_success: bool = False
+    """Whether the concept, which was there, is gone with the condition, while the image still shows something."""
+    is_plain_success: bool = False
+    """The same without the condition."""
 
 
 def main(config: ConditionsConfig) -> list[Trial]:
-    """Measures and prints the tables."""
-    trials = _measure(config)
-    print(table(trials, draws=config.draws, seed=config.seed))
-    return trials
-
-
-def _measure(config: ConditionsConfig) -> list[Trial]:
+    """Chooses, measures and prints the table."""
     from fluxsae.flux import load_flux
-    from fluxsae.laboratory.truths import CONCEPTS
+    from fluxsae.laboratory.config import LaboratoryConfig
+    from fluxsae.laboratory.steering import candidate_features
     from fluxsae.miniature import miniature_path
     from fluxsae.runs.folder import RunFolder
     from fluxsae.sae.model import SparseAutoencoder
 
-    run = RunFolder(config.run or miniature_path("run"))
+    run, usual = RunFolder(config.run or miniature_path("run")), LaboratoryConfig()
     place = run.hookpoints()[-1]
-    report = run.load_metrics(place)["steering"]
-    chosen, by_name = report["defaults"]["suppress"], {str(concept): concept for concept in CONCEPTS}
-    saes = {place: SparseAutoencoder.from_pretrained(run.sae_path(place))}
-    work = _Work(load_flux("miniature"), saes, config)
-    trials = []
-    for result in report["results"]:
-        concept = by_name[result["concept"]]
-        if result["direction"] == "suppress" and concept.attribute in ATTRIBUTES:
-            trials += work.try_concept(concept, _edits(result["features"], chosen))
-            print(f"{concept}: done, {len(trials)} trials", flush=True)
+    features = candidate_features(run.load_metrics(place)["concepts"], limit=max(usual.together))
+    concepts = [concept for concept in features if concept.attribute in usual.attributes]
+    work = _Work(load_flux("miniature"), place, SparseAutoencoder.from_pretrained(run.sae_path(place)), config)
+    chosen = work.choose(concepts)
+    trials: list[Trial] = []
+    for concept in concepts:
+        if concept in chosen:
+            trials += work.try_concept(concept, features[concept], chosen[concept])
+            print(f"{concept}: done, {len(trials)} images", flush=True)
+    print(table(trials, draws=config.draws, seed=config.seed))
     return trials
-
-
-def _edits(features: Sequence[int], chosen: Mapping[str, Any]) -> "tuple[SteeringEdit, ...]":
-    from fluxsae.steering.edits import SteeringEdit
-
-    same = {name: chosen[name] for name in ("hookpoint", "mode", "strength", "steps")}
-    return tuple(SteeringEdit.from_dict({**same, "feature": feature}) for feature in features)
 
 
 @dataclass(frozen=True, eq=False)
 class _Work:
     pipe: Any
-    saes: Any
+    place: "HookPoint"
+    sae: "SparseAutoencoder"
     config: ConditionsConfig
 
-    def try_concept(self, concept: "Concept", edits: "Sequence[SteeringEdit]") -> list[Trial]:
-        """Every picture of one concept with every level."""
-        from fluxsae.laboratory.outcomes import draw_subject
-        from fluxsae.steering.conditions import Condition
+    @property
+    def window(self) -> tuple[int, int]:
+        """The steps of the edits."""
+        from fluxsae.flux import default_settings
 
-        features = tuple(edit.feature for edit in edits)
-        levels = (None, *self.config.above)
-        arms = [
-            tuple(edit if level is None else replace(edit, when=Condition(features, level)) for edit in edits)
-            for level in levels
+        n_steps = default_settings(self.pipe).num_inference_steps
+        return round(self.config.start * n_steps), n_steps
+
+    def choose(self, concepts: "Sequence[Concept]") -> "dict[Concept, ChosenCondition]":
+        """The condition of each concept that enough unedited images show and lack."""
+        from fluxsae.errors import FluxSaeError
+        from fluxsae.steering.choosing import choose_condition
+
+        acts, scenes = self._development()
+        found: dict[Concept, ChosenCondition] = {}
+        for concept in concepts:
+            is_present = np.array([(concept.attribute, concept.value) in scene.concepts() for scene in scenes])
+            try:
+                found[concept] = choose_condition(
+                    acts,
+                    is_present,
+                    features=range(acts.shape[-1]),
+                    reference_acts=self.sae.reference_acts.numpy(),
+                    label=str(concept),
+                )
+            except FluxSaeError as error:
+                print(f"{concept}: left out. {error}", flush=True)
+                continue
+            one = found[concept]
+            print(
+                f"{concept}: {len(one.condition.features)} features above {one.condition.above:.2f}, detected "
+                f"{one.detected:.2f} of {is_present.sum()}, false alarms {one.false_alarms:.3f}",
+                flush=True,
+            )
+        return found
+
+    def _development(self) -> "tuple[np.ndarray, list[Scene]]":
+        """Acts of unedited images in every second step of the window, and what the images show."""
+        import torch
+
+        from fluxsae.flux import capture, default_settings, generate, schedule_sigmas
+        from fluxsae.laboratory.halves import LEAST_CONFIDENCE
+        from fluxsae.miniature.scenes import caption_scene, read_scene, sample_scene
+
+        rng, steps = np.random.default_rng([self.config.seed, 1]), range(*self.window, 2)
+        sigmas = schedule_sigmas(self.pipe, default_settings(self.pipe))
+        acts, scenes = [], []
+        for start in range(0, self.config.development, BATCH):
+            drawn = [sample_scene(rng, n_objects=1, held_out=None) for _ in range(BATCH)]
+            with torch.no_grad(), capture(self.pipe, hookpoints=[self.place], steps=steps) as captured:
+                images = generate(
+                    self.pipe,
+                    [caption_scene(scene, rng, keep=1.0) for scene in drawn],
+                    seeds=[self.config.seed + start + offset for offset in range(BATCH)],
+                )
+            with torch.no_grad():
+                found = torch.stack(
+                    [self.sae.encode(captured.get(self.place, step), sigma=float(sigmas[step])) for step in steps], 1
+                )
+            read = [read_scene(image) for image in images]
+            is_clear = np.array([len(one.objects) == 1 and one.confidence >= LEAST_CONFIDENCE for one in read])
+            acts.append(found.half().numpy()[is_clear])
+            scenes += [one for one, clear in zip(read, is_clear, strict=True) if clear]
+            print(f"images for choosing: {start + BATCH}", flush=True)
+        return np.concatenate(acts), scenes
+
+    def try_concept(self, concept: "Concept", features: Sequence[int], chosen: "ChosenCondition") -> list[Trial]:
+        """Every image of the report of one concept."""
+        from fluxsae.laboratory.config import LaboratoryConfig
+        from fluxsae.steering.edits import SteeringEdit
+
+        strength = LaboratoryConfig().clamp[0]
+        known = [feature for feature in features if float(self.sae.reference_acts[feature]) > 0]
+        plain = tuple(SteeringEdit(self.place, feature, "clamp", strength, steps=self.window) for feature in known)
+        conditional = tuple(replace(edit, when=chosen.condition) for edit in plain)
+        return [
+            trial
+            for has_concept in (True, False)
+            for at in range(self.config.pictures)
+            for trial in self._try_image(concept, plain, conditional, at=at, has_concept=has_concept)
         ]
-        trials = []
-        for has_concept in (True, False):
-            for at in range(self.config.pictures):
-                subject = draw_subject(concept, has_concept=has_concept, seed=self.config.seed + at)
-                found = self._try_picture(subject, concept, levels, arms, has_concept=has_concept)
-                trials += [replace(trial, is_report=at >= self.config.pictures // 2) for trial in found]
-        return trials
 
-    def _try_picture(
+    def _try_image(
         self,
-        subject: Any,
         concept: "Concept",
-        levels: Sequence[float | None],
-        arms: "Sequence[Sequence[SteeringEdit]]",
+        plain: "Sequence[SteeringEdit]",
+        conditional: "Sequence[SteeringEdit]",
         *,
+        at: int,
         has_concept: bool,
     ) -> list[Trial]:
-        from fluxsae.laboratory.outcomes import compare_scenes
+        """The image's trial; none where what is read of it is not what was asked for."""
+        from fluxsae.laboratory.halves import LEAST_CONFIDENCE
+        from fluxsae.laboratory.outcomes import compare_scenes, draw_subject
         from fluxsae.miniature.scenes import read_scene
         from fluxsae.sae.config import MISMATCHES
         from fluxsae.steering.sweeps import sweep
 
+        # far from the seeds of the images for choosing
+        subject = draw_subject(concept, has_concept=has_concept, seed=self.config.seed + (1 << 20) + at)
+        variants = [(), conditional, plain] if has_concept else [(), conditional]
         made = sweep(
-            self.pipe, self.saes, [(), *arms], prompt=subject.prompt, seed=subject.seed, allow_mismatch=MISMATCHES
-        )
+            self.pipe, {self.place: self.sae}, variants, prompt=subject.prompt, seed=subject.seed,
+            allow_mismatch=MISMATCHES,
+        )  # fmt: skip
         before = read_scene(made[0].image)
         is_present = (concept.attribute, concept.value) in before.concepts()
-        if is_present != has_concept or len(before.objects) != 1:
+        if is_present != has_concept or len(before.objects) != 1 or before.confidence < LEAST_CONFIDENCE:
             return []
-        return [
-            Trial(
-                concept=str(concept),
-                attribute=concept.attribute,
-                is_present=is_present,
-                above=level,
-                is_identical=bool((variant.latents == made[0].latents).all()),
-                is_success=is_present
-                and compare_scenes(before, read_scene(variant.image), concept).is_success(wanted=False),
-            )
-            for level, variant in zip(levels, made[1:], strict=True)
+        is_gone = [
+            compare_scenes(before, read_scene(one.image), concept).is_success(wanted=False)
+            for one in made[1:]
+            if has_concept
         ]
-
-
-def choose_level(trials: Sequence[Trial]) -> float:
-    """The lowest level at which enough pictures without the concept stay bit-identical; the highest where none does."""
-    levels = sorted({trial.above for trial in trials if trial.above is not None})
-    absent = [trial for trial in trials if not trial.is_present and not trial.is_report]
-    for level in levels:
-        if np.mean([trial.is_identical for trial in absent if trial.above == level]) >= LEAST_IDENTICAL:
-            return level
-    return levels[-1]
+        is_identical = bool((made[1].latents == made[0].latents).all())
+        return [Trial(str(concept), concept.attribute, has_concept, is_identical, *is_gone)]
 
 
 def table(trials: Sequence[Trial], *, draws: int, seed: int) -> str:
-    """Every level on the pictures for choosing; then the chosen one on the others, by attribute."""
-    level = choose_level(trials)
-    lines = ["Pictures for choosing", _head()]
-    for above in sorted({trial.above for trial in trials if trial.above is not None}):
-        chosen = [trial for trial in trials if not trial.is_report]
-        lines.append(_row(f"level {above:g}", chosen, above, draws=draws, seed=seed))
-    lines += ["", f"Reported pictures, level {level:g}", _head()]
-    for attribute in (*ATTRIBUTES, "all"):
-        chosen = [trial for trial in trials if trial.is_report and attribute in (trial.attribute, "all")]
-        if chosen:
-            lines.append(_row(attribute, chosen, level, draws=draws, seed=seed))
+    """The report, by attribute and over all."""
+    lines = [f"{'':<12} {'without: identical':>26} {'with: success':>26} {'without the condition':>26}"]
+    for attribute in (*dict.fromkeys(trial.attribute for trial in trials), "all"):
+        chosen = [trial for trial in trials if attribute in (trial.attribute, "all")]
+        present = [trial for trial in chosen if trial.is_present]
+        columns: Mapping[str, list[bool]] = {
+            "identical": [trial.is_identical for trial in chosen if not trial.is_present],
+            "success": [trial.is_success for trial in present],
+            "plain": [trial.is_plain_success for trial in present],
+        }
+        cells = [f"{_share(hits, draws=draws, seed=seed):>26}" for hits in columns.values()]
+        lines.append(f"{attribute:<12} {' '.join(cells)}")
     return "\n".join(lines)
 
 
-def _head() -> str:
-    return f"{'':<12} {'without: identical':>26} {'with: success':>26} {'without the condition':>26}"
-
-
-def _row(name: str, trials: Sequence[Trial], level: float, *, draws: int, seed: int) -> str:
-    absent = [trial for trial in trials if not trial.is_present and trial.above == level]
-    present = [trial for trial in trials if trial.is_present and trial.above == level]
-    plain = [trial for trial in trials if trial.is_present and trial.above is None]
-    cells = [
-        _share([trial.is_identical for trial in absent], draws=draws, seed=seed),
-        _share([trial.is_success for trial in present], draws=draws, seed=seed),
-        _share([trial.is_success for trial in plain], draws=draws, seed=seed),
-    ]
-    return f"{name:<12} " + " ".join(f"{cell:>26}" for cell in cells)
-
-
 def _share(hits: Sequence[bool], *, draws: int, seed: int) -> str:
+    from fluxsae.evaluation.intervals import bootstrap_weights, interval, weighted_mean
+
     if not hits:
         return "-"
-    values = np.array(hits, dtype=float)
-    counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), draws)
-    low, high = np.quantile(counts @ values / len(values), [0.025, 0.975])
-    return f"{values.mean():.2f} [{low:.2f}, {high:.2f}] n={len(values)}"
+    found = interval(weighted_mean(np.array(hits, dtype=float), bootstrap_weights(len(hits), draws=draws, seed=seed)))
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}] n={len(hits)}"

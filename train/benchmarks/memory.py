@@ -35,7 +35,7 @@ from train.benchmarks.options import MemoryConfig
 
 Work = Callable[[], str]
 """Does what is measured; a remark for the table."""
-GRID, K, N_TOP, STEPS, HOOKPOINTS = TokenGrid(64, 64), 64, 12, 5, 2
+GRID, K, N_TOP, HOOKPOINTS = TokenGrid(64, 64), 64, 12, 2
 
 
 def main(config: MemoryConfig) -> None:
@@ -44,7 +44,8 @@ def main(config: MemoryConfig) -> None:
         print(measure(config.only, config))
         return
     for name in CASES:
-        options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(config).items() if key != "only"]
+        given = {key: value for key, value in vars(config).items() if key != "only" and value is not None}
+        options = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
         command = [sys.executable, "-m", "train.benchmarks", "memory", f"--only={name}", *options]
         print(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout, end="", flush=True)
 
@@ -103,21 +104,24 @@ def _tokens(config: MemoryConfig, n_images: int, n_tokens: int = GRID.n_tokens) 
 
 def _scoring(config: MemoryConfig, folder: Path) -> Work:
     """8 images, 5 steps, 2 hook points, 12,288 features: what `train.score` does with a batch, FLUX left out."""
-    sae, tokens, ids = _sae(config, 12_288), _tokens(config, 8), list(range(8))
+    ids = list(range(config.images or 8))
+    sae, tokens = _sae(config, 12_288), _tokens(config, len(ids))
     n_features = sae.config.n_features
 
     def work() -> str:
         places = range(HOOKPOINTS)
-        accumulators = [ScoreAccumulator(n_features, grid=GRID, steps=range(STEPS)) for _ in places]
+        part, batch = (
+            [ScoreAccumulator(n_features, grid=GRID, steps=range(config.steps)) for _ in places] for _ in range(2)
+        )
         collectors = [TopMapCollector(n_features, n_top=N_TOP, n_tokens=GRID.n_tokens) for _ in places]
-        for step in range(STEPS):
+        for step in range(config.steps):
             for place in places:
                 acts = sae.encode_sparse(tokens)
-                accumulators[place].update(ids, acts, step=step)
+                batch[place].update(ids, acts, step=step)
                 collectors[place].update(ids, acts)
-        for accumulator, collector in zip(accumulators, collectors, strict=True):
-            collector.complete(ids, accumulator.scores(ids))
-            accumulator.stats()
+        for accumulator, other, collector in zip(part, batch, collectors, strict=True):
+            collector.complete(ids, other.scores(ids))
+            accumulator.merge(other).stats()
             collector.pop()
         return ""
 
@@ -144,7 +148,7 @@ def _recording(n_features: int, n_images: int) -> Callable[[MemoryConfig, Path],
     """Which tokens of a batch of edited images lie outside the limits of clean ones: the large part of a recording."""
 
     def load(config: MemoryConfig, folder: Path) -> Work:
-        sae, tokens = _sae(config, n_features), _tokens(config, n_images)
+        sae, tokens = _sae(config, n_features), _tokens(config, config.images or n_images)
         limits = TokenLimits((0.5,), (0.0,), (1e9,), (1e9,))
         return lambda: f"{int(limits.is_outside(tokens, sae, sigma=0.5).sum())} tokens outside"
 

@@ -32,10 +32,12 @@ class CausesConfig:
 class ConditionsConfig:
     """How much to measure."""
 
-    pictures: int = 12
-    """Pictures of each concept that show it, and as many that do not; half of them choose the level."""
-    above: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0)
-    """Levels to choose from: multiples of a feature's usual activation."""
+    pictures: int = 6
+    """Pictures of each concept that show it, and as many that do not, for the report."""
+    development: int = 400
+    """Other pictures, unedited, on which the conditions are chosen; a multiple of 16."""
+    start: float = 0.2
+    """Where the edits begin, as a fraction of the schedule; they act to its end."""
     seed: int = 3_000_000
     """Of scenes and noise."""
     run: Path | None = None
@@ -182,6 +184,10 @@ class MemoryConfig:
     """One measurement, in this process; left out, all of them, each in its own."""
     d_model: int = 3072
     """Width of the activations."""
+    images: int | None = None
+    """Images of `scoring`, `record-...` and `limits-...`; left out, a batch of FLUX.1-dev's: 8, 32 and 16."""
+    steps: int = 5
+    """Steps of `scoring`."""
     score_images: int = 20_000
     """Images of `select` and `compare`."""
     score_features: int = 49_152

@@ -52,16 +52,15 @@ class SteeringSpeed:
         """Sweep over separate generations."""
         return self.sweep_seconds / self.separate_seconds
 
-    def edit_share(self, mode: str) -> float:
-        """What an edit adds to a step, as a fraction of the step."""
-        return self.edited_seconds[mode] / self.plain_seconds - 1
-
     def lines(self) -> list[str]:
         """The figures in words."""
         return [
             f"sweep {self.sweep_seconds:.3f} s, separate {self.separate_seconds:.3f} s: "
             f"{self.sweep_ratio:.3f} of it (floor {self.floor:.3f}, target 0.62)",
-            *(f"one {mode} edit adds {self.edit_share(mode):+.1%} to a step" for mode in self.edited_seconds),
+            *(
+                f"one {mode} edit adds {seconds / self.plain_seconds - 1:+.1%} to a step"
+                for mode, seconds in self.edited_seconds.items()
+            ),
         ]
 
 

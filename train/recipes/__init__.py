@@ -28,7 +28,7 @@ from fluxsae.errors import FluxSaeError
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.runs.names import SaeName
 from train import analyze, collect, directions, embed, find_demos, fit, render, score, select
-from train.command import described
+from train.command import described, plainly
 from train.flux_options import FluxOptions
 from train.stages import STAGES, StageName, StageResult, renamed
 
@@ -103,7 +103,7 @@ def parse_recipe_options(kind: type[Options], arguments: Sequence[str], descript
     finder.add_argument("--recipe")
     name = finder.parse_known_args(arguments)[0].recipe
     default = kind() if name is None else kind.from_recipe(name)
-    return tyro.cli(kind, args=arguments, default=default, description=described(description))
+    return tyro.cli(plainly(kind), args=arguments, default=default, description=described(description))
 
 
 def find_recipe(name: str) -> Path:

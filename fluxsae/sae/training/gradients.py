@@ -148,7 +148,8 @@ def _batch_topk(pre_acts: Tensor, n_kept: int, situation: Situation) -> tuple[Te
     processes = situation.processes
     everywhere = _candidates(pre_acts, n_kept, situation)
     if processes.world_size > 1:
-        gathered = processes.gather(_padded(everywhere, min(n_kept, pre_acts.numel())))
+        padding = everywhere.new_zeros(min(n_kept, pre_acts.numel()) - len(everywhere))
+        gathered = processes.gather(torch.cat([everywhere, padding]))
         everywhere = gathered[gathered > 0]
     if len(everywhere) < n_kept:
         smallest = everywhere.amin() if len(everywhere) else pre_acts.new_zeros(())
@@ -170,10 +171,6 @@ def _candidates(pre_acts: Tensor, n_kept: int, situation: Situation) -> Tensor:
             return above.topk(min(n_kept, len(above)), sorted=False).values
     positive = pre_acts[pre_acts > 0]
     return positive.topk(min(n_kept, len(positive)), sorted=False).values
-
-
-def _padded(values: Tensor, size: int) -> Tensor:
-    return torch.cat([values, values.new_zeros(size - len(values))])
 
 
 def _segments(sae: SparseAutoencoder) -> list[slice]:

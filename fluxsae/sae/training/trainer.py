@@ -37,7 +37,7 @@ class SaeTrainer:
         self.n_steps = n_steps
         self.processes = processes or Processes()
         self.device = sae.W_enc.device
-        self.precision = _precision(config, self.device)
+        self.precision: Precision = default_precision(self.device) if config.precision == "auto" else config.precision
         self.is_sparse = _is_sparse(config, sae.config, self.device)
         self.step_count = torch.zeros((), device=self.device)
         self.moments = {
@@ -206,10 +206,6 @@ class SaeTrainer:
 
 
 _SCALARS = ("step_count", "mean_loss", "mean_loss_weight", "smallest_act", "smallest_act_weight", "n_skipped")
-
-
-def _precision(config: TrainConfig, device: torch.device) -> Precision:
-    return default_precision(device) if config.precision == "auto" else config.precision
 
 
 def _is_sparse(config: TrainConfig, sae: SaeConfig, device: torch.device) -> bool:

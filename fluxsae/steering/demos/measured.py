@@ -12,6 +12,7 @@ from fluxsae.pictures.grids import GridCell, GridRow
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
 from fluxsae.runs.folder import RunFolder
 from fluxsae.sae.config import Mismatch
+from fluxsae.sae.fingerprint import file_fingerprint
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.steering.edits import SaeSource, SteeringEdit
 from fluxsae.steering.measurements import EditMeasurement, EditRecorder, TokenLimits, measure_edit
@@ -88,7 +89,12 @@ def load_limits(run: RunFolder, hookpoint: HookPoint) -> TokenLimits | None:
 def run_origin(run: RunFolder, pipe: Any, *, source: str | None = None) -> Origin:
     """Where the models of a run's recipes come from; `source` is the folder or Hub repository to write down."""
     saes = tuple(
-        SaeSource(place, source or str(run.path), run.sae_subfolder(place))
+        SaeSource(
+            place,
+            source or str(run.path),
+            run.sae_subfolder(place),
+            fingerprint=file_fingerprint(run.sae_path(place)),
+        )
         for place in run.sae_names()
         if run.has_sae(place)
     )

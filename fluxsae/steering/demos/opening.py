@@ -11,6 +11,7 @@ from fluxsae.features.firing import CONFIDENCE, SparseMaps, ranked_features
 from fluxsae.features.vocabulary import has_name
 from fluxsae.files import write_bytes, write_json
 from fluxsae.flux import capture, generate
+from fluxsae.flux.bad_numbers import check_finite
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.hooks import BlockCall
 from fluxsae.pictures.grids import join_pictures
@@ -72,6 +73,7 @@ def _features_of_words(run: RunFolder, pipe: Any, sae: SparseAutoencoder, swap: 
     acts: dict[int, SparseActs] = {}
 
     def sink(call: BlockCall) -> None:
+        check_finite(call.tokens, [f"the prompt {swap.prompt!r:.60}"], hookpoint=call.hookpoint, step=call.step)
         acts[call.step] = sae.encode_sparse(call.tokens[0], sigma=call.sigma)
 
     with capture(pipe, [place], steps=steps, sink=sink):

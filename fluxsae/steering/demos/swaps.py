@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.flux import BlockCall, OnStep, capture, generate, schedule_sigmas
+from fluxsae.flux.bad_numbers import check_finite
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance
@@ -64,6 +65,7 @@ def acts_in_window(
     @torch.no_grad()
     def take(call: BlockCall) -> None:
         if call.is_conditional:
+            check_finite(call.tokens, [f"seed {seed} ({prompt!r:.60})"], hookpoint=call.hookpoint, step=call.step)
             seen.append(sae.encode_features(call.tokens[0], list(features), sigma=call.sigma).float().cpu().T)
 
     edit = SteeringEdit(place, features[0], "scale", 0.0, steps=steps)

@@ -30,6 +30,14 @@ FS.svg = (tag, props = {}, ...children) => {
   return node;
 };
 
+FS.button = (text, onclick, props = {}) =>
+  FS.el("button", { class: "fs-button fs-small", type: "button", text, onclick, ...props });
+// Where a feature that is shown leads to; `detail` has its hookpoint and number.
+FS.leads = (root, detail) => [
+  FS.button("Steer with this", () => FS.emit(root, "steer", detail), { class: "fs-button fs-small fs-primary" }),
+  FS.button("Open its page", () => FS.emit(root, "page", detail)),
+];
+
 FS.bytes = (base64) => Uint8Array.from(atob(base64 || ""), (character) => character.charCodeAt(0));
 FS.percent = (fraction) => (fraction === null || fraction === undefined ? "–" : `${Math.round(fraction * 100)} %`);
 FS.number = (value, digits = 3) => {
@@ -273,7 +281,7 @@ FS.code = (snippets) => {
   };
   for (const name of names) {
     tabs.append(
-      FS.el("button", { class: "fs-button fs-small", type: "button", text: name, onclick: () => show(name) }),
+      FS.button(name, () => show(name)),
     );
   }
   show(names[0]);
@@ -287,7 +295,7 @@ FS.code = (snippets) => {
 };
 
 // A small column chart: values, with words for screen readers and a label under the first and last column.
-FS.columns = (values, { label, first, last, colour } = {}) => {
+FS.columns = (values, { label, first, last, colour, unit } = {}) => {
   const width = 240, height = 64, most = Math.max(...values, 1e-12), step = width / Math.max(values.length, 1);
   const bars = values.map((value, at) => {
     const tall = Math.max(value > 0 ? 1.5 : 0, (value / most) * height);
@@ -304,6 +312,7 @@ FS.columns = (values, { label, first, last, colour } = {}) => {
     "figure",
     { class: "fs-chart" },
     FS.el("figcaption", { text: label }),
+    FS.el("span", { class: "fs-quiet fs-num fs-hint", text: `highest bar: ${FS.number(most)} ${unit}` }),
     FS.svg(
       "svg",
       { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, preserveAspectRatio: "none" },
@@ -380,7 +389,7 @@ FS.define = (name, draw) => {
 
 // Ties a gr.HTML component to its element: value in, fs-* events out. `keep` makes what the visitor changed the value
 // that every later event sends: Gradio drops or forgets what an event carries while the one before is under way.
-FS.mount = (root, props, trigger, watch, events) => {
+FS.feed = (root, props, trigger, watch, events) => {
   const node = root.querySelector("[data-fs]");
   node.keep = (value) => {
     node._fsValue = value;

@@ -52,7 +52,8 @@ class Desk:
         """What stands beside every view: the same as code, as a link, and the versions behind it."""
         return {
             "code": self.code(schema, values),
-            "link": encode_view({"tab": tab, **values}),
+            "link": encode_view({"tab": tab, "saes": self.bench.fingerprints, **values}),
+            "saes": self.bench.fingerprints,
             "versions": dict(self.bench.versions),
             "files": self.files,
         }

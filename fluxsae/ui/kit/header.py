@@ -32,7 +32,7 @@ def header_html(shelf: Shelf, bench: Workbench) -> str:
     return (
         f'<header class="fs-head"><div class="fs-brand">{LOGO}<div><h1>fluxsae</h1>'
         "<p>See which features fire inside FLUX, and steer them.</p></div></div>"
-        f'<details class="fs-about-run"><summary><span>{escape(flux_words(bench))} </span>Details</summary>'
+        f'<details class="fs-about-run"><summary><span>{escape(flux_words(bench))} </span><b>Details</b></summary>'
         f'<dl class="fs-facts">{terms}</dl></details></header>{_chooser(shelf, bench)}{notice}'
     )
 
@@ -53,5 +53,7 @@ def flux_words(bench: Workbench) -> str:
     if bench.is_miniature:
         return "the miniature, a toy FLUX whose inside can be checked"
     revision = f" at {bench.info.flux_revision[:8]}" if bench.info.flux_revision else ""
-    differs = "" if bench.info.is_exact else ", quantised or cached: its activations are not the model's own"
-    return f"{without_folders(bench.info.flux_id)}{revision}{differs}"
+    made = (
+        "" if bench.info.is_exact else ", quantised or cached when the run was made, so not the model's own activations"
+    )
+    return ", ".join([f"{without_folders(bench.info.flux_id)}{revision}{made}", *bench.flux_remarks])

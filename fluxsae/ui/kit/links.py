@@ -50,3 +50,19 @@ def view_of(query: Mapping[str, str], fragment: Any = "") -> dict[str, Any]:
         feature = int(number) if number.isascii() and number.isdigit() and len(number) < 10 else number
         return {"tab": query.get("tab", "gallery"), "hookpoint": query.get("hookpoint"), "feature": feature}
     return {}
+
+
+def check_view(view: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
+    """Refuses a link that was made where a hook point has another SAE; older links and those by hand do not say.
+
+    `fingerprints` are those of the SAEs here, by name.
+    """
+    made_with = view.get("saes")
+    if not isinstance(made_with, Mapping):
+        return
+    others = [name for name, fingerprint in fingerprints.items() if made_with.get(name, fingerprint) != fingerprint]
+    if others:
+        raise FluxSaeError(
+            f"This link was made with another SAE of {', '.join(others)}: its feature numbers mean something else "
+            "here. Open it on the page of the run where it was made."
+        )

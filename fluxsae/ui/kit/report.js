@@ -16,12 +16,7 @@ FS.actions = (data, report, ...others) => {
     { class: "fs-row fs-wrap fs-tight" },
     data.link ? FS.copyButton(link, "Copy link") : null,
     ...others,
-    FS.el("button", {
-      class: "fs-button fs-small",
-      type: "button",
-      text: "Save report",
-      onclick: () => FS.saveReport({ link: data.link && link(), versions: data.versions, ...report() }),
-    }),
+    FS.button("Save report", () => FS.saveReport({ link: data.link && link(), versions: data.versions, ...report() })),
   );
 };
 // A file that the server makes when it is asked for.

@@ -8,7 +8,7 @@ from typing import Any, Final
 import gradio as gr
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.ui.kit.links import view_of
+from fluxsae.ui.kit.links import check_view, view_of
 from fluxsae.ui.kit.theme import element, mount
 from fluxsae.ui.serve.guard import current_visit, guarded, last_words
 from fluxsae.ui.serve.lane import Cancelled, Done, Event, Mail, Pending, StepDone, Waiting
@@ -117,6 +117,8 @@ class Shell:
     """Takes what stands behind the # of the page's address."""
     endpoints: tuple[type[Request], ...]
     """The endpoints that the tabs answer."""
+    fingerprints: Mapping[str, str]
+    """Of the run's SAEs, by name: a link may be of others."""
 
     def remember(self, *sources: gr.HTML) -> None:
         """A feature chosen in one of these becomes the visitor's."""
@@ -147,6 +149,7 @@ class Shell:
                 view = {}  # told once, for all tabs
             if view.get("tab") != tab:
                 return tuple(gr.skip() for _ in range(len(outputs) + 2))
+            check_view(view, self.fingerprints)
             shown = show(view)
             return (gr.Tabs(selected=tab), {"tab": tab}, *(shown if isinstance(shown, tuple) else (shown,)))
 

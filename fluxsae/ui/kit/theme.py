@@ -1,17 +1,22 @@
 """The page's own look: calm, legible, light and dark, no font or file from elsewhere."""
 
+import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Final
 
 import gradio as gr
 import numpy as np
+from starlette.responses import Response
+from starlette.routing import Route
 
 from fluxsae.features.firing import CONFIDENCE
 from fluxsae.features.naming import ON_IT, PLACES
 from fluxsae.pictures.heatmaps import HEAT, NEUTRAL_COLOUR, heat_colours
 from fluxsae.ui.kit.snippets import ORIGIN
 from fluxsae.ui.kit.views import base64_text
+from fluxsae.ui.serve.pictures import FOR_GOOD
 
 UI: Final = Path(__file__).parent.parent
 ACCENT: Final = gr.themes.Color(
@@ -52,7 +57,7 @@ LIGHT: Final = {
 DARK: Final = LIGHT | {
     "accent": "#a7a2ff",
     "button": ACCENT.c500,
-    "button-hover": "#7d76dd",
+    "button-hover": ACCENT.c600,
     "link": ACCENT.c300,
     "ink": "#ececf2",
     "title": "#c9c9d6",
@@ -90,6 +95,11 @@ GRADIO: Final = {
     "link_text_color": "link",
 }
 """Gradio's theme variable -> the colour it takes."""
+MOUNT: Final = (
+    "FS.mount=(root,...rest)=>customElements.whenDefined(root.querySelector('[data-fs]').localName)"
+    ".then(()=>FS.feed(root,...rest))"
+)
+"""Gradio shows its components without waiting for the scripts; each is fed once its element is defined."""
 SANS: Final = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Helvetica Neue", "sans-serif"]
 MONO: Final = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
 
@@ -125,9 +135,23 @@ def page_css() -> str:
 
 
 def page_head() -> str:
-    """The page's scripts, and the values that they share with Python."""
-    shared = f"<script>window.FS = {json.dumps(shared_values())};</script>"
-    return "\n".join([shared, "<script>", *_texts("js"), "</script>"])
+    """The values that scripts share with Python, and where the scripts are."""
+    name = hashlib.sha256(page_scripts()).hexdigest()[:16]
+    return (
+        f"<script>window.FS = {json.dumps(shared_values(), separators=(',', ':'))};{MOUNT}</script>"
+        f'<script src="scripts/{name}.js"></script>'
+    )
+
+
+@functools.cache
+def page_scripts() -> bytes:
+    """All scripts of the page, in one file."""
+    return "\n".join(_texts("js")).encode()
+
+
+def script_route() -> Route:
+    """What the served app answers for the scripts: not in the configuration, so that browsers keep them."""
+    return Route("/scripts/{name}", lambda _: Response(page_scripts(), media_type="text/javascript", headers=FOR_GOOD))
 
 
 def shared_values() -> dict[str, Any]:

@@ -48,12 +48,15 @@ WHEN: tuple[list[Any], str] = (
                 "features": WHOLE_NUMBERS,
                 "above": {"type": "number"},
                 "at": {"type": "string", "enum": ["image", "token"]},
+                "least": {"type": "integer"},
+                "weights": {"type": "array", "items": {"type": "number"}},
             },
         },
         "null",
     ],
     "The edit acts only in images (or at tokens) where this is there before it: any feature of a label, or any of some "
-    "features, above a multiple of its usual activation (0.5); null for always.",
+    "features (least: so many of them), or their sum by weights, above a multiple of the usual activation (0.5); null "
+    "for always.",
 )
 STRENGTH = (
     "scale: factor on the activation, 1 changes nothing; add, clamp: multiples of the feature's usual activation; "

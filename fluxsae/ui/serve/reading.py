@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fluxsae.features.familiarity import Familiarity, familiarity
 from fluxsae.features.firing import SparseMaps
+from fluxsae.flux.bad_numbers import check_finite
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.names import SaeName
@@ -263,8 +264,13 @@ class _Recorder:
 
     @torch.inference_mode()
     def take(self, call: "BlockCall") -> None:
-        """Keeps the image's sparse activations at this step."""
+        """Keeps the image's sparse activations at this step.
+
+        Raises:
+            FluxSaeError: they are not numbers.
+        """
         if call.step in self.steps and call.is_conditional:
+            check_finite(call.tokens, ["this image"], hookpoint=call.hookpoint, step=call.step)
             self.acts[call.step] = self.sae.encode_sparse(call.tokens[0], sigma=call.sigma)
 
     def maps_at(self, step: int) -> SparseMaps:

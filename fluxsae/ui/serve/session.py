@@ -6,7 +6,6 @@ import os
 import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,16 +18,17 @@ from fluxsae.errors import FluxSaeError, maker
 from fluxsae.features.cards import CardIndex
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
-from fluxsae.miniature import miniature_path
 from fluxsae.miniature.scenes import ATTRIBUTES, PHRASES
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance, load_distance, load_embedder
 from fluxsae.runs.folder import RunFolder, library_versions
 from fluxsae.runs.names import SaeName
 from fluxsae.runs.tables import ImageTable
+from fluxsae.sae.fingerprint import file_fingerprint
 from fluxsae.sae.model import SparseAutoencoder
 from fluxsae.ui.serve.arguments import Limits
 from fluxsae.ui.serve.given import GivenPicture
 from fluxsae.ui.serve.guard import current_visit, current_visitor, without_folders
+from fluxsae.ui.serve.kept import LoadedFlux, ResultCache
 from fluxsae.ui.serve.lane import Done, Event, FluxLane, Job, OnStep, StepDone
 from fluxsae.ui.serve.reading import Reading, read_given, read_image
 from fluxsae.ui.serve.visitors import VisitorLimits
@@ -38,10 +38,7 @@ log = logging.getLogger("fluxsae.app")
 T = TypeVar("T")
 EMBEDDED: Final = "embedded"
 """Source of the miniature's own run."""
-INSTEAD: Final = " This page shows the miniature instead."
 HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
-CACHE_BYTES = 64 * 2**20
-CACHE_ENTRIES = 48
 GIVEN_BYTES = 256 * 2**20
 """Memory for the pictures of all visitors who are here."""
 GIVEN_ENTRIES = 1024
@@ -51,67 +48,6 @@ UNRELATED_PAIRS = 8
 SLOW_SECONDS: Final = 3.0
 """Of a picture, from which a model is slow."""
 WORDS = {1: ["the"], 2: ["early", "late"], 3: ["early", "middle", "late"]}
-
-
-class ResultCache:
-    """The latest results, within a memory bound; a repeated request is answered from here."""
-
-    def __init__(self, *, max_bytes: int = CACHE_BYTES, max_entries: int = CACHE_ENTRIES) -> None:
-        self.max_bytes, self.max_entries = max_bytes, max_entries
-        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._visits: dict[Hashable, str] = {}
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable) -> Any | None:
-        """The result kept under this key, or None."""
-        with self._lock:
-            if key not in self._entries:
-                return None
-            self._entries.move_to_end(key)
-            return self._entries[key][0]
-
-    def put(self, key: Hashable, value: Any, *, n_bytes: int, visit: str = "") -> None:
-        """Keeps a result, of one visit alone where that is named, and forgets the oldest ones beyond the bound."""
-        with self._lock:
-            self._entries[key] = (value, n_bytes)
-            self._visits[key] = visit
-            self._entries.move_to_end(key)
-            while len(self._entries) > 1 and (len(self._entries) > self.max_entries or self._size() > self.max_bytes):
-                oldest, _ = self._entries.popitem(last=False)
-                del self._visits[oldest]
-
-    def forget(self, visit: str) -> None:
-        """Lets go of what was kept for a visit."""
-        with self._lock:
-            for key in [key for key, whose in self._visits.items() if whose == visit]:
-                del self._entries[key], self._visits[key]
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def _size(self) -> int:
-        return sum(n_bytes for _, n_bytes in self._entries.values())
-
-
-class LoadedFlux:
-    """The FLUX models in memory: one at a time, since a GPU holds no two of FLUX.1-dev's size."""
-
-    def __init__(self, *, most: int = 1) -> None:
-        self.most = most
-        self._pipes: OrderedDict[tuple[str | None, ...], Any] = OrderedDict()
-
-    def get(self, source: str, revision: str | None, device: str, dtype: str | None) -> Any:
-        """A model, loaded unless it is there; others make room first."""
-        key = (source, revision, device, dtype)
-        if key not in self._pipes:
-            from fluxsae.flux import load_flux
-
-            while len(self._pipes) >= self.most:
-                self._pipes.popitem(last=False)
-            log.info("loading FLUX %s on %s", source, device)
-            kind = getattr(torch, dtype) if dtype else None
-            self._pipes[key] = load_flux(source, revision=revision, device=device, dtype=kind)
-        return self._pipes[key]
 
 
 @dataclass(frozen=True)
@@ -200,7 +136,9 @@ class Workbench:
         found = {}
         for name in described_saes(self.run):
             try:
-                found[str(name)] = CardIndex(self.run, name)
+                cards = CardIndex(self.run, name)
+                self._check_size(name, len(cards))
+                found[str(name)] = cards
             except FluxSaeError as error:
                 self.problems[str(error)] = None
         if not found:
@@ -208,6 +146,18 @@ class Workbench:
         for cards in found.values():
             self.problems.update(dict.fromkeys(cards.problems))
         return found
+
+    def _check_size(self, name: SaeName, n_features: int) -> None:
+        """Refuses features that are described beside an SAE with more or fewer of them."""
+        if not self.run.has_sae(name):
+            return
+        config: dict[str, Any] = self.readable(functools.partial(self.run.load_sae_config, name), {})
+        said = config.get("n_features", n_features)
+        if said != n_features:
+            raise FluxSaeError(
+                f"The SAE of {name} has {said} features, and {n_features} are described, which are another SAE's. "
+                f"Describe them again: {maker('score')}."
+            )
 
     def readable(self, load: Callable[[], T], otherwise: T) -> T:
         """What a file that a page can do without holds; something else where it is damaged, which is then told."""
@@ -279,12 +229,40 @@ class Workbench:
             for name in self.hookpoints
         }
 
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """What tells the SAE of each hook point from another of the same name."""
+        found = {
+            name: self.readable(functools.partial(file_fingerprint, self.run.sae_path(name)), None)
+            for name in self.hookpoints
+        }
+        return {name: fingerprint for name, fingerprint in found.items() if fingerprint is not None}
+
     @property
     def pipe(self) -> Any:
         """FLUX; loading takes seconds (the miniature) to minutes (FLUX.1-dev). Used inside the lane only."""
+        return self.fluxes.get(*self._flux_key)
+
+    @property
+    def _flux_key(self) -> tuple[str, str | None, str, str | None]:
         # As the run was made, where it says so: thresholds and card values belong to that rounding.
         revision = None if self.has_local_flux else self.info.flux_revision
-        return self.fluxes.get(self.flux_source, revision, self.device, self.info.dtype)
+        return self.flux_source, revision, self.device, self.info.dtype
+
+    @property
+    def flux_remarks(self) -> list[str]:
+        """How the FLUX in memory differs from one that is whole and exact; nothing while none is loaded."""
+        pipe = self.fluxes.find(*self._flux_key)
+        if pipe is None:
+            return []
+        from fluxsae.flux import is_offloaded, why_inexact
+
+        inexact = why_inexact(pipe)
+        return [
+            *([f"here {inexact}: its activations are not the model's own"] if inexact else []),
+            *(["offloaded here: exact, but each part comes to the GPU in its turn, so images take longer"]
+              if is_offloaded(pipe) else []),
+        ]  # fmt: skip
 
     @property
     def embedder(self) -> ImageEmbedder | None:
@@ -481,24 +459,17 @@ class Workbench:
         """FLUX and the autoencoders, ready to use."""
         _ = (self.pipe, self.saes)
 
-    def prepare(self) -> None:
-        """Imports what the first image needs; once the page is served this would fight it for the interpreter."""
-        try:
-            if self._runs_flux:
-                import fluxsae.flux  # noqa: F401
-        except Exception:  # browsing needs none of it, and the visitor who does gets the same error, in words
-            log.exception("FLUX cannot be imported")
-
     @property
     def _runs_flux(self) -> bool:
         return not self.lacks_flux and (self.has_local_flux or self.device != "cpu")
 
     def warm_up(self) -> None:
-        """Loads what the first visitor would wait for: FLUX in its lane first, then CLIP."""
+        """Loads what the first visitor would wait for: FLUX in its lane first, then CLIP and what searches need."""
         try:
             if self._runs_flux:
                 self.lane.call(self.load_models)
-            _ = self.embedder
+            for cards in self.cards.values():
+                cards.search("any", limit=1, embedder=self.embedder)
         except Exception:  # the visitor who needs it gets the same error, in words
             log.exception("warming up failed")
 
@@ -508,87 +479,3 @@ def _run_name(source: str) -> str:
     if source == EMBEDDED:
         return "miniature"
     return source if HUB_ID.fullmatch(source) and not Path(source).is_dir() else Path(source).resolve().name
-
-
-def open_workbench(source: str | None = None) -> Workbench:
-    """The run that `source` or the environment variable FLUXSAE_RUN names; the embedded miniature where neither does.
-
-    `source` is a folder or a Hub repository, with `@revision` if wanted. Where the run cannot be had, the miniature is
-    opened in its place; where only its FLUX cannot, the run can be browsed. `notice` says why and what lifts the limit.
-    """
-    wanted = source if source is not None else os.environ.get("FLUXSAE_RUN", "").strip()
-    if not wanted:
-        return embedded_workbench()
-    try:
-        bench = Workbench(_fetch_run(wanted), source=wanted)
-    except FluxSaeError as error:
-        log.warning("%s cannot be served: %s", wanted, error)
-        return embedded_workbench(
-            notice=f"{without_folders(wanted)} cannot be shown here: {without_folders(str(error))}{INSTEAD}"
-        )
-    try:
-        require_flux(bench)
-    except FluxSaeError as error:
-        log.warning("FLUX of %s cannot be run: %s", wanted, error)
-        bench.lacks_flux = without_folders(str(error))
-        bench.notice = (
-            f"No images can be made of this run here: {bench.lacks_flux} Gallery, Directions and all that was recorded "
-            "work; painting, comparing and steering do not."
-        )
-    return bench
-
-
-def embedded_workbench(*, notice: str = "") -> Workbench:
-    """The miniature's own run."""
-    return Workbench(RunFolder(miniature_path("run")), source=EMBEDDED, notice=notice)
-
-
-def _fetch_run(wanted: str) -> RunFolder:
-    if Path(wanted).expanduser().is_dir():
-        return RunFolder(Path(wanted).expanduser())
-    if not HUB_ID.fullmatch(wanted):
-        raise FluxSaeError(
-            "there is no such folder on this machine, and it is no name of a Hub repository (user/name, or "
-            "user/name@revision)."
-        )
-    from fluxsae.publishing.publish import pull_run
-
-    return pull_run(wanted)
-
-
-def require_flux(bench: Workbench) -> None:
-    """Refuses a run whose FLUX cannot be loaded here, before a visitor waits for it.
-
-    Raises:
-        FluxSaeError: no SAE, no GPU, no access, or no network; the message says what to do.
-    """
-    missing = [name for name in bench.hookpoints if not bench.run.has_sae(name)]
-    if missing:
-        raise FluxSaeError(f"it holds no SAE of {', '.join(missing)}; copy the folder sae/ of the run as well.")
-    flux_id = bench.flux_source
-    if bench.has_local_flux:
-        return
-    if Path(flux_id).is_absolute():
-        raise FluxSaeError(f"its FLUX, {Path(flux_id).name}, is a folder of another machine; set FLUXSAE_FLUX to one.")
-    if bench.device == "cpu" and not os.environ.get("SPACES_ZERO_GPU"):
-        raise FluxSaeError(f"its FLUX, {flux_id}, needs a GPU with 48 GB, and this machine has none.")
-    _require_access(flux_id, bench.info.flux_revision)
-
-
-def _require_access(flux_id: str, revision: str | None) -> None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        hf_hub_download(flux_id, "model_index.json", revision=revision)
-    except GatedRepoError as error:
-        raise FluxSaeError(
-            f"its FLUX, {flux_id}, is gated: accept the licence at https://huggingface.co/{flux_id} and give this app "
-            "a token that may read it (HF_TOKEN, on a Space: Settings, Secrets)."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FluxSaeError(
-            f"its FLUX, {flux_id}, was not found; a private or gated model needs a token (HF_TOKEN)."
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FluxSaeError(f"its FLUX, {flux_id}, could not be reached; check the network and HF_TOKEN.") from error

@@ -7,7 +7,8 @@ from typing import Any
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.ui.serve.arguments import shortened
-from fluxsae.ui.serve.session import EMBEDDED, INSTEAD, Workbench, embedded_workbench, open_workbench
+from fluxsae.ui.serve.opening import INSTEAD, embedded_workbench, open_workbench
+from fluxsae.ui.serve.session import EMBEDDED, Workbench
 
 MAX_RUNS = 12
 
@@ -47,11 +48,6 @@ class Shelf:
     def path(self, bench: Workbench) -> str:
         """What follows this page's address for a run; nothing for the first."""
         return "" if bench is self.first else bench.slug
-
-    def prepare(self) -> None:
-        """Imports what the first image needs; once the page is served this would fight it for the interpreter."""
-        for bench in self.runs.values():
-            bench.prepare()
 
     def warm_up(self) -> None:
         """Loads what the first visitor would wait for, in the background."""

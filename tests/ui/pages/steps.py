@@ -1,5 +1,6 @@
 """What a visitor does on the page, step by step."""
 
+import json
 from collections.abc import Callable
 
 from playwright.sync_api import Page
@@ -53,3 +54,15 @@ def turn(page: Page, value: float) -> None:
 def wait_until_turned(page: Page) -> None:
     """A feature that was added is shown unturned first."""
     page.wait_for_function("(document.querySelector('fs-result').data || {}).measurement")
+
+
+def nothing_serious(page: Page) -> None:
+    """A screen reader's and low vision's rules, as axe checks them."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    serious = [
+        {"rule": item["id"], "nodes": [node["html"][:160] for node in item["nodes"]][:3]}
+        for item in Axe().run(page).response["violations"]
+        if item["impact"] in {"serious", "critical"}
+    ]
+    assert not serious, json.dumps(serious, indent=1)

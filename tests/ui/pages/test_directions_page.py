@@ -1,5 +1,7 @@
 """The Directions tab in a real browser."""
 
+import re
+
 import pytest
 from playwright.sync_api import expect
 from steps import Open, go_to
@@ -39,3 +41,4 @@ def test_hook_points_are_compared(visit: Open) -> None:
     page.locator("#directions-compare").get_by_role("button").first.click()
     page.locator("#directions-compare-go").click()
     expect(page.locator("fs-compared h3").first).to_contain_text("In both")
+    expect(page.locator("fs-compared .fs-lives").first).to_contain_text(re.compile(r"\d+ of \d+"))

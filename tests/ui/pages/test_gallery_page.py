@@ -18,6 +18,8 @@ def test_the_gallery_finds_opens_and_sends_a_feature_through_the_tabs(visit: Ope
     feature = card.get_attribute("data-feature")
     card.click()
     expect(page.locator("fs-feature article")).to_have_attribute("aria-label", f"Feature {feature}")
+    expect(page.locator("fs-feature .fs-help").first).to_be_visible()
+    expect(page.locator("fs-feature [title]")).to_have_count(0)  # what is needed is no tooltip
     page.get_by_role("button", name="Show in map").click()
     expect(page.locator("fs-near article")).to_have_attribute("aria-label", f"Feature {feature}")
     page.wait_for_selector("fs-map canvas")  # fetched beside the card; a report holds it once it is there

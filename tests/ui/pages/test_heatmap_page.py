@@ -94,8 +94,8 @@ def test_opacity_threshold_scale_and_steps_redraw_the_heat(visit: Open) -> None:
     seen.append(canvas_pixels(page))
     assert len(set(seen)) == len(seen)
     slider = page.get_by_label("Denoising step", exact=True)
-    frames = set()
-    for value in range(int(slider.get_attribute("max") or 0) + 1):
+    frames, last = set(), int(slider.get_attribute("max") or 0)
+    for value in (0, last // 2, last):
         slider.fill(str(value))
         frames.add(canvas_pixels(page))
     assert len(frames) > 1

@@ -12,6 +12,7 @@ from steps import (
     chosen,
     generate,
     go_to,
+    nothing_serious,
     turn,
     wait_until_turned,
 )
@@ -92,10 +93,10 @@ def test_a_feature_that_is_added_shows_its_picture_unturned_and_is_in_view(visit
     expect(page.locator(".fs-edit")).to_be_in_viewport()
 
 
-def test_the_old_result_is_dimmed_until_the_new_one_is_there(visit: Open) -> None:
+def test_the_old_pictures_are_dimmed_until_the_new_ones_are_there(visit: Open) -> None:
     page = visit()
     go_to(page, "Steer")
-    opacity = "getComputedStyle(document.querySelector('#steer-result')).opacity"
+    opacity = "getComputedStyle(document.querySelector('#steer-result :is(img, canvas)')).opacity"
     status = "document.querySelector('#steer-status fs-status').data"  # told by hand: a real run may end within a frame
     page.evaluate(f"{status} = {{ state: 'working', step: 3, n_steps: 20, makes: 'steer-result' }}")
     page.wait_for_function(f"{opacity} < 0.9", polling=50)
@@ -160,6 +161,10 @@ def test_one_name_is_put_in_place_of_another(visit: Open) -> None:
     assert labels[0] == old
     assert set(labels[1:]) == {new}
     expect(page.locator(".toast-body")).to_have_count(0)
+    expect(page.locator(".fs-words li").first).to_contain_text(f"“{old}” became “{new}”")
+    page.get_by_role("button", name="Undo the swap").click()
+    expect(page.locator(".fs-edit")).to_have_count(0)
+    expect(page.locator(".fs-starter").first).to_be_visible()
 
 
 def test_the_strip_shows_seven_strengths_and_draws_the_natural_range(visit: Open) -> None:
@@ -169,6 +174,8 @@ def test_the_strip_shows_seven_strengths_and_draws_the_natural_range(visit: Open
     page.locator("#steer-strip-go").click()
     expect(page.locator("fs-strip li")).to_have_count(7)
     expect(page.locator(".fs-edit .fs-hint").first).to_be_visible()
+    page.set_viewport_size(PHONE)  # the strip is scrolled sideways there
+    nothing_serious(page)
 
 
 def test_the_natural_range_goes_when_the_steps_of_an_edit_change(visit: Open) -> None:

@@ -3,6 +3,7 @@
 import page_server
 import pytest
 from gradio_client import Client
+from gradio_client.utils import Status
 from playwright.sync_api import expect
 from steps import PROMPT, Open, go_to
 
@@ -14,6 +15,8 @@ def test_who_waits_is_told_and_stops_at_once_while_others_paint(visit: Open, ser
     client = Client(served.url, verbose=False)
     asked = {"prompt": PROMPT, "num_inference_steps": 60, "limit": 1, "api_name": "/heatmap"}
     others = [client.submit(seed=7_000 + number, **asked) for number in range(3)]
+    while others[0].status().code in {Status.STARTING, Status.JOINING_QUEUE}:
+        page.wait_for_timeout(50)
     page.locator("#heatmap-prompt textarea").fill("a small blue star on a black background")
     page.locator("#heatmap-go").click()
     expect(page.locator(".fs-status")).to_contain_text("before you")

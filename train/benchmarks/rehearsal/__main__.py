@@ -28,12 +28,22 @@ from train.benchmarks.rehearsal.models import SCALES
 from train.benchmarks.rehearsal.page import measure_page
 
 STEP = 2
+LEAST_IMAGES = 10
+"""Every tenth collected image is held out, and without any `fit` fails."""
 PROMPT = "a red fox in the snow"
 Parts = dict[str, Callable[[], list[Timing]]]
 
 
 def main(config: RehearsalConfig) -> list[Timing]:
-    """Runs what is not done yet, prints the table, and deletes the scratch folder."""
+    """Runs what is not done yet, prints the table, and deletes the scratch folder.
+
+    Raises:
+        FluxSaeError: too few images, or a stage fails.
+    """
+    if config.n_images < LEAST_IMAGES:
+        raise FluxSaeError(
+            f"n_images is {config.n_images}; give at least {LEAST_IMAGES}, since every tenth is held out."
+        )
     folder = config.folder or Path(tempfile.gettempdir()) / f"fluxsae-rehearsal-{config.model}"
     notes = folder / "rehearsal.json"
     done = _load(notes, config)

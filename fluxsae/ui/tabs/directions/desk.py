@@ -1,6 +1,7 @@
 """What the Directions tab and /directions ask for: the map, what is near, and layers compared."""
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ class DirectionsDesk(Desk):
         """Every direction of a hook point on a plane, with the names of its neighbourhoods."""
         place = self._place(hookpoint)
         is_here = isinstance(selection, Mapping) and selection.get("hookpoint") == place
-        return {**self._map(place), "selected": selection["feature"] if is_here else None}
+        return {**self._map(place), "selected": selection.get("feature") if is_here else None}
 
     def near(self, selection: Any) -> dict[str, Any] | None:
         """What lies near the chosen feature."""
@@ -133,6 +134,7 @@ class DirectionsDesk(Desk):
             "mean": float(comparison.correlations.mean()) if len(comparison.correlations) else 0.0,
             "least": comparison.counterpart,
             "n_first": int(np.isfinite(comparison.best_first).sum()),
+            "names": self._names(comparison, one, two),
             "pairs": self._pairs(comparison, one, two),
             "only_first": self._alone(one, comparison.only_first),
             "n_only_first": len(comparison.only_first),
@@ -214,6 +216,29 @@ class DirectionsDesk(Desk):
             {"first": views.named(one, left), "second": views.named(two, right), "correlation": value}
             for left, right, value in [*first_of_kind, *others][:COMPARED]
         ]
+
+    def _names(self, comparison: LayerComparison, one: CardIndex, two: CardIndex) -> list[dict[str, Any]]:
+        """For the first one's best names: their features, how many of them live on, and the best one-to-one match."""
+        matches = {
+            int(left): (float(value), int(right))
+            for (left, right), value in zip(comparison.pairs, comparison.correlations, strict=True)
+        }
+        found = []
+        for features in itertools.islice(one.named().values(), COMPARED):
+            best = max((feature for feature in features if feature in matches), key=lambda f: matches[f], default=None)
+            if best is None:
+                continue
+            correlation, other = matches[best]
+            found.append(
+                {
+                    "n_features": len(features),
+                    "n_in_both": int((comparison.best_first[features] >= comparison.counterpart).sum()),
+                    "first": views.named(one, best),
+                    "second": views.named(two, other),
+                    "correlation": correlation,
+                }
+            )
+        return found
 
     def _alone(self, cards: CardIndex, features: np.ndarray) -> list[dict[str, Any]]:
         return [views.named(cards, feature) for feature in _best(cards, features)[:COMPARED]]

@@ -25,7 +25,7 @@ def build_directions_tab(desk: DirectionsDesk, shell: Shell, tab: gr.Tab) -> Non
             near = gr.HTML(
                 None,
                 html_template=element("fs-near"),
-                js_on_load=mount(select="select", steer="edit", gallery="expand"),
+                js_on_load=mount(select="select", steer="edit", page="expand"),
                 elem_id="directions-near",
             )
     if len(bench.hookpoints) > 1:

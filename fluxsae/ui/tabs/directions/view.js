@@ -223,28 +223,11 @@ FS.define("fs-map", (root, data) => {
         FS.el(
           "span",
           { class: "fs-row" },
-          FS.el("button", {
-            class: "fs-button fs-small",
-            type: "button",
-            text: "+",
-            "aria-label": "Zoom in",
-            onclick: () => zoom(1.4),
-          }),
-          FS.el("button", {
-            class: "fs-button fs-small",
-            type: "button",
-            text: "−",
-            "aria-label": "Zoom out",
-            onclick: () => zoom(1 / 1.4),
-          }),
-          FS.el("button", {
-            class: "fs-button fs-small",
-            type: "button",
-            text: "Whole map",
-            onclick: () => {
-              Object.assign(view, { x: 0, y: 0, zoom: 1 });
-              paint();
-            },
+          FS.button("+", () => zoom(1.4), { "aria-label": "Zoom in" }),
+          FS.button("−", () => zoom(1 / 1.4), { "aria-label": "Zoom out" }),
+          FS.button("Whole map", () => {
+            Object.assign(view, { x: 0, y: 0, zoom: 1 });
+            paint();
           }),
           FS.file(data.file, "CSV"),
         ),
@@ -265,7 +248,6 @@ FS.define("fs-map", (root, data) => {
 FS.define("fs-near", (root, data) => {
   const map = document.querySelector("fs-map");
   if (map && map.data && map.data.hookpoint === data.hookpoint && map.choose) map.choose(data.feature);
-  const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: data.feature });
   const report = () => {
     const shown = document.querySelector("fs-map");
     const chart = shown && shown.data && shown.data.hookpoint === data.hookpoint ? shown.querySelector("canvas") : null;
@@ -306,18 +288,7 @@ FS.define("fs-near", (root, data) => {
       FS.el(
         "div",
         { class: "fs-row" },
-        FS.el("button", {
-          class: "fs-button fs-small fs-primary",
-          type: "button",
-          text: "Steer with this",
-          onclick: () => go("steer"),
-        }),
-        FS.el("button", {
-          class: "fs-button fs-small",
-          type: "button",
-          text: "Open its page",
-          onclick: () => go("gallery"),
-        }),
+        FS.leads(root, { hookpoint: data.hookpoint, feature: data.feature }),
       ),
       data.alignment === null ? null : FS.el("p", {
         class: "fs-quiet",
@@ -352,6 +323,11 @@ FS.define("fs-near", (root, data) => {
 
 FS.define("fs-compared", (root, data) => {
   const side = (feature) => FS.nameLink(root, feature);
+  const pairOf = (pair) => [
+    side(pair.first),
+    FS.el("span", { class: "fs-quiet fs-num", text: pair.correlation.toFixed(2) }),
+    side(pair.second),
+  ];
   const alone = (title, features, n) =>
     FS.el(
       "section",
@@ -381,20 +357,36 @@ FS.define("fs-compared", (root, data) => {
         FS.el(
           "ul",
           { class: "fs-plain" },
-          data.pairs.map((pair) =>
-            FS.el(
-              "li",
-              { class: "fs-pair" },
-              side(pair.first),
-              FS.el("span", { class: "fs-quiet fs-num", text: pair.correlation.toFixed(2) }),
-              side(pair.second),
-            )
-          ),
+          data.pairs.map((pair) => FS.el("li", { class: "fs-pair" }, pairOf(pair))),
         ),
       ),
       alone(`Only in ${data.word_first}`, data.only_first, data.n_only_first),
       alone(`Only in ${data.word_second}`, data.only_second, data.n_only_second),
     ),
+    data.names.length
+      ? FS.el(
+        "section",
+        { class: "fs-block" },
+        FS.el("h3", { class: "fs-h", text: `Where the names of ${data.word_first} live on` }),
+        FS.el("p", {
+          class: "fs-quiet",
+          text:
+            `How many features of each name have a counterpart in ${data.word_second}, and the one that is matched best.`,
+        }),
+        FS.el(
+          "ul",
+          { class: "fs-plain" },
+          data.names.map((name) =>
+            FS.el(
+              "li",
+              { class: "fs-lives" },
+              FS.el("span", { class: "fs-num fs-quiet", text: `${name.n_in_both} of ${name.n_features}` }),
+              pairOf(name),
+            )
+          ),
+        ),
+      )
+      : null,
     FS.el("div", { class: "fs-row" }, FS.file(data.file, "All matches as CSV")),
   );
 });

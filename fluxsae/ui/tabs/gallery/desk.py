@@ -1,6 +1,7 @@
 """What the Gallery tab and its endpoints ask for, from the run folder alone."""
 
 import functools
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ from fluxsae.ui.tabs.gallery.words import WordsDesk
 
 PAGE = 24
 """Cards shown at first, and added by each "show more"."""
+TURNS = 32
+"""Different searches at a time: who asks first searches; those who ask the same meanwhile wait for what is found."""
 THUMBS = 3
 PICTURES = 8
 SORTS = {
@@ -47,6 +50,7 @@ class GalleryDesk(Desk):
     def __init__(self, bench: Workbench) -> None:
         super().__init__(bench)
         self.words = WordsDesk(bench)
+        self._turns = [threading.Lock() for _ in range(TURNS)]
 
     def answers(self) -> Answers:
         """/search_features, /feature and /silence."""
@@ -89,7 +93,8 @@ class GalleryDesk(Desk):
         self, request: SearchRequest, feature_class: str, coherent_only: bool, sort: str, start: int
     ) -> dict[str, Any]:
         cards = self.bench.cards[request.hookpoint]
-        reasons = self._found(request.hookpoint, request.query)
+        with self._turns[hash((request.hookpoint, request.query)) % TURNS]:
+            reasons = self._found(request.hookpoint, request.query)
         kept = _passing(cards, list(reasons), feature_class, coherent_only)
         page = _sorted(cards, kept, sort)[start : start + PAGE]
         asked = {"query": request.query, "hookpoint": request.hookpoint, "class": feature_class, "sort": sort}
@@ -99,7 +104,14 @@ class GalleryDesk(Desk):
             **views.thumb_grid(cards),
             "start": start,
             "summary": _summary_words(request.query, [reasons[feature] for feature in kept], len(cards)),
-            "cards": [{**self._card(cards, feature), "reason": reasons[feature]} for feature in page],
+            "cards": [
+                {
+                    **views.chip(cards, feature),
+                    "pictures": views.card_thumbs(cards, feature, limit=THUMBS),
+                    "reason": reasons[feature],
+                }
+                for feature in page
+            ],
             "more": f"Show {min(PAGE, left)} more of {left:,}" if left else None,
             "file": f"{self.files}/features.csv?{urlencode(asked)}",
             "code": self.code(SearchRequest, request.model_dump()),
@@ -151,9 +163,6 @@ class GalleryDesk(Desk):
         """Feature -> why it was found, best first; every feature for an empty query."""
         found = views.hits(self.bench, hookpoint, query, limit=self.limits.hookpoints[hookpoint])
         return {hit.feature: hit.reason for hit in found}
-
-    def _card(self, cards: CardIndex, feature: int) -> dict[str, Any]:
-        return {**views.chip(cards, feature), "pictures": views.card_thumbs(cards, feature, limit=THUMBS)}
 
 
 def _passing(cards: CardIndex, features: list[int], feature_class: str, coherent_only: bool) -> list[int]:

@@ -69,15 +69,10 @@ FS.define("fs-gallery", (root, data) => {
       FS.el(
         "div",
         { class: "fs-row fs-centre" },
-        FS.el("button", {
-          class: "fs-button",
-          type: "button",
-          text: data.more,
-          onclick: (event) => {
-            event.currentTarget.disabled = true; // until the next page is there
-            FS.emit(root, "more", {});
-          },
-        }),
+        FS.button(data.more, (event) => {
+          event.currentTarget.disabled = true; // until the next page is there
+          FS.emit(root, "more", {});
+        }, { class: "fs-button" }),
       ),
     );
   }
@@ -112,7 +107,12 @@ FS.facts = (facts) =>
     "dl",
     { class: "fs-stats" },
     facts.filter(Boolean).map(([term, value, help]) =>
-      FS.el("div", { title: help || "" }, FS.el("dt", { text: term }), FS.el("dd", { class: "fs-num", text: value }))
+      FS.el(
+        "div",
+        {},
+        FS.el("dt", {}, term, help ? FS.el("span", { class: "fs-help", text: help }) : null),
+        FS.el("dd", { class: "fs-num", text: value }),
+      )
     ),
   );
 
@@ -163,27 +163,12 @@ FS.define("fs-feature", (root, data) => {
         FS.el(
           "div",
           { class: "fs-row fs-wrap fs-tight" },
-          FS.el("button", {
-            class: "fs-button fs-primary",
-            type: "button",
-            text: "Steer with this",
-            onclick: () => go("steer"),
-          }),
-          FS.el("button", {
-            class: "fs-button",
-            type: "button",
-            text: "Show in map",
-            onclick: () => go("map"),
-          }),
-          FS.el("button", {
-            class: "fs-button",
-            type: "button",
-            text: "Close",
-            onclick: () => {
-              root.replaceChildren();
-              FS.emit(root, "close", {});
-            },
-          }),
+          FS.button("Steer with this", () => go("steer"), { class: "fs-button fs-primary" }),
+          FS.button("Show in map", () => go("map"), { class: "fs-button" }),
+          FS.button("Close", () => {
+            root.replaceChildren();
+            FS.emit(root, "close", {});
+          }, { class: "fs-button" }),
         ),
       ),
       FS.el("p", { text: data.sentence }),
@@ -213,17 +198,18 @@ FS.define("fs-feature", (root, data) => {
           ),
         )
         : null,
+      section("In numbers", null, FS.facts(data.facts)),
       FS.el(
         "div",
         { class: "fs-columns" },
-        section("In numbers", null, FS.facts(data.facts)),
         data.histogram.length
           ? section(
             "How strongly it fires",
             null,
             FS.columns(data.histogram, {
-              label: "Patches by activation (log scale)",
-              first: FS.number(data.histogram_edges[0]),
+              label: "Number of patches by activation (a step to the right multiplies it)",
+              unit: "patches",
+              first: `${FS.number(data.histogram_edges[0])} activation units`,
               last: FS.number(data.histogram_edges[data.histogram_edges.length - 1]),
               colour: data.colour,
             }),
@@ -234,7 +220,8 @@ FS.define("fs-feature", (root, data) => {
             "When it fires",
             null,
             FS.columns(data.step_profile, {
-              label: "Mean activation by denoising step",
+              label: "Mean activation of a patch by denoising step",
+              unit: "activation units",
               first: `step ${data.steps[0]}, noisy`,
               last: `step ${data.steps[data.steps.length - 1]}, clear`,
               colour: data.colour,
@@ -271,14 +258,11 @@ FS.define("fs-feature", (root, data) => {
         FS.el(
           "div",
           { class: "fs-row" },
-          FS.el("button", {
-            class: "fs-button",
-            type: "button",
-            text: `Which word silences it? (${data.silencing})`,
-            "aria-label": "Which word silences it?",
-            disabled: !data.silencing,
-            onclick: () => FS.emit(root, "why", { hookpoint: data.hookpoint, feature: data.feature }),
-          }),
+          FS.button(
+            `Which word silences it? (${data.silencing})`,
+            () => FS.emit(root, "why", { hookpoint: data.hookpoint, feature: data.feature }),
+            { class: "fs-button", "aria-label": "Which word silences it?", disabled: !data.silencing },
+          ),
         ),
       ),
     ),

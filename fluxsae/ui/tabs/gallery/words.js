@@ -5,10 +5,10 @@ FS.define("fs-silence", (root, data) => {
   const best = data.without[0];
   const left = (word) => FS.percent(Math.max(0, word.left));
   const verdict = best.left <= 0.1
-    ? `Without “${best.word}” the feature is silent.`
+    ? `In this image the feature is silent without “${best.word}”.`
     : best.left <= 0.6
-    ? `It depends most on “${best.word}”: without it, ${left(best)} of its activation remains.`
-    : `No single word silences it: without “${best.word}”, ${left(best)} of its activation remains.`;
+    ? `In this image it depends most on “${best.word}”: without it, ${left(best)} of its peak remains.`
+    : `In this image no single word silences it: without “${best.word}”, ${left(best)} of its peak remains.`;
   const figure = (picture, ...caption) => {
     const canvas = FS.el("canvas", {
       class: "fs-picture",
@@ -41,7 +41,7 @@ FS.define("fs-silence", (root, data) => {
         class: "fs-quiet",
         text: `Feature ${data.feature}, ${
           FS.title(data)
-        }; its best image, “${data.prompt}”, seed ${data.seed}, and the same without each word. Bars show how much of its peak is left.`,
+        }; its best image, “${data.prompt}”, seed ${data.seed}, and the same without each word. Bars show how much of its peak is left. This is one image: in others it may depend on other words.`,
       }),
       FS.el(
         "div",

@@ -1,3 +1,5 @@
+// Difference of two peaks, as a share of the feature's maximum, from which something is said to differ.
+const LEAST_TILT = 0.1;
 // Two prompts side by side: what fires in one and not in the other.
 FS.define("fs-diff", (root, data) => {
   const canvases = data.images.map(() =>
@@ -58,6 +60,10 @@ FS.define("fs-diff", (root, data) => {
       );
     }),
   );
+  const most = Math.max(0, ...data.features.map(({ relatives }) => Math.abs(relatives[1] - relatives[0])));
+  const heading = most < LEAST_TILT
+    ? `Nothing differs: no feature's peak by ${FS.percent(LEAST_TILT)} of its maximum`
+    : "What differs most";
   root.append(
     FS.el(
       "section",
@@ -70,7 +76,7 @@ FS.define("fs-diff", (root, data) => {
           FS.el("figure", { class: "fs-figure" }, canvas, FS.el("figcaption", { text: `“${data.images[at].prompt}”` }))
         ),
       ),
-      FS.el("h3", { class: "fs-h", text: "What differs most" }),
+      FS.el("h3", { class: "fs-h", text: heading }),
       FS.el("p", {
         class: "fs-quiet",
         text:

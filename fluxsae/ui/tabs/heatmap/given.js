@@ -46,7 +46,7 @@ FS.define("fs-given", (root, data) => {
     "aria-label": "Caption of your picture, optional",
   });
   const read = () => FS.emit(root, "read", { picture: state.url, caption: caption.value });
-  const again = FS.el("button", { class: "fs-button fs-small", type: "button", text: "Read again", onclick: read });
+  const again = FS.button("Read again", read);
   const captioned = FS.el(
     "div",
     { class: "fs-captioned", hidden: true },
@@ -101,12 +101,7 @@ FS.define("fs-given", (root, data) => {
         { class: "fs-row fs-wrap fs-tight" },
         FS.el("span", { text: "Or your own picture:" }),
         input,
-        FS.el("button", {
-          class: "fs-button fs-small",
-          type: "button",
-          text: "Choose a picture",
-          onclick: () => input.click(),
-        }),
+        FS.button("Choose a picture", () => input.click()),
         FS.el("span", { class: "fs-quiet", text: "drop or paste one, or try" }),
         FS.el("span", { class: "fs-row fs-tight" }, samples),
       ),

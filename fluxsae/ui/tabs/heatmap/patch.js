@@ -18,12 +18,7 @@ FS.patch = (root, data) => {
       "div",
       { class: "fs-row fs-between" },
       FS.el("h2", { class: "fs-h", text: `Patch in row ${data.row}, column ${data.column}` }),
-      FS.el("button", {
-        class: "fs-button fs-small",
-        type: "button",
-        text: "Close",
-        onclick: () => root.tellPatch(null),
-      }),
+      FS.button("Close", () => root.tellPatch(null)),
     ),
     FS.el("p", {
       class: "fs-quiet",

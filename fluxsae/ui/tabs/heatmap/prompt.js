@@ -16,12 +16,7 @@ FS.withWord = (text, caret, { word, phrase, kin }) => {
 FS.define("fs-vocabulary", (root, data) => {
   const box = () => document.querySelector(`#${data.prompt} textarea`);
   const chip = (word, phrase, kin) =>
-    FS.el("button", {
-      class: "fs-button fs-small",
-      type: "button",
-      text: word,
-      onclick: () => FS.setText(box(), FS.withWord(box().value, box().selectionStart, { word, phrase, kin })),
-    });
+    FS.button(word, () => FS.setText(box(), FS.withWord(box().value, box().selectionStart, { word, phrase, kin })));
   root.append(
     FS.el(
       "div",

@@ -79,7 +79,6 @@ FS.define("fs-lab", (root, data) => {
     const [row, column] = cell || [null, null];
     FS.emit(root, "why", { feature: view.feature, step: stepNow(), row, column });
   };
-  const go = (where) => FS.emit(root, where, { hookpoint: data.hookpoint, feature: view.feature, picture });
   const tellWhy = () => {
     const why = root.why;
     const isShown = isOf(why) && why.feature === view.feature && why.asked_step === stepNow();
@@ -136,31 +135,10 @@ FS.define("fs-lab", (root, data) => {
       FS.el(
         "span",
         { class: "fs-row" },
-        FS.el("button", {
-          class: "fs-button fs-small fs-primary",
-          type: "button",
-          text: "Steer with this",
-          onclick: () => go("steer"),
-        }),
-        FS.el("button", {
-          class: "fs-button fs-small",
-          type: "button",
-          text: "Open its page",
-          onclick: () => go("page"),
-        }),
-        FS.el("button", {
-          class: "fs-button fs-small",
-          type: "button",
-          text: "Why does it fire?",
-          onclick: () => askWhy(null),
-        }),
+        FS.leads(root, { hookpoint: data.hookpoint, feature: view.feature, picture }),
+        FS.button("Why does it fire?", () => askWhy(null)),
         view.pinned
-          ? FS.el("button", {
-            class: "fs-button fs-small",
-            type: "button",
-            text: `Why at row ${view.asked[0]}, column ${view.asked[1]}?`,
-            onclick: () => askWhy(view.asked),
-          })
+          ? FS.button(`Why at row ${view.asked[0]}, column ${view.asked[1]}?`, () => askWhy(view.asked))
           : null,
         whyWaits,
       ),
@@ -392,26 +370,20 @@ FS.define("fs-lab", (root, data) => {
       slider.input.value = String(value);
       slider.input.dispatchEvent(new Event("input"));
     };
-    const play = FS.el("button", {
-      class: "fs-button fs-small",
-      type: "button",
-      text: "Play",
-      "aria-label": "Play the denoising steps",
-      onclick: async () => {
-        if (timer) return end();
-        play.textContent = "Stop";
-        await Promise.all(Object.values(data.previews).map((url) => FS.image(url).catch(() => null)));
-        let now = 0;
-        timer = setInterval(() => {
-          now += 1;
-          if (!root.isConnected || now > shownSteps.length) {
-            now = 0;
-            end();
-          }
-          show(now);
-        }, PLAY_MILLISECONDS);
-      },
-    });
+    const play = FS.button("Play", async () => {
+      if (timer) return end();
+      play.textContent = "Stop";
+      await Promise.all(Object.values(data.previews).map((url) => FS.image(url).catch(() => null)));
+      let now = 0;
+      timer = setInterval(() => {
+        now += 1;
+        if (!root.isConnected || now > shownSteps.length) {
+          now = 0;
+          end();
+        }
+        show(now);
+      }, PLAY_MILLISECONDS);
+    }, { "aria-label": "Play the denoising steps" });
     steps = FS.el("div", { class: "fs-row fs-steps" }, slider, play);
   }
 

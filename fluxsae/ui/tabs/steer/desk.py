@@ -8,9 +8,9 @@ from typing import Any
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import best_example
-from fluxsae.features.vocabulary import NameKinds
+from fluxsae.features.vocabulary import NameKinds, has_name
 from fluxsae.flux.hookpoints import HookPoint
-from fluxsae.steering.edits import SteeringEdit, load_recipes, png_bytes, with_features
+from fluxsae.steering.edits import Recipe, SteeringEdit, load_recipes, png_bytes, with_features
 from fluxsae.ui.kit import views
 from fluxsae.ui.kit.desk import Desk, Events, Picture, then
 from fluxsae.ui.kit.snippets import PICTURE
@@ -160,15 +160,37 @@ class SteerDesk(Desk):
         return (*request.made_from, self.sliders.page_of(request.edits))
 
     def loaded(self, path: str) -> Filled:
-        """What a recipe file fills the tab with."""
+        """What a recipe file fills the tab with.
+
+        Raises:
+            FluxSaeError: no recipe, one of several images, or one that would make another image here.
+        """
         try:
-            recipe = load_recipes(Path(path))[0]
+            recipes = load_recipes(Path(path))
         except FluxSaeError as error:  # without this machine's folders
             name = Path(path).name
             raise FluxSaeError(f"{name} is no recipe of fluxsae: {str(error).replace(path, name)}") from error
+        if len(recipes) > 1:
+            raise FluxSaeError(
+                f"This file holds {len(recipes)} recipes, and the page shows one. Give one in a file of its own."
+            )
+        recipe = recipes[0]
+        self._check_recipe(recipe)
         edits, steps = [edit.to_dict() for edit in recipe.edits], recipe.settings.num_inference_steps
         given = {"prompt": recipe.prompt, "seed": recipe.seed, "num_inference_steps": steps, "edits": edits}
         return self.linked(given)
+
+    def _check_recipe(self, recipe: Recipe) -> None:
+        """Refuses a recipe of another FLUX, SAE or settings than this page's."""
+        found = recipe.differences(self.bench.info.identity, self.bench.fingerprints)
+        here = self.bench.settings(recipe.settings.num_inference_steps).to_dict()
+        settings = {name: value for name, value in recipe.settings.to_dict().items() if value != here[name]}
+        told = [*found.values(), *(f"{name} is {here[name]!r}, not {value!r}" for name, value in settings.items())]
+        if told:
+            raise FluxSaeError(
+                f"This recipe was made elsewhere: {'; '.join(told)}. Open it on the page of the run where it was made, "
+                "or make its image in Python: fluxsae.steering.sweeps.reproduce(pipe, saes, recipe)."
+            )
 
     def matches(self, query: Any) -> dict[str, Any] | None:
         """The sliders that a search finds, to choose from; None without a query."""
@@ -224,7 +246,7 @@ class SteerDesk(Desk):
         # where nothing is turned all are one image until the last step
         edits = request.edits if is_turned else ()
         has_control = wants_control or not self.bench.is_slow
-        swap = page.get("unread") if isinstance(page, Mapping) else None
+        swap = {key: page.get(key) for key in ("read", "unread")} if isinstance(page, Mapping) else {}
         made = self._made([(), *[edits] * (1 + has_control)], request, control=2 if has_control else -1)
         return then(made, lambda steered: self._result(request, steered, sliders, swap))
 
@@ -250,6 +272,12 @@ class SteerDesk(Desk):
         found = [edit["label"] for starter in self.starters[:1] for edit in starter["edits"][:2]]
         return found if len(set(found)) == 2 and all(name in self.names for name in found) else None
 
+    def replaceable(self, prompt: Any, name: Any) -> tuple[list[str], Any]:
+        """The names, those that the prompt has first; and the one on screen, or the first where the prompt lacks it."""
+        said = [other for other in self.names if has_name(str(prompt), other)]
+        others = [other for other in self.names if other not in said]
+        return [*said, *others], name if name in said or not said else said[0]
+
     def kin(self, name: Any) -> list[str]:
         """The names that are used like one in the run's prompts; all others where none is."""
         alike = self._kinds.alike(str(name), least=ALIKE)
@@ -265,22 +293,24 @@ class SteerDesk(Desk):
         request = SwapRequest.parse(self.limits, prompt=prompt, old=old, new=new, seed=seed, num_inference_steps=steps)
 
         def fill(found: FoundSwap) -> Filled:
-            unread = None if found.is_read else [request.old, request.new]
-            return (*request.made_from, {**self.sliders.page_of(found.edits), "unread": unread})
+            told = {"unread": None, "read": None, "read" if found.is_read else "unread": [request.old, request.new]}
+            return (*request.made_from, {**self.sliders.page_of(found.edits), **told})
 
         return then(self.bench.cached(self._swap_job(request)), fill)
 
     def swap_on(  # noqa: PLR0917 - the order of the tab's inputs
         self, prompt: Any, seed: Any, steps: Any, old: Any, new: Any, page: Any
     ) -> Events[Filled]:
-        """As `swap`, of an image that FLUX makes.
+        """As `swap`, of an image that FLUX makes; the sliders of before come along, to be put back.
 
         Raises:
             FluxSaeError: the page steers a visitor's own picture.
         """
         if _given(page):
             raise FluxSaeError("Swap works on images that FLUX makes. Move the sliders to steer your own picture.")
-        return self.swap(prompt, seed, steps, old, new)
+        undo = self.sliders.sent(page, steps)
+        swapped = self.swap(prompt, seed, steps, old, new)
+        return then(swapped, lambda filled: (*filled[:-1], {**filled[-1], "undo": undo}))
 
     # How it is done
 
@@ -349,7 +379,7 @@ class SteerDesk(Desk):
         return max(reversed(self.bench.hookpoints), key=best)
 
     def _result(
-        self, request: SteerRequest, steered: Steered, sliders: Sequence[Mapping[str, Any]], swap: Any
+        self, request: SteerRequest, steered: Steered, sliders: Sequence[Mapping[str, Any]], swap: Mapping[str, Any]
     ) -> dict[str, Any]:
         before, after, *random = steered.images
         is_own, png = request.picture is not None, png_bytes(after, [steered.recipes[1]] * (request.picture is None))
@@ -369,14 +399,17 @@ class SteerDesk(Desk):
             "before": views.image_url(before, is_own=is_own),
             "after": views.image_url(after, is_own=is_own),
             "random": views.image_url(random[0], is_own=is_own) if random else None,
-            "words": words.result_words(list(zip(sliders, request.edits, strict=True))),
+            "words": [
+                *words.read_words(swap.get("read"), self.names),
+                *words.result_words(list(zip(sliders, request.edits, strict=True))),
+            ],
             "measurement": measured[0],
             "random_measurement": measured[1],
             "png": made_url(png, kind="png") if request.picture is None else views.data_url(png, kind="png"),
             "recipe": recipe.to_dict() if request.picture is None else None,
             "notices": [
                 *views.notices(steered.unread, before),
-                *words.unread_notice(swap, self.names),
+                *words.unread_notice(swap.get("unread"), self.names),
                 *words.unnatural_notice(request.edits, steered),
                 *words.faint_notice(request.edits, steered),
             ],

@@ -22,6 +22,8 @@ MAX_AMPLIFY: Final = 1.0
 """The right end of a slider: multiples of the feature's usual strength that are added."""
 MAX_SLIDERS: Final = 6
 SUGGESTED: Final = 14
+MAX_PRESENT: Final = 32
+"""Features of a name, best ranked first, that tell whether an image shows it; a large run has hundreds."""
 
 
 class Sliders:
@@ -46,14 +48,23 @@ class Sliders:
         }
 
     def page_of(self, edits: Sequence[SteeringEdit]) -> dict[str, Any]:
-        """The sliders that stand for edits."""
-        return self.page([self.slider_of(edit) for edit in edits[:MAX_SLIDERS]])
+        """The sliders that stand for edits.
+
+        Raises:
+            FluxSaeError: there are more than the page holds, or no slider stands for one.
+        """
+        if len(edits) > MAX_SLIDERS:
+            raise FluxSaeError(
+                f"There are {len(edits)} edits, and the page holds at most {MAX_SLIDERS} features on sliders. Use the "
+                "/steer endpoint, which takes more."
+            )
+        return self.page([self.slider_of(edit) for edit in edits])
 
     def slider(self, hookpoint: str, feature: int) -> dict[str, Any]:
         """A slider in its middle."""
         card = views.chip(self.bench.cards[hookpoint], feature)
         label = card.get("label") or ""
-        present = Condition(tuple(self.named(hookpoint).get(label, (feature,))), label=label)
+        present = Condition(tuple(self.named(hookpoint).get(label, (feature,))[:MAX_PRESENT]), label=label)
         fresh = {"turn": 0.0, "steps": None, "region": None, "when": None, "present": present.to_dict()}
         return {**card, **fresh, "word": self.bench.word(hookpoint)}
 

@@ -153,7 +153,9 @@ def run_origin(bench: Workbench) -> Any:
 
     repo, _, revision = (EMBEDDED_RUN if bench.source == EMBEDDED else bench.name).partition("@")
     saes = tuple(
-        SaeSource(SaeName.parse(name), repo, bench.run.sae_subfolder(name), revision or None)
+        SaeSource(
+            SaeName.parse(name), repo, bench.run.sae_subfolder(name), revision or None, bench.fingerprints.get(name)
+        )
         for name in bench.hookpoints
     )
     return Origin(bench.info.flux_id, bench.info.flux_revision, saes)

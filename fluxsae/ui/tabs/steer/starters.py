@@ -54,7 +54,7 @@ def _clear(swapped: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mapping[str, Any]) -> dict[str, Any] | None:
     """A starter that puts one name in place of another; None if no slider stands for it, or nobody would see it."""
     try:
-        recipe = Recipe.from_dict(swap["recipe"])
+        recipe = _own_recipe(bench, swap["recipe"])
         made = _starter(recipe, slider_of, _pictures(bench.run.demo_image_path(hookpoint, swap["image"]), 2), 0, 1)
         old, new = str(swap["label"]), str(swap["new_label"])
         score, collateral = float(swap["score"]["score"]), float(swap["score"]["collateral"])
@@ -78,9 +78,10 @@ def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mappin
 def _less(bench: Workbench, slider_of: SliderOf, hookpoint: str, demo: Mapping[str, Any]) -> dict[str, Any] | None:
     """A starter that suppresses a feature; what is added everywhere, as the demo does too, spills over."""
     try:
-        recipe = Recipe.from_dict(demo["recipes"]["less"])
+        recipe = _own_recipe(bench, demo["recipes"]["less"])
         made = _starter(recipe, slider_of, _pictures(bench.run.demo_image_path(hookpoint, demo["image"]), 3), 1, 0)
-        panels = [_panel(Recipe.from_dict(dict(demo["recipes"][side]))) for side in ("less", "before", "more")]
+        recipes = [Recipe.from_dict(dict(demo["recipes"][side])) for side in ("less", "before", "more")]
+        panels = ["; ".join(map(short_words, recipe.edits)) for recipe in recipes]
         clear, label_less = clarity(demo["score"]), demo["score"].get("label_less")
     except (KeyError, TypeError, ValueError, FluxSaeError) as error:
         log.warning("a demo of %s is passed over: %s", hookpoint, error)
@@ -98,6 +99,15 @@ def _less(bench: Workbench, slider_of: SliderOf, hookpoint: str, demo: Mapping[s
         "clarity": clear,
         "gone": None if label_less is None else -label_less,
     }
+
+
+def _own_recipe(bench: Workbench, values: Any) -> Recipe:
+    """The recipe, if it was made with this run's SAEs."""
+    recipe = Recipe.from_dict(values)
+    other = recipe.differences(bench.info.identity, bench.fingerprints).get("sae")
+    if other:
+        raise FluxSaeError(f"{other}.")
+    return recipe
 
 
 def _starter(
@@ -126,8 +136,3 @@ def _pictures(path: Path, count: int) -> list[Image.Image]:
         return []
     with Image.open(path) as strip:
         return split_pictures(strip.convert("RGB"), count)
-
-
-def _panel(recipe: Recipe) -> str:
-    """What was done in one picture of a demo."""
-    return "; ".join(map(short_words, recipe.edits))

@@ -41,7 +41,7 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
                 js_on_load=mount(turn="input", begin="submit"),
                 elem_id="steer-edits",
             )
-            old, new, swap_go, swap_status = _swap_row(desk, tab)
+            old, new, swap_go, swap_status = _swap_row(desk, tab, prompt)
             with gr.Row():
                 find = gr.Textbox(
                     label="Find a feature",
@@ -61,8 +61,8 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
                 )
             found = gr.HTML(None, html_template=element("fs-found"), js_on_load=mount(), elem_id="steer-found")
             with gr.Row():
-                go = gr.Button("Steer", variant="primary", elem_id="steer-go")
-                strip_go = gr.Button("Compare strengths", elem_id="steer-strip-go")
+                go = gr.Button("Steer", variant="primary", min_width=100, elem_id="steer-go")
+                strip_go = gr.Button("Compare strengths", min_width=190, elem_id="steer-strip-go")
                 stop = gr.Button("Stop", elem_id="steer-stop", elem_classes="fs-stop", min_width=70)
             costs = gr.HTML(elem_id="steer-costs")
         with gr.Column(scale=6, min_width=300):
@@ -124,7 +124,7 @@ def _tell_costs(desk: SteerDesk, shell: Shell, costs: gr.HTML, runs: list[Any]) 
         run.success(cost, None, costs, **QUIET)
 
 
-def _swap_row(desk: SteerDesk, tab: gr.Tab) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button, gr.HTML]:
+def _swap_row(desk: SteerDesk, tab: gr.Tab, prompt: gr.Textbox) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button, gr.HTML]:
     """What goes, what comes in its place, the button and its progress; not shown where there are no two names."""
     names = list(desk.names)
     old, new = desk.first_swap() or names[:2] if len(names) > 1 else (None, None)
@@ -141,5 +141,11 @@ def _swap_row(desk: SteerDesk, tab: gr.Tab) -> tuple[gr.Dropdown, gr.Dropdown, g
         status = gr.HTML(IDLE, html_template=element("fs-status"), js_on_load=mount())
     # names of one kind are found when the tab is opened: of 20,000 prompts that takes seconds
     tab.select(guarded(lambda name, other: gr.Dropdown(desk.kin_with(name, other))), [one, other], other, **QUEUED)
+
+    def offer(prompt: Any, name: Any) -> Any:
+        choices, chosen = desk.replaceable(prompt, name)
+        return gr.Dropdown(choices, value=chosen)
+
+    gr.on([tab.select, prompt.blur], guarded(offer), [prompt, one], one, **QUIET)
     one.change(lambda name: gr.Dropdown(desk.kin(name), value=desk.kin(name)[0]), one, other, **QUEUED)
     return one, other, go, status

@@ -33,9 +33,17 @@ FS.naturalOf = (picture) => {
 
 FS.define("fs-edits", (root, data) => {
   if (data.starters) FS.starters = data.starters; // they come with the page, not with every slider
-  const state = { edits: data.edits, given: data.given || null }, unfolded = new WeakSet();
+  const state = { edits: data.edits, given: data.given || null, undo: data.undo || null }, unfolded = new WeakSet();
   const keep = () =>
-    root.keep({ ...data, starters: undefined, unread: undefined, edits: state.edits, given: state.given });
+    root.keep({
+      ...data,
+      starters: undefined,
+      unread: undefined,
+      read: undefined,
+      undo: undefined,
+      edits: state.edits,
+      given: state.given,
+    });
   const tell = () => {
     keep();
     FS.emit(root, "turn");
@@ -114,16 +122,10 @@ FS.define("fs-edits", (root, data) => {
           FS.el("strong", { class: "fs-label", text: FS.title(edit) }),
           FS.el("span", { class: "fs-quiet fs-num", text: `#${edit.feature}, ${edit.word}` }),
         ),
-        FS.el("button", {
-          class: "fs-button fs-small",
-          type: "button",
-          text: "Remove",
-          "aria-label": `Remove ${FS.title(edit)}`,
-          onclick: () => {
-            state.edits = state.edits.filter((other) => other !== edit);
-            changed(true);
-          },
-        }),
+        FS.button("Remove", () => {
+          state.edits = state.edits.filter((other) => other !== edit);
+          changed(true);
+        }, { "aria-label": `Remove ${FS.title(edit)}` }),
       ),
       FS.el("div", { class: "fs-turnbox" }, track(edit), slider),
       FS.el(
@@ -154,14 +156,9 @@ FS.define("fs-edits", (root, data) => {
           bound(0, "First step edited"),
           FS.el("span", { class: "fs-quiet", text: "to before" }),
           bound(1, "Step at which the edit ends"),
-          FS.el("button", {
-            class: "fs-button fs-small",
-            type: "button",
-            text: "as trained",
-            onclick: () => {
-              edit.steps = null;
-              changed(true);
-            },
+          FS.button("as trained", () => {
+            edit.steps = null;
+            changed(true);
           }),
         ),
         FS.el(
@@ -219,14 +216,9 @@ FS.define("fs-edits", (root, data) => {
     );
   };
   const back = () =>
-    FS.el("button", {
-      class: "fs-button fs-small",
-      type: "button",
-      text: "Use the prompt instead",
-      onclick: () => {
-        state.given = null;
-        changed(true);
-      },
+    FS.button("Use the prompt instead", () => {
+      state.given = null;
+      changed(true);
     });
   const draw = () => {
     root.replaceChildren(
@@ -297,20 +289,26 @@ FS.define("fs-edits", (root, data) => {
           ? FS.el(
             "div",
             { class: "fs-row" },
-            FS.el("button", {
-              class: "fs-button fs-small",
-              type: "button",
-              text: "Reset sliders",
-              onclick: () => {
-                state.edits.forEach((edit) => {
-                  edit.turn = 0;
-                  edit.steps = null;
-                  edit.region = null;
-                  edit.when = null;
-                });
-                changed(true);
-              },
+            FS.button("Reset sliders", () => {
+              state.edits.forEach((edit) => {
+                edit.turn = 0;
+                edit.steps = null;
+                edit.region = null;
+                edit.when = null;
+              });
+              changed(true);
             }),
+            state.undo
+              ? FS.el("button", {
+                class: "fs-button fs-small",
+                type: "button",
+                text: "Undo the swap",
+                onclick: () => {
+                  Object.assign(state, { edits: state.undo, undo: null });
+                  changed(true);
+                },
+              })
+              : null,
           )
           : null,
       ),
@@ -566,36 +564,25 @@ FS.define("fs-result", (root, data) => {
   const editor = () => document.querySelector("fs-edits");
   const had = FS.natural.ranges.size;
   if (had && !FS.naturalOf(data.picture).size && editor()) editor().redraw();
-  const painter = FS.el("button", {
-    class: "fs-button fs-small",
-    type: "button",
-    text: "Paint where it acts",
-    "aria-pressed": "false",
-    onclick: () => {
-      view.painting = !view.painting;
-      painter.setAttribute("aria-pressed", String(view.painting));
-      painter.textContent = view.painting ? "Use this region" : "Paint where it acts";
-      grid.hidden = !view.painting;
-      range.hidden = view.painting;
-      if (view.painting) {
-        paint();
-        grid.focus();
-        return;
-      }
-      later.hidden = true;
-      if (stroked && editor() && editor().applyRegion) editor().applyRegion(region());
-      stroked = false;
-    },
-  });
-  const everywhere = FS.el("button", {
-    class: "fs-button fs-small",
-    type: "button",
-    text: "Everywhere",
-    onclick: () => {
-      mask.fill(0);
+  const painter = FS.button("Paint where it acts", () => {
+    view.painting = !view.painting;
+    painter.setAttribute("aria-pressed", String(view.painting));
+    painter.textContent = view.painting ? "Use this region" : "Paint where it acts";
+    grid.hidden = !view.painting;
+    range.hidden = view.painting;
+    if (view.painting) {
       paint();
-      if (editor() && editor().applyRegion) editor().applyRegion(null);
-    },
+      grid.focus();
+      return;
+    }
+    later.hidden = true;
+    if (stroked && editor() && editor().applyRegion) editor().applyRegion(region());
+    stroked = false;
+  }, { "aria-pressed": "false" });
+  const everywhere = FS.button("Everywhere", () => {
+    mask.fill(0);
+    paint();
+    if (editor() && editor().applyRegion) editor().applyRegion(null);
   });
 
   const download = (name, href, text) => FS.el("a", { class: "fs-button fs-small", href, download: name, text });
@@ -622,8 +609,8 @@ FS.define("fs-result", (root, data) => {
     if (!data.recipe) return;
     const { prompt, seed, settings, batch, index } = asked();
     recipe.href = recipeFile(asked());
-    FS.packView({ tab: "steer", prompt, edits: batch[index], seed, num_inference_steps: settings.num_inference_steps })
-      .then((text) => (data.link = text));
+    const view = { prompt, edits: batch[index], seed, num_inference_steps: settings.num_inference_steps };
+    FS.packView({ tab: "steer", saes: data.saes, ...view }).then((text) => (data.link = text));
   };
   root.append(
     FS.el(
@@ -643,12 +630,7 @@ FS.define("fs-result", (root, data) => {
         "div",
         { class: "fs-row fs-wrap" },
         data.measurement && !data.random &&
-          FS.el("button", {
-            class: "fs-button fs-small",
-            type: "button",
-            text: "Compare with a random direction (makes 3 images)",
-            onclick: () => FS.emit(root, "control", {}),
-          }),
+          FS.button("Compare with a random direction (makes 3 images)", () => FS.emit(root, "control", {})),
         data.measurement && data.random &&
           FS.toggle({
             label: "Right half",
@@ -778,7 +760,7 @@ FS.define("fs-strip", (root, data) => {
       FS.el("h3", { class: "fs-h", text: `${data.label || `Feature ${data.feature}`} at seven strengths` }),
       FS.el(
         "ol",
-        { class: "fs-cells" },
+        { class: "fs-cells", tabIndex: 0, "aria-label": "Images at seven strengths" }, // scrolled sideways on a phone
         data.cells.map((cell) =>
           FS.el(
             "li",

@@ -86,6 +86,14 @@ def common_region(edits: Sequence[SteeringEdit]) -> Any:
     return edits[0].to_dict()["region"] if len(regions) == 1 else None
 
 
+def read_words(swap: Any, names: Container[str]) -> list[str]:
+    """What a swap, (old name, new name), did that CLIP reads."""
+    match swap:
+        case [old, new] if old in names and new in names:
+            return [f"“{old}” became “{new}”: CLIP recognises it in this image."]
+    return []
+
+
 def unread_notice(swap: Any, names: Container[str]) -> list[str]:
     """What to say of a swap, (old name, new name), that CLIP does not read."""
     match swap:
