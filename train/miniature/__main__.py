@@ -4,7 +4,7 @@ python -m train.miniature                                     every stage in ord
 python -m train.miniature --flow-minutes 1                    end the flow stage where it stands, and go on
 torchrun --nproc-per-node 2 -m train.miniature                the same in two processes, each with its own batches
 python -m train.miniature --action export --output runs/new   write the averages as they are, guidance not distilled
-    python -m train.miniature --action examine                    500 prompts never trained on, read back
+python -m train.miniature --action examine                    500 prompts never trained on, read back
 
 The flow stage keeps a constant rate until `flow_minutes` are over; a larger number prolongs it, as long as no later
 stage has begun. While a file PAUSE lies in `checkpoints`, training waits.

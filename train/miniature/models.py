@@ -204,8 +204,13 @@ def assemble_pipeline(generator: nn.ModuleDict, autoencoder: AutoencoderTiny) ->
 def save_flux(pipe: FluxPipeline, folder: Path) -> None:
     """Write the pipeline folder: transformer and autoencoder in fp16, the tiny text encoders in fp32.
 
-    Text encoders load in the precision they were saved in, whatever the transformer's is; fp32 fits any.
+    Text encoders load in the precision they were saved in, whatever the transformer's is; fp32 fits any. Where the parts
+    were loaded from is not written.
     """
+    for part in (pipe.transformer, pipe.vae):
+        part.register_to_config(_name_or_path="")
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        encoder.config._name_or_path = ""
     pipe.transformer.half()
     pipe.vae.half()
     pipe.save_pretrained(folder)

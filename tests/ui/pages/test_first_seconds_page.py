@@ -51,12 +51,12 @@ def test_the_first_story_is_above_the_fold_and_one_slider_turns_the_colour_at_on
 def test_words_that_the_miniature_knows_are_put_into_the_prompt_in_place_of_their_kind(visit: Open) -> None:
     page = visit()
     box = page.locator("#heatmap-prompt textarea")
-    box.fill("a red star and a green cross")
+    box.fill("a red star and a green cat")
     box.evaluate("box => box.setSelectionRange(24, 24)")
     page.locator("fs-vocabulary").get_by_role("button", name="blue").click()
-    expect(box).to_have_value("a red star and a blue cross")
+    expect(box).to_have_value("a red star and a blue cat")
     page.locator("fs-vocabulary").get_by_role("button", name="left").click()
-    expect(box).to_have_value("a red star and a blue cross on the left")
+    expect(box).to_have_value("a red star and a blue cat on the left")
 
 
 def test_another_prompt_has_another_seed_unless_it_is_kept_or_typed(visit: Open) -> None:
@@ -89,7 +89,7 @@ def test_painting_is_seen_step_by_step_with_heat_and_can_be_played_again(visit: 
     page.evaluate(
         "() => { window.seen = []; document.addEventListener('fs-seen', event => window.seen.push(event.detail)); }"
     )
-    generate(page, "a large green striped ring on a white background")  # what was made before would come at once
+    generate(page, "a large green striped fish on a white background")  # what was made before would come at once
     page.wait_for_function("window.seen.at(-1) === null")
     steps = [view["step"] for view in page.evaluate("window.seen") if view]
     assert len(steps) >= 10
