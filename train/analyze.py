@@ -54,11 +54,11 @@ def main(config: AnalyzeConfig) -> StageResult:
 
 def _analyze(config: AnalyzeConfig, run: RunFolder, names: Sequence[str]) -> None:
     from fluxsae.features.analysis import class_counts, describe_features
-    from fluxsae.features.scores import ScoreMatrix
+    from fluxsae.features.scores import load_scores
     from fluxsae.features.statistics import FeatureStats
 
     for name in names:
-        scores = ScoreMatrix.load(run.scores_path(name))
+        scores = load_scores(run, name)
         table = describe_features(scores, FeatureStats.load(run.stats_path(name)), config.features)
         run.save_features(name, table)
         counts = ", ".join(f"{count} {kind}" for kind, count in class_counts(table).items())

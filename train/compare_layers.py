@@ -46,7 +46,7 @@ def main(config: CompareLayersConfig) -> None:
     from fluxsae.features.cards import CardIndex
     from fluxsae.features.directions import draw_comparison
     from fluxsae.features.layers import compare_layers
-    from fluxsae.features.scores import ScoreMatrix
+    from fluxsae.features.scores import load_scores
     from fluxsae.runs.folder import RunFolder
 
     run = RunFolder(config.run)
@@ -55,8 +55,8 @@ def main(config: CompareLayersConfig) -> None:
     second = CardIndex(other, config.second or other.sae_names()[-1])
     _check_comparable(first, second)
     comparison = compare_layers(
-        ScoreMatrix.load(run.scores_path(first.hookpoint)).stored(),
-        ScoreMatrix.load(other.scores_path(second.hookpoint)).stored(),
+        load_scores(run, first.hookpoint).stored(),
+        load_scores(other, second.hookpoint).stored(),
         counterpart=config.counterpart,
         min_images=config.min_images,
         seed=config.seed,

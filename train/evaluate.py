@@ -17,8 +17,8 @@ from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.laboratory.config import EvaluationConfig
 from fluxsae.sae.config import Mismatch
 from train.command import Bars, start
-from train.fit import report_variants
 from train.flux_options import open_flux
+from train.variants import report_variants
 
 if TYPE_CHECKING:
     from fluxsae.laboratory.evaluate import Evaluation, Part

@@ -30,6 +30,7 @@ from train.command import Bars, start
 from train.flux_options import FluxOptions
 from train.processes import processes
 from train.stages import StageResult, check_push, push_complete, run_stage, start_over
+from train.variants import report_variants
 
 if TYPE_CHECKING:
     import torch
@@ -458,21 +459,6 @@ def _save(
             )
             sae.save_pretrained(run.sae_path(named_sae))
             run.save_metrics(named_sae, measured)
-
-
-def report_variants(run: RunFolder, place: HookPoint) -> None:
-    """Where a hook point has several SAEs: one table of them, and one plot among its sheets."""
-    import io
-
-    from fluxsae.evaluation.variants import draw_variants, measured_variants, variants_text
-
-    found = measured_variants(run, place)
-    if len(found) < 2:
-        return
-    png = io.BytesIO()
-    draw_variants(found, title=f"SAEs at {place}").save(png, format="PNG", optimize=True)
-    run.save_sheet(place, "variants", png.getvalue())
-    print(f"\n{variants_text(found)}\n\nplot in {run.sheet_path(place, 'variants')}")
 
 
 def _device(config: FitConfig) -> torch.device:

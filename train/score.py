@@ -28,7 +28,7 @@ from train.processes import processes
 from train.stages import StageResult, check_push, push_complete, run_stage, start_over
 
 if TYPE_CHECKING:
-    from fluxsae.features.scoring import ScoreRequest
+    from fluxsae.features.score_parts import ScoreRequest
     from fluxsae.runs.folder import RunFolder
     from fluxsae.runs.names import SaeName
     from fluxsae.sae.model import SparseAutoencoder
@@ -128,7 +128,8 @@ def _weights_digest(run: RunFolder, hookpoint: HookPoint) -> str:
 
 def _score(config: ScoreConfig, run: RunFolder, names: Sequence[str], *, peers: Processes, pipe: Any) -> None:
     from fluxsae.activations.collection import CaptureRequest
-    from fluxsae.features.scoring import ScoreParts, ScoreRequest, merge_parts, score_images, stream_grid
+    from fluxsae.features.score_parts import ScoreParts, ScoreRequest
+    from fluxsae.features.scoring import merge_parts, score_images, stream_grid
     from fluxsae.files import check_free_space
     from fluxsae.flux import execution_device, schedule_sigmas, settings_ground
     from fluxsae.sae.model import SparseAutoencoder
@@ -181,7 +182,7 @@ def _make_way(config: ScoreConfig, run: RunFolder, names: Sequence[HookPoint], r
     Raises:
         FluxSaeError: there would be more images, but not for every SAE that was scored.
     """
-    from fluxsae.features.scoring import forget_parts, has_other_parts, scored_saes
+    from fluxsae.features.score_parts import forget_parts, has_other_parts, scored_saes
 
     scored = scored_saes(run)
     others = [str(name) for name in scored if name not in names]

@@ -158,7 +158,7 @@ def _select(
     import torch
 
     from fluxsae.features.naming import kept_names, name_columns, random_named
-    from fluxsae.features.scores import ScoreMatrix
+    from fluxsae.features.scores import load_scores
     from fluxsae.features.selection import (
         feature_coherence,
         iter_columns,
@@ -167,7 +167,7 @@ def _select(
         top_unique,
     )
 
-    matrix = ScoreMatrix.load(run.scores_path(hookpoint))
+    matrix = load_scores(run, hookpoint)
     scores, subjects, embeddings = matrix.stored(), run.load_images().subjects, _unit_vectors(run)
     judged = feature_coherence(scores, embeddings, subjects, config=config.selection)
     groups, n_top = prompt_groups(subjects), config.selection.top_images

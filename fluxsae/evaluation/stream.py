@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.flux import AnyFlux, Captured, capture, generate
+from fluxsae.flux import AnyFlux, Captured, capture, generate, read_picture
 from fluxsae.flux.bad_numbers import LeftOut, bad_items, check_finite, describe_bad
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
@@ -51,6 +51,10 @@ class ImageSet:
         """The first `count` images."""
         return ImageSet(self.prompts[:count], self.seeds[:count])
 
+    def of(self, rows: Sequence[int]) -> "ImageSet":
+        """The images at some places."""
+        return ImageSet(tuple(self.prompts[row] for row in rows), tuple(self.seeds[row] for row in rows))
+
     @classmethod
     def fresh(cls, prompts: Sequence[str], count: int) -> "ImageSet":
         """`count` images that no stage has seen: the prompts in turn, with seeds of their own."""
@@ -62,8 +66,8 @@ class ImageSet:
 class ActivationBatch:
     """Some images' activations, fp32, and the pictures where they were asked for."""
 
-    rows: range
-    """The images' places in the `ImageSet`."""
+    rows: Sequence[int]
+    """The images' places among all images; those that are left out lack here, in the tokens and in the pictures."""
     tokens: dict[HookPoint, Float[Tensor, "images steps tokens d_model"]]
     pictures: list[Image] = field(default_factory=list)
 
@@ -83,7 +87,7 @@ def iter_activations(
     """Generates the images batch by batch and gives their tokens at each hook point's steps.
 
     Without pictures a generation ends after the last step and block that is wanted. Images whose activations are not
-    numbers go to `left_out` and lack in the tokens, but not in the rows; a batch of such images alone is passed over.
+    numbers go to `left_out`; a batch of such images alone is passed over.
 
     Raises:
         FluxSaeError: too many images are left out, or one would be and there is no `left_out`.
@@ -96,17 +100,62 @@ def iter_activations(
         with capture(pipe, list(steps), wanted, stop_early=not with_pictures) as captured:
             made = generate(pipe, prompts, seeds=seeds, settings=settings)
             pictures = made if isinstance(made, list) else []
-        bad = _bad_places(captured, steps, [f"seed {seed} ({p!r:.60})" for p, seed in zip(prompts, seeds, strict=True)],
-                          rows=rows, left_out=left_out)  # fmt: skip
-        sound = [place for place in range(len(rows)) if place not in bad]
-        if sound:
-            tokens = {
-                hookpoint: torch.stack([captured.get(hookpoint, step) for step in some], dim=1)[sound].float()
-                for hookpoint, some in steps.items()
-            }
-            yield ActivationBatch(rows, tokens, pictures)
+        names = [f"seed {seed} ({prompt!r:.60})" for prompt, seed in zip(prompts, seeds, strict=True)]
+        yield from _sound_batch(captured, steps, names, rows=rows, pictures=pictures, left_out=left_out)
         if on_progress is not None:
             on_progress(doing, rows.stop, len(images))
+
+
+def iter_read_activations(
+    pipe: AnyFlux,
+    pictures: Sequence[Image],
+    steps: Mapping[HookPoint, Sequence[int]],
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: GenerationSettings,
+    left_out: LeftOut,
+    batch_size: int = 8,
+    on_progress: OnProgress | None = None,
+    doing: str = "reading",
+) -> Iterator[ActivationBatch]:
+    """As `iter_activations`, of pictures that are there already and are read, each with its caption and noise.
+
+    Raises:
+        FluxSaeError: too many pictures are left out.
+    """
+    wanted = sorted({step for some in steps.values() for step in some})
+    for rows in batches(range(len(pictures)), batch_size):
+        captured, part = Captured(tuple(steps)), [pictures[row] for row in rows]
+        read_picture(
+            pipe, part, prompt=[prompts[row] for row in rows], hookpoints=list(steps), steps=wanted,
+            seeds=[seeds[row] for row in rows], settings=settings, sink=captured.keep,
+        )  # fmt: skip
+        names = [f"picture {row}" for row in rows]
+        yield from _sound_batch(captured, steps, names, rows=rows, pictures=part, left_out=left_out)
+        if on_progress is not None:
+            on_progress(doing, rows[-1] + 1, len(pictures))
+
+
+def _sound_batch(
+    captured: Captured,
+    steps: Mapping[HookPoint, Sequence[int]],
+    names: Sequence[str],
+    *,
+    rows: Sequence[int],
+    pictures: Sequence[Image],
+    left_out: LeftOut | None,
+) -> Iterator[ActivationBatch]:
+    """What was captured of the images whose activations are numbers; nothing where there are none."""
+    bad = _bad_places(captured, steps, names, rows=rows, left_out=left_out)
+    sound = [place for place in range(len(rows)) if place not in bad]
+    if sound:
+        tokens = {
+            hookpoint: torch.stack([captured.get(hookpoint, step) for step in some], dim=1)[sound].float()
+            for hookpoint, some in steps.items()
+        }
+        shown = [pictures[place] for place in sound] if pictures else []
+        yield ActivationBatch([rows[place] for place in sound], tokens, shown)
 
 
 def _bad_places(
@@ -114,7 +163,7 @@ def _bad_places(
     steps: Mapping[HookPoint, Sequence[int]],
     names: Sequence[str],
     *,
-    rows: range,
+    rows: Sequence[int],
     left_out: LeftOut | None,
 ) -> set[int]:
     """The places in a batch of images whose activations are not numbers."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.config import AnalysisConfig
-from fluxsae.features.scores import ScoreMatrix, TopImages
+from fluxsae.features.scores import ScoreMatrix, TopImages, fingerprint_metadata
 from fluxsae.features.statistics import HISTOGRAM_EDGES, PLACE_SIDE, FeatureStats
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.runs.tables import FeatureRow, FeatureTable
@@ -142,6 +142,7 @@ def describe_features(scores: ScoreMatrix, stats: FeatureStats, config: Analysis
         "quantile_levels": json.dumps(list(config.quantile_levels)),
         "steps": json.dumps(list(stats.steps)),
         "histogram_edges": json.dumps(list(HISTOGRAM_EDGES)),
+        **fingerprint_metadata(scores.sae_fingerprint),
     }
     return FeatureTable.from_rows(rows, metadata=metadata)
 

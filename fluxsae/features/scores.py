@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -12,11 +12,16 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fluxsae.errors import FluxSaeError
+from fluxsae.errors import FluxSaeError, maker
 from fluxsae.features.statistics import FeatureStats, coarse_cells
 from fluxsae.files import load_tensors, map_array, mapped_tensors, read_header, release_pages
-from fluxsae.flux.hookpoints import TokenGrid
+from fluxsae.flux.hookpoints import HookPoint, TokenGrid
+from fluxsae.runs.folder import RunFolder
 from fluxsae.sae.acts import SparseActs
+from fluxsae.sae.fingerprint import file_fingerprint
+
+SAE_FINGERPRINT: Final = "sae_fingerprint"
+"""Where the metadata of a file with S say which SAE it was made with."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class ScoreMatrix:
     cols: int
     left_out: tuple[int, ...] = ()
     """Images whose activations were NaN or infinite: S is 0 for them, and the sums do not know them."""
+    sae_fingerprint: str | None = None
+    """Of the SAE that S was made with; None in files of before it was kept."""
 
     @classmethod
     def load(cls, path: str | Path) -> "ScoreMatrix":
@@ -49,7 +56,7 @@ class ScoreMatrix:
             )
         steps = tuple(int(step) for step in header.metadata["steps"].split(","))
         rows, cols = (int(header.metadata[name]) for name in ("rows", "cols"))
-        return cls(values, tokens, steps, rows, cols, left_out_images(path))
+        return cls(values, tokens, steps, rows, cols, left_out_images(path), header.metadata.get(SAE_FINGERPRINT))
 
     @property
     def n_images(self) -> int:
@@ -96,6 +103,31 @@ class ScoreMatrix:
             best = best.updated(torch.arange(start, start + len(part)), part)
             release_pages(self.values)
         return best
+
+
+def load_scores(run: RunFolder, name: HookPoint | str) -> ScoreMatrix:
+    """S of one of a run's SAEs.
+
+    Raises:
+        FluxSaeError: missing or damaged, or of another SAE than the one that is there now.
+    """
+    scores = ScoreMatrix.load(run.scores_path(name))
+    if changed := sae_changed(run, name, scores.sae_fingerprint):
+        raise FluxSaeError(changed)
+    return scores
+
+
+def sae_changed(run: RunFolder, name: HookPoint | str, made_with: str | None) -> str:
+    """What is told where an SAE is not the one that its scores or features were made with; else nothing.
+
+    Nothing either where `made_with`, its fingerprint then, was not kept, or no SAE is there.
+    """
+    if made_with is None or file_fingerprint(run.sae_path(name)) in (None, made_with):
+        return ""
+    return (
+        f"The SAE of {name} changed after scoring: scores, names and heatmaps are those of another SAE. Score it again "
+        f"with --force, and do the stages after it: {maker('score')}."
+    )
 
 
 class TopImages(NamedTuple):
@@ -238,7 +270,8 @@ def merge_score_files(path: str | Path, parts: Sequence[Path], *, steps: Sequenc
     """Merges part files with `S` (fp32) and `argmax_token` into `scores.safetensors`, in the order of their images.
 
     This is how S of several processes, or of a run that was stopped, comes together; sums: `FeatureStats.merge`.
-    One part is in memory at a time. S is stored in fp16, or in fp32 where fp16 would overflow.
+    One part is in memory at a time. S is stored in fp16, or in fp32 where fp16 would overflow. The fingerprint of the
+    SAE is kept where all parts say the same one.
     """
     headers = [read_header(part) for part in parts]
     n_images = sum(header.shapes["S"][1][0] for header in headers)
@@ -249,9 +282,11 @@ def merge_score_files(path: str | Path, parts: Sequence[Path], *, steps: Sequenc
         "S": (score_type, (n_images, n_features)),
         "argmax_token": (_token_type(grid.n_tokens), (n_images, n_features)),
     }
+    made_with = {header.metadata.get(SAE_FINGERPRINT) for header in headers}
     metadata = {
         "steps": ",".join(map(str, steps)), "rows": str(grid.rows), "cols": str(grid.cols),
         **left_out_metadata([image_id for part in parts for image_id in left_out_images(part)]),
+        **fingerprint_metadata(made_with.pop() if len(made_with) == 1 else None),
     }  # fmt: skip
     with mapped_tensors(path, shapes, metadata=metadata) as arrays:
         start = 0
@@ -268,6 +303,11 @@ def merge_score_files(path: str | Path, parts: Sequence[Path], *, steps: Sequenc
 def left_out_metadata(image_ids: Sequence[int]) -> dict[str, str]:
     """What the metadata of a file with S say about the images that it leaves out: nothing where there are none."""
     return {"left_out": json.dumps(sorted(image_ids))} if image_ids else {}
+
+
+def fingerprint_metadata(fingerprint: str | None) -> dict[str, str]:
+    """What they say about the SAE: nothing where it is not known."""
+    return {SAE_FINGERPRINT: fingerprint} if fingerprint else {}
 
 
 def left_out_images(path: str | Path) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fluxsae.lazy import hand_on
 
 if TYPE_CHECKING:
+    from fluxsae.flux.clock import FluxLike
     from fluxsae.flux.devices import execution_device, is_offloaded
     from fluxsae.flux.families import Embeddings
     from fluxsae.flux.generation import (
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     )
     from fluxsae.flux.ground import Ground, call_ground, settings_ground
     from fluxsae.flux.hookpoints import HookPoint, TokenGrid
-    from fluxsae.flux.hooks import BlockCall, BlockHandler, Captured, FluxLike, block_hooks, capture
+    from fluxsae.flux.hooks import BlockCall, BlockHandler, Captured, block_hooks, capture
     from fluxsae.flux.identity import FluxIdentity, flux_identity, is_exact, why_inexact
     from fluxsae.flux.latents import (
         Snapshot,
@@ -103,7 +104,7 @@ __getattr__, __dir__ = hand_on(
         "Flux2KleinPipeline": "pipelines",
         "Flux2Pipeline": "pipelines",
         "FluxIdentity": "identity",
-        "FluxLike": "hooks",
+        "FluxLike": "clock",
         "FluxPipeline": "pipelines",
         "GenerationSettings": "settings",
         "Ground": "ground",

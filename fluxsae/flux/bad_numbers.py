@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -58,8 +59,19 @@ def describe_bad(tokens: Float[Tensor, "batch ..."], names: str, *, hookpoint: H
     """What is wrong with the activations of the images that `names` names, and what to do."""
     return (
         f"At step {step} of {hookpoint}, the activations of {names} hold NaN or infinite "
-        f"numbers; nothing was made of them. FLUX ran in {str(tokens.dtype).removeprefix('torch.')}: float16 "
-        "overflows in it, so load it in bfloat16 or float32; if it was loaded so, try another GPU."
+        f"numbers; nothing was made of them. {_remedy(tokens.dtype)}"
+    )
+
+
+def describe_bad_latents(latents: Float[Tensor, "batch ..."], name: str) -> str:
+    """The same for an image that came out of FLUX so, whatever its activations were."""
+    return f"The latents of {name} hold NaN or infinite numbers; they were not decoded. {_remedy(latents.dtype)}"
+
+
+def _remedy(dtype: torch.dtype) -> str:
+    return (
+        f"FLUX ran in {str(dtype).removeprefix('torch.')}: float16 overflows in it, so load it in bfloat16 or "
+        "float32; if it was loaded so, try another GPU."
     )
 
 

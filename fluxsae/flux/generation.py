@@ -10,14 +10,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.flux.clock import TransformerCall, step_clock
 from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import TokenGrid
-from fluxsae.flux.hooks import (
-    StopGeneration,
-    TransformerCall,
-    free_after_abort,
-    step_clock,
-)
+from fluxsae.flux.hooks import StopGeneration, free_after_abort
 from fluxsae.flux.latents import Snapshot, embed_prompts, image_by_image
 from fluxsae.flux.loading import default_settings
 from fluxsae.flux.pipelines import AnyFlux

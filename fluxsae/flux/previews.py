@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from fluxsae.flux.hooks import step_clock
+from fluxsae.flux.clock import step_clock
 from fluxsae.flux.latents import decode_latents, encode_images
 from fluxsae.flux.schedules import build_grid
 from fluxsae.flux.settings import GenerationSettings

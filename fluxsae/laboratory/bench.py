@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fluxsae.evaluation.stream import OnProgress, batches
 from fluxsae.flux import AnyFlux, decode_latents, denoise_to, generate, generate_from, token_grid
+from fluxsae.flux.bad_numbers import LeftOut, bad_items, describe_bad_latents
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.arms import Arm, Controls
@@ -70,8 +71,8 @@ class Case:
 
 Key = tuple[str, Concept, Direction]
 """Stage, concept and direction."""
-Compare = Callable[[Case, Scene, Scene], Outcome]
-"""(case, unedited picture, edited picture) -> what the edit did."""
+Compare = Callable[[Case, Scene | None, Scene | None], Outcome]
+"""(case, unedited picture, edited picture) -> what the edit did; None is a picture of NaN or infinite numbers."""
 
 
 @dataclass(eq=False)
@@ -87,6 +88,13 @@ class Bench:
     cases: dict[Key, list[Case]] = field(default_factory=dict)
     unread: dict[Key, int] = field(default_factory=dict)
     """Attempts that could not be made, since their unedited picture cannot be read."""
+    left_out: LeftOut = field(init=False)
+    """Pictures of NaN or infinite numbers, counted among all that may be made."""
+    n_made: int = 0
+    """Pictures that were made so far, edited or not."""
+
+    def __post_init__(self) -> None:
+        self.left_out = LeftOut(self.config.most_pictures(len(CONCEPTS)))
 
     @property
     def is_exact(self) -> bool:
@@ -115,18 +123,30 @@ class Bench:
             done = sum(len(self.cases[key]) + self.unread[key] for key in wanted)
             self.tell("unedited pictures", done, sum(count for count, _ in wanted.values()))
 
-    def _take(self, key: Key, subject: Subject, scene: Scene) -> None:
+    def _take(self, key: Key, subject: Subject, scene: Scene | None) -> None:
         _, concept, direction = key
-        if len(scene.objects) != 1 or scene.confidence < LEAST_CONFIDENCE:
+        if scene is None or len(scene.objects) != 1 or scene.confidence < LEAST_CONFIDENCE:
             self.unread[key] += 1
         elif ((concept.attribute, concept.value) in scene.concepts()) == (direction == "suppress"):
             self.cases[key].append(Case(subject, scene))
 
-    def plain_scenes(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Scene]:
+    def plain_scenes(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Scene | None]:
         """The scenes of unedited pictures, generated together."""
-        pictures = generate(self.pipe, prompts, seeds=seeds, settings=self.settings)
-        assert isinstance(pictures, list)
-        return self.read(pictures)
+        latents = generate(self.pipe, prompts, seeds=seeds, settings=self.settings, output_type="latent")
+        assert isinstance(latents, Tensor)
+        return self._scenes(latents, [f"seed {s} ({p!r:.60})" for p, s in zip(prompts, seeds, strict=True)])
+
+    def _scenes(self, latents: Tensor, names: Sequence[str]) -> list[Scene | None]:
+        """The scenes that latents show; None where they are not numbers, which is logged and counted."""
+        bad, first = bad_items(latents), self.n_made
+        self.n_made += len(latents)
+        for item in bad:
+            self.left_out.add(first + item, describe_bad_latents(latents, names[item]))
+        if bad:
+            latents = latents.clone()
+            latents[bad] = 0
+        scenes = self.read(decode_latents(self.pipe, latents, self.settings))
+        return [None if item in bad else scene for item, scene in enumerate(scenes)]
 
     def outcomes(
         self, cases: Sequence[Case], arms: Sequence[Arm], *, attribute: str, saes: Saes, compare: Compare
@@ -165,7 +185,8 @@ class Bench:
             ):
                 latents = generate_from(self.pipe, snapshot, repeat=len(tried), output_type="latent")
             assert isinstance(latents, Tensor)
-            scenes = self.read(decode_latents(self.pipe, latents, self.settings))
+            names = [f"seed {s.seed} ({s.prompt!r:.60}), {arm.name}" for s in subjects for arm in tried]
+            scenes = self._scenes(latents, names)
             for case, made in zip(part, batches(scenes, len(tried)), strict=True):
                 before, after = (case.before, made) if self.is_exact else (made[0], made[1:])
                 for column, scene in zip(columns, after, strict=True):

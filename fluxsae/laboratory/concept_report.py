@@ -58,6 +58,8 @@ class ConceptReport:
     """Images whose scene was read, both halves."""
     n_unread: int
     """Images left out because the reader was not sure of them."""
+    n_left_out: int
+    """Images left out because their activations hold NaN or infinite numbers."""
     concepts: tuple[ConceptScore, ...]
     skipped: tuple[Concept, ...]
     """Concepts with too few images."""

@@ -15,7 +15,8 @@ def concepts_text(report: ConceptReport) -> str:
     """Every concept's AUC by method, the ratios to the linear probe, localisation, labels and matches."""
     parts = [
         f"{report.n_images} images at steps {', '.join(map(str, report.steps))} "
-        f"({report.n_unread} more were left out as unreadable); chosen on one half, reported on the other",
+        f"({report.n_unread} more were left out as unreadable{_left_out_text(report)}); "
+        "chosen on one half, reported on the other",
         _auc_text(report),
         _ratio_text(report),
         _localisation_text(report),
@@ -24,6 +25,10 @@ def concepts_text(report: ConceptReport) -> str:
     if report.skipped:
         parts.append(f"too few images: {', '.join(map(str, report.skipped))}")
     return "\n\n".join(parts)
+
+
+def _left_out_text(report: ConceptReport) -> str:
+    return f", {report.n_left_out} for NaN or infinite numbers" if report.n_left_out else ""
 
 
 def _auc_text(report: ConceptReport) -> str:

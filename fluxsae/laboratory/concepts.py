@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from fluxsae.evaluation.intervals import Estimate, auc_table, interval, weighted_mean
 from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
 from fluxsae.flux import AnyFlux, schedule_sigmas, token_grid
+from fluxsae.flux.bad_numbers import LeftOut
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.concept_report import (
@@ -122,9 +123,10 @@ def evaluate_concepts(
     """For every true concept the best feature, beside raw channels, PCA, random directions and linear probes.
 
     The images are generated twice: once for scores of all candidates, once for the token maps of those chosen.
+    Images with NaN or infinite activations are left out and logged.
 
     Raises:
-        FluxSaeError: too few images show scenes that can be read.
+        FluxSaeError: too few images show scenes that can be read, or too many are left out.
     """
     is_first = split_by_prompt(images.prompts, seed=seed)
     folds = fold_by_prompt(images.prompts, is_first, n=N_FOLDS, seed=seed)
@@ -133,32 +135,33 @@ def evaluate_concepts(
         h: _Gathered(sae, [TokenMoments(sae) for _ in range(N_FOLDS)], seed, sigmas[list(steps[h])])
         for h, sae in saes.items()
     }
-    scenes: list[Scene] = []
+    scenes, sound, left_out = list[Scene](), list[int](), LeftOut(len(images))
     grid = token_grid(pipe, settings)
     batches = iter_activations(
         pipe, images, steps, settings=settings, batch_size=batch_size, with_pictures=True, on_progress=on_progress,
-        doing="concepts",
+        doing="concepts", left_out=left_out,
     )  # fmt: skip
     for batch in batches:
         read = [read_scene(picture) for picture in batch.pictures]
         scenes += read
+        sound += batch.rows
         for hookpoint, one in gathered.items():
-            one.add(batch.tokens[hookpoint], is_first[batch.rows.start : batch.rows.stop])
+            one.add(batch.tokens[hookpoint], is_first[[*batch.rows]])
             for row, scene, x in zip(batch.rows, read, batch.tokens[hookpoint], strict=True):
                 if is_first[row] and scene.confidence >= LEAST_CONFIDENCE:
                     one.moments[folds[row]].update(x, coverage(scene, grid))
-    halves = Halves.plan(scenes, is_first, draws=draws, seed=seed)
+    halves = Halves.plan(scenes, is_first[sound], draws=draws, seed=seed)
     for one in gathered.values():
         one.finish()
         one.finish_probe()
     chosen = {hookpoint: _choose(halves, one) for hookpoint, one in gathered.items()}
     maps = _gather_maps(
         pipe,
-        images,
+        images.of(sound),
         steps,
         gathered,
         chosen,
-        folds=folds,
+        folds=folds[sound],
         settings=settings,
         batch_size=batch_size,
         on_progress=on_progress,
@@ -168,6 +171,7 @@ def evaluate_concepts(
         hookpoint: _report(
             halves, one, chosen[hookpoint], maps[hookpoint], covers,
             hookpoint=hookpoint, steps=steps[hookpoint], labels=(labels or {}).get(hookpoint),
+            n_left_out=len(left_out.image_ids),
         )
         for hookpoint, one in gathered.items()
     }  # fmt: skip
@@ -213,7 +217,7 @@ def _gather_maps(
             for method, candidates in chosen[hookpoint].items():
                 values = one.readouts[method].maps(batch.tokens[hookpoint], candidates.tolist())
                 parts[hookpoint][method].append(values.cpu().numpy())
-            here = folds[batch.rows.start : batch.rows.stop]
+            here = folds[[*batch.rows]]
             one.token_scores.append(one.held_out_scores(batch.tokens[hookpoint], here))
     return {h: {m: np.concatenate(values) for m, values in per.items()} for h, per in parts.items()}
 
@@ -228,6 +232,7 @@ def _report(
     hookpoint: HookPoint,
     steps: Sequence[int],
     labels: Sequence[str | None] | None,
+    n_left_out: int,
 ) -> ConceptReport:
     aucs, validated = _auc_draws(halves, gathered, chosen)
     probe_kind = _stronger_probe(validated)
@@ -243,6 +248,7 @@ def _report(
         steps=tuple(steps),
         n_images=len(halves.first) + len(halves.second),
         n_unread=len(halves.truth) - len(halves.first) - len(halves.second),
+        n_left_out=n_left_out,
         concepts=tuple(
             ConceptScore(
                 concept,

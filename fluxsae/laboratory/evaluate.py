@@ -19,9 +19,10 @@ from fluxsae.evaluation.reconstruction import (
     transfer_table,
 )
 from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
-from fluxsae.features.scores import ScoreMatrix
+from fluxsae.features.scores import load_scores
 from fluxsae.features.scoring import trained_steps
 from fluxsae.flux import AnyFlux, execution_device, flux_identity, schedule_sigmas, settings_ground, token_grid
+from fluxsae.flux.bad_numbers import LeftOut
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.audit import AuditReport, run_audit
@@ -270,7 +271,7 @@ class _Work:
         path = self.run.scores_path(hookpoint)
         if self.config.steps or not path.is_file():
             return self.steps[hookpoint]
-        return list(ScoreMatrix.load(path).steps)
+        return list(load_scores(self.run, hookpoint).steps)
 
     def steering(self, on_progress: OnProgress | None) -> dict[HookPoint, LaboratoryReport]:
         self._need_scenes("steering")
@@ -350,7 +351,7 @@ class _Work:
         generator = torch.Generator().manual_seed(config.seed)
         for batch in iter_activations(
             self.pipe, images, {hookpoint: steps}, settings=self.settings, batch_size=config.batch_size,
-            on_progress=on_progress, doing="rows to train on",
+            on_progress=on_progress, doing="rows to train on", left_out=LeftOut(len(images)),
         ):  # fmt: skip
             x = batch.tokens[hookpoint].cpu()
             parts.append(x[:, :, torch.randperm(x.shape[2], generator=generator)[:keep]].flatten(0, 2))

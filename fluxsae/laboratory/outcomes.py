@@ -61,9 +61,12 @@ FAILED: Final = Outcome(has_concept=False, shows_something=False, n_others=1, n_
 """An attempt that was not made, or whose picture cannot be read: no success, not specific."""
 
 
-def compare_scenes(before: Scene, after: Scene, concept: Concept) -> Outcome:
-    """Reads an edit's effect: objects are paired by place; one that vanished or came anew has changed altogether."""
-    if after.objects and after.confidence < LEAST_CONFIDENCE:
+def compare_scenes(before: Scene | None, after: Scene | None, concept: Concept) -> Outcome:
+    """Reads an edit's effect: objects are paired by place; one that vanished or came anew has changed altogether.
+
+    None stands for a picture of NaN or infinite numbers: the attempt failed.
+    """
+    if before is None or after is None or (after.objects and after.confidence < LEAST_CONFIDENCE):
         return FAILED
     pairs = _pair(before.objects, after.objects)
     if concept.attribute == "background":
@@ -80,8 +83,13 @@ def compare_scenes(before: Scene, after: Scene, concept: Concept) -> Outcome:
     )
 
 
-def compare_swap(before: Scene, after: Scene, concept: Concept, *, at: int) -> Outcome:
-    """Reads what an edit did that was to give object `at` the concept and to leave all else, other objects included."""
+def compare_swap(before: Scene | None, after: Scene | None, concept: Concept, *, at: int) -> Outcome:
+    """Reads what an edit did that was to give object `at` the concept and to leave all else, other objects included.
+
+    None is as in `compare_scenes`.
+    """
+    if before is None or after is None:
+        return FAILED
     if after.confidence < LEAST_CONFIDENCE or len(after.objects) != len(before.objects):
         return FAILED
     pairs = _pair(before.objects, after.objects)

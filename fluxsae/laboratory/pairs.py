@@ -2,7 +2,8 @@
 
 A feature responds to an attribute in a pair where its largest activation changes by more than half when the attribute
 gets another value. To its own attribute it should fall. A feature passes where it falls in at least half of the pairs
-that take its concept away, and responds in fewer than half of the pairs of each other attribute.
+that take its concept away, and responds in fewer than half of the pairs of each other attribute. A pair with a picture
+whose activations are NaN or infinite counts against every feature.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,9 @@ from jaxtyping import Bool, Float
 from PIL import Image
 
 from fluxsae.evaluation.intervals import Estimate, interval
-from fluxsae.evaluation.stream import OnProgress, batches
-from fluxsae.flux import AnyFlux, read_picture
+from fluxsae.evaluation.stream import OnProgress, iter_read_activations
+from fluxsae.flux import AnyFlux, schedule_sigmas
+from fluxsae.flux.bad_numbers import LeftOut
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.outcomes import OBJECT_ATTRIBUTES
@@ -88,6 +90,8 @@ class PairsReport:
     untrained: PairResult
     difference: Estimate | None
     """Trained minus untrained share that passes; None where either has no matched feature."""
+    n_left_out: int
+    """Pictures whose activations hold NaN or infinite numbers."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -97,6 +101,7 @@ class PairsReport:
             "trained": self.trained.to_dict(),
             "untrained": self.untrained.to_dict(),
             "difference": self.difference.to_dict() if self.difference else None,
+            "n_left_out": self.n_left_out,
         }
 
 
@@ -114,31 +119,28 @@ def run_pairs(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> PairsReport:
-    """Reads the pairs of every matched concept, one pass a picture without a prompt; the trained SAE comes first."""
+    """Reads the pairs of every matched concept, one pass a picture without a prompt; the trained SAE comes first.
+
+    Raises:
+        FluxSaeError: too many pictures have NaN or infinite activations.
+    """
     concepts = [c for c in CONCEPTS if any(c in found.values() for found in matches)]
     drawn = [(concept, draw_pairs(concept, seed + n)) for concept in concepts for n in range(n_pairs)]
-    pictures = [
-        (Image.fromarray(render_scene(scene)), place)
-        for place, (_, pairs) in enumerate(drawn)
-        for scene in (pairs.base, *pairs.partners.values())
-    ]
-    acts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    done = 0
-    for part in batches(pictures, batch_size):
-        captured = read_picture(
-            pipe, [picture for picture, _ in part], hookpoints=[hookpoint], steps=[step],
-            seeds=[seed + place for _, place in part], settings=settings,
-        )  # fmt: skip
-        tokens = captured.get(hookpoint, step).float()
+    scenes = [scene for _, pairs in drawn for scene in (pairs.base, *pairs.partners.values())]
+    acts = [np.full((len(scenes), sae.config.n_features), np.nan, dtype=np.float32) for sae in saes]
+    sigma, left_out = float(schedule_sigmas(pipe, settings)[step]), LeftOut(len(scenes))
+    for batch in iter_read_activations(
+        pipe, [Image.fromarray(render_scene(scene)) for scene in scenes], {hookpoint: [step]},
+        prompts=[""] * len(scenes), seeds=[seed + row // (1 + len(ATTRIBUTES)) for row in range(len(scenes))],
+        settings=settings, left_out=left_out, batch_size=batch_size, on_progress=on_progress, doing="pairs",
+    ):  # fmt: skip
         for sae, found in zip(saes, acts, strict=True):
-            found.append(sae.encode(tokens, sigma=captured.sigma(step)).amax(1).cpu().numpy())
-        done += len(part)
-        if on_progress is not None:
-            on_progress("pairs", done, len(pictures))
+            tokens = batch.tokens[hookpoint][:, 0]
+            found[[*batch.rows]] = sae.encode(tokens, sigma=sigma).amax(1).cpu().numpy()
     rows = {concept: [at for at, (own, _) in enumerate(drawn) if own == concept] for concept in concepts}
     draws = []
     for found, own in zip(acts, matches, strict=True):
-        table = np.concatenate(found).reshape(len(drawn), 1 + len(ATTRIBUTES), -1)
+        table = found.reshape(len(drawn), 1 + len(ATTRIBUTES), found.shape[1])
         responses = [
             feature_responses(table[rows[concept], :, feature], concept.attribute) for feature, concept in own.items()
         ]
@@ -151,20 +153,22 @@ def run_pairs(
     both = all(draws)
     return PairsReport(
         str(hookpoint), step, n_pairs, results[0], results[1],
-        interval(draws[0]["passes"] - draws[1]["passes"]) if both else None,
+        interval(draws[0]["passes"] - draws[1]["passes"]) if both else None, len(left_out.image_ids),
     )  # fmt: skip
 
 
 def feature_responses(acts: Float[np.ndarray, "pairs scenes"], attribute: str) -> Bool[np.ndarray, "pairs attributes"]:
     """Whether a feature of a concept of `attribute` responds; the first column of `acts` is the unchanged scene.
 
-    To its own attribute only a fall counts. A feature that is silent in the unchanged scene does not respond.
+    To its own attribute only a fall counts. A feature that is silent in the unchanged scene does not respond. A pair
+    with NaN counts against the feature: it responds to the other attribute, and not to its own.
     """
     base, changed = acts[:, :1], acts[:, 1:]
     own = [name == attribute for name in ATTRIBUTES]
     moved = np.where(own, base - changed, np.abs(base - changed))
-    responds: Bool[np.ndarray, "pairs attributes"] = (base > 0) & (moved > RESPONSE * base)
-    return responds
+    responds = (base > 0) & (moved > RESPONSE * base)
+    counted: Bool[np.ndarray, "pairs attributes"] = np.where(np.isnan(base + changed), np.logical_not(own), responds)
+    return counted
 
 
 def pass_draws(

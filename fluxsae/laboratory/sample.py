@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fluxsae.evaluation.stream import ImageSet, OnProgress, iter_activations
 from fluxsae.flux import AnyFlux, schedule_sigmas, token_grid
+from fluxsae.flux.bad_numbers import LeftOut
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.halves import LEAST_CONFIDENCE, Halves, split_by_prompt
@@ -61,24 +62,28 @@ def gather_sample(
 ) -> Sample:
     """Generates the images, once; without pictures where they cannot be read back.
 
+    Images with NaN or infinite activations are left out and logged.
+
     Raises:
-        FluxSaeError: too few images show scenes that can be read.
+        FluxSaeError: too few images show scenes that can be read, or too many are left out.
     """
-    parts, scenes = [], []
+    parts, scenes, sound = [], [], list[int]()
     for batch in iter_activations(
         pipe, images, {hookpoint: steps}, settings=settings, batch_size=batch_size, with_pictures=can_read,
-        on_progress=on_progress, doing=f"images for {hookpoint}",
+        on_progress=on_progress, doing=f"images for {hookpoint}", left_out=LeftOut(len(images)),
     ):  # fmt: skip
+        sound += batch.rows
         parts.append(batch.tokens[hookpoint].cpu())
         scenes += [read_scene(picture) for picture in batch.pictures]
     truth = None
     if can_read:
         grid = token_grid(pipe, settings)
-        halves = Halves.plan(scenes, split_by_prompt(images.prompts, seed=seed), draws=1, seed=seed)
+        halves = Halves.plan(scenes, split_by_prompt(images.prompts, seed=seed)[sound], draws=1, seed=seed)
         shown = [
             coverage(scene, grid) if scene.confidence >= LEAST_CONFIDENCE else np.zeros((len(CONCEPTS), grid.n_tokens))
             for scene in scenes
         ]
         truth = Truth(halves, np.stack(shown))
     sigmas = torch.tensor(schedule_sigmas(pipe, settings))[list(steps)]
-    return Sample(images.prompts, torch.cat(parts), tuple(steps), sigmas, embeddings, truth)
+    own = None if embeddings is None else embeddings[sound]
+    return Sample(images.of(sound).prompts, torch.cat(parts), tuple(steps), sigmas, own, truth)

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.evaluation.stream import OnProgress, batches
-from fluxsae.flux import AnyFlux, execution_device, read_picture, schedule_sigmas, token_grid
+from fluxsae.evaluation.stream import OnProgress, batches, iter_read_activations
+from fluxsae.flux import AnyFlux, execution_device, schedule_sigmas, token_grid
+from fluxsae.flux.bad_numbers import LeftOut
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.laboratory.arms import Arm
@@ -66,8 +67,10 @@ def run_laboratory(
 ) -> LaboratoryReport:
     """Chooses hook point, mode, strength, window and features on some pictures and reports them on others.
 
+    A picture of NaN or infinite numbers is logged and is an attempt that failed.
+
     Raises:
-        FluxSaeError: no feature matches any concept, or no picture could be read.
+        FluxSaeError: no feature matches any concept, no picture could be read, or too many hold NaN.
     """
     config = config or LaboratoryConfig()
     concepts = sorted({c for matched in features.values() for c in matched if c.attribute in config.attributes})
@@ -144,23 +147,22 @@ class _Laboratory:
         moments = {place: ConceptMoments(sae, steps, levels) for place, sae in self.saes.items()}
         grid, rng = token_grid(self.bench.pipe, settings), np.random.default_rng([self.config.seed, _MOMENT_SEEDS])
         scenes = [sample_scene(rng, n_objects=1, held_out=None) for _ in range(self.config.n_moment_images)]
-        captions = [caption_scene(scene, rng, keep=1.0) for scene in scenes]
-        drawn = list(zip(scenes, captions, range(_MOMENT_SEEDS, _MOMENT_SEEDS + len(scenes)), strict=True))
-        for part in self.bench.with_progress("drawn scenes", list(batches(drawn, self.config.batch_size))):
-            pictures = [Image.fromarray(render_scene(scene)) for scene, _, _ in part]
-            captured = read_picture(
-                self.bench.pipe,
-                [picture.resize((settings.width, settings.height)) for picture in pictures],
-                prompt=[caption for _, caption, _ in part],
-                hookpoints=list(self.saes),
-                steps=steps,
-                seeds=[self.config.seed + seed for *_, seed in part],
-                settings=settings,
-            )
+        read = iter_read_activations(
+            self.bench.pipe,
+            [Image.fromarray(render_scene(scene)).resize((settings.width, settings.height)) for scene in scenes],
+            dict.fromkeys(self.saes, steps),
+            prompts=[caption_scene(scene, rng, keep=1.0) for scene in scenes],
+            seeds=[self.config.seed + _MOMENT_SEEDS + row for row in range(len(scenes))],
+            settings=settings,
+            left_out=LeftOut(len(scenes)),
+            batch_size=self.config.batch_size,
+            on_progress=self.bench.on_progress,
+            doing="drawn scenes",
+        )
+        for batch in read:
             for place, sums in moments.items():
-                tokens = torch.stack([captured.get(place, step) for step in steps], dim=1).float()
-                for (scene, *_), x in zip(part, tokens, strict=True):
-                    sums.update(x, coverage(scene, grid))
+                for row, x in zip(batch.rows, batch.tokens[place], strict=True):
+                    sums.update(x, coverage(scenes[row], grid))
         return moments
 
     # Edits
@@ -333,7 +335,7 @@ class _Laboratory:
     def _outcomes(self, key: Key, arms: Sequence[Arm], saes: Saes) -> list[list[Outcome]]:
         _, concept, _ = key
 
-        def compare(_: Case, before: Scene, after: Scene) -> Outcome:
+        def compare(_: Case, before: Scene | None, after: Scene | None) -> Outcome:
             return compare_scenes(before, after, concept)
 
         return self.bench.outcomes(self.bench.cases[key], arms, attribute=concept.attribute, saes=saes, compare=compare)

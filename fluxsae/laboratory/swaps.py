@@ -12,7 +12,7 @@ import numpy as np
 
 from fluxsae.evaluation.stream import batches
 from fluxsae.laboratory.arms import Arm
-from fluxsae.laboratory.bench import Bench, Case, Saes
+from fluxsae.laboratory.bench import Bench, Case, Compare, Saes
 from fluxsae.laboratory.halves import LEAST_CONFIDENCE
 from fluxsae.laboratory.outcomes import Outcome, Subject, Tally, compare_swap
 from fluxsae.laboratory.truths import CONCEPTS, Concept
@@ -59,7 +59,7 @@ def run_swaps(bench: Bench, arms_of: Callable[[Concept], Sequence[tuple[Arm, Sae
             scenes = bench.plain_scenes([s.prompt for *_, s in part], [s.seed for *_, s in part])
             for (concept, old, subject), scene in zip(part, scenes, strict=True):
                 at = place_of(scene, attribute, old)
-                cases.setdefault(concept, []).extend([] if at is None else [Case(subject, scene, at)])
+                cases.setdefault(concept, []).extend([] if scene is None or at is None else [Case(subject, scene, at)])
                 n_failed[concept] = n_failed.get(concept, 0) + (at is None)
     results = []
     for concept in bench.with_progress("swaps", [concept for concept in CONCEPTS if concept in cases]):
@@ -74,16 +74,16 @@ def run_swaps(bench: Bench, arms_of: Callable[[Concept], Sequence[tuple[Arm, Sae
     return results
 
 
-def place_of(scene: Scene, attribute: str, old: str) -> int | None:
-    """The only one of two surely read objects that has the old value."""
-    if len(scene.objects) != 2 or scene.confidence < LEAST_CONFIDENCE:
+def place_of(scene: Scene | None, attribute: str, old: str) -> int | None:
+    """The only one of two surely read objects that has the old value; None as in `compare_scenes`."""
+    if scene is None or len(scene.objects) != 2 or scene.confidence < LEAST_CONFIDENCE:
         return None
     places = [place for place, thing in enumerate(scene.objects) if getattr(thing, attribute) == old]
     return places[0] if len(places) == 1 else None
 
 
-def _compare(concept: Concept) -> Callable[[Case, Scene, Scene], Outcome]:
-    def compare(case: Case, before: Scene, after: Scene) -> Outcome:
+def _compare(concept: Concept) -> Compare:
+    def compare(case: Case, before: Scene | None, after: Scene | None) -> Outcome:
         assert case.at is not None
         return compare_swap(before, after, concept, at=case.at)
 

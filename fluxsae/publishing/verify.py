@@ -13,7 +13,7 @@ from PIL import Image
 
 from fluxsae.activations.shards import ActivationShard, ShardFolder
 from fluxsae.errors import FluxSaeError, maker
-from fluxsae.features.scores import ScoreMatrix
+from fluxsae.features.scores import ScoreMatrix, sae_changed
 from fluxsae.features.statistics import FeatureStats
 from fluxsae.files import map_array, read_header, read_json
 from fluxsae.flux.hookpoints import HookPoint
@@ -196,6 +196,7 @@ class _AboutHookpoint:
     def scores(self, path: Path) -> Iterator[str]:
         scores = ScoreMatrix.load(path)
         self.score_matrix = scores
+        yield from filter(None, [sae_changed(self.run, self.hookpoint, scores.sae_fingerprint)])
         yield from _counted("rows", scores.n_images, self.whole.n_images, "images")
         yield from self._columns(scores.n_features)
         if (scores.rows, scores.cols) != (self.info.rows, self.info.cols):
@@ -225,6 +226,7 @@ class _AboutHookpoint:
 
     def features(self, path: Path) -> Iterator[str]:
         table = FeatureTable.load(path)
+        yield from filter(None, [sae_changed(self.run, self.hookpoint, table.sae_fingerprint)])
         yield from self._columns(len(table))
         if unknown := set(table.column("feature_class").tolist()) - _CLASSES:
             yield f"has the classes {sorted(unknown)}; allowed are {sorted(_CLASSES)}."

@@ -221,6 +221,12 @@ class FeatureTable:
         """The edges of the bins of the column `histogram`, in activation units."""
         return [float(edge) for edge in json.loads(self._metadata("histogram_edges"))]
 
+    @property
+    def sae_fingerprint(self) -> str | None:
+        """Of the SAE whose features these are; None in tables of before it was kept."""
+        found = (self.table.schema.metadata or {}).get(b"sae_fingerprint")
+        return None if found is None else bytes(found).decode()
+
     def _metadata(self, key: str) -> str:
         found = (self.table.schema.metadata or {}).get(key.encode())
         if found is None:

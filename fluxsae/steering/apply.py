@@ -22,8 +22,8 @@ from fluxsae.flux import (
     settings_ground,
     token_grid,
 )
+from fluxsae.flux.clock import TransformerCall
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
-from fluxsae.flux.hooks import TransformerCall
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.runs.names import SaeName
 from fluxsae.sae.config import Mismatch

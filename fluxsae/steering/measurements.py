@@ -16,8 +16,8 @@ from torch.nn.functional import interpolate, normalize
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.silencing import prompts_without_words
-from fluxsae.flux import BlockCall, block_hooks, capture, default_settings, generate
-from fluxsae.flux.bad_numbers import check_finite
+from fluxsae.flux import BlockCall, block_hooks, capture, decode_latents, default_settings, generate
+from fluxsae.flux.bad_numbers import LeftOut, bad_items, describe_bad, describe_bad_latents
 from fluxsae.flux.families import family_of
 from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.flux.settings import GenerationSettings
@@ -117,22 +117,28 @@ def measure_token_limits(
 ) -> TokenLimits:
     """The limits of a hook point's clean tokens, from unsteered generations of these prompts, in batches that fit.
 
+    An image is left out, and logged, from the step on at which its activations are NaN or infinite.
+
     Raises:
-        FluxSaeError: activations are NaN or infinite.
+        FluxSaeError: too many images are left out.
     """
     settings = settings or default_settings(pipe)
     samples: dict[float, list[Tensor]] = {}
+    left_out = LeftOut(len(prompts))
 
-    def keep(call: BlockCall, names: Sequence[str]) -> None:
-        check_finite(call.tokens, names, hookpoint=call.hookpoint, step=call.step)
-        pair = torch.stack(norm_and_residual(call.tokens, sae, sigma=call.sigma), dim=-1)
+    def keep(call: BlockCall, first: int) -> None:
+        bad = bad_items(call.tokens)
+        for place in bad:
+            name = f"{prompts[first + place]!r:.60}"
+            left_out.add(first + place, describe_bad(call.tokens, name, hookpoint=call.hookpoint, step=call.step))
+        sound = [place for place in range(len(call.tokens)) if place not in bad]
+        pair = torch.stack(norm_and_residual(call.tokens[sound], sae, sigma=call.sigma), dim=-1)
         samples.setdefault(call.sigma, []).append(pair.reshape(-1, 2).cpu())
 
     size = batch_within_memory(pipe, settings)
     for start in range(0, len(prompts), size):
         batch = slice(start, start + size)
-        names = [f"{prompt!r:.60}" for prompt in prompts[batch]]
-        with capture(pipe, [hookpoint], steps, sink=partial(keep, names=names), stop_early=True):
+        with capture(pipe, [hookpoint], steps, sink=partial(keep, first=start), stop_early=True):
             generate(pipe, list(prompts[batch]), seeds=list(seeds[batch]), settings=settings, output_type="latent")
     return limits_of({sigma: torch.cat(parts) for sigma, parts in samples.items()}, quantile=quantile)
 
@@ -152,10 +158,15 @@ def measure_unedited(
 
     As an edited picture is compared with the one before, FLUX's own picture of each prompt without one of its words,
     drawn in turn, is compared with that of the whole prompt at the same seed. Prompts of one word are passed over.
+    A prompt of which either picture is of NaN or infinite numbers is left out and logged.
+
+    Raises:
+        FluxSaeError: too many prompts are left out.
     """
     settings = settings or default_settings(pipe)
     pairs = list(_without_one_word(prompts, seeds))
     found, size = list[tuple[float, float]](), batch_within_memory(pipe, settings)
+    left_out = LeftOut(len(pairs))
     for start in range(0, len(pairs), size):
         whole, less, own = zip(*pairs[start : start + size], strict=True)
         outside: list[Tensor] = []
@@ -164,13 +175,21 @@ def measure_unedited(
             if any(math.isclose(call.sigma, sigma, rel_tol=1e-4) for sigma in limits.sigmas):
                 outside.append(limits.is_outside(call.tokens, sae, sigma=call.sigma).float().mean(dim=-1).cpu())
 
-        before = generate(pipe, list(whole), seeds=list(own), settings=settings)
+        asked: dict[str, Any] = {"seeds": list(own), "settings": settings, "output_type": "latent"}
+        before = generate(pipe, list(whole), **asked)
         with capture(pipe, [hookpoint], None, sink=keep):
-            after = generate(pipe, list(less), seeds=list(own), settings=settings)
-        assert isinstance(before, list)
-        assert isinstance(after, list)
-        shares = torch.stack(outside).mean(dim=0).tolist()
-        errors = zip(*(denoising_errors(pipe, pictures, settings) for pictures in (before, after)), strict=True)
+            after = generate(pipe, list(less), **asked)
+        assert isinstance(before, Tensor)
+        assert isinstance(after, Tensor)
+        for latents, part in ((before, whole), (after, less)):
+            for place in bad_items(latents):
+                left_out.add(start + place, describe_bad_latents(latents, f"{part[place]!r:.60}"))
+        sound = [place for place in range(len(own)) if start + place not in left_out.image_ids]
+        if not sound:
+            continue
+        shares = torch.stack(outside).mean(dim=0)[sound].tolist()
+        pictures = [decode_latents(pipe, latents[sound], settings) for latents in (before, after)]
+        errors = zip(*(denoising_errors(pipe, each, settings) for each in pictures), strict=True)
         found += [(share, _ratio(*pair)) for share, pair in zip(shares, errors, strict=True)]
     return found
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from bad_images import spoil_in
 from tiny_flux import D_MODEL, SETTINGS
 
 from fluxsae.errors import FluxSaeError
@@ -11,7 +12,7 @@ from fluxsae.evaluation.intervals import bootstrap_weights
 from fluxsae.evaluation.reconstruction import ImageSums, evaluate_reconstruction, transfer_table
 from fluxsae.evaluation.stream import ImageSet, iter_activations
 from fluxsae.evaluation.tables import flow_text, reconstruction_text, transfer_text
-from fluxsae.flux import BlockCall, FluxPipeline, block_hooks, capture, generate
+from fluxsae.flux import FluxPipeline, capture, generate
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.metrics import fvu, l0
@@ -54,7 +55,7 @@ def captured_tokens(pipe: FluxPipeline, steps: list[int]) -> torch.Tensor:
 def test_the_stream_gives_what_capture_gives_whatever_the_batch(tiny_flux: FluxPipeline) -> None:
     expected = captured_tokens(tiny_flux, [1, 3])
     batches = list(iter_activations(tiny_flux, IMAGES, {LATE: [1, 3]}, settings=SETTINGS, batch_size=3))
-    assert [batch.rows for batch in batches] == [range(3), range(3, 4)]
+    assert [batch.rows for batch in batches] == [[0, 1, 2], [3]]
     torch.testing.assert_close(torch.cat([b.tokens[LATE] for b in batches]), expected, atol=1e-4, rtol=1e-4)
     assert not batches[0].pictures
 
@@ -106,38 +107,26 @@ def test_reconstruction_equals_the_metrics_on_the_same_tokens(tiny_flux: FluxPip
     assert "FVU" in reconstruction_text(report)
 
 
-def spoil(call: BlockCall) -> torch.Tensor:
-    """As a number that overflows in float16 would come out of a block: in the second image of a batch."""
-    spoiled = call.tokens.clone()
-    spoiled[1:2, 0, 0] = float("inf")
-    return spoiled
-
-
 def test_evaluations_leave_a_bad_image_out_and_count_it(
     tiny_flux: FluxPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images, sae, seen = ImageSet.fresh(["a red circle"], 20), random_sae(), list[int]()
-
-    def once(call: BlockCall) -> torch.Tensor | None:
-        seen.append(call.step)
-        return spoil(call) if len(seen) == 1 else None
-
+    images, sae = ImageSet.fresh(["a red circle"], 20), random_sae()
     asked = {"settings": SETTINGS, "batch_size": 10, "draws": 20}
     expected = evaluate_reconstruction(tiny_flux, {LATE: sae}, images, {LATE: [0, 2]}, **asked)[LATE]
-    with block_hooks(tiny_flux, {HookPoint.parse("layer0"): once}):
+    with spoil_in(tiny_flux, 0, step=0):
         report = evaluate_reconstruction(tiny_flux, {LATE: sae}, images, {LATE: [0, 2]}, **asked)[LATE]
     assert (expected.n_images, report.n_images, report.n_tokens) == (20, 19, 19 * 2 * 16)
     assert report.fvu.value == pytest.approx(expected.fvu.value, rel=0.05)
     assert "image 1 of 20 is left out. At step 0 of transformer_blocks.2.ff" in caplog.text
     with (
-        block_hooks(tiny_flux, {HookPoint.parse("layer0"): spoil}),
+        spoil_in(tiny_flux, step=0),
         pytest.raises(FluxSaeError, match="2 of 20 images would be left out"),
     ):
         transfer_table(
             tiny_flux, {LATE: sae}, images, settings=SETTINGS, sizes=[(32, 32)], trained={LATE: [0]}, batch_size=10
         )
     with (
-        block_hooks(tiny_flux, {HookPoint.parse("layer0"): spoil}),
+        spoil_in(tiny_flux),
         pytest.raises(FluxSaeError, match=r"At step 1 of transformer_blocks.2.ff, the activations of seed 2 \('a blue"),
     ):
         list(iter_activations(tiny_flux, IMAGES, {LATE: [1]}, settings=SETTINGS))

@@ -16,6 +16,7 @@ from fluxsae.features.scores import (
     ScoreAccumulator,
     ScoreMatrix,
     TopImages,
+    fingerprint_metadata,
     max_over_tokens,
     merge_score_files,
 )
@@ -178,6 +179,18 @@ def test_parts_make_the_matrix(tmp_path: Path) -> None:
     assert torch.equal(matrix.feature(2), matrix.stored()[:, 2].float())
     with pytest.raises(FluxSaeError, match="features go from 0 to 4"):
         matrix.feature(5)
+
+
+def test_a_matrix_names_its_sae_where_all_of_its_parts_do(tmp_path: Path) -> None:
+    parts = [write_part(tmp_path / f"{i}", accumulate(range(3 * i, 3 * i + 3))) for i in range(2)]
+
+    def merged(*fingerprints: str | None) -> str | None:
+        for part, fingerprint in zip(parts, fingerprints, strict=True):
+            save_tensors(part, load_tensors(part), metadata=fingerprint_metadata(fingerprint))
+        merge_score_files(tmp_path / "s", parts, steps=STEPS, grid=GRID)
+        return ScoreMatrix.load(tmp_path / "s").sae_fingerprint
+
+    assert [merged("a", "a"), merged(None, None), merged(None, "a"), merged("b", "a")] == ["a", None, None, None]
 
 
 def test_scores_that_overflow_fp16_are_kept_in_fp32_and_tiny_ones_still_fire(tmp_path: Path) -> None:

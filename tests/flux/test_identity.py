@@ -16,8 +16,8 @@ from fluxsae.flux import flux_identity, load_flux, settings_ground
 from fluxsae.flux.identity import FluxIdentity, identity_differences
 from fluxsae.miniature import miniature_path
 from fluxsae.runs.folder import RunFolder
+from fluxsae.sae.files import load_sae_config
 from fluxsae.sae.ground import check_ground
-from fluxsae.sae.model import load_sae_config
 
 
 def test_the_weights_are_named_by_their_hash_and_a_local_folder_by_its_name(tiny_flux_folder: Path) -> None:

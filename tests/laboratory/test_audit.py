@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_flux import SETTINGS
 
-from fluxsae.flux.hookpoints import TokenGrid
+from fluxsae.flux import FluxPipeline
+from fluxsae.flux.hookpoints import HookPoint, TokenGrid
 from fluxsae.laboratory.audit import (
     PCA,
     PERMUTED,
@@ -22,7 +24,7 @@ from fluxsae.laboratory.audit import (
 from fluxsae.laboratory.audit_tables import audit_text
 from fluxsae.laboratory.dictionaries import oracle_sae, pca_sae, permuted_decoder, trained_sae, untrained_sae
 from fluxsae.laboratory.halves import Halves, split_by_prompt
-from fluxsae.laboratory.pairs import draw_pairs, feature_responses, pass_draws
+from fluxsae.laboratory.pairs import draw_pairs, feature_responses, pass_draws, run_pairs
 from fluxsae.laboratory.sample import Sample, Truth
 from fluxsae.laboratory.truths import CONCEPTS, Concept, coverage
 from fluxsae.miniature.scenes import ATTRIBUTES, read_scene, render_scene, sample_scene
@@ -189,3 +191,9 @@ def test_planted_responses_pass_and_shuffled_ones_do_not() -> None:
     assert nothing["passes"][0] < 0.1
     assert np.quantile(draws["passes"] - nothing["passes"], 0.025) > 0.5
     assert pass_draws([], [], seed=0) == {}
+
+
+def test_saes_without_a_matched_feature_have_no_share(tiny_flux: FluxPipeline, like: SparseAutoencoder) -> None:
+    here = HookPoint.parse("layer1")
+    report = run_pairs(tiny_flux, here, (like, like), ({}, {}), step=1, settings=SETTINGS)
+    assert (report.trained.n_features, report.trained.passes, report.difference) == (0, None, None)

@@ -14,6 +14,7 @@ from tiny_flux import SETTINGS
 
 from fluxsae.activations.shards import ActivationManifest, ShardWriter
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.scores import fingerprint_metadata
 from fluxsae.files import load_tensors, read_header, save_tensors
 from fluxsae.miniature import miniature_path
 from fluxsae.publishing.checksums import read_checksums, write_checksums
@@ -54,6 +55,12 @@ def put(name: str, value: float, *place: int) -> Callable[[dict[str, torch.Tenso
         tensors[name][place] = value
 
     return change
+
+
+def scored_with_another_sae(run: RunFolder) -> None:
+    path = run.scores_path(LATE)
+    told = {**read_header(path).metadata, **fingerprint_metadata("0" * 16)}
+    save_tensors(path, load_tensors(path), metadata=told)
 
 
 def test_a_whole_run_has_no_problems_and_nothing_absent(whole: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +142,11 @@ DAMAGES: dict[str, tuple[Callable[[RunFolder], None], str, str]] = {
         lambda run: rewrite(run.scores_path(LATE), _fewer_rows),
         f"scores/{LATE}/scores.safetensors",
         "has 20 rows, but the run has 24 images",
+    ),
+    "S of an SAE that was trained again": (
+        scored_with_another_sae,
+        f"scores/{LATE}/scores.safetensors",
+        "changed after scoring",
     ),
     "S that the sums do not know": (
         lambda run: rewrite(run.scores_path(LATE), put("S", 1, 0, 0)),

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from bad_images import spoil_in
 from PIL import Image
 from test_steering import DOUBLE, SAES
 from tiny_flux import SETTINGS
@@ -92,3 +93,16 @@ def test_bounds_come_from_unedited_pictures_and_survive_the_run_folder(tiny_flux
     assert TokenLimits.from_dict(kept.to_dict()) == kept
     older = {name: value for name, value in kept.to_dict().items() if name != "natural"}
     assert TokenLimits.from_dict(older).natural == NaturalRange()
+
+
+def test_bounds_leave_an_image_of_nan_out_and_tell_it(
+    tiny_flux: FluxPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    how = {"prompts": ["a red circle"] * 20, "seeds": list(range(20)), "settings": SETTINGS}
+    with spoil_in(tiny_flux):
+        limits = measure_token_limits(tiny_flux, SAES[DOUBLE], DOUBLE, **how, steps=[1, 2])
+        assert "image 1 of 20 is left out. At step 1 of transformer_blocks.1.ff" in caplog.text
+        measured = measure_unedited(tiny_flux, SAES[DOUBLE], DOUBLE, limits, **how)
+    assert np.isfinite([limits.norm_low, limits.norm_high, limits.residual_high]).all()
+    assert "image 1 of 20 is left out. The latents of 'a red circle'" in caplog.text
+    assert len(measured) == 19

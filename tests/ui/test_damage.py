@@ -10,6 +10,8 @@ import whole_run
 from desk_data import EARLY, LATE
 
 from fluxsae.runs.folder import RunFolder
+from fluxsae.runs.tables import FeatureTable
+from fluxsae.sae.fingerprint import file_fingerprint
 from fluxsae.ui.build import build_app
 from fluxsae.ui.kit.header import header_html
 from fluxsae.ui.serve.shelf import Shelf, open_shelf
@@ -76,6 +78,21 @@ def test_an_sae_of_another_size_than_what_is_described_is_told_and_left_out(run:
     shelf = open_shelf(str(run.path))
     assert shelf.first.hookpoints == [LATE]
     assert f"The SAE of {EARLY} has 5 features, and " in header_html(shelf, shelf.first)
+
+
+def test_an_sae_that_changed_after_scoring_is_told_with_the_remedy(run: RunFolder) -> None:
+    whole_run.build_sae(run, EARLY, seed=7).save_pretrained(run.sae_path(EARLY))  # its table does not say of which SAE
+    table, fingerprint = run.load_features(LATE).table, file_fingerprint(run.sae_path(LATE))
+    assert fingerprint is not None
+    told = {**table.schema.metadata, b"sae_fingerprint": fingerprint.encode()}
+    run.save_features(LATE, FeatureTable(table.replace_schema_metadata(told)))
+    shelf = open_shelf(str(run.path))
+    assert "changed after scoring" not in header_html(shelf, shelf.first)
+    whole_run.build_sae(run, LATE, seed=7).save_pretrained(run.sae_path(LATE))
+    shelf = open_shelf(str(run.path))
+    header = header_html(shelf, shelf.first)
+    assert f"The SAE of {LATE} changed after scoring" in header
+    assert "--force" in header
 
 
 def test_a_hook_point_that_was_not_copied_is_left_out_and_the_page_has_one(run: RunFolder) -> None:

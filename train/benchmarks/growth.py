@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fluxsae.evaluation.tables import text_table
-from fluxsae.features.scoring import scored_saes
+from fluxsae.features.score_parts import scored_saes
 from fluxsae.runs.folder import RunFolder
 from train import analyze, collect, embed, fit, score, select
 from train.benchmarks.options import GrowthConfig

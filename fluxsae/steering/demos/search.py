@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fluxsae.errors import FluxSaeError
-from fluxsae.features.scores import ScoreMatrix
+from fluxsae.features.scores import load_scores
 from fluxsae.files import write_bytes, write_text
 from fluxsae.flux import flux_identity, schedule_sigmas
 from fluxsae.flux.hookpoints import HookPoint
@@ -201,7 +201,7 @@ class _Search:
     def __post_init__(self) -> None:
         self.settings = self.run.load_info().settings
         self.images = self.run.load_images()
-        self.scores = ScoreMatrix.load(self.run.scores_path(self.place))
+        self.scores = load_scores(self.run, self.place)
         self.folder = self.run.work_path("demos") / str(self.place)
         self.labels = self._labels()
         self.edits = {feature: self._variants(feature) for feature in self.features}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fluxsae.features.cards import CardIndex
-from fluxsae.features.scores import ScoreMatrix
+from fluxsae.features.scores import load_scores
 from fluxsae.features.vocabulary import NameKinds, has_name, in_place
 from fluxsae.files import write_bytes, write_text
 from fluxsae.flux import flux_identity, token_grid
@@ -184,7 +184,7 @@ class _Search:
         return images, {demo["feature"]: str(demo["label"]) for demo in shown}
 
     def _of(self, feature: int) -> list[Candidate]:
-        scores = ScoreMatrix.load(self.run.scores_path(self.place)).feature(feature)
+        scores = load_scores(self.run, self.place).feature(feature)
         label, prompts = self.labels[feature], self.images.prompts
         others = candidate_images(scores, prompts, label=label, n_wanted=self.config.n_images)
         images = dict.fromkeys([self.own_images[feature], *others])

@@ -27,7 +27,8 @@ def header_html(shelf: Shelf, bench: Workbench) -> str:
         **({"Run": bench.name} if len(shelf.runs) == 1 else {}),
     }
     terms = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in facts.items())
-    told = [bench.notice, *(f"Left out, as a file is damaged: {without_folders(each)}" for each in bench.problems)]
+    told = [bench.notice, *bench.changed_saes]
+    told += [f"Left out, as a file is damaged: {without_folders(each)}" for each in bench.problems]
     notice = "".join(f'<p class="fs-notice" role="status">{escape(each)}</p>' for each in told if each)
     return (
         f'<header class="fs-head"><div class="fs-brand">{LOGO}<div><h1>fluxsae</h1>'

@@ -16,6 +16,7 @@ import torch
 
 from fluxsae.errors import FluxSaeError, maker
 from fluxsae.features.cards import CardIndex
+from fluxsae.features.scores import sae_changed
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.miniature.scenes import ATTRIBUTES, PHRASES
@@ -237,6 +238,16 @@ class Workbench:
             for name in self.hookpoints
         }
         return {name: fingerprint for name, fingerprint in found.items() if fingerprint is not None}
+
+    @functools.cached_property
+    def changed_saes(self) -> list[str]:
+        """What is told of the SAEs that are not those whose features are shown."""
+        made_with = {name: cards.features.sae_fingerprint for name, cards in self.cards.items()}
+        told = [
+            self.readable(functools.partial(sae_changed, self.run, name, fingerprint), "")
+            for name, fingerprint in made_with.items()
+        ]
+        return list(filter(None, told))
 
     @property
     def pipe(self) -> Any:
