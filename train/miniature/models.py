@@ -204,8 +204,8 @@ def assemble_pipeline(generator: nn.ModuleDict, autoencoder: AutoencoderTiny) ->
 def save_flux(pipe: FluxPipeline, folder: Path) -> None:
     """Write the pipeline folder: transformer and autoencoder in fp16, the tiny text encoders in fp32.
 
-    Text encoders load in the precision they were saved in, whatever the transformer's is; fp32 fits any. Where the parts
-    were loaded from is not written.
+    Text encoders load in the precision they were saved in, whatever the transformer's is; fp32 fits any. The folders
+    that the parts came from are not written.
     """
     for part in (pipe.transformer, pipe.vae):
         part.register_to_config(_name_or_path="")
