@@ -63,3 +63,33 @@ def word_effects(words: Iterable[str], whole: float, without: Iterable[float]) -
         raise FluxSaeError("The feature is silent on this prompt and seed. Choose another of its top images.")
     effects = [WordEffect(word, left, (left - whole) / whole) for word, left in zip(words, without, strict=True)]
     return sorted(effects, key=lambda effect: effect.change)
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """A word on which a feature depends in some images, and what is left of it there without the word."""
+
+    word: str
+    left: tuple[float, ...]
+    """Share of the peak that is left, one for each image."""
+
+
+def dependences(images: Sequence[Sequence[WordEffect]], *, most: float) -> tuple[list[Dependence], list[float]]:
+    """As few words as tell the images apart, the one for most images first; and what is left in the other images.
+
+    A word counts for an image where at `most` this share of the feature's peak is left without it. What is left in
+    an image for which no word counts is the least that taking any one of them away leaves.
+    """
+    left = [{effect.word.lower(): max(0.0, 1 + effect.change) for effect in effects} for effects in images]
+    open_images, found = list(range(len(left))), list[Dependence]()
+    while True:
+        by_word: dict[str, list[int]] = {}
+        for image in open_images:
+            for word, share in left[image].items():
+                if share <= most:
+                    by_word.setdefault(word, []).append(image)
+        if not by_word:
+            return found, [min(left[image].values()) for image in open_images]
+        word = max(by_word, key=lambda each: (len(by_word[each]), -sum(left[image][each] for image in by_word[each])))
+        found.append(Dependence(word, tuple(left[image][word] for image in by_word[word])))
+        open_images = [image for image in open_images if image not in by_word[word]]

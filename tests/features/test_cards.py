@@ -18,7 +18,7 @@ import train.select
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.cards import CardIndex, varied
 from fluxsae.features.labels import Label
-from fluxsae.features.silencing import silencing_words
+from fluxsae.features.silencing import Dependence, WordEffect, dependences, silencing_words
 from fluxsae.runs.tables import FeatureTable
 
 
@@ -228,6 +228,16 @@ def test_the_word_that_silences_a_feature_is_found() -> None:
     assert (effects[0].word, effects[0].score) == ("red", 0.5)
     assert effects[0].change == pytest.approx(-0.8)
     assert asked == [["a red star on the left", "a star on the left", "a red on the left", "a red star on the"]]
+
+
+def test_as_few_words_as_possible_tell_the_images_apart() -> None:
+    def effects(**left: float) -> list[WordEffect]:
+        return [WordEffect(word, share, share - 1) for word, share in left.items()]
+
+    images = [effects(red=0.25, ring=0.0), effects(Red=0.0), effects(ring=0.5, star=1.5), effects(star=0.75)]
+    found, rest = dependences(images, most=0.6)
+    assert found == [Dependence("red", (0.25, 0.0)), Dependence("ring", (0.5,))]  # of two words for two images
+    assert rest == [0.75]
 
 
 def test_a_feature_that_is_silent_anyway_cannot_be_silenced() -> None:

@@ -246,10 +246,13 @@ def test_compare_finds_what_differs_and_gives_both_images(client: Client) -> Non
 
 
 def test_silence_gives_what_each_word_leaves_with_the_images_tried(client: Client, best: dict[str, Any]) -> None:
-    found, images = client.predict(feature=best["feature"], limit=2, api_name="/silence")
-    assert (found["feature"], len(found["words"]), len(images)) == (best["feature"], 2, 3)
-    assert [word["left"] for word in found["words"]] == sorted(word["left"] for word in found["words"])
-    assert all(word["word"] not in word["prompt"].split() for word in found["words"])
+    asked = {"feature": best["feature"], "limit": 2, "n_images": 2}
+    found, images = client.predict(**asked, api_name="/silence")
+    assert (found["feature"], len(found["images"]), len(images)) == (best["feature"], 2, 6)
+    assert " of 2 images" in found["verdict"]
+    for image in found["images"]:
+        assert [word["left"] for word in image["words"]] == sorted(word["left"] for word in image["words"])
+        assert all(word["word"] not in word["prompt"].split() for word in image["words"])
 
 
 def test_swap_gives_an_image_that_its_recipe_makes_again(client: Client) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from desk_data import LATE
+import torch
+from desk_data import LATE, reading
 from PIL import Image
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.features.vocabulary import NameKinds
+from fluxsae.files import save_tensors
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
 from fluxsae.pictures.grids import join_pictures
@@ -21,12 +24,13 @@ from fluxsae.steering.naturalness import NaturalRange
 from fluxsae.ui.kit.links import decode_view
 from fluxsae.ui.serve.lane import Done
 from fluxsae.ui.serve.opening import open_workbench
-from fluxsae.ui.serve.schemas import SteerRequest, SweepRequest
+from fluxsae.ui.serve.schemas import SteerRequest, SwapRequest, SweepRequest
 from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.steer.desk import STRIP, SteerDesk
 from fluxsae.ui.tabs.steer.feature_sliders import MAX_SLIDERS, Sliders
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob, run_origin
-from fluxsae.ui.tabs.steer.swap import FoundSwap
+from fluxsae.ui.tabs.steer.names import failing_swaps
+from fluxsae.ui.tabs.steer.swap import FoundSwap, SwapJob
 from fluxsae.ui.tabs.steer.words import even_notches, natural_turns, read_words, share_seen, where_it_changed
 
 
@@ -208,7 +212,7 @@ def test_a_swap_puts_a_name_where_the_old_one_fires_and_says_what_it_cannot_do()
     for names, refused in (
         (("triangle", "green"), "No feature of “triangle” clearly fires"),
         (("red", "red"), "cannot replace itself"),
-        (("red", "attic"), "'attic' is no name"),
+        (("red", "attic"), "'attic' cannot replace another: no feature of this name. Choose one of "),
         ((["red"], "green"), "give text of 1 to 200 characters"),
     ):
         with pytest.raises(FluxSaeError, match=refused):
@@ -266,16 +270,104 @@ def test_a_condition_names_few_of_the_many_features_that_a_large_run_has_of_a_na
 
 @pytest.fixture
 def named_desk(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> SteerDesk:
-    """A desk of a run whose features have three names."""
+    """A desk of a run whose features have three names, all of known usual strength."""
     for cards in bench.cards.values():
         monkeypatch.setattr(cards, "named", lambda: {"red": [1], "green": [2], "blue": [3]})
-    return SteerDesk(bench)
+    desk = SteerDesk(bench)
+    monkeypatch.setattr(desk.names, "addable", desk.names.known)
+    return desk
 
 
 def test_what_the_prompt_has_is_offered_first_to_be_replaced(named_desk: SteerDesk) -> None:
-    assert named_desk.replaceable("a blue thing", "red") == (["blue", "red", "green"], "blue")
-    assert named_desk.replaceable("a blue and green thing", "green") == (["green", "blue", "red"], "green")
-    assert named_desk.replaceable("a thing", "green") == (["red", "green", "blue"], "green")
+    def replaceable(prompt: str, name: str) -> tuple[list[str], str]:
+        return named_desk.names.replaceable(prompt, 0, 20, name)
+
+    assert replaceable("a blue thing", "red") == (["blue", "red", "green"], "blue")
+    assert replaceable("a blue and green thing", "green") == (["green", "blue", "red"], "green")
+    assert replaceable("a thing", "green") == (["red", "green", "blue"], "green")
+
+
+def test_what_surely_fires_in_an_image_that_was_read_is_offered_first_too(
+    named_desk: SteerDesk, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards, kept = bench.cards[LATE], replace(reading(), prompt="a thing")  # features 1 and 2 fire
+    monkeypatch.setattr(bench, "kept_reading", lambda *asked: kept if asked == ("a thing", 7, 20) else None)
+    sure = np.where(np.arange(len(cards)) == 1, 0.6, 0.9)  # 3 is surely blue, where it fires
+    monkeypatch.setattr(cards, "label_confidence_at", lambda shares: np.where(shares > 0, sure, 0.0))
+    assert named_desk.names.replaceable("a thing", 7, 20, "red") == (["green", "red", "blue"], "green")
+    assert named_desk.names.replaceable("a thing", 8, 20, "red") == (["red", "green", "blue"], "red")
+
+
+def tally(worked: int, tried: int, high: float) -> dict[str, Any]:
+    return {"features": {"n": tried, "success": {"value": worked / tried, "low": 0.0, "high": high}}}
+
+
+@pytest.fixture
+def colours_desk(bench: Workbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SteerDesk:
+    """Seven colours are used alike. Of blue no usual strength is known, gold is not trusted, pink has no feature."""
+    colours = {"red": [1], "cyan": [2], "green": [3], "blue": [4], "lime": [5, 4]}
+    cards = bench.cards[LATE]
+    monkeypatch.setattr(cards, "named", lambda: colours)
+    monkeypatch.setattr(cards, "labels", [None, "red", "cyan", "green", "blue", "lime", "gold", *cards.labels[7:]])
+    prompts = [f"a {colour} ring" for colour in ("red", "pink", "gold", "blue", "green", "cyan", "lime")]
+    monkeypatch.setattr(bench.images, "prompts", prompts)
+    acts = torch.ones(len(cards))
+    acts[4] = 0.0
+    save_tensors(tmp_path / "model.safetensors", {"reference_acts": acts})
+    monkeypatch.setattr(bench.run, "sae_path", lambda hookpoint: tmp_path)
+    tests = {"green": tally(1, 6, 0.5), "lime": tally(1, 3, 1.0), "red": tally(2, 2, 1.0)}
+    swaps = [{"concept": f"colour {name}", "arms": arms} for name, arms in tests.items()]
+    monkeypatch.setattr(bench, "metrics", lambda hookpoint: {"steering": {"swaps": swaps}})
+    desk = SteerDesk(bench)
+    assert desk.sliders.hookpoint == LATE
+    return desk
+
+
+def test_names_that_cannot_be_had_or_rarely_worked_are_offered_last_with_the_reason(colours_desk: SteerDesk) -> None:
+    assert colours_desk.names.choices("red") == [
+        ("cyan", "cyan"),
+        ("lime", "lime"),  # 1 of 3 says little
+        ("green (rarely worked: 1 of 6 test swaps)", "green"),
+        ("blue (its features fired too rarely to be added)", "blue"),
+        ("pink (no feature of this name)", "pink"),
+        ("gold (no feature surely has this name)", "gold"),
+    ]
+
+
+def test_a_new_name_on_screen_is_offered_though_it_is_of_another_kind(named_desk: SteerDesk) -> None:
+    named_desk.names.__dict__["_kinds"] = NameKinds(["a red ring", "a green ring", "one blue star"], ["blue"])
+    assert [name for _, name in named_desk.names.choices("red")] == ["green"]
+    assert [name for _, name in named_desk.names.choices("red", "blue")] == ["green", "blue"]
+    assert [name for _, name in named_desk.names.choices("red", "attic")] == ["green"]
+    assert [name for _, name in named_desk.names.choices("blue")] == ["red", "green"]  # none is used like it
+
+
+def test_a_swap_that_cannot_be_had_is_refused_before_work_with_what_can(
+    colours_desk: SteerDesk, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "cached", lambda _: pytest.fail("worked"))
+    for old, new, refused in (
+        ("red", "pink", "'pink' cannot replace another: no feature of this name. Choose one of green, cyan, lime."),
+        ("red", "gold", "'gold' cannot replace another: no feature surely has this name. "),
+        ("red", "blue", "'blue' cannot replace another: its features fired too rarely to be added. "),
+        ("pink", "red", "'pink' cannot be replaced: no feature of this name. Choose one of red, cyan, green, blue"),
+    ):
+        with pytest.raises(FluxSaeError, match=refused):
+            list(colours_desk.swapped(SwapRequest.parse(bench.limits, prompt="a ring", old=old, new=new)))
+
+
+def test_only_features_of_known_strength_are_added(
+    colours_desk: SteerDesk, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[SwapJob] = []
+    monkeypatch.setattr(bench, "cached", lambda job: asked.append(job) or iter(()))
+    list(colours_desk.swap("a red ring", 0, 20, "blue", "lime"))
+    assert (asked[0].old_features, asked[0].new_features) == ((4,), (5,))
+
+
+@pytest.mark.parametrize("damaged", [{"steering": 3}, {"steering": {"swaps": [{}]}}, {"steering": None}, {}])
+def test_a_report_that_says_nothing_of_swaps_speaks_against_no_name(damaged: dict[str, Any]) -> None:
+    assert failing_swaps(damaged) == {}
 
 
 def test_a_swap_that_is_read_is_told_and_its_earlier_sliders_come_along(
@@ -288,8 +380,10 @@ def test_a_swap_that_is_read_is_told_and_its_earlier_sliders_come_along(
     page = done.value[-1]
     assert [(slider["feature"], slider["turn"]) for slider in page["undo"]] == [(3, 0.5)]
     assert page["read"] == ["red", "green"]
-    assert read_words(page["read"], named_desk.names) == ["“red” became “green”: CLIP recognises it in this image."]
-    assert read_words(["<b>", "green"], named_desk.names) == []
+    assert read_words(page["read"], named_desk.names.known) == [
+        "“red” became “green”: CLIP recognises it in this image."
+    ]
+    assert read_words(["<b>", "green"], named_desk.names.known) == []
 
 
 def test_an_endpoint_takes_a_condition_by_label(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

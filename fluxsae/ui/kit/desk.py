@@ -9,6 +9,7 @@ from fluxsae.ui.kit.links import encode_view
 from fluxsae.ui.kit.snippets import snippets
 from fluxsae.ui.serve.downloads import Downloads
 from fluxsae.ui.serve.endpoints import Answers
+from fluxsae.ui.serve.guard import current_visitor
 from fluxsae.ui.serve.lane import Done, Event, StepDone
 from fluxsae.ui.serve.reading import Reading
 from fluxsae.ui.serve.schemas import FeatureRequest, Request
@@ -62,13 +63,21 @@ class Desk:
         """The call of an endpoint with these values, and else its defaults."""
         return snippets(schema, {**schema.defaults(self.limits), **values}, run=self.bench.asked_as)
 
-    def readings(self, *pictures: Picture) -> Events[list[Reading]]:
-        """What fires in each of some pictures, their steps counted together."""
-        found: list[Reading] = []
+    def readings(
+        self, *pictures: Picture, take: Callable[[Reading], Any] = lambda reading: reading
+    ) -> Events[list[Any]]:
+        """What `take` keeps of what fires in each of some pictures, their steps counted together.
+
+        Raises:
+            FluxSaeError: they are more than the visitor may make now; each counts as it is made.
+        """
+        n_new = sum(self.bench.kept_reading(*picture) is None for picture in pictures)
+        self.bench.visitors.check(current_visitor(), n_new)
+        found: list[Any] = []
         for place, picture in enumerate(pictures):
             for event in self.bench.read(*picture):
                 if isinstance(event, Done):
-                    found.append(event.value)
+                    found.append(take(event.value))
                 elif not isinstance(event, StepDone):
                     yield event
                 else:

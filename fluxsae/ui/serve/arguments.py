@@ -24,6 +24,7 @@ MAX_SEED = 2**32 - 1
 MAX_RESULTS = 100
 MAX_STRENGTHS = 9
 MAX_TRIED = 32
+MAX_BEST = 8
 LEAST_CHANGE = 0.1
 WHOLE_NUMBERS = {"type": "array", "items": {"type": "integer"}}
 WINDOW: tuple[list[Any], str] = (
@@ -395,6 +396,19 @@ TriedFeatures = Annotated[
 ]
 Limit = Annotated[
     int, _whole(1, lambda info: MAX_RESULTS), _schema("integer", f"How many results, 1 to {MAX_RESULTS}.")
+]
+TakenWords = Annotated[
+    int,
+    _whole(1, lambda info: MAX_RESULTS),
+    _schema(
+        "integer",
+        f"Words of each caption that are taken away at most, 1 to {MAX_RESULTS}; first those that most captions have.",
+    ),
+]
+BestImages = Annotated[
+    int,
+    _whole(1, lambda info: MAX_BEST),
+    _schema("integer", f"How many of its best images, 1 to {MAX_BEST}, of different captions where there are."),
 ]
 Feature = Annotated[
     int,

@@ -16,6 +16,7 @@ from fluxsae.ui.serve.arguments import (
     FIRST_HOOKPOINT,
     RUN_HOOKPOINT,
     RUN_STEPS,
+    BestImages,
     Caption,
     Change,
     Column,
@@ -42,6 +43,7 @@ from fluxsae.ui.serve.arguments import (
     Step,
     Steps,
     Strengths,
+    TakenWords,
     TriedFeatures,
     Window,
     shortened,
@@ -308,17 +310,23 @@ class CompareRequest(PictureRequest):
 
 
 class SilenceRequest(Request):
-    """Makes a feature's best image again without each word of its caption in turn, and measures what is left of it."""
+    """Makes some of a feature's best images again without each word in turn, and measures what is left of it."""
 
     endpoint = "silence"
     results = (
-        Result("words", "json", "Prompt, seed, and for each word the share of the feature's peak that is left."),
-        Result("images", "gallery", "The image of the whole prompt, then one without each word."),
+        Result(
+            "words",
+            "json",
+            "A verdict in words, and for each image its prompt, seed, and the share of the feature's peak that is left "
+            "without each word.",
+        ),
+        Result("images", "gallery", "Each image of a whole prompt, then those without each of its words."),
     )
     uses_flux = True
     hookpoint: HookPointPath = RUN_HOOKPOINT
     feature: Feature
-    limit: Limit = 20
+    limit: TakenWords = 12
+    n_images: BestImages = 3
 
 
 class SwapRequest(PictureRequest):

@@ -86,6 +86,21 @@ class VisitorLimits:
                 self._n_pending += Counter()  # forgets those with nothing
                 self._images_pending += Counter()
 
+    def check(self, visitor: str, images: int) -> None:
+        """Refuses images that are asked for together and made one by one, each with a share of its own.
+
+        Raises:
+            FluxSaeError: they are more than the visitor may make now.
+        """
+        if not self.limit or not images:
+            return
+        if images > self.limit:
+            raise FluxSaeError(
+                f"This makes {images} images, and one visitor may make {self.limit} in ten minutes here. Ask for fewer."
+            )
+        with self._lock:
+            self._check(visitor, images)
+
     def _check(self, visitor: str, images: int) -> None:
         now = self._clock()
         self._forget(now)

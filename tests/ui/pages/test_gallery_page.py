@@ -76,9 +76,12 @@ def test_the_word_that_silences_a_feature_is_told_and_goes_with_the_feature(visi
     page.locator("fs-gallery .fs-card").first.click()
     page.get_by_role("button", name="Which word silences it?").click()
     page.wait_for_selector("fs-silence section")
-    prompt = page.evaluate("document.querySelector('fs-silence').data.prompt")
-    words = page.locator("fs-silence figure").count() - 1
-    assert 1 <= words <= len(prompt.split())
+    data = page.evaluate("document.querySelector('fs-silence').data")
+    expect(page.locator("fs-silence h3")).to_have_text(data["verdict"])
+    counts = [1 + len(image["without"]) for image in data["images"]]
+    assert page.locator("fs-silence figure").count() == sum(counts)
+    assert page.locator("fs-silence figure:visible").count() == counts[0]
+    assert page.locator("fs-silence details").count() == len(counts) - 1
     page.locator("fs-gallery .fs-card").nth(1).click()
     expect(page.locator("fs-silence section")).to_have_count(0)
 

@@ -1,5 +1,6 @@
 """The Steer tab in a real browser: sliders, starters, swaps, strips, recipes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,7 @@ def test_starters_come_back_and_a_strip_goes_with_its_feature(visit: Open) -> No
 def test_one_name_is_put_in_place_of_another(visit: Open) -> None:
     page = visit()
     go_to(page, "Steer")
-    old, new = (page.locator(f"#steer-{which} input").input_value() for which in ("old", "new"))
+    old, new = (page.locator(f"#steer-{which} input").input_value().partition(" (")[0] for which in ("old", "new"))
     page.locator("#steer-swap").click()
     wait_until_turned(page)
     labels = page.locator(".fs-edit .fs-label").all_inner_texts()
@@ -214,3 +215,15 @@ def test_image_and_recipe_are_downloaded_and_the_recipe_loads_again(visit: Open,
         other.get_by_role("button", name="Load a recipe").click()
     chooser.value.set_files(picture)
     expect(other.locator(".fs-edit output")).to_contain_text("3 × its activation removed")
+
+
+def test_a_name_that_cannot_be_had_is_marked_and_refused_beside_the_button(visit: Open) -> None:
+    page = visit()
+    go_to(page, "Steer")
+    new = page.locator("#steer-new input")
+    expect(new).not_to_have_value("")
+    new.click()
+    page.get_by_role("option", name="no feature").first.click()
+    expect(new).to_have_value(re.compile(r"\(no feature .*\)"))
+    page.locator("#steer-swap").click()
+    expect(page.locator(".fs-swap fs-status")).to_contain_text("cannot replace another: no feature")

@@ -280,7 +280,11 @@ def facts(card: FeatureCard) -> list[list[str]]:
         ("Mean when it fires", f"{card.mean_act:.3g}", "activation units of the autoencoder"),
         ("Maximum", f"{card.max_act:.3g}", "activation units; the end of the heat scale"),
         ("Coherence", _number(card.coherence), "mean CLIP cosine between its top images"),
-        ("p-value of coherence", _number(card.p_value), "against random images on which features fire"),
+        (
+            "p-value of coherence",
+            _number(card.p_value),
+            "share of random sets of images, on which features fire, that are as similar",
+        ),
         (
             "Monosemanticity",
             _number(card.monosemanticity),
@@ -306,15 +310,27 @@ def _name_facts(card: FeatureCard) -> list[tuple[str, Any, str]]:
         (
             "q-value of the name",
             _number(name.q_value),
-            "permutation test on the half of the images that the name was not taken from, corrected for all features",
+            "permutation test on the half of the images not used to find the name, corrected for all features",
         )
     ]
     if name.base and name.precision and name.recall:
         at_half = len(name.recall) // 2
         rows += [
-            ("Precision of the name", _share(name.precision[-1]), "share of captions with the name, at its strongest"),
-            ("Recall of the name", _share(name.recall[at_half]), "share of images of the name where it reaches half"),
-            ("Lift of the name", f"{name.precision[-1] / name.base:.1f} ×", "the precision over that of all images"),
+            (
+                "Precision of the name",
+                _share(name.precision[-1]),
+                "share of captions with the name, where it fires most strongly",
+            ),
+            (
+                "Recall of the name",
+                _share(name.recall[at_half]),
+                "share of images with the name in which it reaches half of its maximum",
+            ),
+            (
+                "Lift of the name",
+                f"{name.precision[-1] / name.base:.1f} ×",
+                "its precision, divided by the share of all captions that have the name",
+            ),
         ]
     return rows
 

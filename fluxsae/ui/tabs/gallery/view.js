@@ -187,7 +187,7 @@ FS.define("fs-feature", (root, data) => {
       data.levels.length
         ? section(
           "How true the name is at each strength",
-          "Images that the name was not taken from, and the share of their captions that hold it.",
+          "Images that were not used to find the name, and the share of their captions that contain it.",
           ...data.levels.map((level) =>
             FS.el(
               "div",
@@ -246,7 +246,7 @@ FS.define("fs-feature", (root, data) => {
       data.silent.length
         ? section(
           "Similar images without it",
-          "The images most similar to its top images on which it does not fire.",
+          "Images on which it does not fire, the most similar to its top images first.",
           FS.pictures(data.silent, { rows: data.rows, cols: data.cols, colour: "var(--fs-line)" }),
         )
         : null,
@@ -254,7 +254,7 @@ FS.define("fs-feature", (root, data) => {
       FS.code(data.code),
       section(
         "Which word causes it?",
-        "FLUX makes its top image again without each word of the caption in turn, at the same seed. The feature depends on the word whose removal silences it.",
+        "FLUX makes up to three of its top images again without each word of the caption in turn, at the same seed. The feature depends on the word whose removal silences it.",
         FS.el(
           "div",
           { class: "fs-row" },

@@ -62,7 +62,7 @@ FS.define("fs-diff", (root, data) => {
   );
   const most = Math.max(0, ...data.features.map(({ relatives }) => Math.abs(relatives[1] - relatives[0])));
   const heading = most < LEAST_TILT
-    ? `Nothing differs: no feature's peak by ${FS.percent(LEAST_TILT)} of its maximum`
+    ? `Nothing differs: no feature's peak changes by ${FS.percent(LEAST_TILT)} of its maximum or more`
     : "What differs most";
   root.append(
     FS.el(
@@ -80,7 +80,7 @@ FS.define("fs-diff", (root, data) => {
       FS.el("p", {
         class: "fs-quiet",
         text:
-          "A bar to the left fires more in the first image, to the right in the second. Choose one to see where. Numbers are peaks as shares of each feature's maximum.",
+          "A bar to the left means that the feature fires more in the first image; to the right, in the second. Choose one to see where. Numbers are peaks as shares of each feature's maximum.",
       }),
       list,
     ),

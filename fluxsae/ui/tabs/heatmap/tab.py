@@ -148,7 +148,7 @@ def _settings(desk: HeatmapDesk) -> tuple[gr.Radio, gr.Number, gr.Checkbox, gr.S
         pinned = gr.Checkbox(
             False,
             label="Keep this seed",
-            info="Else a new prompt gets a new one.",
+            info="Otherwise a new prompt gets a new seed.",
             min_width=170,
             elem_id="heatmap-pin",
         )

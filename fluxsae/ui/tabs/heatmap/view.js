@@ -107,7 +107,7 @@ FS.define("fs-lab", (root, data) => {
     if (!feature) {
       caption.replaceChildren(FS.el("span", {
         class: "fs-quiet",
-        text: data.features.length ? "Press a word or a card to see where FLUX thinks of it." : "",
+        text: data.features.length ? "Press a word or a card to see where it fires." : "",
       }));
       return;
     }
@@ -533,7 +533,7 @@ FS.define("fs-lab", (root, data) => {
         FS.el("p", {
           class: "fs-quiet",
           text: data.opening
-            ? "Inside FLUX a feature fired for each of these. Choose one to see where. The slider turns two of them: recorded with this run."
+            ? "Each of these names belongs to a feature that fired inside FLUX. Choose one to see where. The slider changes two of the features; its pictures were recorded with this run."
             : "Each card is a feature: one direction that the sparse autoencoder (SAE) learned. Choose one to see where it fires. “Sure”, “fairly sure” and “a guess” rate its name where it fires this strongly.",
         }),
         list,

@@ -52,7 +52,7 @@ FS.why = (root, data) => {
         features,
         data.places.length
           ? "No earlier feature has an effect."
-          : "This run has no hook point before this one, so there are none.",
+          : "This run has no earlier hook point, so no earlier feature was tried.",
       ),
       isLittle
         ? FS.el("p", { text: "Each of them has little effect: no single earlier feature makes it fire." })

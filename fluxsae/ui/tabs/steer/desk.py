@@ -8,7 +8,6 @@ from typing import Any
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.firing import best_example
-from fluxsae.features.vocabulary import NameKinds, has_name
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.steering.edits import Recipe, SteeringEdit, load_recipes, png_bytes, with_features
 from fluxsae.ui.kit import views
@@ -23,6 +22,7 @@ from fluxsae.ui.serve.session import Workbench
 from fluxsae.ui.tabs.steer import words
 from fluxsae.ui.tabs.steer.feature_sliders import MAX_SLIDERS, SUGGESTED, Sliders
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob
+from fluxsae.ui.tabs.steer.names import SwapNames
 from fluxsae.ui.tabs.steer.starters import find_starters
 from fluxsae.ui.tabs.steer.swap import N_PICTURES as SWAP_PICTURES
 from fluxsae.ui.tabs.steer.swap import FoundSwap, SwapJob
@@ -30,12 +30,6 @@ from fluxsae.ui.tabs.steer.swap import FoundSwap, SwapJob
 STRIP = (-2 / 3, -1 / 3, 0.0, 0.1, 0.2, 0.3, 0.6)
 """Slider positions of the strip: twice the feature removed, once, nothing, then ever more added."""
 MAX_MATCHES = 12
-ALIKE = 0.7
-"""How alike in use names of one kind are at least, as in the search for swaps."""
-MAX_NAMED = 30
-"""Names that a refusal lists."""
-MAX_RIVALS = 16
-"""Other names of the kind that CLIP may read instead."""
 Filled = tuple[str, int, int, dict[str, Any]]
 """What fills the tab: prompt, seed, steps and sliders."""
 
@@ -46,6 +40,7 @@ class SteerDesk(Desk):
     def __init__(self, bench: Workbench) -> None:
         super().__init__(bench)
         self.sliders = Sliders(bench, self._steered_hookpoint())
+        self.names = SwapNames(bench, self.sliders.hookpoint)
 
     # The endpoints
 
@@ -262,31 +257,10 @@ class SteerDesk(Desk):
 
     # Swaps
 
-    @functools.cached_property
-    def names(self) -> dict[str, list[int]]:
-        """The names that can be put in each other's place, with their features, best ranked first."""
-        return self.bench.cards[self.sliders.hookpoint].named()
-
     def first_swap(self) -> list[str] | None:
         """The two names of the first starter, if it is a swap."""
         found = [edit["label"] for starter in self.starters[:1] for edit in starter["edits"][:2]]
-        return found if len(set(found)) == 2 and all(name in self.names for name in found) else None
-
-    def replaceable(self, prompt: Any, name: Any) -> tuple[list[str], Any]:
-        """The names, those that the prompt has first; and the one on screen, or the first where the prompt lacks it."""
-        said = [other for other in self.names if has_name(str(prompt), other)]
-        others = [other for other in self.names if other not in said]
-        return [*said, *others], name if name in said or not said else said[0]
-
-    def kin(self, name: Any) -> list[str]:
-        """The names that are used like one in the run's prompts; all others where none is."""
-        alike = self._kinds.alike(str(name), least=ALIKE)
-        return [other for other in alike if other in self.names] or [other for other in self.names if other != name]
-
-    def kin_with(self, name: Any, other: Any) -> list[str]:
-        """The names that are used like one, and one that is on screen in any case."""
-        kin = self.kin(name) if name in self.names else []
-        return [*kin, *(one for one in (other,) if one in self.names and one not in kin)]
+        return found if len(set(found)) == 2 and all(name in self.names.known for name in found) else None
 
     def swap(self, prompt: Any, seed: Any, steps: Any, old: Any, new: Any) -> Events[Filled]:
         """Steps, then prompt, seed, steps and the sliders that put one name in place of another."""
@@ -318,29 +292,20 @@ class SteerDesk(Desk):
         """The search for edits.
 
         Raises:
-            FluxSaeError: no two different names of this run's features.
+            FluxSaeError: the names cannot be swapped.
         """
-        for name in (request.old, request.new):
-            if name not in self.names:
-                known = ", ".join(list(self.names)[:MAX_NAMED])
-                raise FluxSaeError(f"{shortened(name)} is no name of this run's features; it has {known}.")
-        if request.old == request.new:
-            raise FluxSaeError(f"“{request.old}” cannot replace itself; choose two different names.")
+        self.names.check(request.old, request.new)
         return SwapJob(
             hookpoint=self.sliders.hookpoint,
             old=request.old,
             new=request.new,
-            old_features=tuple(self.names[request.old]),
-            new_features=tuple(self.names[request.new][: MAX_SLIDERS - 1]),
-            rivals=tuple(self._kinds.rivals(request.old, request.new, least=ALIKE, limit=MAX_RIVALS)),
+            old_features=tuple(self.names.known[request.old]),
+            new_features=tuple(self.names.addable[request.new][: MAX_SLIDERS - 1]),
+            rivals=self.names.rivals(request.old, request.new),
             prompt=request.prompt,
             seed=request.seed,
             num_inference_steps=request.num_inference_steps,
         )
-
-    @functools.cached_property
-    def _kinds(self) -> NameKinds:
-        return NameKinds(self.bench.images.prompts, self.names)
 
     def _request(self, prompt: Any, seed: Any, steps: Any, edits: Sequence[SteeringEdit], page: Any) -> SteerRequest:
         asked = {"prompt": prompt, "seed": seed, "num_inference_steps": steps, "edits": [e.to_dict() for e in edits]}
@@ -400,7 +365,7 @@ class SteerDesk(Desk):
             "after": views.image_url(after, is_own=is_own),
             "random": views.image_url(random[0], is_own=is_own) if random else None,
             "words": [
-                *words.read_words(swap.get("read"), self.names),
+                *words.read_words(swap.get("read"), self.names.known),
                 *words.result_words(list(zip(sliders, request.edits, strict=True))),
             ],
             "measurement": measured[0],
@@ -409,7 +374,7 @@ class SteerDesk(Desk):
             "recipe": recipe.to_dict() if request.picture is None else None,
             "notices": [
                 *views.notices(steered.unread, before),
-                *words.unread_notice(swap.get("unread"), self.names),
+                *words.unread_notice(swap.get("unread"), self.names.known),
                 *words.unnatural_notice(request.edits, steered),
                 *words.faint_notice(request.edits, steered),
             ],

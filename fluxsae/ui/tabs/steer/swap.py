@@ -47,6 +47,7 @@ class SwapJob:
     new: str
     old_features: tuple[int, ...]
     new_features: tuple[int, ...]
+    """Those whose usual strength is known."""
     rivals: tuple[str, ...]
     """Other names of the kind, which the picture may come to show instead."""
     prompt: str
@@ -68,24 +69,20 @@ class SwapJob:
         """The edits that CLIP sees work best, or come nearest.
 
         Raises:
-            FluxSaeError: no feature of the old name fires in the picture, none of the new one can be added, or there
-                is no CLIP.
+            FluxSaeError: no feature of the old name fires in the picture, or there is no CLIP.
         """
-        from fluxsae.steering.demos import SwapConfig, acts_in_window, addable, hot_region, swap_variants, try_swaps
+        from fluxsae.steering.demos import SwapConfig, acts_in_window, hot_region, swap_variants, try_swaps
 
         if bench.embedder is None:
             raise FluxSaeError("Swaps need CLIP, which this run does not have. Use the sliders.")
         place, sae, config = SaeName.parse(self.hookpoint), bench.saes[self.hookpoint], SwapConfig()
-        new_features = addable(sae, self.new_features)
-        if not new_features:
-            raise FluxSaeError(f"The features of “{self.new}” fired too rarely to know how strongly to add them.")
         settings = bench.settings(self.num_inference_steps)
         picture: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, "settings": settings}
         acts = acts_in_window(bench.pipe, sae, place, self.old_features, **picture, on_step=on_step)
         best = self._where_it_fires(bench, acts.amax(dim=(0, 2)).numpy())
         grid = TokenGrid(bench.limits.rows, bench.limits.cols)
         region = hot_region(acts[:, best].mean(dim=0), grid, heat=config.heat)
-        variants = swap_variants(place, self.old_features[best], new_features, region, config)
+        variants = swap_variants(place, self.old_features[best], self.new_features, region, config)
         scores = try_swaps(
             bench.pipe,
             sae,

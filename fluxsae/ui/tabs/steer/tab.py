@@ -41,7 +41,7 @@ def build_steer_tab(desk: SteerDesk, shell: Shell, tab: gr.Tab) -> None:
                 js_on_load=mount(turn="input", begin="submit"),
                 elem_id="steer-edits",
             )
-            old, new, swap_go, swap_status = _swap_row(desk, tab, prompt)
+            old, new, swap_go, swap_status = _swap_row(desk, tab, [prompt, seed, steps])
             with gr.Row():
                 find = gr.Textbox(
                     label="Find a feature",
@@ -124,9 +124,12 @@ def _tell_costs(desk: SteerDesk, shell: Shell, costs: gr.HTML, runs: list[Any]) 
         run.success(cost, None, costs, **QUIET)
 
 
-def _swap_row(desk: SteerDesk, tab: gr.Tab, prompt: gr.Textbox) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button, gr.HTML]:
-    """What goes, what comes in its place, the button and its progress; not shown where there are no two names."""
-    names = list(desk.names)
+def _swap_row(desk: SteerDesk, tab: gr.Tab, picture: list[Any]) -> tuple[gr.Dropdown, gr.Dropdown, gr.Button, gr.HTML]:
+    """What goes, what comes in its place, the button and its progress; not shown where there are no two names.
+
+    `picture` is prompt, seed and denoising steps.
+    """
+    names = list(desk.names.known)
     old, new = desk.first_swap() or names[:2] if len(names) > 1 else (None, None)
     with gr.Column(elem_classes="fs-swap", visible=len(names) > 1):
         with gr.Row():
@@ -136,16 +139,22 @@ def _swap_row(desk: SteerDesk, tab: gr.Tab, prompt: gr.Textbox) -> tuple[gr.Drop
         only = " Colours work best; things rarely work." if desk.bench.is_miniature else ""
         gr.HTML(
             '<p class="fs-quiet fs-hint">Tries eight swaps where the first name fires. Keeps the one in which CLIP '
-            f"recognises the second name best, and sets the sliders to it.{only}</p>"
+            f"recognises the second name best, and sets the sliders to it.{only} Names that cannot be had, or "
+            "that rarely worked when the run was measured, come last with the reason.</p>"
         )
         status = gr.HTML(IDLE, html_template=element("fs-status"), js_on_load=mount())
     # names of one kind are found when the tab is opened: of 20,000 prompts that takes seconds
-    tab.select(guarded(lambda name, other: gr.Dropdown(desk.kin_with(name, other))), [one, other], other, **QUEUED)
+    tab.select(guarded(lambda name, other: gr.Dropdown(desk.names.choices(name, other))), [one, other], other, **QUEUED)
 
-    def offer(prompt: Any, name: Any) -> Any:
-        choices, chosen = desk.replaceable(prompt, name)
+    def offer(prompt: Any, seed: Any, steps: Any, name: Any) -> Any:
+        choices, chosen = desk.names.replaceable(prompt, seed, steps, name)
         return gr.Dropdown(choices, value=chosen)
 
-    gr.on([tab.select, prompt.blur], guarded(offer), [prompt, one], one, **QUIET)
-    one.change(lambda name: gr.Dropdown(desk.kin(name), value=desk.kin(name)[0]), one, other, **QUEUED)
+    gr.on([tab.select, picture[0].blur], guarded(offer), [*picture, one], one, **QUIET)
+
+    def offer_new(name: Any) -> Any:
+        choices = desk.names.choices(name)
+        return gr.Dropdown(choices, value=choices[0][1])
+
+    one.change(offer_new, one, other, **QUEUED)
     return one, other, go, status

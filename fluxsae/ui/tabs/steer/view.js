@@ -210,7 +210,7 @@ FS.define("fs-edits", (root, data) => {
         FS.el("p", {
           class: "fs-quiet fs-hint",
           text:
-            "So much noise is put over it, and FLUX paints on from there. At 100 % nothing of it is left. The prompt above is its caption, and may be empty.",
+            "This share of noise is put over your picture, and FLUX paints on from there. At 100 % nothing of the picture is left. The prompt above is its caption, and may be empty.",
         }),
       ),
     );
