@@ -14,9 +14,9 @@ CAPTIONS_PER_SCENE = 6
 CHUNK = 500
 PAIRS = 0.6
 """Share of scenes with two objects: which words belong together is the hardest to learn."""
-COMPLETE_CAPTIONS = 0.55
+COMPLETE_CAPTIONS = 0.35
 """Share of captions that leave nothing out."""
-BARE_CAPTIONS = 0.12
+BARE_CAPTIONS = 0.2
 """Share of captions that name things and nothing else, as first prompts do."""
 TERSE_CAPTIONS = 0.1
 """Share of captions without articles."""
@@ -38,7 +38,7 @@ def _training_caption(scene: Scene, rng: np.random.Generator) -> str:
     kind, terse = rng.random(), bool(rng.random() < TERSE_CAPTIONS)
     if kind < BARE_CAPTIONS:
         return caption_scene(scene, rng, keep=0.0, always=("thing",), terse=terse)
-    keep = 1.0 if kind < BARE_CAPTIONS + COMPLETE_CAPTIONS else rng.uniform(0.3, 1.0)
+    keep = 1.0 if kind < BARE_CAPTIONS + COMPLETE_CAPTIONS else rng.uniform(0.1, 0.9)
     return caption_scene(scene, rng, keep=keep, always=("thing",) if rng.random() < 0.5 else (), terse=terse)
 
 
