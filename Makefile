@@ -1,6 +1,6 @@
 # The whole interface: make app | test | bench | soak | rehearsal | screenshots. Each does all its own set-up in .venv.
 #   PYTHON=...  the interpreter to build .venv with (3.11 or newer; found by itself when unset)
-#   JOBS=2      test processes
+#   JOBS=3      test processes: page tests wait a lot, so one more than two cores is faster
 #   MODEL=...   whose dimensions `make rehearsal` has: flux1-dev, flux2-klein, or tiny to try it
 #   IMAGES=16   images that `make rehearsal` collects, and as many that it scores; at least 10
 #   TESTS=...   what `make test` hands to pytest, e.g. TESTS=tests/sae
@@ -12,7 +12,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 .NOTPARALLEL:
 
 PYTHON ?=
-JOBS ?= 2
+JOBS ?= 3
 TESTS ?= tests
 MODEL ?= flux1-dev
 IMAGES ?= 16
