@@ -1,6 +1,7 @@
 """What the Gallery tab answers."""
 
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -167,7 +168,7 @@ def test_the_images_are_told_before_and_fit_a_visitors_share(
     words_desk: WordsDesk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench, card = words_desk.bench, words_desk.bench.cards[LATE][1]
-    monkeypatch.setattr(bench, "pass_seconds", 0.5)
+    monkeypatch.setattr(bench, "pass_times", deque([0.5]))
     seconds = bench.limits.default_steps * 0.5
     assert words_desk.cost_words(card) == f"10 images, about {round(10 * seconds)} s"
     limits = VisitorLimits(6)

@@ -1,6 +1,7 @@
 """What the Steer tab answers: sliders, starters, strips and swaps."""
 
 import math
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from fluxsae.steering.demos import DemoConfig
 from fluxsae.steering.edits import Recipe, SaeSource, SteeringEdit
 from fluxsae.steering.naturalness import NaturalRange
 from fluxsae.ui.kit.links import decode_view
+from fluxsae.ui.serve import session
 from fluxsae.ui.serve.lane import Done
 from fluxsae.ui.serve.opening import open_workbench
 from fluxsae.ui.serve.schemas import SteerRequest, SwapRequest, SweepRequest
-from fluxsae.ui.serve.session import Workbench
+from fluxsae.ui.serve.session import JOBS_TIMED, Workbench
 from fluxsae.ui.tabs.steer.desk import STRIP, SteerDesk
 from fluxsae.ui.tabs.steer.feature_sliders import MAX_SLIDERS, Sliders
 from fluxsae.ui.tabs.steer.job import Steered, SteerJob, run_origin
@@ -129,6 +131,33 @@ def test_a_feature_that_was_just_added_is_shown_unturned_with_one_image(
     assert done.value["measurement"] is None
     view = decode_view(done.value["link"])
     assert [(edit["feature"], edit["strength"]) for edit in view["edits"]] == [(3, 0)]
+
+
+def test_one_image_made_beside_other_work_does_not_stop_the_sliders(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, job = [0.0], SteerJob(((),) * 3, "a circle", 0, 20)
+    monkeypatch.setattr(session.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(bench, "pass_times", deque(maxlen=JOBS_TIMED))
+    desk = SteerDesk(bench)
+
+    def make(seconds: float) -> None:
+        begun = now[0]
+        now[0] += seconds
+        bench._time(job, begun)
+
+    make(300)
+    assert not bench.is_slow
+    make(2)
+    make(300)
+    assert not bench.is_slow
+    assert "Sliders wait" not in desk.cost_words()
+    for _ in range(JOBS_TIMED):
+        make(300)
+    assert bench.is_slow
+    assert "Sliders wait" in desk.cost_words()
+    make(2)
+    assert not bench.is_slow
 
 
 def demo_of(feature: int, less: float, label_less: float | None) -> dict[str, Any]:

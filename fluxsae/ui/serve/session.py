@@ -6,6 +6,7 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ PREVIEW_IMAGES = 8
 UNRELATED_PAIRS = 8
 SLOW_SECONDS: Final = 3.0
 """Of a picture, from which a model is slow."""
+JOBS_TIMED: Final = 8
 WORDS = {1: ["the"], 2: ["early", "late"], 3: ["early", "middle", "late"]}
 
 
@@ -122,8 +124,8 @@ class Workbench:
         self.lane = FluxLane()
         self.visitors = VisitorLimits.from_environment()
         self.cache = ResultCache()
-        self.pass_seconds: float | None = None
-        """Seconds of a pass of the transformer in the latest job."""
+        self.pass_times: deque[float] = deque(maxlen=JOBS_TIMED)
+        """Seconds of a pass of the transformer in the latest jobs."""
         self.fluxes = LoadedFlux()
         self.given = ResultCache(max_bytes=GIVEN_BYTES, max_entries=GIVEN_ENTRIES)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -445,16 +447,21 @@ class Workbench:
     def _time(self, job: Job, begun: float | None) -> None:
         """Remembers what a pass took, from the first step on: what comes before may be FLUX's loading."""
         if begun is not None and job.n_pictures and job.n_passes(self) > 1:
-            self.pass_seconds = (time.monotonic() - begun) / (job.n_passes(self) - 1)
+            self.pass_times.append((time.monotonic() - begun) / (job.n_passes(self) - 1))
+
+    @property
+    def pass_seconds(self) -> float | None:
+        """Seconds of a pass in the quickest of the latest jobs: what else the machine did meanwhile does not count."""
+        return min(self.pass_times, default=None)
 
     def seconds_of(self, job: Job) -> float | None:
-        """About how long a job takes, as the latest one did; None before there was one."""
+        """About how long a job takes when nothing else runs; None before there was one."""
         return None if self.pass_seconds is None else job.n_passes(self) * self.pass_seconds
 
     @property
     def is_slow(self) -> bool:
         """Whether a picture takes so long that sliders should wait for a press of the button."""
-        if self.pass_seconds is None:
+        if self.pass_seconds is None or len(self.pass_times) == 1:  # the first may have waited for CLIP to load
             return not self.is_miniature
         return self.limits.default_steps * self.pass_seconds > SLOW_SECONDS
 
