@@ -116,7 +116,8 @@ def _first_generator(config: "MiniatureConfig") -> nn.ModuleDict:
     generator = build_generator() if config.origin is None else load_generator(config.origin)
     if _device(config).type == "cpu":
         # Two thirds of the time a step: at so few tokens the gradient of the flash kernel costs more than all the rest.
-        generator["transformer"].set_attention_backend("_native_math")
+        transformer: Any = generator["transformer"]
+        transformer.set_attention_backend("_native_math")
     return generator
 
 
