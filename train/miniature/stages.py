@@ -11,10 +11,11 @@ from torch import nn
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.files import save_tensors
+from fluxsae.pictures.perceptual import load_embedder
 from fluxsae.sae.training.processes import Processes
 from train.miniature.autoencoder import encode_bank, train_autoencoder
 from train.miniature.bank import SceneBank, draw_bank
-from train.miniature.contrast import save_clip, train_clip
+from train.miniature.contrast import load_trained_clip, reading_shares, save_clip, train_clip
 from train.miniature.exam import format_tally, held_out_psnr, painter, save_sheets, take_exam
 from train.miniature.flow import GuidanceDistillation, HandoverLoss, train_stage
 from train.miniature.gates import balance_gates
@@ -155,7 +156,7 @@ def _train_clip(config: "MiniatureConfig", bank: SceneBank) -> None:
     if not checkpoint.is_finished:
         clock = _clock(config, "clip")
         train_clip(bank, clip, checkpoint.folder, clock, batch_size=2 * config.batch_size, seed=config.seed)
-    checkpoint.load_average(clip)
+    load_trained_clip(bank, clip, checkpoint)
     if Processes.current().rank == 0:
         save_clip(clip, config.output / "clip")
 
@@ -169,6 +170,9 @@ def export_averages(config: "MiniatureConfig") -> None:
 
 def examine_miniature(config: "MiniatureConfig") -> None:
     """Print how the written miniature does on what it never saw."""
+    if (config.output / "clip").is_dir():
+        shares = reading_shares(load_embedder(f"local-dir:{config.output / 'clip'}"))
+        print("CLIP reads of drawn scenes: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
     pipe = FluxPipeline.from_pretrained(config.output / "flux", torch_dtype=torch.float32).to(_device(config))
     paint = painter(pipe, true_guidance=config.true_guidance)
     if config.sheet is not None:
