@@ -47,6 +47,8 @@ class StageClock:
         """Share of the stage that is done, 0 to 1."""
         if self._agreed is not None:
             return self._agreed
+        if self.budget_seconds == 0:
+            return 1.0
         by_clock = self.elapsed / self.budget_seconds if self.budget_seconds else 0.0
         return min(1.0, max(self.step / self.steps, by_clock))
 

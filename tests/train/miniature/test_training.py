@@ -63,6 +63,10 @@ def test_a_constant_clock_keeps_its_rate_to_the_end() -> None:
     assert clock.learning_rate(2e-3) == pytest.approx(2e-4)  # 30 of 300 steps of warm-up
 
 
+def test_a_stage_of_no_minutes_takes_no_step() -> None:
+    assert list(StageClock("decoder", 10, 0.0).ticks()) == []
+
+
 @dataclass
 class OneOfTwo:
     """The second of two processes, whose peer has gradients of one everywhere and a clock that is at its end."""
