@@ -65,7 +65,7 @@ class Synthetic:
     embeddings: torch.Tensor
 
 
-def build(path: Path, *, n_images: int = 160, seed: int = 0) -> Synthetic:
+def build(path: Path, *, n_images: int = 240, seed: int = 0) -> Synthetic:
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng, n_objects=1) for _ in range(n_images)]
     prompts = [caption_scene(scene, rng) for scene in scenes]

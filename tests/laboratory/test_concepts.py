@@ -30,7 +30,7 @@ from fluxsae.sae.model import SparseAutoencoder
 HERE = HookPoint.parse("layer1")
 GRID = TokenGrid(16, 16)
 SETTINGS = GenerationSettings(height=128, width=128, num_inference_steps=4, max_sequence_length=8)
-D = 40
+D = 48
 
 
 def planted_directions() -> torch.Tensor:
