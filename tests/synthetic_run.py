@@ -22,7 +22,7 @@ from fluxsae.sae.model import SparseAutoencoder
 
 GRID = TokenGrid(16, 16)
 HOOKPOINT = "transformer_blocks.3.ff"
-CONCEPTS = [(name, value) for name in ("shape", "colour", "texture", "background") for value in ATTRIBUTES[name]]
+CONCEPTS = [(name, value) for name in ("thing", "colour", "texture", "background") for value in ATTRIBUTES[name]]
 N_NOISE = 12
 FEATURES: list[tuple[str, str] | None] = [None, *CONCEPTS, *[None] * N_NOISE]
 """Feature 0 is dead, then one a concept, then noise."""
@@ -65,7 +65,7 @@ class Synthetic:
     embeddings: torch.Tensor
 
 
-def build(path: Path, *, n_images: int = 160, seed: int = 0) -> Synthetic:
+def build(path: Path, *, n_images: int = 240, seed: int = 0) -> Synthetic:
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng, n_objects=1) for _ in range(n_images)]
     prompts = [caption_scene(scene, rng) for scene in scenes]
@@ -81,7 +81,7 @@ def build(path: Path, *, n_images: int = 160, seed: int = 0) -> Synthetic:
 def _acts(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     acts = np.zeros((len(FEATURES), GRID.n_tokens), dtype=np.float32)
     thing = scene.objects[0]
-    inside = object_mask(thing, image_size=16 * 8).reshape(16, 8, 16, 8).mean(axis=(1, 3)).astype(np.float32)
+    inside = object_mask(thing).reshape(16, 8, 16, 8).mean(axis=(1, 3)).astype(np.float32)
     strength = rng.uniform(0.6, 1.0, len(FEATURES)).astype(np.float32)
     for feature, concept in enumerate(FEATURES):
         if concept is not None and concept in scene.concepts():

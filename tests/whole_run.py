@@ -21,7 +21,7 @@ EARLY, LATE = "transformer_blocks.1.ff", synthetic_run.HOOKPOINT
 D_MODEL, N_FEATURES = 16, len(synthetic_run.FEATURES)
 
 
-def build(path: Path, *, flux_id: str = "miniature", n_images: int = 24) -> RunFolder:
+def build(path: Path, *, flux_id: str = "miniature", n_images: int = 40) -> RunFolder:
     """The run; both hook points hold the same features, their SAEs differ."""
     synthetic = synthetic_run.build(path, n_images=n_images)
     run = synthetic.run

@@ -1,6 +1,6 @@
 """Says why a feature fires: which words of the prompt and which earlier features drive it, at one step.
 
-    python -m train.explain --prompt "a large red star on a black background" --feature 504
+    python -m train.explain --prompt "a large red star on a black background" --feature 1
 
 Effects are shares of the feature's drive, measured by taking each word or feature away for that one step.
 """

@@ -1,6 +1,6 @@
 """Makes one image and shows where one feature fires in it.
 
-python -m train.heatmap --prompt "a red star on a black background" --feature 504
+python -m train.heatmap --prompt "a red star on a black background" --feature 1
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Makes an image with features turned up or down, beside the image without, or the image of a recipe once more.
 
-    python -m train.steer --prompt "a red star on a black background" --feature 504 --mode add --strength 0.3
+    python -m train.steer --prompt "a red star on a black background" --feature 1 --mode add --strength 0.3
     python -m train.steer --recipe steered.png
 
 A picture carries its recipe: the second command makes it again, bit for bit the same on the same machine.

@@ -64,7 +64,7 @@ class ConceptReport:
     skipped: tuple[Concept, ...]
     """Concepts with too few images."""
     ratio: dict[str, Estimate]
-    """Method -> (AUC - 0.5) over the linear probe's, averaged over shapes, colours, textures and backgrounds."""
+    """Method -> (AUC - 0.5) over the linear probe's, averaged over things, colours, textures and backgrounds."""
     attribute_ratio: dict[str, dict[str, float]]
     """Method -> attribute -> the same ratio of one attribute."""
     probe_kind: dict[str, str]

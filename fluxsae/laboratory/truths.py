@@ -10,7 +10,7 @@ from PIL import Image
 from fluxsae.flux.hookpoints import TokenGrid
 from fluxsae.miniature.scenes import ATTRIBUTES, Scene, SceneObject, object_mask
 
-HEADLINE_ATTRIBUTES = ("shape", "colour", "texture", "background")
+HEADLINE_ATTRIBUTES = ("thing", "colour", "texture", "background")
 """The attributes that targets speak of; a maximum over tokens cannot show position, and hardly size."""
 COVERED = 0.25
 """Share of a token's patch from which it is the concept's: thin shapes cover no patch by half."""

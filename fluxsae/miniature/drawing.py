@@ -1,19 +1,14 @@
-"""Scenes of one or two coloured shapes, and how they are drawn, with exact masks.
-
-Everything is closed form: a signed distance per shape gives anti-aliased edges without supersampling, and the same
-distance gives the mask that heatmaps are later judged by.
-"""
+"""Scenes of one or two things on a plain ground or in a place, and how they are drawn, with exact masks."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from fluxsae.errors import FluxSaeError
-
-IMAGE_SIZE = 128
-"""Width and height of a scene, in pixels."""
+from fluxsae.miniature.grounds import GROUNDS, IMAGE_SIZE, ground_pixels
+from fluxsae.miniature.outlines import THINGS, Paint, Pixels
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (222, 44, 40),
@@ -25,14 +20,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (140, 62, 200),
     "pink": (250, 128, 188),
 }
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "black": (18, 18, 22),
-    "white": (242, 242, 238),
-    "gray": (130, 131, 136),
-    "brown": (92, 63, 44),
-}
-RADII: dict[str, tuple[float, float]] = {"large": (24.5, 25.5), "small": (15.5, 16.5)}
-"""Range of the circumscribed radius of each size, in pixels."""
+RADII: dict[str, tuple[float, float]] = {"large": (28.0, 29.0), "small": (18.5, 19.5)}
+"""Range of the radius of each size, in pixels."""
 POSITIONS: dict[str, tuple[float, float]] = {
     "center": (64.0, 64.0),
     "left": (33.0, 64.0),
@@ -40,113 +29,51 @@ POSITIONS: dict[str, tuple[float, float]] = {
     "top": (64.0, 33.0),
     "bottom": (64.0, 95.0),
 }
-"""Centre (x, y) of each position, in pixels; scenes move it by up to `POSITION_JITTER`."""
+"""Centre (x, y) of each position, in pixels."""
+FACING = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+"""Where the second object of a pair stands."""
 POSITION_JITTER = 1.0
+"""How far a thing may stand from its position, in pixels, each way."""
 TEXTURES = ("solid", "striped", "dotted")
 TEXTURE_PERIOD = 9.0
 """Distance between stripes and between dots, in pixels."""
-FACING = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
-"""Where the second object of a pair stands."""
-
-Pixels = Float[np.ndarray, "rows cols"]
-
-
-def _box(x: Pixels, y: Pixels, half_width: float, half_height: float) -> Pixels:
-    dx, dy = np.abs(x) - half_width, np.abs(y) - half_height
-    distance: Pixels = np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
-    return distance
-
-
-def _polygon(x: Pixels, y: Pixels, corners: Float[np.ndarray, "corners 2"]) -> Pixels:
-    """Signed distance to a simple polygon: distance to the nearest side, negative inside (even-odd crossing rule)."""
-    distance = np.full(x.shape, np.inf)
-    inside = np.zeros(x.shape, dtype=bool)
-    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
-        side_x, side_y = x1 - x0, y1 - y0
-        along = np.clip(((x - x0) * side_x + (y - y0) * side_y) / (side_x**2 + side_y**2), 0, 1)
-        distance = np.minimum(distance, np.hypot(x - x0 - along * side_x, y - y0 - along * side_y))
-        if y0 != y1:
-            inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + side_x * (y - y0) / side_y)
-    return np.where(inside, -distance, distance)
-
-
-def _around(angles: Float[np.ndarray, " corners"], radii: Float[np.ndarray, " corners"]) -> Float[np.ndarray, "c 2"]:
-    return np.stack([radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
-
-
-_TRIANGLE = _around(np.arange(3) * 2 * np.pi / 3, np.full(3, 1.12)) + np.array([0.0, 0.18])
-_STAR = _around(np.arange(10) * np.pi / 5, np.where(np.arange(10) % 2 == 0, 1.08, 0.46)) + np.array([0.0, 0.06])
-_DIAMOND = np.array([[0.0, -1.04], [0.74, 0.0], [0.0, 1.04], [-0.74, 0.0]])
-_HEART_TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-_HEART_HEIGHT = sum(a * np.cos(n * _HEART_TURN) for n, a in ((1, 13), (2, -5), (3, -2), (4, -1)))
-_HEART = np.stack([16 * np.sin(_HEART_TURN) ** 3 / 17, -_HEART_HEIGHT / 17 - 0.14], axis=1)
-
-
-def _circle(x: Pixels, y: Pixels) -> Pixels:
-    distance: Pixels = np.hypot(x, y) - 0.94
-    return distance
-
-
-def _square(x: Pixels, y: Pixels) -> Pixels:
-    return _box(x, y, 0.76, 0.76) - 0.06
-
-
-def _triangle(x: Pixels, y: Pixels) -> Pixels:
-    return _polygon(x, y, _TRIANGLE)
-
-
-def _star(x: Pixels, y: Pixels) -> Pixels:
-    return _polygon(x, y, _STAR)
-
-
-def _ring(x: Pixels, y: Pixels) -> Pixels:
-    distance: Pixels = np.abs(np.hypot(x, y) - 0.73) - 0.23
-    return distance
-
-
-def _cross(x: Pixels, y: Pixels) -> Pixels:
-    distance: Pixels = np.minimum(_box(x, y, 0.92, 0.3), _box(x, y, 0.3, 0.92)) - 0.03
-    return distance
-
-
-def _diamond(x: Pixels, y: Pixels) -> Pixels:
-    return _polygon(x, y, _DIAMOND)
-
-
-def _heart(x: Pixels, y: Pixels) -> Pixels:
-    return _polygon(x, y, _HEART)
-
-
-_DISTANCES = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "star": _star,
-    "ring": _ring,
-    "cross": _cross,
-    "diamond": _diamond,
-    "heart": _heart,
+TINTS: dict[Paint, tuple[int, int, int]] = {
+    "ink": (40, 36, 46),
+    "cream": (250, 243, 222),
+    "wood": (158, 114, 78),
+    "leaf": (120, 146, 88),
+    "glass": (206, 222, 228),
+    "slate": (82, 84, 98),
+    "ochre": (214, 166, 92),
 }
-SHAPES = tuple(_DISTANCES)
+"""Colours of the parts that do not take the thing's own: none of the eight."""
+SHADE = 0.72
+"""Brightness of a part painted `shade`."""
+RIM = 0.42
+"""How much darker a part is at its outline."""
+RIM_WIDTH = 2.2
+"""In pixels."""
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "shape": SHAPES,
+    "thing": tuple(THINGS),
     "colour": tuple(COLOURS),
     "texture": TEXTURES,
     "size": tuple(RADII),
     "position": tuple(POSITIONS),
-    "background": tuple(BACKGROUNDS),
+    "background": tuple(GROUNDS),
 }
 """Every attribute of a scene with its values; an (attribute, value) pair is one true concept."""
+OF_OBJECTS = ("thing", "colour", "texture", "size", "position")
+"""The attributes that each object has for itself."""
 
-Attribute = Literal["shape", "colour", "texture", "size", "position", "background"]
+Attribute = Literal["thing", "colour", "texture", "size", "position", "background"]
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn shape; `x`, `y` and `radius` are in pixels."""
+    """One drawn thing; `x`, `y` and `radius` are in pixels."""
 
-    shape: str
+    thing: str
     colour: str
     texture: str
     size: str
@@ -160,44 +87,45 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and one or two objects. Two scenes are equal when all their attributes are."""
+    """A background and its objects. Two scenes are equal when all their attributes are."""
 
     objects: tuple[SceneObject, ...]
     background: str
     confidence: float = field(default=1.0, compare=False)
 
     def __post_init__(self) -> None:
-        if self.background not in BACKGROUNDS:
-            raise FluxSaeError(f"background is {self.background!r}; a scene knows {', '.join(BACKGROUNDS)}")
-        for thing in self.objects:
-            for attribute in ("shape", "colour", "texture", "size", "position"):
-                value = getattr(thing, attribute)
-                if value not in ATTRIBUTES[attribute]:
-                    raise FluxSaeError(f"{attribute} is {value!r}; a scene knows {', '.join(ATTRIBUTES[attribute])}")
+        given = [("background", self.background)]
+        given += [(name, getattr(thing, name)) for thing in self.objects for name in OF_OBJECTS]
+        for attribute, value in given:
+            if value not in ATTRIBUTES[attribute]:
+                raise FluxSaeError(f"{attribute} is {value!r}; a scene knows {', '.join(ATTRIBUTES[attribute])}")
 
     def concepts(self) -> set[tuple[str, str]]:
         """All (attribute, value) pairs that are true of this scene."""
-        found = {("background", self.background)}
-        for thing in self.objects:
-            found |= {(name, getattr(thing, name)) for name in ("shape", "colour", "texture", "size", "position")}
-        return found
+        named = {(name, getattr(thing, name)) for thing in self.objects for name in OF_OBJECTS}
+        return named | {("background", self.background)}
 
 
 def is_held_out(thing: SceneObject) -> bool:
-    """Whether training never shows this (shape, colour, texture): 24 of the 192 combinations, spread evenly."""
-    shape, colour, texture = SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), TEXTURES.index(thing.texture)
-    return (shape + 3 * colour + 2 * texture) % 8 == 0
+    """Whether training never shows this (thing, colour, texture): an eighth of the combinations, spread evenly."""
+    values = [ATTRIBUTES[name].index(getattr(thing, name)) for name in ("thing", "colour", "texture")]
+    return int(np.dot(values, (1, 3, 2))) % 8 == 0
 
 
 def place_object(rng: np.random.Generator, *, position: str, **attributes: str) -> SceneObject:
     """An object at `position`, its exact place and radius drawn from `rng`; attributes left out are drawn too."""
     values: dict[str, Any] = {
-        name: attributes.get(name) or str(rng.choice(ATTRIBUTES[name]))
-        for name in ("shape", "colour", "texture", "size")
+        name: attributes.get(name) or str(rng.choice(ATTRIBUTES[name])) for name in OF_OBJECTS if name != "position"
     }
     x, y = np.array(POSITIONS[position]) + rng.uniform(-POSITION_JITTER, POSITION_JITTER, 2)
     radius = rng.uniform(*RADII[values["size"]])
     return SceneObject(**values, position=position, x=float(x), y=float(y), radius=float(radius))
+
+
+TWINS = 0.3
+"""Share of pairs that show one thing twice."""
+ALIKE = 0.7
+"""Share of those that agree in colour, in texture and in size, each drawn by itself."""
 
 
 def sample_scene(rng: np.random.Generator, *, n_objects: int | None = None, held_out: bool | None = False) -> Scene:
@@ -209,38 +137,86 @@ def sample_scene(rng: np.random.Generator, *, n_objects: int | None = None, held
     if count not in (1, 2):
         raise FluxSaeError(f"n_objects is {count}; a scene holds 1 or 2 objects")
     first = str(rng.choice(list(POSITIONS if count == 1 else FACING)))
-    objects = []
-    for position in (first, FACING.get(first, ""))[:count]:
-        thing = place_object(rng, position=position)
-        while held_out is not None and is_held_out(thing) != held_out:
-            thing = place_object(rng, position=position)
-        objects.append(thing)
-    return Scene(tuple(objects), str(rng.choice(list(BACKGROUNDS))))
+    objects = [_sample_object(rng, position=first, held_out=held_out)]
+    if count == 2:
+        shared: dict[str, str] = {}
+        if rng.random() < TWINS:
+            shared = {n: getattr(objects[0], n) for n in ("colour", "texture", "size") if rng.random() < ALIKE}
+            shared["thing"] = objects[0].thing
+        objects.append(_sample_object(rng, position=FACING[first], held_out=held_out, **shared))
+    return Scene(tuple(objects), str(rng.choice(list(GROUNDS))))
 
 
-def signed_distance(thing: SceneObject, *, image_size: int = IMAGE_SIZE) -> Pixels:
-    """Distance of every pixel centre to the object's outline, in pixels, negative inside."""
-    rows, cols = np.mgrid[0:image_size, 0:image_size] + 0.5
-    return _DISTANCES[thing.shape]((cols - thing.x) / thing.radius, (rows - thing.y) / thing.radius) * thing.radius
+def _sample_object(rng: np.random.Generator, *, position: str, held_out: bool | None, **attributes: str) -> SceneObject:
+    while True:
+        thing = place_object(rng, position=position, **attributes)
+        if held_out is None or is_held_out(thing) == held_out:
+            return thing
 
 
-def object_mask(thing: SceneObject, *, image_size: int = IMAGE_SIZE) -> Bool[np.ndarray, "rows cols"]:
+@dataclass(frozen=True)
+class Window:
+    """The square of pixels around an object, cut to the picture: offsets from the object's centre, in pixels."""
+
+    rows: slice
+    cols: slice
+    dx: Pixels
+    dy: Pixels
+
+
+def object_window(thing: SceneObject, *, margin: float = 3.0) -> Window:
+    """The pixels that `thing` can reach."""
+    reach = 1.02 * thing.radius + margin
+    top, bottom, left, right = (
+        int(np.clip(round(edge), 0, IMAGE_SIZE))
+        for edge in (thing.y - reach, thing.y + reach, thing.x - reach, thing.x + reach)
+    )
+    dy, dx = np.mgrid[top:bottom, left:right] + 0.5 - np.array([thing.y, thing.x])[:, None, None]
+    return Window(slice(top, bottom), slice(left, right), dx, dy)
+
+
+def part_distances(thing: SceneObject, window: Window) -> Float[np.ndarray, "parts rows cols"]:
+    """Distance of every pixel of the window to the outline of every part, in pixels, negative inside."""
+    x, y = window.dx / thing.radius, window.dy / thing.radius
+    return np.stack([part.outline(x, y) for part in THINGS[thing.thing]]) * thing.radius
+
+
+def object_mask(thing: SceneObject) -> Bool[np.ndarray, "rows cols"]:
     """The pixels whose centre lies inside the object."""
-    return signed_distance(thing, image_size=image_size) < 0
+    return _topmost(thing) >= 0
 
 
-def texture_weight(thing: SceneObject, *, image_size: int = IMAGE_SIZE) -> Pixels:
+def part_mask(thing: SceneObject, part: str) -> Bool[np.ndarray, "rows cols"]:
+    """The pixels on which the part named `part` of the object is seen.
+
+    Raises:
+        FluxSaeError: the thing has no such part.
+    """
+    names = [known.name for known in THINGS[thing.thing]]
+    if part not in names:
+        raise FluxSaeError(f"part is {part!r}; a {thing.thing} has {', '.join(names)}")
+    mask: Bool[np.ndarray, "rows cols"] = _topmost(thing) == names.index(part)
+    return mask
+
+
+def _topmost(thing: SceneObject) -> Int[np.ndarray, "rows cols"]:
+    """The place of the part that is seen on each pixel, -1 outside the object."""
+    window = object_window(thing)
+    inside = part_distances(thing, window) < 0
+    seen = np.full((IMAGE_SIZE, IMAGE_SIZE), -1)
+    last = len(inside) - 1 - inside[::-1].argmax(axis=0)
+    seen[window.rows, window.cols] = np.where(inside.any(axis=0), last, -1)
+    return seen
+
+
+def texture_weight(texture: str, dx: Pixels, dy: Pixels) -> Pixels:
     """How much of the second tint each pixel shows, 0 to 1: stripes rise to the right, dots sit on a square lattice."""
-    rows, cols = np.mgrid[0:image_size, 0:image_size] + 0.5
-    x, y = cols - thing.x, rows - thing.y
-    weight: Pixels = np.zeros_like(x)
-    if thing.texture == "striped":
-        across = (x + y) / np.sqrt(2)
-        stripe = np.abs((across / TEXTURE_PERIOD + 0.25) % 1.0 - 0.5) * TEXTURE_PERIOD
+    weight: Pixels = np.zeros_like(dx)
+    if texture == "striped":
+        stripe = np.abs(((dx + dy) / np.sqrt(2) / TEXTURE_PERIOD + 0.25) % 1.0 - 0.5) * TEXTURE_PERIOD
         weight = np.clip(TEXTURE_PERIOD / 4 - stripe + 0.5, 0, 1)
-    if thing.texture == "dotted":
-        lattice_x = (x / TEXTURE_PERIOD + 0.5) % 1.0 - 0.5
-        lattice_y = (y / TEXTURE_PERIOD + 0.5) % 1.0 - 0.5
+    if texture == "dotted":
+        lattice_x, lattice_y = ((d / TEXTURE_PERIOD + 0.5) % 1.0 - 0.5 for d in (dx, dy))
         weight = np.clip(2.6 - np.hypot(lattice_x, lattice_y) * TEXTURE_PERIOD + 0.5, 0, 1)
     return weight
 
@@ -251,24 +227,52 @@ def object_tints(colour: str, texture: str) -> tuple[Float[np.ndarray, " 3"], Fl
     return base, base + 0.55 * (255 - base) if texture == "striped" else base * 0.45
 
 
-def _object_pixels(thing: SceneObject, distance: Pixels, image_size: int) -> Float[np.ndarray, "rows cols 3"]:
+def light(thing: SceneObject, dx: Pixels, dy: Pixels) -> Pixels:
+    """Brightness over an object: it falls from the upper left to the lower right."""
+    fall: Pixels = 1.04 - 0.14 * (dx + dy) / (2 * thing.radius)
+    return fall
+
+
+def _paint(thing: SceneObject, paint: Paint, weight: Pixels) -> Float[np.ndarray, "rows cols 3"]:
+    if paint in TINTS:
+        return np.broadcast_to(np.array(TINTS[paint], dtype=np.float64), (*weight.shape, 3))
     base, second = object_tints(thing.colour, thing.texture)
-    weight = texture_weight(thing, image_size=image_size)[..., None]
-    rows, cols = np.mgrid[0:image_size, 0:image_size] + 0.5
-    light = 1.0 - 0.10 * ((cols - thing.x) + (rows - thing.y)) / (2 * thing.radius)
-    rim = 1.0 - 0.16 * np.clip(1.0 + distance / 2.5, 0, 1)
-    lit: Float[np.ndarray, "rows cols 3"] = (base * (1 - weight) + second * weight) * (light * rim)[..., None]
-    return lit
+    surface: Float[np.ndarray, "rows cols 3"] = base + weight[..., None] * (second - base)
+    return surface * SHADE if paint == "shade" else surface
 
 
-def render_scene(scene: Scene, *, image_size: int = IMAGE_SIZE) -> UInt8[np.ndarray, "rows cols 3"]:
-    """The scene as RGB pixels: a softly lit background and shaded, anti-aliased objects."""
-    rows, cols = np.mgrid[0:image_size, 0:image_size] + 0.5
-    glow = 1.03 - 0.07 * ((rows - image_size / 2) ** 2 + (cols - image_size / 2) ** 2) / (image_size / 2) ** 2
-    pixels = np.array(BACKGROUNDS[scene.background]) * glow[..., None]
-    for thing in scene.objects:
-        distance = signed_distance(thing, image_size=image_size)
+def rim(distance: Pixels) -> Pixels:
+    """Brightness near an outline: it falls towards the edge."""
+    fall: Pixels = 1.0 - RIM * np.clip(1.0 + distance / RIM_WIDTH, 0, 1)
+    return fall
+
+
+def paint_object(
+    seen: Float[np.ndarray, "rows cols 3"],
+    thing: SceneObject,
+    window: Window,
+    *,
+    distances: Float[np.ndarray, "parts rows cols"],
+    weight: Pixels,
+) -> None:
+    """Paints the object onto `seen`, the pixels of its window, part by part; `weight` is that of its texture."""
+    lit = light(thing, window.dx, window.dy)
+    for part, distance in zip(THINGS[thing.thing], distances, strict=True):
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
-        pixels = pixels * (1 - cover) + _object_pixels(thing, distance, image_size) * cover
+        seen += cover * (_paint(thing, part.paint, weight) * (lit * rim(distance))[..., None] - seen)
+
+
+def render_scene(scene: Scene) -> UInt8[np.ndarray, "rows cols 3"]:
+    """The scene as RGB pixels."""
+    pixels = ground_pixels(scene.background).copy()
+    for thing in scene.objects:
+        window = object_window(thing)
+        paint_object(
+            pixels[window.rows, window.cols],
+            thing,
+            window,
+            distances=part_distances(thing, window),
+            weight=texture_weight(thing.texture, window.dx, window.dy),
+        )
     rounded: UInt8[np.ndarray, "rows cols 3"] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
     return rounded

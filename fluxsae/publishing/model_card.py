@@ -187,7 +187,7 @@ def _is_hub_id(flux_id: str) -> bool:
 def _model_link(info: RunInfo) -> str:
     if _is_hub_id(info.flux_id):
         return f"[{info.flux_id}](https://huggingface.co/{info.flux_id})"
-    return "the miniature FLUX that fluxsae embeds" if info.flux_id == "miniature" else f"`{info.flux_id}`"
+    return "the miniature, a toy FLUX that fluxsae embeds," if info.flux_id == "miniature" else f"`{info.flux_id}`"
 
 
 def _introduction(info: RunInfo, repo_id: str) -> str:

@@ -14,6 +14,7 @@ from fluxsae.evaluation.stream import ImageSet, iter_activations
 from fluxsae.evaluation.tables import flow_text, reconstruction_text, transfer_text
 from fluxsae.flux import FluxPipeline, capture, generate
 from fluxsae.flux.hookpoints import HookPoint
+from fluxsae.miniature.captions import prompted_attributes
 from fluxsae.sae.config import SaeConfig
 from fluxsae.sae.metrics import fvu, l0
 from fluxsae.sae.model import SparseAutoencoder
@@ -202,7 +203,7 @@ def test_true_latents_are_those_of_drawn_scenes(tiny_flux: FluxPipeline) -> None
     images = drawn_images(tiny_flux, 3, seed=5)
     assert images.are_true
     assert images.latents.shape == (3, (128 // 8) ** 2, 16)
-    assert all("background" in prompt for prompt in images.prompts)
+    assert all(prompted_attributes(prompt)[1] for prompt in images.prompts)
     assert isinstance(images, CleanImages)
 
 

@@ -59,7 +59,7 @@ def test_a_label_is_trusted_where_the_feature_fires_strongly(index: CardIndex) -
     feature = feature_of(("colour", "red"))
     weak, strong = index.label_confidence_at(np.array([0.05, 1.0]), [feature, feature])
     assert weak < 0.2
-    assert strong > 0.4
+    assert strong > 0.3
     every = index.label_confidence_at(np.full(len(index), 1.0))
     assert every[feature] == strong
     assert every[0] == 0  # dead, no label
@@ -118,7 +118,7 @@ def test_a_card_holds_the_top_images_in_order_with_their_prompts(selected: Synth
 
 
 def test_the_silent_images_of_a_card_are_silent(selected: Synthetic, index: CardIndex) -> None:
-    feature = feature_of(("shape", "heart"))
+    feature = feature_of(("thing", "heart"))
     silent = index[feature].silent_images
     assert len(silent) == 6
     assert (selected.scores[list(silent), feature] == 0).all()
@@ -145,7 +145,7 @@ def test_the_best_of_each_label_comes_before_the_second_of_any() -> None:
 
 
 def test_a_heatmap_of_a_card_glows_where_the_feature_fires(selected: Synthetic, index: CardIndex) -> None:
-    feature = feature_of(("shape", "square"))
+    feature = feature_of(("thing", "square"))
     maps = index.heatmaps(feature)
     assert list(maps) == [image.image_id for image in index[feature].top_images]
     for image, heatmap in maps.items():
@@ -160,7 +160,7 @@ def test_search_finds_a_feature_by_its_number(index: CardIndex, query: str) -> N
 
 
 def test_search_finds_a_feature_by_its_label(index: CardIndex) -> None:
-    for concept in (("texture", "striped"), ("colour", "green"), ("shape", "star")):
+    for concept in (("texture", "striped"), ("colour", "green"), ("thing", "star")):
         best = index.search(concept[1])[0]
         assert (best.feature, best.reason) == (feature_of(concept), "label")
 

@@ -244,7 +244,7 @@ def test_a_sure_label_breaks_the_tie_between_equally_coherent_features() -> None
 
 
 def test_nearest_silent_images_are_silent_and_look_like_the_top(synthetic: Synthetic) -> None:
-    feature = FEATURES.index(("shape", "star"))
+    feature = FEATURES.index(("thing", "star"))
     column = synthetic.scores[:, feature]
     top = top_unique(column, prompt_groups(synthetic.prompts), n=8)
     silent = nearest_silent_images(column, synthetic.embeddings, top, n=5)

@@ -182,28 +182,28 @@ def test_what_cannot_be_read_is_refused(
         read_picture(tiny_flux, images, **{"hookpoints": ["layer1"], "steps": [1], **arguments})
 
 
-def test_features_named_after_a_shape_fire_where_a_drawn_one_is(miniature: FluxPipeline) -> None:
+def test_features_named_after_a_thing_fire_where_a_drawn_one_is(miniature: FluxPipeline) -> None:
     run = RunFolder(miniature_path("run"))
     hookpoint = run.hookpoints()[-1]
     table, step = run.load_features(hookpoint), run.load_info().steps[-1]
     labels, maxima = table.column("label"), torch.from_numpy(table.column("max_act")).clamp(min=1e-6).float()
-    shapes = ["star", "ring", "cross", "heart"]
+    things = ["star", "cat", "house", "heart"]
     sae = SparseAutoencoder.from_pretrained(run.sae_path(hookpoint))
     rng = np.random.default_rng(0)
     scenes = [
-        Scene((place_object(rng, position=where, shape=shape, size="large", colour="blue", texture="solid"),), "gray")
-        for shape in shapes
+        Scene((place_object(rng, position=where, thing=thing, size="large", colour="blue", texture="solid"),), "gray")
+        for thing in things
         for where in ("left", "right", "center", "top")
     ]
     pictures = [Image.fromarray(render_scene(scene)) for scene in scenes]
-    captions = [f"a large solid blue {scene.objects[0].shape} on a gray background" for scene in scenes]
+    captions = [f"a large solid blue {scene.objects[0].thing} on a gray background" for scene in scenes]
     read = read_picture(miniature, pictures, prompt=captions, hookpoints=[hookpoint], steps=[step])
     acts = sae.encode(read.get(hookpoint, step)).detach() / maxima  # images, tokens, features
-    by_shape = torch.stack([acts[..., labels == shape].sum(-1) for shape in shapes], dim=-1)
-    n_right = int((by_shape.amax(1).argmax(1) == torch.arange(4).repeat_interleave(4)).sum())
+    by_thing = torch.stack([acts[..., labels == thing].sum(-1) for thing in things], dim=-1)
+    n_right = int((by_thing.amax(1).argmax(1) == torch.arange(4).repeat_interleave(4)).sum())
     assert n_right >= 10  # of 16; chance gives 4, the committed run 11
     n_inside = 0
     for i, scene in enumerate(scenes):
-        token = int(by_shape[i, :, i // 4].argmax())
+        token = int(by_thing[i, :, i // 4].argmax())
         n_inside += bool(object_mask(scene.objects[0]).reshape(8, 16, 8, 16)[token // 8, :, token % 8].any())
     assert n_inside >= 14, n_inside

@@ -42,7 +42,7 @@ def planted() -> Sample:
     rng = np.random.default_rng(0)
     scenes = [sample_scene(rng) for _ in range(90)]
     covers = np.stack([coverage(scene, GRID) for scene in scenes])
-    directions = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(0)))[0][: len(CONCEPTS)]
+    directions = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(0)))[0][: len(CONCEPTS)]
     x = torch.from_numpy(covers).float().transpose(1, 2) @ (6 * directions)
     x = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     prompts = tuple(f"prompt {place}" for place in range(len(scenes)))
@@ -55,7 +55,7 @@ def planted() -> Sample:
 @pytest.fixture(scope="module")
 def like(planted: Sample) -> SparseAutoencoder:
     rows = planted.x.flatten(0, 2)
-    sae = SparseAutoencoder(SaeConfig(architecture="topk", d_model=40, n_features=80, k=6))
+    sae = SparseAutoencoder(SaeConfig(architecture="topk", d_model=48, n_features=80, k=6))
     sae.input_mean.copy_(rows.mean(0))
     sae.input_scale.copy_((rows - rows.mean(0)).square().mean().sqrt())
     return sae.requires_grad_(False)

@@ -30,7 +30,7 @@ from fluxsae.sae.model import SparseAutoencoder
 HERE = HookPoint.parse("layer1")
 GRID = TokenGrid(16, 16)
 SETTINGS = GenerationSettings(height=128, width=128, num_inference_steps=4, max_sequence_length=8)
-D = 40
+D = 48
 
 
 def planted_directions() -> torch.Tensor:
@@ -198,16 +198,16 @@ def test_merged_moments_are_those_of_all_tokens() -> None:
 
 def a_thing(**changes: object) -> SceneObject:
     values = dict(
-        shape="square", colour="red", texture="solid", size="large", position="left", x=32.0, y=64.0, radius=25.0
+        thing="square", colour="red", texture="solid", size="large", position="left", x=32.0, y=64.0, radius=25.0
     )
     return SceneObject(**{**values, **changes})
 
 
 def test_a_concept_covers_its_objects_and_the_background_the_rest() -> None:
-    scene = Scene((a_thing(), a_thing(shape="circle", x=96.0, position="right")), "gray")
+    scene = Scene((a_thing(), a_thing(thing="circle", x=96.0, position="right")), "gray")
     covers = dict(zip(CONCEPTS, coverage(scene, GRID), strict=True))
     red, square, gray = (
-        covers[Concept(*pair)] for pair in (("colour", "red"), ("shape", "square"), ("background", "gray"))
+        covers[Concept(*pair)] for pair in (("colour", "red"), ("thing", "square"), ("background", "gray"))
     )
     assert square.reshape(16, 16)[8, 4] == 1.0
     assert square.reshape(16, 16)[8, 12] == 0.0
@@ -219,7 +219,7 @@ def test_a_concept_covers_its_objects_and_the_background_the_rest() -> None:
 def test_the_truth_table_names_what_is_shown() -> None:
     row = truth_table([Scene((a_thing(),), "gray")])[0]
     assert {str(concept) for concept, shown in zip(CONCEPTS, row, strict=True) if shown} == {
-        "shape square", "colour red", "texture solid", "size large", "position left", "background gray",
+        "thing square", "colour red", "texture solid", "size large", "position left", "background gray",
     }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_a_scene_compared_with_itself_is_unchanged() -> None:
     assert outcome.keeps_others
     assert outcome.is_idle
     assert not outcome.is_specific  # an edit that does nothing is never specific
-    assert (outcome.n_others, outcome.n_unchanged) == (5, 5)  # shape, texture, size, position and background
+    assert (outcome.n_others, outcome.n_unchanged) == (5, 5)  # thing, texture, size, position and background
     assert not outcome.is_success(wanted=True)
     assert outcome.is_success(wanted=False)
 
@@ -118,9 +118,9 @@ def test_a_prompt_names_all_that_an_edit_is_not_about_unless_told_otherwise(
 ) -> None:
     others = [Concept(name, "") for name in ATTRIBUTES if name != concept.attribute]
     full = draw_subject(concept, has_concept=has_concept, seed=seed).prompt
-    assert all(_named(full, other) is not None or other.attribute == "shape" for other in others)
+    assert all(_named(full, other) is not None or other.attribute == "thing" for other in others)
     bare = draw_subject(concept, has_concept=has_concept, seed=seed, named=0.0).prompt
-    assert all(_named(bare, other) is None or other.attribute == "shape" for other in others)
+    assert all(_named(bare, other) is None or other.attribute == "thing" for other in others)
 
 
 @given(st.sampled_from(CONCEPTS), st.integers(0, 10_000))
@@ -277,7 +277,7 @@ def test_rivals_taken_away_alone_are_a_control(tiny_flux: FluxPipeline, read_in_
 def test_a_rate_is_the_mean_over_targeted_concepts_and_resamples_concepts_too() -> None:
     hit, miss = outcome(has=True), outcome(has=False, moved=False)
     settled = [Tally.of([hit] * 20, wanted=True), Tally.of([miss] * 20, wanted=True)]
-    concepts = (RED, Concept("texture", "dotted"), Concept("shape", "ring"))
+    concepts = (RED, Concept("texture", "dotted"), Concept("thing", "cat"))
     results = [
         ConceptResult(concept, "amplify", {}, (3,), {"features": tally}, {})
         for concept, tally in zip(concepts, (*settled, settled[0]), strict=True)

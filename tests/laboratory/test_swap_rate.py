@@ -70,7 +70,7 @@ def attempt(desk: SteerDesk, attribute: str, seed: int) -> Tried:
     return Tried(concept, outcome, True, page["unread"] is None, by_prompt)
 
 
-@pytest.fixture(scope="module", params=["colour", "texture", "shape"])
+@pytest.fixture(scope="module", params=["colour", "texture", "thing"])
 def tried(request: pytest.FixtureRequest) -> tuple[str, list[Tried]]:
     """Attempts at names of one attribute on fresh pictures of two objects."""
     desk = SteerDesk(Workbench(RunFolder(miniature_path("run"))))

@@ -250,8 +250,12 @@ def test_the_opening_is_the_clear_swap_that_changes_least_else_at_rising_strengt
         return replace(swap, score=replace(swap.score, score=score, collateral=collateral, looks_natural=looks_natural))
 
     first, second = swaps
-    assert opening_swap([scored(first, 0.5, 0.4), scored(second, 0.2, 0.1)]) == scored(second, 0.2, 0.1)
-    assert opening_swap([scored(first, 0.5, 0.4), scored(second, 0.05, 0.1)]) == scored(first, 0.5, 0.4)
+    assert opening_swap([scored(first, 0.5, 0.4), scored(second, 0.3, 0.1)]) == scored(first, 0.5, 0.4)
+    assert opening_swap([scored(first, 0.5, 0.4, looks_natural=False), scored(second, 0.2, 0.1)]) == scored(
+        second, 0.2, 0.1
+    )
+    assert opening_swap([scored(first, 0.0, 0.4)]) is None
+    assert opening_swap([scored(first, 0.5, 0.4)]) == scored(first, 0.5, 0.4)
     assert opening_swap([scored(first, 0.5, 0.4, looks_natural=False)]) is None
     write_opening(named, tiny_flux, {PLACE: random_sae()}, first)
     opening = named.load_opening(PLACE)

@@ -1,17 +1,21 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from fluxsae.errors import FluxSaeError
+from fluxsae.features import CardIndex
+from fluxsae.miniature import miniature_path
+from fluxsae.runs import RunFolder
 from train.explain import ExplainConfig, main
 
-PROMPT = "a large purple dotted cross on the right and a large red striped triangle on a brown background"
-RED = ExplainConfig(prompt=PROMPT, seed=1000222, feature=504)
+PROMPT = "a large red star on a black background"
 
 
-def test_red_fires_because_of_the_word_red(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "why.json"
-    main(ExplainConfig(prompt=RED.prompt, seed=RED.seed, feature=RED.feature, limit=3, out=out))
+def test_red_fires_because_of_the_word_red(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, run = tmp_path / "why.json", RunFolder(miniature_path("run"))
+    red = CardIndex(run, run.hookpoints()[-1]).named()["red"][0]
+    main(ExplainConfig(prompt=PROMPT, feature=red, limit=3, out=out))
     written = json.loads(out.read_text())
     assert written["words"][0]["word"] == "red"
     assert written["words"][0]["share"] > 0.5
@@ -22,9 +26,9 @@ def test_red_fires_because_of_the_word_red(tmp_path, capsys: pytest.CaptureFixtu
 
 def test_half_a_patch_is_refused() -> None:
     with pytest.raises(FluxSaeError, match="give both or neither"):
-        main(ExplainConfig(prompt=PROMPT, feature=504, row=1))
+        main(ExplainConfig(prompt=PROMPT, feature=0, row=1))
 
 
 def test_a_patch_outside_the_image_is_refused() -> None:
     with pytest.raises(FluxSaeError, match="rows are 0 to 7, columns 0 to 7"):
-        main(ExplainConfig(prompt=PROMPT, feature=504, row=8, column=0))
+        main(ExplainConfig(prompt=PROMPT, feature=0, row=8, column=0))

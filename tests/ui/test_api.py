@@ -257,7 +257,7 @@ def test_silence_gives_what_each_word_leaves_with_the_images_tried(client: Clien
 
 def test_swap_gives_an_image_that_its_recipe_makes_again(client: Client) -> None:
     before, after, facts = client.predict(
-        prompt=PROMPT, old="red", new="green", num_inference_steps=20, api_name="/swap"
+        prompt=PROMPT, old="red", new="yellow", num_inference_steps=20, api_name="/swap"
     )
     assert isinstance(facts["is_read"], bool)
     edits = [edit.to_dict() for edit in Recipe.from_dict(facts["recipe"]).edits]

@@ -69,7 +69,8 @@ def test_maps_of_another_size_are_left_out(run: RunFolder) -> None:
     run.info_path.write_text(json.dumps({**values, "rows": 8, "cols": 8}))
     shelf = open_shelf(str(run.path))
     assert "maps of 16 x 16 patches" in header_html(shelf, shelf.first)
-    assert GalleryDesk(shelf.first).page({"hookpoint": LATE, "feature": 3})["pictures"][0]["map"] is None
+    feature = shelf.first.cards[LATE].ranked[0]
+    assert GalleryDesk(shelf.first).page({"hookpoint": LATE, "feature": feature})["pictures"][0]["map"] is None
 
 
 def test_an_sae_of_another_size_than_what_is_described_is_told_and_left_out(run: RunFolder) -> None:

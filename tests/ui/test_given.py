@@ -11,6 +11,7 @@ from PIL import Image
 
 from fluxsae.errors import FluxSaeError
 from fluxsae.features.familiarity import Familiarity
+from fluxsae.features.firing import CONFIDENCE
 from fluxsae.flux import schedule_sigmas
 from fluxsae.ui.kit.snippets import PICTURE, snippets
 from fluxsae.ui.serve import given, session
@@ -172,15 +173,15 @@ def test_a_call_from_code_leaves_nothing_and_an_unlike_picture_has_no_sure_name(
 
 
 def test_names_are_not_sure_where_the_run_does_not_say_what_is_usual(own: Workbench) -> None:
-    request = ReadPictureRequest.parse(own.limits, picture=data_url(own.images.picture(1)))
+    request = ReadPictureRequest.parse(own.limits, picture=data_url(own.images.picture(4)))
     reading = last(own.read("", 0, own.limits.default_steps, picture=request.picture))
     cards = own.cards[request.hookpoint]
     alike = lab(reading, cards, limit=10)
-    assert max(feature["confidence"] or 0 for feature in alike["features"]) >= 0.8
+    assert max(feature["confidence"] or 0 for feature in alike["features"]) >= CONFIDENCE["sure"]
     object.__setattr__(reading, "familiarity", None)
     unknown = lab(reading, cards, limit=10)
     assert "does not say" in unknown["notices"][0]
-    assert max(feature["confidence"] or 0 for feature in unknown["features"]) < 0.8
+    assert max(feature["confidence"] or 0 for feature in unknown["features"]) < CONFIDENCE["sure"]
     object.__setattr__(reading, "familiarity", (Familiarity(0.2, 0.1, 0.05, 9),))
     assert "unlike anything this FLUX knows" in lab(reading, cards, limit=10)["notices"][0]
     assert doubted([], reading) == []

@@ -226,26 +226,26 @@ def test_a_demo_that_nobody_sees_change_is_no_starter(
 def test_a_swap_puts_a_name_where_the_old_one_fires_and_says_what_it_cannot_do() -> None:
     bench = open_workbench("")
     desk = SteerDesk(bench)
-    prompt = "a large red star on the left and a small blue circle on the right on a black background"
-    *steps, done = desk.swap(prompt, 1000344, 20, "red", "green")
+    prompt = "a large red boat on the left and a large blue fish on the right in the sea"
+    *steps, done = desk.swap(prompt, 7, 20, "red", "yellow")
     assert steps
     *asked, page = done.value
-    assert asked == [prompt, 1000344, 20]
-    assert (page["unread"], page["read"]) == (None, ["red", "green"])
+    assert asked == [prompt, 7, 20]
+    assert (page["unread"], page["read"]) == (None, ["red", "yellow"])
     old, *new = page["edits"]
-    assert (old["label"], {slider["label"] for slider in new}) == ("red", {"green"})
+    assert (old["label"], {slider["label"] for slider in new}) == ("red", {"yellow"})
     assert old["turn"] < 0 < new[0]["turn"]
     region = np.array(old["region"])
     assert all(slider["region"] == old["region"] for slider in new)
-    assert region[:, : bench.limits.cols // 2].sum() > 0.8 * region.sum() > 0  # the star is on the left
+    assert region[:, : bench.limits.cols // 2].sum() > 0.8 * region.sum() > 0  # the boat is on the left
     for names, refused in (
-        (("triangle", "green"), "No feature of “triangle” clearly fires"),
+        (("mushroom", "house"), "No feature of “mushroom” clearly fires"),
         (("red", "red"), "cannot replace itself"),
         (("red", "attic"), "'attic' cannot replace another: no feature of this name. Choose one of "),
-        ((["red"], "green"), "give text of 1 to 200 characters"),
+        ((["red"], "yellow"), "give text of 1 to 200 characters"),
     ):
         with pytest.raises(FluxSaeError, match=refused):
-            list(desk.swap(prompt, 1000344, 20, *names))
+            list(desk.swap(prompt, 7, 20, *names))
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,8 @@ def test_an_image_is_made_in_another_process_and_is_the_one_of_this_process(benc
 def compare_explanations(loads: str) -> None:
     """One of another process beside one of this process, which must not have taken any gradient before it forks."""
     with lent_bench(Path(loads)) as bench:
-        job = ExplainJob(ExplainRequest.parse(bench.limits, prompt=PROMPT, feature=504, limit=2))
+        red = bench.cards[LATE].named()["red"][0]
+        job = ExplainJob(ExplainRequest.parse(bench.limits, prompt=PROMPT, feature=red, limit=2))
         found, passes = value(bench, job), list[tuple[int, int]]()
         plain = Workbench(RunFolder(miniature_path("run")), source="embedded")
         expected = job.run(plain, lambda step, n_steps, view=None: passes.append((step, n_steps)))

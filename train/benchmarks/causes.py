@@ -20,7 +20,7 @@ from train.benchmarks.options import CausesConfig
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-ATTRIBUTES = ("shape", "colour", "texture")
+ATTRIBUTES = ("thing", "colour", "texture")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,18 @@
-"""Train the embedded miniature FLUX and its CLIP, or examine them.
+"""Train the miniature FLUX and its CLIP, or examine them.
 
-python -m train.miniature                      train (resumes), then write fluxsae/miniature/flux and clip
-python -m train.miniature --evaluate           examine what is written: 500 prompts never trained on
-    python -m train.miniature --flow-minutes 60    the same training, its long stage cut to an hour
+python -m train.miniature                                     every stage in order; resumes what lies in `checkpoints`
+python -m train.miniature --flow-minutes 1                    end the flow stage where it stands, and go on
+torchrun --nproc-per-node 2 -m train.miniature                the same in two processes, each with its own batches
+python -m train.miniature --action export --output runs/new   write the averages as they are, guidance not distilled
+python -m train.miniature --action examine                    500 prompts never trained on, read back
+
+The flow stage keeps a constant rate until `flow_minutes` are over; a larger number prolongs it, as long as no later
+stage has begun. While a file PAUSE lies in `checkpoints`, training waits.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fluxsae.miniature import miniature_path
 from train.command import start
@@ -16,51 +22,52 @@ from train.command import start
 class MiniatureConfig:
     """How the miniature is trained."""
 
-    evaluate: bool = False
-    """Examine the written miniature instead of training."""
-    sheet: Path | None = None
-    """With `evaluate`: also write a sheet of 64 samples here (png)."""
+    action: Literal["train", "export", "examine"] = "train"
+    """What to do."""
     checkpoints: Path = Path("runs/miniature-training")
     """Folder of the checkpoints; training resumes from what lies there."""
     output: Path = miniature_path("flux").parent
-    """Folder that receives `flux/` and `clip/`."""
-    scenes: int = 60_000
+    """Folder that receives `flux/` and `clip/`, or holds what is examined."""
+    origin: Path | None = None
+    """Pipeline folder whose weights the training begins with; left out, from fresh ones."""
+    scenes: int = 12_000
     """Size of the bank of drawn scenes."""
-    autoencoder_steps: int = 12_000
-    """Steps of 64 windows each."""
-    autoencoder_minutes: float | None = None
-    """End the stage after this many minutes, its learning rate decayed by then."""
-    clip_steps: int = 6_000
-    """Steps of `batch_size` scenes each."""
-    clip_minutes: float | None = None
-    """End the stage after this many minutes, its learning rate decayed by then."""
-    flow_steps: int = 40_000
-    """Steps of `batch_size` scenes each."""
-    flow_minutes: float | None = None
-    """End the stage after this many minutes, its learning rate decayed by then."""
-    handover_steps: int = 12_000
-    """Steps of `batch_size` scenes each, during which single-stream blocks read other captions."""
-    handover_minutes: float | None = None
-    """End the stage after this many minutes, its learning rate decayed by then."""
-    guidance_steps: int = 6_000
-    """Distillation steps of `batch_size` scenes each."""
-    guidance_minutes: float | None = None
-    """End the stage after this many minutes, its learning rate decayed by then."""
-    batch_size: int = 256
-    """Scenes a step; 64 is enough on a CPU."""
-    learning_rate: float = 3e-3
-    """Peak of the flow stage; the handover stage peaks at a half, the guidance stage at a quarter."""
+    autoencoder_minutes: float = 30.0
+    """Length of the autoencoder's stage; its learning rate falls over the second half."""
+    flow_minutes: float = 180.0
+    """Length of the flow stage, over all sessions, at a constant rate."""
+    settle_minutes: float = 15.0
+    """Length of the stage after it, whose rate falls to zero."""
+    guidance_minutes: float = 10.0
+    """Length of the distillation of guidance."""
+    decoder_minutes: float = 15.0
+    """Length of the decoder's last refinement, its encoder as it is."""
+    clip_minutes: float = 15.0
+    """Length of the CLIP's training, which comes last."""
+    batch_size: int = 64
+    """Scenes a step and process."""
+    learning_rate: float = 2e-3
+    """Of the flow stage; settling peaks at as much, guidance at a half."""
+    true_guidance: float | None = None
+    """With `examine`: ask for the empty prompt at every step too, for weights whose guidance is not distilled."""
+    n_prompts: int = 500
+    """With `examine`: prompts of the exam."""
+    n_scenes: int = 200
+    """With `examine`: held-out scenes on which the autoencoder is measured."""
+    sheet: Path | None = None
+    """With `examine`: write sheets of 64 exam prompts and of 50 first prompts here (png, `-first.png`)."""
     device: str | None = None
     """cuda or cpu; left out, cuda where it is there."""
-    seed: int = 0
-    """Of the bank, the initial weights and the batches."""
+    seed: int = 7
+    """Of the bank, the fresh weights and the batches."""
 
 
 def main(config: MiniatureConfig) -> None:
-    """Train, or examine."""
-    from train.miniature.stages import examine_miniature, train_miniature
+    """Train, export or examine."""
+    from train.miniature import stages
 
-    (examine_miniature if config.evaluate else train_miniature)(config)
+    actions = {"train": stages.train_miniature, "export": stages.export_averages, "examine": stages.examine_miniature}
+    actions[config.action](config)
 
 
 if __name__ == "__main__":

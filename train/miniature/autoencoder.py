@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 
-from fluxsae.miniature.scenes import IMAGE_SIZE
+from fluxsae.miniature.grounds import IMAGE_SIZE
 from train.miniature.bank import SceneBank, to_unit_range
 from train.miniature.progress import (
     Checkpoint,
@@ -17,27 +17,29 @@ from train.miniature.progress import (
     update_average,
 )
 
-WINDOW = 64
-"""Side of the training windows, in pixels."""
+WINDOW = 40
+"""Side of the training windows, in pixels: a small thing fits."""
+WINDOWS, WHOLE = 24, 3
+"""Windows a step, and whole images a step in the last fifth of the training: about as many pixels."""
 LATENT_NOISE = 0.05
 PEAK_LEARNING_RATE = 1.5e-3
 
 
-def _windows(bank: SceneBank, batch_size: int, side: int, generator: torch.Generator) -> torch.Tensor:
-    """Windows around objects, (batch, 3, side, side) in [-1, 1]."""
+def _windows(bank: SceneBank, generator: torch.Generator) -> torch.Tensor:
+    """Windows around objects, (windows, 3, WINDOW, WINDOW) in [-1, 1]."""
     device = bank.images.device
-    scene = torch.randint(len(bank.images), (batch_size,), generator=generator, device=device)
-    which = torch.randint(2, (batch_size,), generator=generator, device=device)
-    jitter = (torch.rand(batch_size, 2, generator=generator, device=device) - 0.5) * side
-    corner = (bank.centres[scene, which] + jitter - side / 2).round().long().clamp(0, IMAGE_SIZE - side)
-    offsets = torch.arange(side, device=device)
+    scene = torch.randint(len(bank.images), (WINDOWS,), generator=generator, device=device)
+    which = torch.randint(2, (WINDOWS,), generator=generator, device=device)
+    jitter = (torch.rand(WINDOWS, 2, generator=generator, device=device) - 0.5) * WINDOW
+    corner = (bank.centres[scene, which] + jitter - WINDOW / 2).round().long().clamp(0, IMAGE_SIZE - WINDOW)
+    offsets = torch.arange(WINDOW, device=device)
     rows, cols = corner[:, 1, None] + offsets, corner[:, 0, None] + offsets
     pixels = bank.images[scene[:, None, None], :, rows[:, :, None], cols[:, None, :]]
     return to_unit_range(pixels.permute(0, 3, 1, 2))
 
 
-def _whole_images(bank: SceneBank, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-    scene = torch.randint(len(bank.images), (batch_size,), generator=generator, device=bank.images.device)
+def _whole_images(bank: SceneBank, generator: torch.Generator) -> torch.Tensor:
+    scene = torch.randint(len(bank.images), (WHOLE,), generator=generator, device=bank.images.device)
     return to_unit_range(bank.images[scene])
 
 
@@ -53,15 +55,9 @@ def train_autoencoder(
     folder: Path,
     clock: StageClock,
     *,
-    batch_size: int,
     seed: int,
-    window: int = WINDOW,
-    batch_whole: int = 8,
 ) -> None:
-    """Train until the clock ends, resuming from `folder`; leaves the averaged weights in `autoencoder`.
-
-    A step sees `batch_size` windows of `window` pixels a side; in the last fifth of the training `batch_whole` images.
-    """
+    """Train until the clock ends, resuming from `folder`; leaves the averaged weights in `autoencoder`."""
     device, checkpoint = bank.images.device, Checkpoint(folder)
     average = start_average(autoencoder)
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.99))
@@ -71,10 +67,7 @@ def train_autoencoder(
     for step in clock.ticks():
         optimizer.param_groups[0]["lr"] = clock.learning_rate(PEAK_LEARNING_RATE, warmup=100)
         generator.manual_seed(batch_seed(seed, step))
-        if clock.progress > 0.8:
-            images = _whole_images(bank, batch_whole, generator)
-        else:
-            images = _windows(bank, batch_size, window, generator)
+        images = (_whole_images if clock.progress > 0.8 else _windows)(bank, generator)
         with torch.autocast(device.type, torch.bfloat16):
             latents = encode_mean(autoencoder, images)
             noise = torch.randn(latents.shape, generator=generator, device=device)

@@ -1,22 +1,25 @@
 """A bank of drawn scenes with captions, held in memory for training."""
 
 import multiprocessing
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from fluxsae.miniature.scenes import Scene, caption_scene, render_scene, sample_scene
+from fluxsae.miniature.captions import caption_scene
+from fluxsae.miniature.drawing import Scene, render_scene, sample_scene
 from train.miniature.models import build_tokenizer, tokenize
 
 CAPTIONS_PER_SCENE = 6
 CHUNK = 500
 PAIRS = 0.6
 """Share of scenes with two objects: which words belong together is the hardest to learn."""
-COMPLETE_CAPTIONS = 0.6
+COMPLETE_CAPTIONS = 0.35
 """Share of captions that leave nothing out."""
+BARE_CAPTIONS = 0.2
+"""Share of captions that name things and nothing else, as first prompts do."""
+TERSE_CAPTIONS = 0.1
+"""Share of captions without articles."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,11 @@ class SceneBank:
 
 
 def _training_caption(scene: Scene, rng: np.random.Generator) -> str:
-    keep = 1.0 if rng.random() < COMPLETE_CAPTIONS else rng.uniform(0.3, 1.0)
-    return caption_scene(scene, rng, keep=keep, terse=rng.random() < 0.15)
+    kind, terse = rng.random(), bool(rng.random() < TERSE_CAPTIONS)
+    if kind < BARE_CAPTIONS:
+        return caption_scene(scene, rng, keep=0.0, always=("thing",), terse=terse)
+    keep = 1.0 if kind < BARE_CAPTIONS + COMPLETE_CAPTIONS else rng.uniform(0.1, 0.9)
+    return caption_scene(scene, rng, keep=keep, always=("thing",) if rng.random() < 0.5 else (), terse=terse)
 
 
 ChunkTask = tuple[int, int, int]
@@ -43,32 +49,21 @@ Chunk = tuple[np.ndarray, list[str], np.ndarray]
 
 
 def _draw_chunk(task: ChunkTask) -> Chunk:
+    """Images, captions and centres of one chunk of training scenes."""
     seed, chunk, count = task
     rng = np.random.default_rng([seed, chunk])
-    scenes = [sample_scene(rng, n_objects=1 + int(rng.random() < PAIRS), held_out=False) for _ in range(count)]
-    images = np.stack([render_scene(scene) for scene in scenes])
+    scenes = [sample_scene(rng, n_objects=1 + int(rng.random() < PAIRS)) for _ in range(count)]
     captions = [_training_caption(scene, rng) for scene in scenes for _ in range(CAPTIONS_PER_SCENE)]
     centres = np.array([[(thing.x, thing.y) for thing in (scene.objects * 2)[:2]] for scene in scenes])
-    return images, captions, centres
+    return np.stack([render_scene(scene) for scene in scenes]), captions, centres
 
 
-def draw_bank(
-    n_scenes: int,
-    *,
-    seed: int,
-    device: torch.device,
-    workers: int,
-    draw_chunk: Callable[[ChunkTask], Chunk] = _draw_chunk,
-    tokenizer: PreTrainedTokenizerFast | None = None,
-) -> SceneBank:
-    """`n_scenes` training scenes; the same for the same seed, whatever the number of worker processes.
-
-    `draw_chunk` and `tokenizer` are those of the world that is drawn.
-    """
+def draw_bank(n_scenes: int, *, seed: int, device: torch.device, workers: int) -> SceneBank:
+    """`n_scenes` training scenes; the same for the same seed, whatever the number of worker processes."""
     tasks = [(seed, chunk, min(CHUNK, n_scenes - chunk * CHUNK)) for chunk in range((n_scenes + CHUNK - 1) // CHUNK)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        parts = pool.map(draw_chunk, tasks, chunksize=1)
-    tokens = tokenize(tokenizer or build_tokenizer(), [caption for _, captions, _ in parts for caption in captions])
+        parts = pool.map(_draw_chunk, tasks, chunksize=1)
+    tokens = tokenize(build_tokenizer(), [caption for _, captions, _ in parts for caption in captions])
     images = torch.from_numpy(np.concatenate([images for images, _, _ in parts])).permute(0, 3, 1, 2).contiguous()
     return SceneBank(
         images=images.to(device),

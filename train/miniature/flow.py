@@ -1,8 +1,8 @@
 """Training of the miniature's transformer and text encoders: flow matching, handover, guidance distillation.
 
-The first stage learns the velocity noise - x0 with guidance 1. The second learns the same while the single-stream
-blocks read other captions (handover.py). The third teaches the guidance embedding, as FLUX.1-dev was taught: at a
-random guidance w the student learns v_empty + w (v_prompt - v_empty) of the second stage's average.
+The flow stage learns the velocity noise - x0 with guidance 1 while the single-stream blocks read other captions
+(handover.py); a second one does the same at a falling rate. Then distillation teaches the guidance embedding, as
+FLUX.1-dev was taught: at a random guidance w the student learns v_empty + w (v_prompt - v_empty) of that average.
 """
 
 import copy
@@ -123,12 +123,6 @@ def draw_batch(bank: SceneBank, latents: torch.Tensor, batch_size: int, generato
 
 
 Objective = Callable[[nn.ModuleDict, FlowBatch, torch.Generator], torch.Tensor]
-
-
-def flow_loss(model: nn.ModuleDict, batch: FlowBatch, generator: torch.Generator) -> torch.Tensor:
-    """Mean squared error of the velocity, guidance 1."""
-    predicted = predict_velocity(model, batch.noisy, batch.time, batch.tokens, torch.ones_like(batch.time))
-    return F.mse_loss(predicted.float(), batch.velocity)
 
 
 class HandoverLoss:

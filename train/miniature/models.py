@@ -1,7 +1,6 @@
 """The miniature's parts, untrained: tokenizer, text encoders, transformer, autoencoder, CLIP."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from fluxsae.errors import FluxSaeError
 from fluxsae.flux.settings import GenerationSettings
-from fluxsae.miniature.scenes import IMAGE_SIZE, SYNONYMS, vocabulary
+from fluxsae.miniature.captions import folds, vocabulary
+from fluxsae.miniature.grounds import IMAGE_SIZE
 
 TEXT_TOKENS = 24
 """Length of every tokenised prompt."""
@@ -35,7 +36,8 @@ SETTINGS = GenerationSettings(
 
 CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 64,
-    "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 16, "width": 96, "layers": 4, "head_width": 32},
+    # A small ResNet: a transformer of this size was right about half of the things after as many pictures.
+    "vision_cfg": {"image_size": IMAGE_SIZE, "width": 16, "layers": [1, 1, 1, 1], "head_width": 64},
     "text_cfg": {
         "context_length": TEXT_TOKENS,
         "vocab_size": 64,
@@ -55,17 +57,11 @@ CLIP_PREPROCESSING = {
 }
 
 
-def build_tokenizer(
-    words: Sequence[str] = tuple(vocabulary()),
-    folds: Sequence[tuple[str, str]] = tuple((rf"\b{word}\b", known) for word, known in SYNONYMS.items()),
-) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that knows `words`, folds synonyms and ends every prompt with `[end]`.
-
-    `folds` are (pattern, what it is replaced by), in order.
-    """
-    ids = {word: index for index, word in enumerate([*SPECIAL, *words])}
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the miniature's language: folds known forms and ends every prompt with `[end]`."""
+    ids = {word: index for index, word in enumerate([*SPECIAL, *vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
-    replacing = [normalizers.Replace(Regex(pattern), known) for pattern, known in folds]
+    replacing = [normalizers.Replace(Regex(pattern), known) for pattern, known in folds()]
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), *replacing])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, END_ID)])
@@ -162,6 +158,25 @@ def build_generator() -> nn.ModuleDict:
     )
 
 
+def load_autoencoder(folder: Path) -> AutoencoderTiny:
+    """The autoencoder of a pipeline folder, in fp32."""
+    autoencoder: AutoencoderTiny = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    return autoencoder
+
+
+def load_generator(folder: Path) -> nn.ModuleDict:
+    """Transformer and text encoders of a pipeline folder, in fp32.
+
+    Raises:
+        FluxSaeError: its tokenizer knows other words.
+    """
+    if PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer").get_vocab() != build_tokenizer().get_vocab():
+        raise FluxSaeError(f"{folder} was trained on other words. Leave --origin out, to begin with fresh weights.")
+    kinds = {"transformer": FluxTransformer2DModel, "text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+    parts = {name: kind.from_pretrained(folder / name, torch_dtype=torch.float32) for name, kind in kinds.items()}
+    return nn.ModuleDict(parts)
+
+
 def build_clip() -> CLIP:
     """A small CLIP of open_clip's own class."""
     towers = {name: CLIP_CONFIG[name] for name in ("embed_dim", "vision_cfg", "text_cfg")}
@@ -173,11 +188,9 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False)
 
 
-def assemble_pipeline(
-    generator: nn.ModuleDict, autoencoder: AutoencoderTiny, *, tokenizer: PreTrainedTokenizerFast | None = None
-) -> FluxPipeline:
+def assemble_pipeline(generator: nn.ModuleDict, autoencoder: AutoencoderTiny) -> FluxPipeline:
     """A FluxPipeline of the trained parts, in fp32."""
-    tokenizer = tokenizer or build_tokenizer()
+    tokenizer = build_tokenizer()
     return FluxPipeline(
         scheduler=build_scheduler(),
         vae=autoencoder,
@@ -192,8 +205,13 @@ def assemble_pipeline(
 def save_flux(pipe: FluxPipeline, folder: Path) -> None:
     """Write the pipeline folder: transformer and autoencoder in fp16, the tiny text encoders in fp32.
 
-    Text encoders load in the precision they were saved in, whatever the transformer's is; fp32 fits any.
+    Text encoders load in the precision they were saved in, whatever the transformer's is; fp32 fits any. The folders
+    that the parts came from are not written.
     """
+    for part in (pipe.transformer, pipe.vae):
+        part.register_to_config(_name_or_path="")
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        encoder.config._name_or_path = ""
     pipe.transformer.half()
     pipe.vae.half()
     pipe.save_pretrained(folder)

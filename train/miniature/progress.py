@@ -30,6 +30,8 @@ class StageClock:
     budget_seconds: float | None
     step: int = 0
     elapsed_before: float = 0.0
+    pause: Path | None = None
+    """While this file exists, the steps wait, and the time waited does not count."""
 
     def __post_init__(self) -> None:
         self._started = self._reported = self._saved = time.monotonic()
@@ -45,6 +47,8 @@ class StageClock:
         """Share of the stage that is done, 0 to 1."""
         if self._agreed is not None:
             return self._agreed
+        if self.budget_seconds == 0:
+            return 1.0
         by_clock = self.elapsed / self.budget_seconds if self.budget_seconds else 0.0
         return min(1.0, max(self.step / self.steps, by_clock))
 
@@ -64,7 +68,14 @@ class StageClock:
             if self.step >= self.steps or self.progress >= 1.0:
                 return
             self.step += 1
+            self._wait()
             yield self.step - 1
+
+    def _wait(self) -> None:
+        began = time.monotonic()
+        while Processes.current().rank == 0 and self.pause is not None and self.pause.exists():
+            time.sleep(1.0)
+        self.elapsed_before -= time.monotonic() - began
 
     def is_save_due(self) -> bool:
         """Whether the last checkpoint is old enough for another; asking counts as saving."""
@@ -86,6 +97,14 @@ class StageClock:
             f"{self.name}: step {self.step:,}  loss {loss.item():.4f}  {self.elapsed:.0f} s, {left:.0f} s left",
             flush=True,
         )
+
+
+class ConstantClock(StageClock):
+    """Ends like any other clock, but the learning rate stays where it is after the warm-up."""
+
+    def learning_rate(self, peak: float, *, warmup: int = 300, decay: float = 0.5) -> float:
+        """Linear warm-up over `warmup` steps, then `peak`; there is no `decay`."""
+        return peak * min(1.0, self.step / warmup)
 
 
 class Checkpoint:

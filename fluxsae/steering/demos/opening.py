@@ -20,7 +20,7 @@ from fluxsae.runs.names import SaeName
 from fluxsae.runs.tables import encode_webp
 from fluxsae.sae.acts import SparseActs
 from fluxsae.sae.model import SparseAutoencoder
-from fluxsae.steering.demos.swap_search import SEEN, Swap
+from fluxsae.steering.demos.swap_search import Swap
 from fluxsae.steering.edits import SteeringEdit
 from fluxsae.steering.sweeps import sweep, with_strength
 
@@ -31,10 +31,9 @@ LOOKED_AT: Final = 100
 
 
 def opening_swap(swaps: Sequence[Swap]) -> Swap | None:
-    """Of the swaps with a good share of the best score, the natural one that changes least else."""
-    best = max((swap.score.score for swap in swaps), default=0.0)
-    clear = [swap for swap in swaps if swap.score.looks_natural and swap.score.score >= SEEN * best]
-    return min(clear, key=lambda swap: swap.score.collateral, default=None)
+    """Of the swaps that look natural the clearest; None where CLIP sees none happen."""
+    natural = [swap for swap in swaps if swap.score.looks_natural and swap.score.score > 0]
+    return max(natural, key=lambda swap: swap.score.score, default=None)
 
 
 def write_opening(run: RunFolder, pipe: Any, saes: Mapping[HookPoint, SparseAutoencoder], swap: Swap) -> None:

@@ -52,7 +52,7 @@ def _chooser(shelf: Shelf, bench: Workbench) -> str:
 def flux_words(bench: Workbench) -> str:
     """Which FLUX, in words; the miniature is introduced as what it is."""
     if bench.is_miniature:
-        return "the miniature, a toy FLUX whose inside can be checked"
+        return "the miniature, a toy FLUX that paints a picture book and whose inside can be checked"
     revision = f" at {bench.info.flux_revision[:8]}" if bench.info.flux_revision else ""
     made = (
         "" if bench.info.is_exact else ", quantised or cached when the run was made, so not the model's own activations"

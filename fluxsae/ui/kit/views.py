@@ -1,7 +1,6 @@
 """What several tabs draw, as plain JSON values: pictures, heatmaps, and a feature in a line."""
 
 import base64
-import difflib
 import threading
 from typing import Any
 
@@ -9,8 +8,7 @@ import numpy as np
 from PIL import Image
 
 from fluxsae.features.cards import CardIndex, FeatureCard, SearchHit
-from fluxsae.miniature.captions import SYNONYMS
-from fluxsae.miniature.drawing import ATTRIBUTES
+from fluxsae.miniature.captions import nearest_word
 from fluxsae.pictures.heatmaps import feature_colour
 from fluxsae.runs.tables import encode_webp
 from fluxsae.ui.serve.pictures import made_url, thumbnail_url
@@ -130,10 +128,9 @@ def notices(unread: Unread, image: Image.Image | None) -> list[str]:
 
 def _with_known_word(word: str) -> str:
     """An unknown word in quotes, with the known one that it is likely meant to be."""
-    known = [name for values in ATTRIBUTES.values() for name in values]
-    near = difflib.get_close_matches(word.lower(), [*known, *SYNONYMS], n=1, cutoff=0.75)
+    near = nearest_word(word.lower())
     shown = word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}…"
-    return f"“{shown}”" + (f" (“{near[0]}”?)" if near else "")
+    return f"“{shown}”" + (f" (“{near}”?)" if near else "")
 
 
 def card_pictures(cards: CardIndex, card: FeatureCard, *, limit: int) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from fluxsae.features.cards import CardIndex
 from fluxsae.features.scores import sae_changed
 from fluxsae.flux.hookpoints import HookPoint
 from fluxsae.flux.settings import GenerationSettings
-from fluxsae.miniature.scenes import ATTRIBUTES, PLACES
+from fluxsae.miniature.scenes import ATTRIBUTES, PHRASES
 from fluxsae.pictures.perceptual import ImageEmbedder, PerceptualDistance, load_distance, load_embedder
 from fluxsae.runs.folder import RunFolder, library_versions
 from fluxsae.runs.names import SaeName
@@ -318,9 +318,8 @@ class Workbench:
     @property
     def vocabulary(self) -> dict[str, dict[str, str]]:
         """The words that the miniature knows, by kind, each as a prompt says it; none for a FLUX that reads any."""
-        phrases = {**PLACES, **{word: f"on a {word} background" for word in ATTRIBUTES["background"]}}
         kinds = ATTRIBUTES if self.is_miniature else {}
-        return {kind: {word: phrases.get(word, word) for word in words} for kind, words in kinds.items()}
+        return {kind: {word: PHRASES.get(word, word) for word in words} for kind, words in kinds.items()}
 
     @functools.cached_property
     def preview_colours(self) -> Any:

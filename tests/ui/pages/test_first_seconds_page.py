@@ -26,7 +26,7 @@ def shown(page: Page) -> np.ndarray:
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_the_first_story_is_above_the_fold_and_one_slider_turns_the_colour_at_once(visit: Open, viewport: Any) -> None:
     page = visit(viewport=viewport)
-    slider = page.get_by_label("Turn green into red")
+    slider = page.get_by_label("Turn red into yellow")
     for seen in (page.locator(".fs-stage"), slider, page.locator(".fs-word").first, page.locator("#heatmap-go")):
         box = seen.bounding_box()
         assert box is not None
@@ -37,26 +37,28 @@ def test_the_first_story_is_above_the_fold_and_one_slider_turns_the_colour_at_on
     slider.fill("6")
     after = shown(page)
     changed = np.abs(after - before).max(axis=2) > 60
-    assert 0.005 < changed.mean() < 0.2  # the cross, and little else
-    assert (before[changed].mean(axis=0).argmax(), after[changed].mean(axis=0).argmax()) == (1, 0)
-    page.locator(".fs-word", has_text="green").click()
+    assert 0.01 < changed.mean() < 0.25  # the red things, and little else
+    red, green, blue = (after[changed] - before[changed]).mean(axis=0)
+    assert green > 40 > max(red, blue)  # red with green is yellow
+    page.locator(".fs-word", has_text="mushroom").click()
     lit = shown(page)
-    expect(page.locator("fs-lab .fs-card[aria-pressed=true]")).to_contain_text("green")
+    expect(page.locator("fs-lab .fs-card[aria-pressed=true]")).to_contain_text("mushroom")
     assert slider.input_value() == "0"
-    away = ~changed & (np.abs(lit - before).max(axis=2) > 0)
-    assert np.abs(lit[away] - 0.78 * before[away]).mean() < 12  # its own colours, a little darker
-    assert np.abs(lit[changed].astype(float) - before[changed]).mean() > 40  # and heat where the word is
+    is_hot = np.abs(lit - 0.78 * before).mean(axis=2) > 12
+    assert 0.01 < is_hot.mean() < 0.3  # heat where the word is
+    assert is_hot[:, : SIDE // 2].sum() > 0.8 * is_hot.sum()  # the mushroom is on the left
+    assert np.abs(lit[~is_hot] - 0.78 * before[~is_hot]).mean() < 3  # its own colours, a little darker
 
 
 def test_words_that_the_miniature_knows_are_put_into_the_prompt_in_place_of_their_kind(visit: Open) -> None:
     page = visit()
     box = page.locator("#heatmap-prompt textarea")
-    box.fill("a red star and a green cross")
+    box.fill("a red star and a green cat")
     box.evaluate("box => box.setSelectionRange(24, 24)")
     page.locator("fs-vocabulary").get_by_role("button", name="blue").click()
-    expect(box).to_have_value("a red star and a blue cross")
+    expect(box).to_have_value("a red star and a blue cat")
     page.locator("fs-vocabulary").get_by_role("button", name="left").click()
-    expect(box).to_have_value("a red star and a blue cross on the left")
+    expect(box).to_have_value("a red star and a blue cat on the left")
 
 
 def test_another_prompt_has_another_seed_unless_it_is_kept_or_typed(visit: Open) -> None:
@@ -89,7 +91,7 @@ def test_painting_is_seen_step_by_step_with_heat_and_can_be_played_again(visit: 
     page.evaluate(
         "() => { window.seen = []; document.addEventListener('fs-seen', event => window.seen.push(event.detail)); }"
     )
-    generate(page, "a large green striped ring on a white background")  # what was made before would come at once
+    generate(page, "a large green striped fish on a white background")  # what was made before would come at once
     page.wait_for_function("window.seen.at(-1) === null")
     steps = [view["step"] for view in page.evaluate("window.seen") if view]
     assert len(steps) >= 10

@@ -64,9 +64,9 @@ def test_a_caption_is_read_with_the_picture(visit: Open) -> None:
     page = visit()
     page.locator(".fs-sample").first.click()
     wait_until_read(page)
-    page.get_by_label("Caption of your picture, optional").fill("a large purple triangle")
+    page.get_by_label("Caption of your picture, optional").fill("a large purple tree")
     page.get_by_role("button", name="Read again").click()
-    page.wait_for_function("document.querySelector('fs-lab').data.prompt === 'a large purple triangle'")
+    page.wait_for_function("document.querySelector('fs-lab').data.prompt === 'a large purple tree'")
     expect(page.locator(".fs-word").first).to_be_visible()
 
 

@@ -114,8 +114,8 @@ def test_a_starter_tells_which_picture_is_which_and_its_swap_is_made(visit: Open
     assert starters.first.locator("strong").all_inner_texts() == ["before", "after"]
     old, new = starters.first.inner_text().splitlines()[-1].lower().split(" becomes ")
     starters.first.click()
-    expect(page.locator(".fs-edit .fs-label").first).to_have_text(old)
-    expect(page.locator(".fs-edit .fs-label").nth(1)).to_have_text(new)
+    expect(page.locator(".fs-edit .fs-label").first).to_have_text(re.compile(rf"{old}\??"))  # "?": it is a guess
+    expect(page.locator(".fs-edit .fs-label").nth(1)).to_have_text(re.compile(rf"{new}\??"))
     wait_until_turned(page)
     edits = page.evaluate("document.querySelector('fs-result').data.edits")
     assert [edit["mode"] for edit in edits] == ["scale", *["add"] * (len(edits) - 1)]
@@ -158,7 +158,7 @@ def test_one_name_is_put_in_place_of_another(visit: Open) -> None:
     old, new = (page.locator(f"#steer-{which} input").input_value().partition(" (")[0] for which in ("old", "new"))
     page.locator("#steer-swap").click()
     wait_until_turned(page)
-    labels = page.locator(".fs-edit .fs-label").all_inner_texts()
+    labels = [text.removesuffix("?") for text in page.locator(".fs-edit .fs-label").all_inner_texts()]
     assert labels[0] == old
     assert set(labels[1:]) == {new}
     expect(page.locator(".toast-body")).to_have_count(0)
@@ -182,7 +182,7 @@ def test_the_strip_shows_seven_strengths_and_draws_the_natural_range(visit: Open
 def test_the_natural_range_goes_when_the_steps_of_an_edit_change(visit: Open) -> None:
     page = visit()
     go_to(page, "Steer")
-    page.locator(".fs-starter").first.click()
+    page.locator(".fs-starter").last.click()
     wait_until_turned(page)
     page.locator("#steer-strip-go").click()
     expect(page.locator(".fs-natural")).to_have_count(1)

@@ -52,7 +52,7 @@ def about_html(bench: Workbench) -> str:
         "<h2>What you see</h2>"
         "<p>FLUX makes an image in steps. Inside FLUX, each small square of the image (a patch) is a long list of "
         "numbers. A sparse autoencoder (SAE) learned to write each list as a sum of a few <strong>features</strong>. "
-        "A feature is a direction that often stands for something, such as a colour, a shape or a texture. This page "
+        "A feature is a direction that often stands for something, such as a colour, a thing or a texture. This page "
         "shows where features fire, on which images, which features are similar, and how the image changes when you "
         "steer one.</p>"
         "<h2>What it is not</h2>"

@@ -18,7 +18,7 @@ def build_gallery_tab(desk: GalleryDesk, shell: Shell, tab: gr.Tab) -> None:
     with gr.Row(elem_classes="fs-ask"):
         query = gr.Textbox(
             label="Search",
-            placeholder="striped, a red circle, or a number such as 12",
+            placeholder="striped, a red cat, or a number such as 12",
             scale=4,
             elem_id="gallery-query",
         )

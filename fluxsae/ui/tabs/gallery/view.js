@@ -43,7 +43,7 @@ FS.define("fs-gallery", (root, data) => {
   root.append(FS.el("p", { class: "fs-quiet", role: "status", text: data.summary }));
   if (!data.cards.length && !data.start) {
     root.append(
-      FS.el("p", { text: "Nothing matches. Remove a filter, or search for a colour, a shape or a number." }),
+      FS.el("p", { text: "Nothing matches. Remove a filter, or search for a colour, a thing or a number." }),
     );
     return;
   }

@@ -203,7 +203,7 @@ class SteerDesk(Desk):
         new = [hit for hit in found if (hit["hookpoint"], hit["feature"]) not in known]
         if not new:
             none = "No other feature" if found else "No feature"
-            raise FluxSaeError(f"{none} matches {shortened(query)}. Search for a colour, a shape or a number.")
+            raise FluxSaeError(f"{none} matches {shortened(query)}. Search for a colour, a thing or a number.")
         return {"query": str(query), "found": found, "add": new[0], "at": time.monotonic()}
 
     def cost_words(self) -> str:

@@ -25,7 +25,7 @@ SliderOf = Callable[[SteeringEdit], dict[str, Any]]
 
 
 def find_starters(bench: Workbench, slider_of: SliderOf) -> list[dict[str, Any]]:
-    """Swaps first, those that change least else before others; then features suppressed, the clearest first.
+    """Swaps first, then features suppressed, each the clearest first.
 
     `slider_of` gives the slider that stands for an edit, and refuses an edit that none does.
     """
@@ -46,9 +46,9 @@ def find_starters(bench: Workbench, slider_of: SliderOf) -> list[dict[str, Any]]
 
 
 def _clear(swapped: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those with a good share of the best score, those that change least else first."""
+    """Those with a good share of the best score, the best first."""
     best = max((starter["score"] for starter in swapped), default=0.0)
-    return sorted((one for one in swapped if one["score"] >= SEEN * best), key=lambda one: one["collateral"])
+    return sorted((one for one in swapped if one["score"] >= SEEN * best), key=lambda one: -one["score"])
 
 
 def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -57,7 +57,7 @@ def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mappin
         recipe = _own_recipe(bench, swap["recipe"])
         made = _starter(recipe, slider_of, _pictures(bench.run.demo_image_path(hookpoint, swap["image"]), 2), 0, 1)
         old, new = str(swap["label"]), str(swap["new_label"])
-        score, collateral = float(swap["score"]["score"]), float(swap["score"]["collateral"])
+        score = float(swap["score"]["score"])
     except (KeyError, TypeError, ValueError, FluxSaeError) as error:
         log.warning("a swap of %s is passed over: %s", hookpoint, error)
         return None
@@ -71,7 +71,6 @@ def _swapped(bench: Workbench, slider_of: SliderOf, hookpoint: str, swap: Mappin
         "panels": ["", f"{new} added where {old} was removed"],
         "colours": [sliders[0]["colour"], sliders[1]["colour"]],
         "score": score,
-        "collateral": collateral,
     }
 
 

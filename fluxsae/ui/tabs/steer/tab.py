@@ -136,7 +136,7 @@ def _swap_row(desk: SteerDesk, tab: gr.Tab, picture: list[Any]) -> tuple[gr.Drop
             one = gr.Dropdown(names, value=old, label="Replace", min_width=120, elem_id="steer-old")
             other = gr.Dropdown(names, value=new, label="with", min_width=120, elem_id="steer-new")
             go = gr.Button("Swap", min_width=80, elem_id="steer-swap")
-        only = " Colours work best; shapes rarely work." if desk.bench.is_miniature else ""
+        only = " Colours work best; things rarely work." if desk.bench.is_miniature else ""
         gr.HTML(
             '<p class="fs-quiet fs-hint">Tries eight swaps where the first name fires. Keeps the one in which CLIP '
             f"recognises the second name best, and sets the sliders to it.{only} Names that cannot be had, or "

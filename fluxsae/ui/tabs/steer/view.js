@@ -377,7 +377,7 @@ FS.define("fs-found", (root, data) => {
         : FS.el("p", {
           class: "fs-quiet",
           role: "status",
-          text: data.error || `No feature matches “${data.query}”. Search for a colour, a shape or a number.`,
+          text: data.error || `No feature matches “${data.query}”. Search for a colour, a thing or a number.`,
         }),
     );
   }
