@@ -141,7 +141,7 @@ DAMAGES: dict[str, tuple[Callable[[RunFolder], None], str, str]] = {
     "S of fewer images": (
         lambda run: rewrite(run.scores_path(LATE), _fewer_rows),
         f"scores/{LATE}/scores.safetensors",
-        "has 20 rows, but the run has 24 images",
+        "has 20 rows, but the run has 40 images",
     ),
     "S of an SAE that was trained again": (
         scored_with_another_sae,
@@ -156,7 +156,7 @@ DAMAGES: dict[str, tuple[Callable[[RunFolder], None], str, str]] = {
     "a top image that does not exist": (
         lambda run: _change_column(run, "top_images", 2, [99]),
         f"features/{LATE}/features.parquet",
-        "top_images names images that do not exist, for example 99 of 24",
+        "top_images names images that do not exist, for example 99 of 40",
     ),
     "top scores of another run": (
         lambda run: _change_column(run, "top_scores", 5, 0.125),
@@ -189,7 +189,7 @@ DAMAGES: dict[str, tuple[Callable[[RunFolder], None], str, str]] = {
         "positions has values that are not finite",
     ),
     "embeddings that are not unit vectors": (
-        lambda run: run.save_embeddings(Embeddings(np.full((24, 3), 2.0, np.float32), "scene-reader")),
+        lambda run: run.save_embeddings(Embeddings(np.full((40, 3), 2.0, np.float32), "scene-reader")),
         "clip/embeddings.safetensors",
         "not finite unit vectors",
     ),
@@ -211,7 +211,7 @@ DAMAGES: dict[str, tuple[Callable[[RunFolder], None], str, str]] = {
     "an image twice": (
         lambda run: run.save_images([replace(row, prompt="same", seed=1) for row in run.load_images()]),
         "images/images.parquet",
-        "holds 'same' with seed 1 24 times",
+        "holds 'same' with seed 1 40 times",
     ),
     "a thumbnail that is no picture": (
         lambda run: run.save_images([replace(row, thumbnail=b"none") for row in run.load_images()]),
