@@ -29,6 +29,11 @@ class Page:
     seconds: float
     """From the command to the first answer."""
 
+    def check_alive(self) -> None:
+        """Raises, with what the app printed, if it has ended."""
+        if (code := self.process.poll()) is not None:
+            raise AssertionError(f"app.py ended with {code}:\n{self.log.read_text()[-6000:]}")
+
 
 @contextmanager
 def serve(**environment: str) -> Iterator[Page]:
@@ -43,6 +48,7 @@ def serve(**environment: str) -> Iterator[Page]:
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_TEMP_DIR": str(log.parent / "files"),
         "HF_HUB_OFFLINE": "1",
+        "PYTHONFAULTHANDLER": "1",
         **environment,
     }
     started = time.monotonic()
@@ -63,8 +69,7 @@ def serve(**environment: str) -> Iterator[Page]:
 
 def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path, started: float) -> None:
     while time.monotonic() - started < START_SECONDS:
-        if process.poll() is not None:
-            raise AssertionError(f"app.py ended with {process.returncode}:\n{log.read_text()[-3000:]}")
+        Page(url, process, log, 0.0).check_alive()
         try:
             if requests.get(f"{url}/config", timeout=10).ok:
                 return

@@ -40,6 +40,7 @@ def visit(served: page_server.Page, windows: Callable[[int, int, str], BrowserCo
     failures: list[str] = []
 
     def open_page(*, viewport: Any = DESKTOP, dark: bool = False, query: str = "") -> Page:
+        served.check_alive()
         theme = "dark" if dark else "light"
         page = windows(viewport["width"], viewport["height"], theme).new_page()
         page.set_default_timeout(WAIT)
