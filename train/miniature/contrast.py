@@ -4,20 +4,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Integer
 from open_clip.model import CLIP
-from PIL import Image
 from safetensors.torch import save_file
 from torch.optim.swa_utils import update_bn
 from transformers import PreTrainedTokenizerFast
 
-from fluxsae.features.vocabulary import in_place
-from fluxsae.miniature.captions import caption_scene
-from fluxsae.miniature.drawing import ATTRIBUTES, render_scene, sample_scene
-from fluxsae.pictures.perceptual import ImageEmbedder
+from fluxsae.miniature.drawing import ATTRIBUTES
 from train.miniature.bank import SceneBank, to_unit_range
 from train.miniature.models import CLIP_CONFIG, CLIP_PREPROCESSING, build_tokenizer
 from train.miniature.progress import (
@@ -91,27 +86,6 @@ def contrastive_loss(
     target = torch.cat([same, *unchanged], dim=1)
     by_image = F.cross_entropy(torch.cat([logits, *beside], dim=1), target / target.sum(1, keepdim=True))
     return 0.5 * (by_image + F.cross_entropy(logits.T, same / same.sum(1, keepdim=True)))
-
-
-def reading_shares(embedder: ImageEmbedder, *, n_scenes: int = 300, seed: int = 92_000) -> dict[str, float]:
-    """Kind of word -> share of held-out drawn scenes in which the true caption beats all with another word there.
-
-    Each scene counts once a kind, by a word of its caption that is there once; half of them hold two things.
-    """
-    rng = np.random.default_rng(seed)
-    scenes = [sample_scene(rng, n_objects=1 + at % 2, held_out=True) for at in range(n_scenes)]
-    pictures = embedder.embed_images([Image.fromarray(render_scene(scene)) for scene in scenes])
-    read: dict[str, list[bool]] = {kind: [] for kind in CHANGED_KINDS}
-    for scene, picture in zip(scenes, pictures, strict=True):
-        caption = caption_scene(scene, rng, keep=1.0)
-        words = caption.split()
-        for kind, found in read.items():
-            own = next((word for word in ATTRIBUTES[kind] if words.count(word) == 1), None)
-            if own is not None:
-                others = [word for word in ATTRIBUTES[kind] if word not in words]
-                texts = embedder.embed_texts([caption, *(in_place(caption, own, word) for word in others)])
-                found.append(int((texts @ picture).argmax()) == 0)
-    return {kind: float(np.mean(found)) for kind, found in read.items()}
 
 
 def train_clip(bank: SceneBank, clip: CLIP, folder: Path, clock: StageClock, *, batch_size: int, seed: int) -> None:

@@ -9,10 +9,13 @@ import torch
 from diffusers import AutoencoderTiny, FluxPipeline
 from PIL import Image
 
+from fluxsae.features.vocabulary import in_place
 from fluxsae.miniature.captions import caption_scene, prompted_attributes
-from fluxsae.miniature.drawing import render_scene, sample_scene
+from fluxsae.miniature.drawing import ATTRIBUTES, render_scene, sample_scene
 from fluxsae.miniature.reader import read_scene, score_prompt
+from fluxsae.pictures.perceptual import ImageEmbedder
 from train.miniature.autoencoder import reconstruction_psnr
+from train.miniature.contrast import CHANGED_KINDS
 from train.miniature.models import SETTINGS, TEXT_TOKENS
 
 Tally = dict[tuple[int, str], list[bool]]
@@ -87,6 +90,27 @@ def take_exam(paint: Paint, *, n_prompts: int = 500) -> Tally:
         for attribute, is_right in score_prompt(prompt, read_scene(image)):
             tally[n_objects, attribute].append(is_right)
     return tally
+
+
+def reading_shares(embedder: ImageEmbedder, *, n_scenes: int = 300, seed: int = 92_000) -> dict[str, float]:
+    """Kind of word -> share of held-out drawn scenes in which the true caption beats all with another word there.
+
+    Each scene counts once a kind, by a word of its caption that is there once; half of them hold two things.
+    """
+    rng = np.random.default_rng(seed)
+    scenes = [sample_scene(rng, n_objects=1 + at % 2, held_out=True) for at in range(n_scenes)]
+    pictures = embedder.embed_images([Image.fromarray(render_scene(scene)) for scene in scenes])
+    read: dict[str, list[bool]] = {kind: [] for kind in CHANGED_KINDS}
+    for scene, picture in zip(scenes, pictures, strict=True):
+        caption = caption_scene(scene, rng, keep=1.0)
+        words = caption.split()
+        for kind, found in read.items():
+            own = next((word for word in ATTRIBUTES[kind] if words.count(word) == 1), None)
+            if own is not None:
+                others = [word for word in ATTRIBUTES[kind] if word not in words]
+                texts = embedder.embed_texts([caption, *(in_place(caption, own, word) for word in others)])
+                found.append(int((texts @ picture).argmax()) == 0)
+    return {kind: float(np.mean(found)) for kind, found in read.items()}
 
 
 def held_out_psnr(autoencoder: AutoencoderTiny, *, n_scenes: int = 200, seed: int = 91_000) -> torch.Tensor:

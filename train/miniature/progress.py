@@ -19,7 +19,7 @@ SAVE_EVERY_SECONDS = 60.0
 
 @dataclass
 class StageClock:
-    """Counts a stage's steps; the stage ends at `steps`, or after `budget_seconds` where given.
+    """Counts a stage's steps; the stage ends at `steps`, or after `budget_seconds` where given (0: at once).
 
     The learning rate follows `progress`, so that a stage cut short by its budget still decays to zero. Of several
     processes the first one's clock counts for all.

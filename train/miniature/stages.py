@@ -15,8 +15,8 @@ from fluxsae.pictures.perceptual import load_embedder
 from fluxsae.sae.training.processes import Processes
 from train.miniature.autoencoder import encode_bank, train_autoencoder
 from train.miniature.bank import SceneBank, draw_bank
-from train.miniature.contrast import load_trained_clip, reading_shares, save_clip, train_clip
-from train.miniature.exam import format_tally, held_out_psnr, painter, save_sheets, take_exam
+from train.miniature.contrast import load_trained_clip, save_clip, train_clip
+from train.miniature.exam import format_tally, held_out_psnr, painter, reading_shares, save_sheets, take_exam
 from train.miniature.flow import GuidanceDistillation, HandoverLoss, train_stage
 from train.miniature.gates import balance_gates
 from train.miniature.models import (

@@ -50,6 +50,7 @@ UNRELATED_PAIRS = 8
 SLOW_SECONDS: Final = 3.0
 """Of a picture, from which a model is slow."""
 JOBS_TIMED: Final = 8
+"""Latest jobs whose quickest tells how fast the model is."""
 WORDS = {1: ["the"], 2: ["early", "late"], 3: ["early", "middle", "late"]}
 
 

@@ -12,8 +12,8 @@ from train.miniature.contrast import (
     WordChanger,
     contrastive_loss,
     load_trained_clip,
-    reading_shares,
 )
+from train.miniature.exam import reading_shares
 from train.miniature.models import build_clip, build_tokenizer, tokenize
 from train.miniature.progress import Checkpoint, StageClock, start_average
 
